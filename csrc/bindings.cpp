@@ -1,0 +1,260 @@
+// The only file that knows Python. The interpreter lock is released around every call that can reach the driver.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "arena.hpp"
+#include "dlpack.hpp"
+
+namespace py = pybind11;
+using namespace vattn;
+
+namespace {
+
+using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+struct Exported {
+  dlpack::ManagedTensor managed;
+  std::vector<std::int64_t> shape;
+  std::vector<std::int64_t> strides;
+  std::shared_ptr<void> owner;  // keeps the addresses reserved until the last view is gone
+};
+
+// A DLPack capsule of integers of `itemsize` bytes; the importer views them as what they are.
+py::capsule export_tensor(std::shared_ptr<void> owner, const Driver& driver, Address at, std::vector<std::int64_t> shape,
+                          std::vector<std::int64_t> strides, unsigned itemsize) {
+  if (shape.size() != strides.size()) throw std::invalid_argument("shape and strides differ in length");
+  auto exported = std::make_unique<Exported>();
+  exported->shape = std::move(shape);
+  exported->strides = std::move(strides);
+  exported->owner = std::move(owner);
+  const bool cuda = driver.kind() == Driver::Kind::cuda;
+  exported->managed = {
+      .tensor = {.data = reinterpret_cast<void*>(at),
+                 .device = {cuda ? dlpack::DeviceType::cuda : dlpack::DeviceType::cpu, cuda ? driver.device() : 0},
+                 .ndim = static_cast<std::int32_t>(exported->shape.size()),
+                 .dtype = {0, static_cast<std::uint8_t>(itemsize * 8), 1},
+                 .shape = exported->shape.data(),
+                 .strides = exported->strides.data(),
+                 .byte_offset = 0},
+      .context = exported.get(),
+      .deleter = [](dlpack::ManagedTensor* self) { delete static_cast<Exported*>(self->context); }};
+  py::capsule capsule(&exported->managed, "dltensor", [](PyObject* object) {
+    // An importer renames the capsule and calls the deleter itself.
+    if (PyCapsule_IsValid(object, "dltensor") == 0) return;
+    auto* const managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(object, "dltensor"));
+    managed->deleter(managed);
+  });
+  exported.release();
+  return capsule;
+}
+
+template <typename... Attributes>
+void raise(const char* type, const char* what, Attributes... attributes) {
+  const py::object error = py::module_::import("vattn.errors").attr(type)(what);
+  (py::setattr(error, attributes.first, py::cast(attributes.second)), ...);
+  PyErr_SetObject(py::type::of(error).ptr(), error.ptr());
+}
+
+void translate(std::exception_ptr pointer) {
+  try {
+    std::rethrow_exception(pointer);
+  } catch (const OutOfDeviceMemory& error) {
+    raise("OutOfDeviceMemory", error.what(), std::pair{"call", error.call()}, std::pair{"code", error.code()});
+  } catch (const DriverError& error) {
+    raise("DriverError", error.what(), std::pair{"call", error.call()}, std::pair{"code", error.code()});
+  } catch (const OutOfPages& error) {
+    raise("OutOfPages", error.what(), std::pair{"needed", error.needed()}, std::pair{"free", error.free()});
+  } catch (const SequenceTooLong& error) {
+    raise("SequenceTooLong", error.what());
+  } catch (const BackendUnavailable& error) {
+    raise("BackendUnavailable", error.what());
+  } catch (const Error& error) {
+    raise("Error", error.what());
+  }
+}
+
+Call call_named(const std::string& name) {
+  for (std::size_t index = 0; index < kCallNames.size(); ++index)
+    if (name == kCallNames[index]) return static_cast<Call>(index);
+  throw std::invalid_argument("no driver call is named " + name);
+}
+
+const char* name_of(Arena::State state) {
+  switch (state) {
+    case Arena::State::running:
+      return "running";
+    case Arena::State::parked:
+      return "parked";
+    case Arena::State::bare:
+      break;
+  }
+  return "bare";
+}
+
+void bind_driver(py::module_& module) {
+  py::class_<Driver, std::shared_ptr<Driver>>(module, "Driver")
+      .def_property_readonly("kind", [](const Driver& self) { return self.kind() == Driver::Kind::cuda ? "cuda" : "cpu"; })
+      .def_property_readonly("device", &Driver::device)
+      .def_property_readonly("granularity", &Driver::granularity)
+      .def_property_readonly("description", &Driver::description)
+      .def_property_readonly("reports", &Driver::reports)
+      .def("memory_info", [](Driver& self) {
+        const MemoryInfo info = self.memory_info();
+        return py::make_tuple(info.free, info.total);
+      })
+      .def("counts", [](const Driver& self) {
+        py::dict counts;
+        for (std::size_t index = 0; index < kCallNames.size(); ++index)
+          counts[kCallNames[index]] = self.count(static_cast<Call>(index));
+        return counts;
+      })
+      .def("fail_at", &Driver::fail_at, py::arg("k"), py::kw_only(), py::arg("times") = 1, py::arg("out_of_memory") = false)
+      .def("charge",
+           [](Driver& self, const std::string& call, std::uint64_t nanoseconds) { self.charge(call_named(call), nanoseconds); },
+           py::arg("call"), py::arg("nanoseconds"))
+      .def("reserve", &Driver::reserve, py::arg("nbytes"), Unlocked())
+      .def("free_address", &Driver::free_address, py::arg("address"), py::arg("nbytes"), Unlocked())
+      .def("create", [](Driver& self, std::size_t bytes) { return static_cast<std::uint64_t>(self.create(bytes)); },
+           py::arg("nbytes"), Unlocked())
+      .def("release", [](Driver& self, std::uint64_t handle) { self.release(Handle{handle}); }, py::arg("handle"), Unlocked())
+      .def("map",
+           [](Driver& self, Address at, std::size_t bytes, std::uint64_t handle) { self.map(at, bytes, Handle{handle}); },
+           py::arg("address"), py::arg("nbytes"), py::arg("handle"), Unlocked())
+      .def("set_access", &Driver::set_access, py::arg("address"), py::arg("nbytes"), Unlocked())
+      .def("unmap", &Driver::unmap, py::arg("address"), py::arg("nbytes"), Unlocked())
+      .def("zero",
+           [](Driver& self, Address at, std::size_t bytes) {
+             const Range range{at, bytes};
+             self.zero(std::span(&range, 1));
+           },
+           py::arg("address"), py::arg("nbytes"), Unlocked())
+      .def("copy",
+           [](Driver& self, Address to, Address from, std::size_t bytes, std::uintptr_t stream) {
+             self.copy(to, from, bytes, Stream{stream});
+           },
+           py::arg("to"), py::arg("source"), py::arg("nbytes"), py::kw_only(), py::arg("stream") = 0, Unlocked())
+      .def("record", [](Driver& self, std::uintptr_t stream) { return static_cast<std::uintptr_t>(self.record(Stream{stream})); },
+           py::kw_only(), py::arg("stream") = 0, Unlocked())
+      .def("wait", [](Driver& self, std::uintptr_t fence) { self.wait(FenceId{fence}); }, py::arg("fence"), Unlocked())
+      .def("passed", [](Driver& self, std::uintptr_t fence) { return self.passed(FenceId{fence}); }, py::arg("fence"), Unlocked())
+      .def("drop", [](Driver& self, std::uintptr_t fence) { self.drop(FenceId{fence}); }, py::arg("fence"), Unlocked())
+      .def("synchronize", &Driver::synchronize, Unlocked())
+      .def("dlpack",
+           [](const std::shared_ptr<Driver>& self, Address at, std::vector<std::int64_t> shape,
+              std::vector<std::int64_t> strides, unsigned itemsize) {
+             return export_tensor(self, *self, at, std::move(shape), std::move(strides), itemsize);
+           },
+           py::arg("address"), py::arg("shape"), py::arg("strides"), py::arg("itemsize"));
+  module.def("host_driver", &make_host_driver, py::arg("granularity"), py::kw_only(), py::arg("capacity") = 0);
+  module.def("cuda_driver", &make_cuda_driver, py::arg("device"), Unlocked());
+  module.def("probe_cuda", [] {
+    const CudaProbe probe = probe_cuda();
+    py::dict result;
+    result["available"] = probe.available;
+    result["why"] = probe.why;
+    result["driver_version"] = probe.driver_version;
+    result["devices"] = probe.devices;
+    return result;
+  });
+}
+
+void bind_arena(py::module_& module) {
+  using Slots = std::vector<std::size_t>;
+  py::class_<Arena, std::shared_ptr<Arena>>(module, "Arena")
+      .def(py::init([](std::shared_ptr<Driver> driver, const std::vector<std::pair<std::size_t, std::size_t>>& planes,
+                       std::size_t slots, std::size_t max_len, std::size_t budget, std::size_t tail_rows,
+                       std::size_t growth_divisor) {
+             std::vector<Plane> described;
+             for (const auto& [row_bytes, window] : planes) described.push_back({row_bytes, window});
+             return std::make_shared<Arena>(std::move(driver), std::move(described),
+                                            ArenaOptions{.slots = slots,
+                                                         .max_len = max_len,
+                                                         .budget = budget,
+                                                         .tail_rows = tail_rows,
+                                                         .growth_divisor = growth_divisor});
+           }),
+           py::arg("driver"), py::arg("planes"), py::kw_only(), py::arg("slots"), py::arg("max_len"), py::arg("budget"),
+           py::arg("tail_rows") = 0, py::arg("growth_divisor") = ArenaOptions{}.growth_divisor, Unlocked())
+      .def("acquire",
+           [](Arena& self, std::optional<std::size_t> slot, std::size_t expected, std::uintptr_t stream) {
+             return self.acquire(slot, expected, Stream{stream});
+           },
+           py::arg("slot") = std::nullopt, py::kw_only(), py::arg("expected") = 0, py::arg("stream") = 0, Unlocked())
+      .def("grow",
+           [](Arena& self, const Slots& slots, std::size_t positions, std::size_t keep, std::uintptr_t stream) {
+             if (self.try_grow(slots, positions, keep)) return;
+             const py::gil_scoped_release release;
+             self.grow(slots, positions, keep, Stream{stream});
+           },
+           py::arg("slots"), py::arg("positions"), py::arg("keep"), py::arg("stream") = 0)
+      .def("truncate",
+           [](Arena& self, std::size_t slot, std::size_t positions, std::uintptr_t stream) {
+             self.truncate(slot, positions, Stream{stream});
+           },
+           py::arg("slot"), py::arg("positions"), py::arg("stream") = 0, Unlocked())
+      .def("release", [](Arena& self, std::size_t slot, std::uintptr_t stream) { self.release(slot, Stream{stream}); },
+           py::arg("slot"), py::arg("stream") = 0, Unlocked())
+      .def("trim", &Arena::trim, Unlocked())
+      .def("close", &Arena::close, Unlocked())
+      .def("check", &Arena::check, Unlocked())
+      .def("length", &Arena::length, py::arg("slot"))
+      .def_property_readonly("driver", &Arena::driver)
+      .def_property_readonly("base", &Arena::base)
+      .def("plane_offset", &Arena::plane_offset, py::arg("plane"))
+      .def("slot_stride", &Arena::slot_stride, py::arg("plane"))
+      .def("dlpack",
+           [](const std::shared_ptr<Arena>& self, std::size_t offset, std::vector<std::int64_t> shape,
+              std::vector<std::int64_t> strides, unsigned itemsize) {
+             return export_tensor(self, *self->driver(), self->base() + offset, std::move(shape), std::move(strides), itemsize);
+           },
+           py::arg("offset"), py::arg("shape"), py::arg("strides"), py::arg("itemsize"))
+      .def("map",
+           [](const Arena& self) {
+             py::list slots;
+             for (const Arena::SlotInfo& info : self.map()) {
+               py::list runs;
+               for (const Arena::RunInfo& run : info.runs) {
+                 py::dict row;
+                 row["offset"] = run.offset;
+                 row["head"] = run.head;
+                 row["tail"] = run.tail;
+                 row["extents"] = run.extents;
+                 runs.append(row);
+               }
+               py::dict slot;
+               slot["state"] = name_of(info.state);
+               slot["length"] = info.length;
+               slot["retired"] = info.retired;
+               slot["runs"] = runs;
+               slots.append(slot);
+             }
+             return slots;
+           })
+      .def("stats", [](const Arena& self) {
+        const Arena::Stats stats = self.stats();
+        py::dict result;
+        result["budget"] = stats.pool.budget;
+        result["reserved"] = stats.reserved;
+        result["physical"] = stats.pool.charged;
+        result["peak"] = stats.pool.peak;
+        result["pooled"] = stats.pool.pooled;
+        result["mapped"] = stats.mapped;
+        result["parked"] = stats.parked;
+        result["retired"] = stats.retired;
+        result["running_slots"] = stats.running_slots;
+        result["parked_slots"] = stats.parked_slots;
+        result["adopted"] = stats.adopted;
+        return result;
+      });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module) {
+  module.doc() = "The C++ core of vattn: the driver seam and the arena. Use vattn.KVCache instead.";
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    if (pointer) translate(pointer);
+  });
+  bind_driver(module);
+  bind_arena(module);
+}

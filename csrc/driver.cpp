@@ -1,0 +1,126 @@
+#include "driver.hpp"
+
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdio>
+
+namespace vattn {
+
+Driver::Driver(Kind kind, int device) : kind_(kind), device_(device), pid_(::getpid()) {}
+
+bool Driver::in_forked_child() const noexcept { return ::getpid() != pid_; }
+
+void Driver::guard() const {
+  if (in_forked_child())
+    throw BackendUnavailable("this cache was made by process " + std::to_string(pid_) +
+                             " and cannot be used after a fork: make one in the child, or start the child "
+                             "with the 'spawn' method");
+}
+
+void Driver::enter(Call call) {
+  guard();
+  const auto index = static_cast<std::size_t>(call);
+  counts_[index].fetch_add(1);
+  if (const auto cost = charges_[index].load(); cost != 0) {
+    // Spun, not slept: a sleep's own granularity is as long as a driver call.
+    const auto until = std::chrono::steady_clock::now() + std::chrono::nanoseconds(cost);
+    while (std::chrono::steady_clock::now() < until) {
+    }
+  }
+  auto left = until_fault_.load();
+  do {
+    if (left == 0) return;
+  } while (!until_fault_.compare_exchange_weak(left, left - 1));
+  if (left > 1) return;
+  if (faults_left_.fetch_sub(1) > 1) until_fault_.store(1);
+  const std::string name = kCallNames[index];
+  if (fault_is_memory_.load()) throw OutOfDeviceMemory(name, -1, "injected fault");
+  throw DriverError(name, -1, "injected fault");
+}
+
+void Driver::fail_at(std::uint64_t k, std::uint64_t times, bool out_of_memory) noexcept {
+  fault_is_memory_.store(out_of_memory);
+  faults_left_.store(static_cast<std::int64_t>(times));
+  until_fault_.store(static_cast<std::int64_t>(k));
+}
+
+void Driver::charge(Call call, std::uint64_t nanoseconds) noexcept {
+  charges_[static_cast<std::size_t>(call)].store(nanoseconds);
+}
+
+void Driver::report(const std::exception& error) noexcept {
+  reports_.fetch_add(1);
+  std::fprintf(stderr, "vattn: while giving memory back: %s\n", error.what());
+}
+
+Address Driver::reserve(std::size_t bytes) {
+  enter(Call::reserve);
+  return do_reserve(bytes);
+}
+
+void Driver::free_address(Address at, std::size_t bytes) {
+  enter(Call::free_address);
+  do_free_address(at, bytes);
+}
+
+Handle Driver::create(std::size_t bytes) {
+  enter(Call::create);
+  return do_create(bytes);
+}
+
+void Driver::release(Handle handle) {
+  enter(Call::release);
+  do_release(handle);
+}
+
+void Driver::map(Address at, std::size_t bytes, Handle handle) {
+  enter(Call::map);
+  do_map(at, bytes, handle);
+}
+
+void Driver::set_access(Address at, std::size_t bytes) {
+  enter(Call::set_access);
+  do_set_access(at, bytes);
+}
+
+void Driver::unmap(Address at, std::size_t bytes) {
+  enter(Call::unmap);
+  do_unmap(at, bytes);
+}
+
+void Driver::zero(std::span<const Range> ranges) {
+  enter(Call::zero);
+  do_zero(ranges);
+}
+
+void Driver::copy(Address to, Address from, std::size_t bytes, Stream stream) {
+  enter(Call::copy);
+  do_copy(to, from, bytes, stream);
+}
+
+FenceId Driver::record(Stream stream) {
+  enter(Call::record);
+  return do_record(stream);
+}
+
+void Driver::wait(FenceId fence) {
+  enter(Call::wait);
+  do_wait(fence);
+}
+
+bool Driver::passed(FenceId fence) {
+  guard();
+  return do_passed(fence);
+}
+
+void Driver::drop(FenceId fence) noexcept {
+  if (!in_forked_child()) do_drop(fence);
+}
+
+void Driver::synchronize() {
+  guard();
+  do_synchronize();
+}
+
+}  // namespace vattn

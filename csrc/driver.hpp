@@ -1,0 +1,158 @@
+// The seam between vattn and whatever gives it memory: CUDA's virtual-memory API, or the host's.
+//
+// The contract, which tests/test_driver_contract.py holds both backends to:
+//   reserve      an address range without memory; touching it faults.
+//   create       one handle to `bytes` of physical memory, a multiple of granularity().
+//   map          the whole of one handle at an address inside one reservation where nothing is mapped. A
+//                handle may be mapped at any number of addresses. The memory faults until set_access.
+//   set_access   makes a mapped range readable and writable by the device.
+//   unmap        exactly one mapping, by its address and size. Does not wait for kernels.
+//   release      gives the handle up; its memory lives until its last mapping goes, then returns to the system.
+//   free_address gives a reservation back, which must have no mapping left.
+//   zero         the ranges read as zero to every stream when it returns.
+//   copy         device to device, ordered in `stream`.
+//   record       a fence that passes when the work queued in `stream` so far is done. On the host, passed at once.
+// A call that fails throws DriverError (OutOfDeviceMemory when memory is short) and changes nothing.
+// Every call may be made from any thread, and from a thread that holds no CUDA context.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "error.hpp"
+
+namespace vattn {
+
+using Address = std::uintptr_t;
+enum class Handle : std::uint64_t {};
+enum class Stream : std::uintptr_t {};
+enum class FenceId : std::uintptr_t {};
+
+struct Range {
+  Address at;
+  std::size_t bytes;
+};
+
+struct MemoryInfo {
+  std::size_t free;
+  std::size_t total;
+};
+
+enum class Call : std::size_t {
+  reserve,
+  free_address,
+  create,
+  release,
+  map,
+  set_access,
+  unmap,
+  zero,
+  copy,
+  record,
+  wait,
+};
+inline constexpr std::array<const char*, 11> kCallNames = {
+    "reserve", "free_address", "create", "release", "map", "set_access", "unmap", "zero", "copy", "record", "wait"};
+
+// The public calls count, guard and inject; the private virtual ones do the work.
+class Driver {
+ public:
+  enum class Kind { host, cuda };
+
+  Driver(const Driver&) = delete;
+  Driver& operator=(const Driver&) = delete;
+  virtual ~Driver() = default;
+
+  Address reserve(std::size_t bytes);
+  void free_address(Address at, std::size_t bytes);
+  Handle create(std::size_t bytes);
+  void release(Handle handle);
+  void map(Address at, std::size_t bytes, Handle handle);
+  void set_access(Address at, std::size_t bytes);
+  void unmap(Address at, std::size_t bytes);
+  void zero(std::span<const Range> ranges);
+  void copy(Address to, Address from, std::size_t bytes, Stream stream);
+  FenceId record(Stream stream);
+  void wait(FenceId fence);
+  bool passed(FenceId fence);
+  void drop(FenceId fence) noexcept;
+  // Waits for everything the device has been given, from every stream.
+  void synchronize();
+
+  Kind kind() const noexcept { return kind_; }
+  int device() const noexcept { return device_; }
+  std::size_t granularity() const noexcept { return granularity_; }
+  virtual MemoryInfo memory_info() = 0;
+  virtual std::string description() const = 0;
+
+  std::uint64_t count(Call call) const noexcept { return counts_[static_cast<std::size_t>(call)].load(); }
+
+  // Test aids. The k-th counted call from now (1 is the next) and the `times - 1` after it fail with `code`
+  // without reaching the backend; k = 0 heals. `charge` makes every later `call` take at least that long.
+  void fail_at(std::uint64_t k, std::uint64_t times, bool out_of_memory) noexcept;
+  void charge(Call call, std::uint64_t nanoseconds) noexcept;
+
+  // For destructors: what went wrong, on stderr, and a count that tests read.
+  void report(const std::exception& error) noexcept;
+  std::uint64_t reports() const noexcept { return reports_.load(); }
+
+  // After fork(), the child's copies of our objects own nothing.
+  bool in_forked_child() const noexcept;
+
+ protected:
+  Driver(Kind kind, int device);
+  std::size_t granularity_ = 0;
+
+ private:
+  virtual Address do_reserve(std::size_t bytes) = 0;
+  virtual void do_free_address(Address at, std::size_t bytes) = 0;
+  virtual Handle do_create(std::size_t bytes) = 0;
+  virtual void do_release(Handle handle) = 0;
+  virtual void do_map(Address at, std::size_t bytes, Handle handle) = 0;
+  virtual void do_set_access(Address at, std::size_t bytes) = 0;
+  virtual void do_unmap(Address at, std::size_t bytes) = 0;
+  virtual void do_zero(std::span<const Range> ranges) = 0;
+  virtual void do_copy(Address to, Address from, std::size_t bytes, Stream stream) = 0;
+  virtual FenceId do_record(Stream stream) = 0;
+  virtual void do_wait(FenceId fence) = 0;
+  virtual bool do_passed(FenceId fence) = 0;
+  virtual void do_drop(FenceId fence) noexcept = 0;
+  virtual void do_synchronize() = 0;
+
+  void guard() const;
+  void enter(Call call);
+
+  const Kind kind_;
+  const int device_;
+  const int pid_;
+  std::array<std::atomic<std::uint64_t>, kCallNames.size()> counts_{};
+  std::array<std::atomic<std::uint64_t>, kCallNames.size()> charges_{};
+  std::atomic<std::int64_t> until_fault_{0};
+  std::atomic<std::int64_t> faults_left_{0};
+  std::atomic<bool> fault_is_memory_{false};
+  std::atomic<std::uint64_t> reports_{0};
+};
+
+// `granularity` must be a multiple of the OS page; `capacity` is the size of the simulated device in bytes,
+// 0 for the machine's memory.
+std::shared_ptr<Driver> make_host_driver(std::size_t granularity, std::size_t capacity);
+
+// Throws BackendUnavailable, saying why, where there is no usable driver or device.
+std::shared_ptr<Driver> make_cuda_driver(int device);
+
+// What can be known about CUDA here without holding a context.
+struct CudaProbe {
+  bool available = false;
+  std::string why;      // when not available
+  int driver_version = 0;  // as cuDriverGetVersion gives it, 13000 for 13.0
+  int devices = 0;
+};
+CudaProbe probe_cuda();
+
+}  // namespace vattn

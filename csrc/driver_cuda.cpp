@@ -1,0 +1,267 @@
+// The driver's contract on CUDA's virtual-memory API. libcuda is opened at first use, so that the extension
+// loads where there is none.
+#include <cuda.h>
+#include <dlfcn.h>
+
+#include <array>
+#include <mutex>
+
+#include "driver.hpp"
+
+namespace vattn {
+namespace {
+
+// The oldest driver API whose prototypes are those of our headers for every function in the table below.
+constexpr int kApiVersion = 12000;
+
+// clang-format off
+#define VATTN_CUDA_FUNCTIONS(X)                                                                        \
+  X(cuInit) X(cuDriverGetVersion) X(cuDeviceGetCount) X(cuDeviceGet) X(cuDeviceGetName)                \
+  X(cuDeviceGetAttribute) X(cuDevicePrimaryCtxRetain) X(cuDevicePrimaryCtxRelease)                     \
+  X(cuCtxPushCurrent) X(cuCtxPopCurrent) X(cuCtxSynchronize) X(cuCtxGetStreamPriorityRange)            \
+  X(cuMemGetInfo) X(cuMemGetAllocationGranularity) X(cuMemAddressReserve) X(cuMemAddressFree)          \
+  X(cuMemCreate) X(cuMemRelease) X(cuMemMap) X(cuMemSetAccess) X(cuMemUnmap)                           \
+  X(cuMemsetD8Async) X(cuMemcpyDtoDAsync) X(cuStreamCreateWithPriority) X(cuStreamSynchronize)         \
+  X(cuStreamDestroy) X(cuEventCreate) X(cuEventRecord) X(cuEventQuery) X(cuEventSynchronize)           \
+  X(cuEventDestroy) X(cuGetErrorName) X(cuGetErrorString)
+// clang-format on
+
+// Several names are macros for a versioned function (cuMemGetInfo is cuMemGetInfo_v2). `#name` and `##name` keep
+// the plain name, which is what cuGetProcAddress takes; `&::name` is the type of the versioned one.
+struct Api {
+#define VATTN_MEMBER(name) decltype(&::name) p_##name = nullptr;
+  VATTN_CUDA_FUNCTIONS(VATTN_MEMBER)
+#undef VATTN_MEMBER
+};
+
+// Throws BackendUnavailable.
+Api load_api() {
+  // Never closed: the driver keeps threads of its own.
+  void* const library = ::dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr)
+    throw BackendUnavailable("CUDA cannot be used: libcuda.so.1 was not found. Install the NVIDIA driver, or use device=\"cpu\"");
+  using GetProcAddress = CUresult (*)(const char*, void**, int, cuuint64_t, CUdriverProcAddressQueryResult*);
+  const auto get = reinterpret_cast<GetProcAddress>(::dlsym(library, "cuGetProcAddress_v2"));
+  if (get == nullptr) throw BackendUnavailable("CUDA cannot be used: the NVIDIA driver is older than CUDA 12");
+  Api api;
+  const auto resolve = [&](const char* name, void** slot) {
+    if (get(name, slot, kApiVersion, CU_GET_PROC_ADDRESS_DEFAULT, nullptr) != CUDA_SUCCESS || *slot == nullptr)
+      throw BackendUnavailable(std::string("CUDA cannot be used: the NVIDIA driver lacks ") + name);
+  };
+#define VATTN_RESOLVE(name) resolve(#name, reinterpret_cast<void**>(&api.p_##name));
+  VATTN_CUDA_FUNCTIONS(VATTN_RESOLVE)
+#undef VATTN_RESOLVE
+  if (const CUresult rc = api.p_cuInit(0); rc != CUDA_SUCCESS) {
+    const char* why = nullptr;
+    api.p_cuGetErrorString(rc, &why);
+    throw BackendUnavailable("CUDA cannot be used: cuInit failed with code " + std::to_string(rc) + ": " +
+                             (why != nullptr ? why : "unknown"));
+  }
+  return api;
+}
+
+// One table per process: the driver is one per process too.
+const Api& api() {
+  static const Api loaded = load_api();
+  return loaded;
+}
+
+void check(CUresult rc, const char* call) {
+  // The driver is gone at process exit; what it held went with it.
+  if (rc == CUDA_SUCCESS || rc == CUDA_ERROR_DEINITIALIZED) return;
+  const char* name = nullptr;
+  const char* why = nullptr;
+  api().p_cuGetErrorName(rc, &name);
+  api().p_cuGetErrorString(rc, &why);
+  const std::string text =
+      std::string(name != nullptr ? name : "unknown error") + " (" + (why != nullptr ? why : "") + ")";
+  if (rc == CUDA_ERROR_OUT_OF_MEMORY) throw OutOfDeviceMemory(call, rc, text);
+  throw DriverError(call, rc, text);
+}
+
+class CudaDriver final : public Driver {
+ public:
+  explicit CudaDriver(int device) : Driver(Kind::cuda, device) {
+    const Api& cu = api();
+    int devices = 0;
+    check(cu.p_cuDeviceGetCount(&devices), "cuDeviceGetCount");
+    if (device < 0 || device >= devices)
+      throw BackendUnavailable("CUDA device " + std::to_string(device) + " does not exist: this process sees " +
+                               std::to_string(devices));
+    check(cu.p_cuDeviceGet(&cu_device_, device), "cuDeviceGet");
+    int supported = 0;
+    check(cu.p_cuDeviceGetAttribute(&supported, CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, cu_device_),
+          "cuDeviceGetAttribute");
+    if (supported == 0)
+      throw BackendUnavailable("CUDA device " + std::to_string(device) + " has no virtual memory management");
+    properties_.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+    properties_.location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = device};
+    check(cu.p_cuMemGetAllocationGranularity(&granularity_, &properties_, CU_MEM_ALLOC_GRANULARITY_MINIMUM),
+          "cuMemGetAllocationGranularity");
+    // The primary context is the one torch uses; streams and addresses are then common to both.
+    check(cu.p_cuDevicePrimaryCtxRetain(&context_, cu_device_), "cuDevicePrimaryCtxRetain");
+    try {
+      const Current current(context_);
+      int lowest = 0;
+      int highest = 0;
+      check(cu.p_cuCtxGetStreamPriorityRange(&lowest, &highest), "cuCtxGetStreamPriorityRange");
+      check(cu.p_cuStreamCreateWithPriority(&zeroing_, CU_STREAM_NON_BLOCKING, highest), "cuStreamCreateWithPriority");
+    } catch (...) {
+      cu.p_cuDevicePrimaryCtxRelease(cu_device_);
+      throw;
+    }
+  }
+
+  ~CudaDriver() override {
+    if (in_forked_child()) return;
+    try {
+      {
+        const Current current(context_);
+        check(api().p_cuStreamDestroy(zeroing_), "cuStreamDestroy");
+      }
+      check(api().p_cuDevicePrimaryCtxRelease(cu_device_), "cuDevicePrimaryCtxRelease");
+    } catch (const std::exception& error) {
+      report(error);
+    }
+  }
+
+  MemoryInfo memory_info() override {
+    const Current current(context_);
+    MemoryInfo info{};
+    check(api().p_cuMemGetInfo(&info.free, &info.total), "cuMemGetInfo");
+    return info;
+  }
+
+  std::string description() const override {
+    std::array<char, 128> name{};
+    check(api().p_cuDeviceGetName(name.data(), static_cast<int>(name.size()), cu_device_), "cuDeviceGetName");
+    return name.data();
+  }
+
+ private:
+  // The calling thread's context for one scope: threads start without one, and torch's threads keep their own.
+  class Current {
+   public:
+    explicit Current(CUcontext context) { check(api().p_cuCtxPushCurrent(context), "cuCtxPushCurrent"); }
+    ~Current() {
+      CUcontext popped = nullptr;
+      api().p_cuCtxPopCurrent(&popped);
+    }
+    Current(const Current&) = delete;
+    Current& operator=(const Current&) = delete;
+  };
+
+  Address do_reserve(std::size_t bytes) override {
+    const Current current(context_);
+    CUdeviceptr at = 0;
+    check(api().p_cuMemAddressReserve(&at, bytes, granularity_, 0, 0), "cuMemAddressReserve");
+    return static_cast<Address>(at);
+  }
+
+  void do_free_address(Address at, std::size_t bytes) override {
+    const Current current(context_);
+    check(api().p_cuMemAddressFree(at, bytes), "cuMemAddressFree");
+  }
+
+  Handle do_create(std::size_t bytes) override {
+    const Current current(context_);
+    CUmemGenericAllocationHandle handle = 0;
+    check(api().p_cuMemCreate(&handle, bytes, &properties_, 0), "cuMemCreate");
+    return Handle{handle};
+  }
+
+  void do_release(Handle handle) override {
+    const Current current(context_);
+    check(api().p_cuMemRelease(static_cast<CUmemGenericAllocationHandle>(handle)), "cuMemRelease");
+  }
+
+  void do_map(Address at, std::size_t bytes, Handle handle) override {
+    const Current current(context_);
+    check(api().p_cuMemMap(at, bytes, 0, static_cast<CUmemGenericAllocationHandle>(handle), 0), "cuMemMap");
+  }
+
+  void do_set_access(Address at, std::size_t bytes) override {
+    const Current current(context_);
+    const CUmemAccessDesc access{.location = properties_.location, .flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
+    check(api().p_cuMemSetAccess(at, bytes, &access, 1), "cuMemSetAccess");
+  }
+
+  void do_unmap(Address at, std::size_t bytes) override {
+    const Current current(context_);
+    check(api().p_cuMemUnmap(at, bytes), "cuMemUnmap");
+  }
+
+  void do_zero(std::span<const Range> ranges) override {
+    const Current current(context_);
+    for (const Range& range : ranges)
+      check(api().p_cuMemsetD8Async(range.at, 0, range.bytes, zeroing_), "cuMemsetD8Async");
+    check(api().p_cuStreamSynchronize(zeroing_), "cuStreamSynchronize");
+  }
+
+  void do_copy(Address to, Address from, std::size_t bytes, Stream stream) override {
+    const Current current(context_);
+    check(api().p_cuMemcpyDtoDAsync(to, from, bytes, reinterpret_cast<CUstream>(stream)), "cuMemcpyDtoDAsync");
+  }
+
+  FenceId do_record(Stream stream) override {
+    const Current current(context_);
+    CUevent event = nullptr;
+    check(api().p_cuEventCreate(&event, CU_EVENT_DISABLE_TIMING), "cuEventCreate");
+    if (const CUresult rc = api().p_cuEventRecord(event, reinterpret_cast<CUstream>(stream)); rc != CUDA_SUCCESS) {
+      api().p_cuEventDestroy(event);
+      check(rc, "cuEventRecord");
+    }
+    return FenceId{reinterpret_cast<std::uintptr_t>(event)};
+  }
+
+  void do_wait(FenceId fence) override {
+    const Current current(context_);
+    check(api().p_cuEventSynchronize(reinterpret_cast<CUevent>(fence)), "cuEventSynchronize");
+  }
+
+  bool do_passed(FenceId fence) override {
+    const Current current(context_);
+    const CUresult rc = api().p_cuEventQuery(reinterpret_cast<CUevent>(fence));
+    if (rc == CUDA_ERROR_NOT_READY) return false;
+    check(rc, "cuEventQuery");
+    return true;
+  }
+
+  void do_drop(FenceId fence) noexcept override {
+    try {
+      const Current current(context_);
+      check(api().p_cuEventDestroy(reinterpret_cast<CUevent>(fence)), "cuEventDestroy");
+    } catch (const std::exception& error) {
+      report(error);
+    }
+  }
+
+  void do_synchronize() override {
+    const Current current(context_);
+    check(api().p_cuCtxSynchronize(), "cuCtxSynchronize");
+  }
+
+  CUdevice cu_device_ = 0;
+  CUcontext context_ = nullptr;
+  CUstream zeroing_ = nullptr;
+  CUmemAllocationProp properties_{};
+};
+
+}  // namespace
+
+std::shared_ptr<Driver> make_cuda_driver(int device) { return std::make_shared<CudaDriver>(device); }
+
+CudaProbe probe_cuda() {
+  CudaProbe probe;
+  try {
+    check(api().p_cuDriverGetVersion(&probe.driver_version), "cuDriverGetVersion");
+    check(api().p_cuDeviceGetCount(&probe.devices), "cuDeviceGetCount");
+    probe.available = probe.devices > 0;
+    if (!probe.available) probe.why = "the driver sees no device";
+  } catch (const Error& error) {
+    probe.why = error.what();
+  }
+  return probe;
+}
+
+}  // namespace vattn

@@ -1,0 +1,201 @@
+// The driver's contract on the CPU, with real virtual memory: one sparse memfd is the device, a reservation is
+// PROT_NONE address space, and mapping is mmap(MAP_FIXED) of the file over it.
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/sysinfo.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <iterator>
+#include <map>
+#include <mutex>
+#include <unordered_map>
+
+#include "driver.hpp"
+
+namespace vattn {
+namespace {
+
+[[noreturn]] void throw_errno(const char* call) {
+  const int code = errno;
+  if (code == ENOMEM || code == ENOSPC) throw OutOfDeviceMemory(call, code, std::strerror(code));
+  throw DriverError(call, code, std::strerror(code));
+}
+
+class HostDriver final : public Driver {
+ public:
+  HostDriver(std::size_t granularity, std::size_t capacity) : Driver(Kind::host, 0), capacity_(capacity) {
+    const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+    if (granularity == 0 || granularity % page != 0)
+      throw std::invalid_argument("granularity must be a multiple of the page size, " + std::to_string(page));
+    granularity_ = granularity;
+    file_ = ::memfd_create("vattn", MFD_CLOEXEC);
+    if (file_ < 0) throw_errno("memfd_create");
+  }
+
+  ~HostDriver() override { ::close(file_); }
+
+  MemoryInfo memory_info() override {
+    const std::lock_guard lock(mutex_);
+    if (capacity_ != 0) return {capacity_ - live_bytes_, capacity_};
+    struct sysinfo info {};
+    if (::sysinfo(&info) != 0) throw_errno("sysinfo");
+    return {(info.freeram + info.bufferram) * info.mem_unit, info.totalram * info.mem_unit};
+  }
+
+  std::string description() const override { return "host memory (memfd)"; }
+
+ private:
+  struct Memory {
+    off_t offset;
+    std::size_t bytes;
+    std::size_t mappings;
+    bool released;
+  };
+  struct Mapped {
+    std::size_t bytes;
+    Handle handle;
+  };
+
+  Address do_reserve(std::size_t bytes) override {
+    if (bytes == 0 || bytes % granularity_ != 0) refuse("reserve", "the size is not a multiple of the granularity");
+    // Over-reserved and cut to size, so that addresses are multiples of the granularity as they are on a GPU.
+    const std::size_t span = bytes + granularity_;
+    void* const got = ::mmap(nullptr, span, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (got == MAP_FAILED) throw_errno("reserve");
+    const auto first = reinterpret_cast<Address>(got);
+    const Address at = (first + granularity_ - 1) / granularity_ * granularity_;
+    if (at != first) ::munmap(got, at - first);
+    if (const std::size_t rest = first + span - (at + bytes); rest != 0) ::munmap(pointer(at + bytes), rest);
+    const std::lock_guard lock(mutex_);
+    reservations_.emplace(at, bytes);
+    return at;
+  }
+
+  void do_free_address(Address at, std::size_t bytes) override {
+    const std::lock_guard lock(mutex_);
+    const auto found = reservations_.find(at);
+    if (found == reservations_.end() || found->second != bytes) refuse("free_address", "no such reservation");
+    if (const auto next = mapped_.lower_bound(at); next != mapped_.end() && next->first < at + bytes)
+      refuse("free_address", "something is still mapped there");
+    if (::munmap(pointer(at), bytes) != 0) throw_errno("free_address");
+    reservations_.erase(found);
+  }
+
+  Handle do_create(std::size_t bytes) override {
+    if (bytes == 0 || bytes % granularity_ != 0) refuse("create", "the size is not a multiple of the granularity");
+    const std::lock_guard lock(mutex_);
+    if (capacity_ != 0 && live_bytes_ + bytes > capacity_)
+      throw OutOfDeviceMemory("create", ENOMEM, "the simulated device is full");
+    // Offsets are never used twice: the file is sparse and 2^63 bytes long. fallocate commits the memory now,
+    // so that a machine without any says so here and not by SIGBUS at the first touch.
+    if (::fallocate(file_, 0, next_offset_, static_cast<off_t>(bytes)) != 0) throw_errno("create");
+    const auto handle = Handle{++last_handle_};
+    memory_.emplace(handle, Memory{next_offset_, bytes, 0, false});
+    next_offset_ += static_cast<off_t>(bytes);
+    live_bytes_ += bytes;
+    return handle;
+  }
+
+  void do_release(Handle handle) override {
+    const std::lock_guard lock(mutex_);
+    const auto found = memory_.find(handle);
+    if (found == memory_.end() || found->second.released) refuse("release", "no such handle");
+    found->second.released = true;
+    if (found->second.mappings == 0) punch(found);
+  }
+
+  void do_map(Address at, std::size_t bytes, Handle handle) override {
+    const std::lock_guard lock(mutex_);
+    const auto memory = memory_.find(handle);
+    if (memory == memory_.end() || memory->second.released) refuse("map", "no such handle");
+    if (memory->second.bytes != bytes) refuse("map", "a handle is mapped whole or not at all");
+    if (at % granularity_ != 0) refuse("map", "the address is not a multiple of the granularity");
+    const auto after = reservations_.upper_bound(at);
+    if (after == reservations_.begin()) refuse("map", "the address is not reserved");
+    const auto& [start, size] = *std::prev(after);
+    if (at + bytes > start + size) refuse("map", "the range is not within one reservation");
+    const auto next = mapped_.lower_bound(at);
+    if (next != mapped_.end() && next->first < at + bytes) refuse("map", "something is mapped there");
+    if (next != mapped_.begin()) {
+      const auto& [before, mapping] = *std::prev(next);
+      if (before + mapping.bytes > at) refuse("map", "something is mapped there");
+    }
+    if (::mmap(pointer(at), bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, file_, memory->second.offset) == MAP_FAILED)
+      throw_errno("map");
+    mapped_.emplace(at, Mapped{bytes, handle});
+    ++memory->second.mappings;
+  }
+
+  void do_set_access(Address at, std::size_t bytes) override {
+    const std::lock_guard lock(mutex_);
+    // Every byte must be mapped, as the driver demands; the range may span several mappings.
+    auto next = mapped_.find(at);
+    Address end = at;
+    while (next != mapped_.end() && next->first == end && end < at + bytes) {
+      end += next->second.bytes;
+      ++next;
+    }
+    if (end != at + bytes) refuse("set_access", "the range is not made of whole mappings");
+    if (::mprotect(pointer(at), bytes, PROT_READ | PROT_WRITE) != 0) throw_errno("set_access");
+  }
+
+  void do_unmap(Address at, std::size_t bytes) override {
+    const std::lock_guard lock(mutex_);
+    const auto found = mapped_.find(at);
+    if (found == mapped_.end() || found->second.bytes != bytes) refuse("unmap", "no such mapping");
+    // Mapped over by PROT_NONE, so that the address stays ours and faults.
+    if (::mmap(pointer(at), bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) ==
+        MAP_FAILED)
+      throw_errno("unmap");
+    const auto memory = memory_.find(found->second.handle);
+    mapped_.erase(found);
+    if (--memory->second.mappings == 0 && memory->second.released) punch(memory);
+  }
+
+  void do_zero(std::span<const Range> ranges) override {
+    for (const Range& range : ranges) std::memset(pointer(range.at), 0, range.bytes);
+  }
+
+  void do_copy(Address to, Address from, std::size_t bytes, Stream) override {
+    std::memcpy(pointer(to), pointer(from), bytes);
+  }
+
+  FenceId do_record(Stream) override { return FenceId{1}; }
+  void do_wait(FenceId) override {}
+  bool do_passed(FenceId) override { return true; }
+  void do_drop(FenceId) noexcept override {}
+  void do_synchronize() override {}
+
+  void punch(std::unordered_map<Handle, Memory>::iterator memory) {
+    const auto [offset, bytes, mappings, released] = memory->second;
+    if (::fallocate(file_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, static_cast<off_t>(bytes)) != 0) {
+      memory->second.released = false;
+      throw_errno("release");
+    }
+    live_bytes_ -= bytes;
+    memory_.erase(memory);
+  }
+
+  [[noreturn]] static void refuse(const char* call, const char* why) { throw DriverError(call, EINVAL, why); }
+  static void* pointer(Address at) { return reinterpret_cast<void*>(at); }
+
+  const std::size_t capacity_;
+  int file_ = -1;
+  std::mutex mutex_;
+  std::map<Address, std::size_t> reservations_;
+  std::map<Address, Mapped> mapped_;
+  std::unordered_map<Handle, Memory> memory_;
+  std::uint64_t last_handle_ = 0;
+  off_t next_offset_ = 0;
+  std::size_t live_bytes_ = 0;
+};
+
+}  // namespace
+
+std::shared_ptr<Driver> make_host_driver(std::size_t granularity, std::size_t capacity) {
+  return std::make_shared<HostDriver>(granularity, capacity);
+}
+
+}  // namespace vattn

@@ -1,0 +1,69 @@
+// The exceptions of the C++ core. bindings.cpp turns each into the Python exception of the same name.
+#pragma once
+
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace vattn {
+
+class Error : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// A driver call was refused. `code` is the CUresult, or the errno on the host.
+class DriverError : public Error {
+ public:
+  DriverError(std::string call, int code, const std::string& why)
+      : Error(call + " failed with code " + std::to_string(code) + ": " + why),
+        call_(std::move(call)),
+        code_(code) {}
+  const std::string& call() const noexcept { return call_; }
+  int code() const noexcept { return code_; }
+
+ private:
+  std::string call_;
+  int code_;
+};
+
+class OutOfDeviceMemory : public DriverError {
+ public:
+  using DriverError::DriverError;
+};
+
+// The byte budget is spent: `needed` bytes were asked for and `free` are left. A normal event for a scheduler.
+class OutOfPages : public Error {
+ public:
+  OutOfPages(std::size_t needed, std::size_t free)
+      : Error("the budget is spent: " + std::to_string(needed) + " bytes needed, " +
+              std::to_string(free) +
+              " free. Close or truncate a sequence, raise `budget`, or catch OutOfPages and retry later"),
+        needed_(needed),
+        free_(free) {}
+  std::size_t needed() const noexcept { return needed_; }
+  std::size_t free() const noexcept { return free_; }
+
+ private:
+  std::size_t needed_;
+  std::size_t free_;
+};
+
+class SequenceTooLong : public Error {
+ public:
+  using Error::Error;
+};
+
+class BackendUnavailable : public Error {
+ public:
+  using Error::Error;
+};
+
+// A broken invariant, found by Arena::check().
+class InvariantBroken : public Error {
+ public:
+  using Error::Error;
+};
+
+}  // namespace vattn

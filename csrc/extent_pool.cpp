@@ -1,0 +1,91 @@
+#include "extent_pool.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <thread>
+
+namespace vattn {
+
+ExtentPool::ExtentPool(std::shared_ptr<Driver> driver, std::size_t budget) : driver_(std::move(driver)) {
+  usage_.budget = budget;
+}
+
+std::size_t ExtentPool::class_of(std::size_t bytes) const noexcept {
+  const std::size_t granules = std::max<std::size_t>(1, bytes / granularity());
+  return std::min<std::size_t>(kClasses - 1, static_cast<std::size_t>(std::bit_width(granules)) - 1);
+}
+
+Extent ExtentPool::take(std::size_t size_class) {
+  const std::size_t bytes = bytes_of(size_class);
+  for (;;) {
+    {
+      const std::lock_guard lock(mutex_);
+      if (auto& pooled = free_[size_class]; !pooled.empty()) {
+        Extent extent = std::move(pooled.back());
+        pooled.pop_back();
+        usage_.pooled -= bytes;
+        return extent;
+      }
+      if (bytes > usage_.available()) throw OutOfPages(bytes, usage_.available());
+      if (usage_.charged + bytes <= usage_.budget) {
+        usage_.charged += bytes;
+        usage_.peak = std::max(usage_.peak, usage_.charged);
+        break;
+      }
+    }
+    // Nothing to release, yet charged: another thread is releasing it.
+    if (!release_largest()) std::this_thread::yield();
+  }
+  try {
+    for (;;) {
+      try {
+        return Extent(driver_, bytes);
+      } catch (const OutOfDeviceMemory&) {
+        if (!release_largest()) throw;
+      }
+    }
+  } catch (...) {
+    const std::lock_guard lock(mutex_);
+    usage_.charged -= bytes;
+    throw;
+  }
+}
+
+void ExtentPool::give(Extent&& extent) noexcept {
+  const std::lock_guard lock(mutex_);
+  usage_.pooled += extent.bytes();
+  free_[class_of(extent.bytes())].push_back(std::move(extent));
+}
+
+void ExtentPool::trim() {
+  while (release_largest()) {
+  }
+}
+
+ExtentPool::Usage ExtentPool::usage() const {
+  const std::lock_guard lock(mutex_);
+  return usage_;
+}
+
+bool ExtentPool::release_largest() {
+  std::unique_lock lock(mutex_);
+  const auto largest = std::find_if(free_.rbegin(), free_.rend(), [](const auto& pooled) { return !pooled.empty(); });
+  if (largest == free_.rend()) return false;
+  Extent extent = std::move(largest->back());
+  largest->pop_back();
+  const std::size_t bytes = extent.bytes();
+  lock.unlock();
+  try {
+    extent.release();
+  } catch (...) {
+    lock.lock();
+    largest->push_back(std::move(extent));
+    throw;
+  }
+  lock.lock();
+  usage_.pooled -= bytes;
+  usage_.charged -= bytes;
+  return true;
+}
+
+}  // namespace vattn

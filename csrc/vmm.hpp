@@ -1,0 +1,105 @@
+// Handles that own one thing of the driver each and know the call that undoes it.
+//
+//   type         acquired by     undone by      must go before
+//   Reservation  reserve         free_address   -
+//   Extent       create          release        -
+//   Mapping      map             unmap          its Reservation
+//   Fence        record          drop           -
+//
+// Destructors do not throw: what the driver refuses is reported, see Driver::report.
+#pragma once
+
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "driver.hpp"
+
+namespace vattn {
+
+class Reservation {
+ public:
+  Reservation(std::shared_ptr<Driver> driver, std::size_t bytes);
+  ~Reservation();
+  Reservation(const Reservation&) = delete;
+  Reservation& operator=(const Reservation&) = delete;
+
+  Address base() const noexcept { return base_; }
+  std::size_t bytes() const noexcept { return bytes_; }
+
+ private:
+  std::shared_ptr<Driver> driver_;
+  std::size_t bytes_;
+  Address base_;
+};
+
+// One physical handle. Move-only.
+class Extent {
+ public:
+  Extent(std::shared_ptr<Driver> driver, std::size_t bytes);
+  ~Extent();
+  Extent(Extent&& other) noexcept;
+  Extent& operator=(Extent&& other) noexcept;
+
+  Handle handle() const noexcept { return handle_; }
+  std::size_t bytes() const noexcept { return bytes_; }
+  // Whether the memory has been zeroed since the driver gave it, which happens once, at the first mapping.
+  bool zeroed = false;
+
+  // Gives the memory up now. When the driver refuses, throws and still owns it.
+  void release();
+
+ private:
+  std::shared_ptr<Driver> driver_;  // empty when moved from or released
+  std::size_t bytes_;
+  Handle handle_;
+};
+
+// One extent at one address. Move-only.
+class Mapping {
+ public:
+  // Takes the extent only when the driver has mapped it. The memory is not accessible before allow().
+  Mapping(std::shared_ptr<Driver> driver, Extent& extent, Address at);
+  ~Mapping();
+  Mapping(Mapping&& other) noexcept;
+  Mapping& operator=(Mapping&& other) noexcept;
+
+  void allow();
+  // Hands the extent back. When the driver refuses, throws and still is mapped.
+  Extent unmap();
+
+  Range range() const noexcept { return {at_, extent_.bytes()}; }
+  std::size_t bytes() const noexcept { return extent_.bytes(); }
+  bool zeroed() const noexcept { return extent_.zeroed; }
+  void set_zeroed() noexcept { extent_.zeroed = true; }
+
+ private:
+  std::shared_ptr<Driver> driver_;  // empty when moved from or unmapped
+  Extent extent_;
+  Address at_;
+};
+
+class Fence {
+ public:
+  Fence(std::shared_ptr<Driver> driver, Stream stream)
+      : driver_(std::move(driver)), stream_(stream), id_(driver_->record(stream)) {}
+  ~Fence() { driver_->drop(id_); }
+  Fence(const Fence&) = delete;
+  Fence& operator=(const Fence&) = delete;
+
+  Stream stream() const noexcept { return stream_; }
+  bool passed() const { return driver_->passed(id_); }
+  void wait() const {
+    if (!passed()) driver_->wait(id_);
+  }
+
+ private:
+  std::shared_ptr<Driver> driver_;
+  Stream stream_;
+  FenceId id_;
+};
+
+// The last use of some memory on every stream that used it.
+using Fences = std::vector<std::shared_ptr<const Fence>>;
+
+}  // namespace vattn

@@ -1,0 +1,46 @@
+"""A KV cache whose address never changes and whose memory grows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vattn.cache import CacheStats, KVCache, Sequence
+from vattn.errors import (
+    BackendUnavailable,
+    DriverError,
+    Error,
+    OutOfDeviceMemory,
+    OutOfPages,
+    SequenceTooLong,
+)
+from vattn.layout import KVLayout, LayerShape
+
+if TYPE_CHECKING:
+    from vattn.hf import VirtualCache, install
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "CacheStats",
+    "DriverError",
+    "Error",
+    "KVCache",
+    "KVLayout",
+    "LayerShape",
+    "OutOfDeviceMemory",
+    "OutOfPages",
+    "Sequence",
+    "SequenceTooLong",
+    "VirtualCache",
+    "install",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # transformers takes seconds to import and is an extra: it loads when the Hugging Face face is asked for.
+    if name in ("VirtualCache", "install"):
+        from vattn import hf
+
+        return getattr(hf, name)
+    raise AttributeError(f"module 'vattn' has no attribute {name!r}")

@@ -1,0 +1,361 @@
+"""``KVCache``: torch views of K and V whose address never changes, over memory that follows the sequences."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from vattn import _core
+from vattn.errors import BackendUnavailable
+from vattn.layout import GRANULARITY, Group, Kind, KVLayout
+
+_UNLIMITED = 1 << 62  # bytes; more than any machine has
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """A snapshot of a cache's memory; sizes in bytes.
+
+    Attributes:
+        budget: the limit on physical memory; None when there is none.
+        reserved: addresses, which cost nothing.
+        physical: memory taken from the driver, which is mapped + pooled + retired.
+        peak: the most that ``physical`` has been.
+        mapped: memory under slots; ``parked`` is the part under slots that no sequence has.
+        parked: see ``mapped``.
+        pooled: memory kept for the next growth.
+        retired: memory that waits for kernels to finish.
+        running_slots: slots with a sequence.
+        parked_slots: slots without one, whose memory is still mapped.
+        adopted: how often a new sequence took over a parked slot.
+        driver_calls: calls made so far, by name.
+    """
+
+    budget: int | None
+    reserved: int
+    physical: int
+    peak: int
+    mapped: int
+    parked: int
+    pooled: int
+    retired: int
+    running_slots: int
+    parked_slots: int
+    adopted: int
+    driver_calls: dict[str, int]
+
+
+class KVCache:
+    """K and V of every layer, one slot a sequence.
+
+    Args:
+        layout: where the rows lie, see ``KVLayout``.
+        slots: sequences that may run at once. Costs addresses only.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or a ``torch.device``.
+        budget: limit on physical memory: bytes (int), a part of what is free now (float in (0, 1]), or None for
+            no limit but the device's.
+        growth_divisor: a growing sequence takes new memory in extents of up to 1/growth_divisor of what it has, so
+            that at most this part of it is unused.
+        capacity: bytes of a simulated device of fixed size (host only), for tests; by default the machine's memory.
+
+    Raises:
+        BackendUnavailable: the device cannot be used here.
+        ValueError: an argument is out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        *,
+        slots: int,
+        device: str | torch.device = "cpu",
+        budget: int | float | None = None,
+        growth_divisor: int = 32,
+        capacity: int = 0,
+    ) -> None:
+        if slots < 1:
+            raise ValueError(f"slots must be at least 1, not {slots}")
+        self.layout = layout
+        self.slots = slots
+        self.device = _resolved(torch.device(device))
+        driver = _driver(self.device, layout.granularity, capacity)
+        self._arena = _core.Arena(
+            driver,
+            [(plane.row_bytes, plane.window or 0) for plane in layout.planes],
+            slots=slots,
+            max_len=layout.max_len,
+            budget=_budget_bytes(budget, driver),
+            growth_divisor=growth_divisor,
+        )
+        self._windowed = any(plane.window for plane in layout.planes)
+        self._k: dict[int, torch.Tensor] = {}
+        self._v: dict[int, torch.Tensor] = {}
+        self._grouped: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for group in layout.groups:
+            k = self._export(group, group.shape.head_dim, group.k_planes, group.k_offsets)
+            v = self._export(group, group.shape.v_head_dim, group.v_planes, group.v_offsets)
+            self._grouped.append((k, v))
+            for index, layer in enumerate(group.layers):
+                self._k[layer], self._v[layer] = k[:, :, index], v[:, :, index]
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Any,
+        *,
+        max_len: int,
+        slots: int,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype | None = None,
+        budget: int | float | None = None,
+        layout: Kind = "interleaved",
+        granularity: int = GRANULARITY,
+    ) -> KVCache:
+        """The cache of a model by its Hugging Face configuration (arguments as in ``KVLayout.from_config``)."""
+        name = None if dtype is None else str(dtype).removeprefix("torch.")
+        described = KVLayout.from_config(
+            config, max_len=max_len, dtype=name, kind=layout, granularity=granularity
+        )
+        return cls(described, slots=slots, device=device, budget=budget)
+
+    def k(self, layer: int) -> torch.Tensor:
+        """K of one layer, ``[slots, max_len, kv_heads, head_dim]``: the whole virtual tensor.
+
+        Its address never changes. Rows at and past a sequence's length may be unmapped: reading them is a fault, so
+        slice before computing, e.g. ``cache.k(0)[slot, :length]``.
+        """
+        return self._k[self._known(layer)]
+
+    def v(self, layer: int) -> torch.Tensor:
+        """V of one layer, ``[slots, max_len, kv_heads, v_head_dim]``; see ``k``."""
+        return self._v[self._known(layer)]
+
+    def grouped(self, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of all layers of a ``layout.groups`` entry, ``[slots, max_len, layers, kv_heads, head_dim]``."""
+        return self._grouped[group]
+
+    def open(self, *, slot: int | None = None, expected: int = 0) -> Sequence:
+        """Starts an empty sequence.
+
+        Args:
+            slot: the slot to take; by default the parked one that best fits ``expected``, or else a bare one.
+            expected: positions it is likely to need, to choose a parked slot by.
+
+        Raises:
+            ValueError: the slot, or every slot, is in use.
+        """
+        return Sequence(self, self._arena.acquire(slot, expected=expected, stream=self._stream()))
+
+    def grow_all(self, sequences: list[Sequence], length: int, *, keep: int) -> None:
+        """Brings several sequences to ``length`` positions at once: all of them, or none when it raises.
+
+        Args:
+            sequences: running sequences of this cache, none longer than ``length``.
+            length: positions each shall have.
+            keep: the shortest length that they may still be truncated to; see ``Sequence.grow``.
+        """
+        stream = self._stream() if self._windowed else 0
+        self._arena.grow([sequence.slot for sequence in sequences], length, keep, stream)
+        for sequence in sequences:
+            sequence.length = length
+
+    def trim(self) -> None:
+        """Gives every byte back to the driver that no running sequence needs."""
+        self._arena.trim()
+
+    def close(self) -> None:
+        """Unmaps everything. Views of K and V must not be read any more; their addresses stay reserved."""
+        self._arena.close()
+
+    def stats(self) -> CacheStats:
+        """A snapshot of the memory and of the driver calls made so far."""
+        stats: dict[str, Any] = {**self._arena.stats(), "driver_calls": self._arena.driver.counts()}
+        if stats["budget"] == _UNLIMITED:
+            stats["budget"] = None
+        return CacheStats(**stats)
+
+    def map(self) -> list[_core.SlotInfo]:
+        """Every slot: state, length, and for each plane the extents in bytes; offsets count from ``k(0)``'s start."""
+        return self._arena.map()
+
+    def show(self) -> str:
+        """The map as text, a line a slot that has memory or a sequence; extents in granules, ``+`` between them."""
+        lines = []
+        for index, slot in enumerate(self.map()):
+            mapped = sum(run["tail"] - run["head"] for run in slot["runs"])
+            if slot["state"] == "bare":
+                continue
+            head = f"slot {index} {slot['state']} length {slot['length']} mapped {mapped / 2**20:.3f} MiB"
+            runs = [
+                f"  plane {plane} @{run['offset']:#014x}: "
+                + "+".join(str(extent // self.layout.granularity) for extent in run["extents"])
+                for plane, run in enumerate(slot["runs"])
+                if run["extents"]
+            ]
+            lines += [head, *runs]
+        return "\n".join(lines)
+
+    def check(self) -> None:
+        """Recounts every extent, address and state; raises ``vattn.Error`` where an invariant is broken."""
+        self._arena.check()
+
+    def __enter__(self) -> KVCache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"KVCache({len(self.layout.layers)} layers, {self.slots} slots of {self.layout.max_len}, "
+            f"{self.layout.kind}, {self.device})"
+        )
+
+    def _known(self, layer: int) -> int:
+        if layer not in self._k:
+            raise ValueError(f"layer {layer} has no cache: layers with one are {sorted(self._k)}")
+        return layer
+
+    def _stream(self) -> int:
+        if self.device.type != "cuda":
+            return 0
+        return torch.cuda.current_stream(self.device).cuda_stream
+
+    def _export(
+        self, group: Group, head_dim: int, planes: tuple[int, ...], offsets: tuple[int, ...]
+    ) -> torch.Tensor:
+        arena, shape = self._arena, group.shape
+        starts = [arena.plane_offset(plane) + offset for plane, offset in zip(planes, offsets, strict=True)]
+        layer_stride = starts[1] - starts[0] if len(starts) > 1 else 0
+        row_bytes = self.layout.planes[planes[0]].row_bytes
+        strides = [arena.slot_stride(planes[0]), row_bytes, layer_stride, head_dim * shape.itemsize, shape.itemsize]
+        capsule = arena.dlpack(
+            starts[0],
+            [self.slots, self.layout.max_len, len(starts), shape.kv_heads, head_dim],
+            [stride // shape.itemsize for stride in strides],
+            shape.itemsize,
+        )
+        raw: torch.Tensor = torch.utils.dlpack.from_dlpack(capsule)
+        return raw.view(getattr(torch, shape.dtype))
+
+
+class Sequence:
+    """One sequence of a ``KVCache``: a slot and a length. Close it, or use it in a ``with`` statement.
+
+    Attributes:
+        slot: the row of ``cache.k(layer)`` that is this sequence's.
+        length: positions that are mapped and may be read and written.
+    """
+
+    def __init__(self, cache: KVCache, slot: int) -> None:
+        self.cache = cache
+        self.slot = slot
+        self.length = 0
+        self._slots = (slot,)
+        self._open = True
+
+    def grow(self, n: int = 1) -> int:
+        """Makes room for ``n`` more positions and returns the new length.
+
+        Rows before a layer's sliding window, as seen from the length before the call, are given back.
+
+        Raises:
+            SequenceTooLong: beyond ``max_len``.
+            OutOfPages: the budget is spent.
+            OutOfDeviceMemory: the device is full.
+            ValueError: the sequence is closed, or ``n`` is negative.
+
+        After an error nothing has changed.
+        """
+        if n < 0:
+            raise ValueError(f"n must not be negative, not {n}: use truncate to shorten a sequence")
+        self._require_open()
+        cache, length = self.cache, self.length + n
+        cache._arena.grow(self._slots, length, self.length, cache._stream() if cache._windowed else 0)
+        self.length = length
+        return length
+
+    def truncate(self, length: int) -> None:
+        """Keeps the first ``length`` positions. Their memory stays mapped until somebody needs it.
+
+        Raises:
+            ValueError: the sequence is closed or shorter than that, or a sliding window has moved past ``length``.
+        """
+        self._require_open()
+        if length < 0:
+            raise ValueError(f"length must not be negative, not {length}")
+        self.cache._arena.truncate(self.slot, length, self.cache._stream())
+        self.length = length
+
+    def k(self, layer: int) -> torch.Tensor:
+        """This sequence's K, ``[length, kv_heads, head_dim]``, a view."""
+        self._require_open()
+        return self.cache.k(layer)[self.slot, : self.length]
+
+    def v(self, layer: int) -> torch.Tensor:
+        """This sequence's V, ``[length, kv_heads, v_head_dim]``, a view."""
+        self._require_open()
+        return self.cache.v(layer)[self.slot, : self.length]
+
+    def close(self) -> None:
+        """Ends the sequence and parks its slot. Closing twice is allowed."""
+        if self._open:
+            self.cache._arena.release(self.slot, self.cache._stream())
+            self._open = False
+            self.length = 0
+
+    def __enter__(self) -> Sequence:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = f"length {self.length}" if self._open else "closed"
+        return f"Sequence(slot {self.slot}, {state})"
+
+    def _require_open(self) -> None:
+        if not self._open:
+            raise ValueError("the sequence is closed: open a new one with KVCache.open")
+
+
+def _resolved(device: torch.device) -> torch.device:
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise BackendUnavailable(f"device {str(device)!r} is not supported: use 'cuda' or 'cpu'")
+    if not torch.cuda.is_available():
+        why = _core.probe_cuda()["why"] or f"this torch, {torch.__version__}, is built without CUDA or sees no device"
+        raise BackendUnavailable(f"device {str(device)!r} cannot be used: {why}. Use device='cpu' instead")
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+
+
+def _driver(device: torch.device, granularity: int, capacity: int) -> _core.Driver:
+    if device.type == "cpu":
+        return _core.host_driver(granularity, capacity=capacity)
+    if capacity:
+        raise ValueError("capacity simulates a device on the host: it cannot be given for a CUDA device")
+    driver = _core.cuda_driver(device.index)
+    if driver.granularity != granularity:
+        raise ValueError(f"granularity must be {driver.granularity} on {device}, not {granularity}")
+    return driver
+
+
+def _budget_bytes(budget: int | float | None, driver: _core.Driver) -> int:
+    if budget is None:
+        return _UNLIMITED
+    if isinstance(budget, float):
+        if not 0 < budget <= 1 or math.isnan(budget):
+            raise ValueError(f"budget as a part of the free memory must be in (0, 1], not {budget}")
+        return int(budget * driver.memory_info()[0])
+    if budget < 0:
+        raise ValueError(f"budget must not be negative, not {budget}")
+    return budget

@@ -1,0 +1,317 @@
+"""Where each row of K and V lies: pure arithmetic, no device, no torch.
+
+The rows of a model are split into groups of layers that have the same shape and window, and each group into planes.
+A plane holds ``row_bytes`` for every position of a slot and is mapped by itself.
+
+``interleaved`` (the default)
+    One plane a group, ``[position, layer, (K, V), kv_head, head_dim]``: one mapping serves all layers, so a granule
+    holds few tokens and a sequence wastes at most one granule a group.
+``compact``
+    One plane for each layer's K and one for its V, ``[position, kv_head, head_dim]``: the rows of a layer are
+    contiguous, and each growth step maps in every plane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+GRANULARITY = 2 * 1024 * 1024
+"""Bytes of the smallest physical unit on CUDA devices, and the default on the host."""
+
+ITEMSIZES = {
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+}
+"""Bytes of an element, by the name of the torch dtype."""
+
+ALIGNMENT = 16  # what kernels that load by TMA want of every stride, in bytes
+
+Kind = Literal["interleaved", "compact"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShape:
+    """What one attention layer keeps of a token.
+
+    Attributes:
+        kv_heads: heads of K and V.
+        head_dim: elements of a head of K.
+        v_head_dim: elements of a head of V, where it differs (MLA); by default ``head_dim``.
+        dtype: name of the torch dtype, a key of ``ITEMSIZES``.
+        window: positions that a query sees, itself included; None when it sees all.
+    """
+
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int = 0
+    dtype: str = "bfloat16"
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.v_head_dim == 0:
+            object.__setattr__(self, "v_head_dim", self.head_dim)
+        for name in ("kv_heads", "head_dim", "v_head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1 or None, not {self.window}")
+        if self.dtype not in ITEMSIZES:
+            raise ValueError(f"dtype {self.dtype!r} is not supported: use one of {', '.join(ITEMSIZES)}")
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZES[self.dtype]
+
+    @property
+    def k_bytes(self) -> int:
+        """Bytes of one token's K, padded to the alignment."""
+        return _aligned(self.kv_heads * self.head_dim * self.itemsize)
+
+    @property
+    def v_bytes(self) -> int:
+        """Bytes of one token's V, padded to the alignment."""
+        return _aligned(self.kv_heads * self.v_head_dim * self.itemsize)
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One run of rows, mapped by itself: ``row_bytes`` for every position, of which a query sees ``window``."""
+
+    row_bytes: int
+    window: int | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers of one shape, in model order, and the planes that hold them, as indices into ``KVLayout.planes``.
+
+    ``k_planes`` and ``v_planes`` name the plane of each layer; ``k_offsets`` and ``v_offsets`` are the bytes from the
+    start of that plane's row to the layer's first element.
+    """
+
+    shape: LayerShape
+    layers: tuple[int, ...]
+    k_planes: tuple[int, ...]
+    v_planes: tuple[int, ...]
+    k_offsets: tuple[int, ...]
+    v_offsets: tuple[int, ...]
+
+
+class KVLayout:
+    """The layout of a model's KV cache.
+
+    Args:
+        layers: the shape of each layer, None for a layer that caches nothing.
+        max_len: positions of the longest sequence.
+        kind: ``"interleaved"`` or ``"compact"``.
+        granularity: bytes of the smallest physical unit.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerShape | None],
+        *,
+        max_len: int,
+        kind: Kind = "interleaved",
+        granularity: int = GRANULARITY,
+    ) -> None:
+        if kind not in ("interleaved", "compact"):
+            raise ValueError(f"layout must be 'interleaved' or 'compact', not {kind!r}")
+        if not any(layers):
+            raise ValueError("layers must name at least one layer that caches something")
+        if max_len < 1:
+            raise ValueError(f"max_len must be at least 1, not {max_len}")
+        if granularity < 1:
+            raise ValueError(f"granularity must be at least 1, not {granularity}")
+        self.layers = tuple(layers)
+        self.max_len = max_len
+        self.kind: Kind = kind
+        self.granularity = granularity
+
+    @classmethod
+    def uniform(
+        cls,
+        *,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        max_len: int,
+        v_head_dim: int = 0,
+        dtype: str = "bfloat16",
+        kind: Kind = "interleaved",
+        granularity: int = GRANULARITY,
+    ) -> KVLayout:
+        """The layout of ``layers`` layers of the same shape (arguments as in ``LayerShape``)."""
+        shape = LayerShape(kv_heads=kv_heads, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype)
+        return cls([shape] * layers, max_len=max_len, kind=kind, granularity=granularity)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Any,
+        *,
+        max_len: int,
+        dtype: str | None = None,
+        kind: Kind = "interleaved",
+        granularity: int = GRANULARITY,
+    ) -> KVLayout:
+        """The layout of a model by its configuration.
+
+        Args:
+            config: a Hugging Face configuration, or the mapping of a ``config.json``.
+            max_len: positions of the longest sequence.
+            dtype: name of the cache's dtype; by default the configuration's.
+            kind: ``"interleaved"`` or ``"compact"``.
+            granularity: bytes of the smallest physical unit.
+
+        Raises:
+            ValueError: the configuration lacks what a layout needs; the message names it.
+        """
+        return cls(layer_shapes(config, dtype=dtype), max_len=max_len, kind=kind, granularity=granularity)
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups, by their first layer."""
+        return self._split[0]
+
+    @cached_property
+    def planes(self) -> tuple[Plane, ...]:
+        """The planes, in the order in which they lie in the reservation."""
+        return self._split[1]
+
+    @cached_property
+    def _split(self) -> tuple[tuple[Group, ...], tuple[Plane, ...]]:
+        members: dict[LayerShape, list[int]] = {}
+        for index, shape in enumerate(self.layers):
+            if shape is not None:
+                members.setdefault(shape, []).append(index)
+        groups: list[Group] = []
+        planes: list[Plane] = []
+        for shape, indices in members.items():
+            n, k, v, first = len(indices), shape.k_bytes, shape.v_bytes, len(planes)
+            if self.kind == "interleaved":
+                planes.append(Plane(n * (k + v), shape.window))
+                k_planes = v_planes = (first,) * n
+                k_offsets = tuple(i * (k + v) for i in range(n))
+                v_offsets = tuple(i * (k + v) + k for i in range(n))
+            else:
+                planes += [Plane(k, shape.window)] * n + [Plane(v, shape.window)] * n
+                k_planes = tuple(range(first, first + n))
+                v_planes = tuple(range(first + n, first + 2 * n))
+                k_offsets = v_offsets = (0,) * n
+            groups.append(Group(shape, tuple(indices), k_planes, v_planes, k_offsets, v_offsets))
+        return tuple(groups), tuple(planes)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one more token takes while no window has filled."""
+        return sum(plane.row_bytes for plane in self.planes)
+
+    @property
+    def tokens_per_granule(self) -> float:
+        """Tokens that one granule holds, in the plane with the largest rows."""
+        return self.granularity / max(plane.row_bytes for plane in self.planes)
+
+    @property
+    def growth_step_bytes(self) -> int:
+        """Bytes of one granule in every plane: the least that a new sequence maps."""
+        return len(self.planes) * self.granularity
+
+    def used_bytes(self, length: int) -> int:
+        """Bytes of the rows that a sequence of ``length`` tokens needs; before a window nothing is needed."""
+        return sum(self._rows(plane, length) * plane.row_bytes for plane in self.planes)
+
+    def mapped_bytes(self, length: int) -> int:
+        """Bytes that must be mapped for ``length`` tokens: whole granules in every plane."""
+        total = 0
+        for plane in self.planes:
+            first = (length - self._rows(plane, length)) * plane.row_bytes // self.granularity
+            total += (-(-length * plane.row_bytes // self.granularity) - first) * self.granularity
+        return total
+
+    def waste(self, length: int) -> float:
+        """Part of ``mapped_bytes(length)`` that holds no needed row, 0 to 1."""
+        mapped = self.mapped_bytes(length)
+        return 1 - self.used_bytes(length) / mapped if mapped else 0.0
+
+    def static_waste(self, length: int) -> float:
+        """Part of a max-length reservation, as static caches make it, that ``length`` tokens leave unused, 0 to 1."""
+        return 1 - self.used_bytes(length) / self.static_bytes
+
+    @property
+    def static_bytes(self) -> int:
+        """Bytes that a max-length reservation takes for one sequence."""
+        return self.used_bytes(self.max_len)
+
+    @staticmethod
+    def _rows(plane: Plane, length: int) -> int:
+        return length if plane.window is None else min(length, plane.window)
+
+
+def layer_shapes(config: Any, *, dtype: str | None = None) -> list[LayerShape | None]:
+    """The shape of each layer of a model, from a Hugging Face configuration or the mapping of a ``config.json``.
+
+    Raises:
+        ValueError: a value that is needed is missing; the message names it.
+    """
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    elif isinstance(config, Mapping) and "text_config" in config:
+        config = config["text_config"]
+
+    def get(*names: str, default: Any = None) -> Any:
+        for name in names:
+            value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+            if value is not None:
+                return value
+        return default
+
+    def need(*names: str) -> Any:
+        value = get(*names)
+        if value is None:
+            raise ValueError(f"the model's configuration lacks {names[0]!r}, which a KV layout needs")
+        return value
+
+    n_layers: int = need("num_hidden_layers", "n_layer", "num_layers")
+    heads: int = need("num_attention_heads", "n_head", "num_heads")
+    if get("kv_lora_rank") is not None:  # MLA, whose cache in transformers holds expanded heads
+        shape = LayerShape(
+            kv_heads=heads,
+            head_dim=need("qk_nope_head_dim") + need("qk_rope_head_dim"),
+            v_head_dim=need("v_head_dim"),
+        )
+    else:
+        kv_heads = 1 if get("multi_query") and not get("new_decoder_architecture") else heads
+        head_dim = get("head_dim", "d_kv") or need("hidden_size", "n_embd", "d_model") // heads
+        shape = LayerShape(kv_heads=get("num_key_value_heads", "num_kv_heads", default=kv_heads), head_dim=head_dim)
+    name = dtype or str(get("dtype", "torch_dtype", default="bfloat16")).removeprefix("torch.")
+    full = replace(shape, dtype=name)
+
+    window = get("sliding_window", "attention_chunk_size")
+    if get("use_sliding_window") is False:
+        window = None
+    types = get("layer_types")
+    if types is None:
+        types = ["full_attention" if window is None else "sliding_attention"] * n_layers
+    local = replace(full, window=window)
+    kinds: dict[str, LayerShape | None] = {
+        "full_attention": full,
+        "sliding_attention": local,
+        "chunked_attention": local,
+        "linear_attention": None,
+        "conv": None,
+    }
+    if unknown := set(types) - set(kinds):
+        raise ValueError(f"layer_types has {sorted(unknown)}, whose cache is not known to vattn")
+    shared = get("num_kv_shared_layers", default=0)
+    return [kinds[kind] if i < n_layers - shared else None for i, kind in enumerate(types)]
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
