@@ -94,11 +94,17 @@ class KVCache:
         self._windowed = any(plane.window for plane in layout.planes)
         self._k: dict[int, torch.Tensor] = {}
         self._v: dict[int, torch.Tensor] = {}
-        self._grouped: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._grouped: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
         for group in layout.groups:
-            k = self._export(group, group.shape.head_dim, group.k_planes, group.k_offsets)
-            v = self._export(group, group.shape.v_head_dim, group.v_planes, group.v_offsets)
-            self._grouped.append((k, v))
+            shape = group.shape
+            if group.fused:
+                heads = self._export(group, 2 * shape.kv_heads, shape.head_dim, group.k_planes, group.k_offsets)
+                k, v = heads[..., : shape.kv_heads, :], heads[..., shape.kv_heads :, :]
+            else:
+                k = self._export(group, shape.kv_heads, shape.head_dim, group.k_planes, group.k_offsets)
+                v = self._export(group, shape.kv_heads, shape.v_head_dim, group.v_planes, group.v_offsets)
+                heads = None
+            self._grouped.append((k, v, heads))
             for index, layer in enumerate(group.layers):
                 self._k[layer], self._v[layer] = k[:, :, index], v[:, :, index]
 
@@ -134,8 +140,12 @@ class KVCache:
         """V of one layer, ``[slots, max_len, kv_heads, v_head_dim]``; see ``k``."""
         return self._v[self._known(layer)]
 
-    def grouped(self, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of all layers of a ``layout.groups`` entry, ``[slots, max_len, layers, kv_heads, head_dim]``."""
+    def grouped(self, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """K and V of all layers of a ``layout.groups`` entry, ``[slots, max_len, layers, kv_heads, head_dim]``.
+
+        Where the group is ``fused``, also the heads of K and V as one tensor, ``[slots, max_len, layers, 2 * kv_heads,
+        head_dim]``, else None.
+        """
         return self._grouped[group]
 
     def open(self, *, slot: int | None = None, expected: int = 0) -> Sequence:
@@ -228,7 +238,7 @@ class KVCache:
         return torch.cuda.current_stream(self.device).cuda_stream
 
     def _export(
-        self, group: Group, head_dim: int, planes: tuple[int, ...], offsets: tuple[int, ...]
+        self, group: Group, heads: int, head_dim: int, planes: tuple[int, ...], offsets: tuple[int, ...]
     ) -> torch.Tensor:
         arena, shape = self._arena, group.shape
         starts = [arena.plane_offset(plane) + offset for plane, offset in zip(planes, offsets, strict=True)]
@@ -237,12 +247,14 @@ class KVCache:
         strides = [arena.slot_stride(planes[0]), row_bytes, layer_stride, head_dim * shape.itemsize, shape.itemsize]
         capsule = arena.dlpack(
             starts[0],
-            [self.slots, self.layout.max_len, len(starts), shape.kv_heads, head_dim],
+            [self.slots, self.layout.max_len, len(starts), heads, head_dim],
             [stride // shape.itemsize for stride in strides],
             shape.itemsize,
         )
-        raw: torch.Tensor = torch.utils.dlpack.from_dlpack(capsule)
-        return raw.view(getattr(torch, shape.dtype))
+        # A tensor born in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            raw: torch.Tensor = torch.utils.dlpack.from_dlpack(capsule)
+            return raw.view(getattr(torch, shape.dtype))
 
 
 class Sequence:

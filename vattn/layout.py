@@ -102,6 +102,17 @@ class Group:
     k_offsets: tuple[int, ...]
     v_offsets: tuple[int, ...]
 
+    @property
+    def fused(self) -> bool:
+        """Whether a layer's V heads follow its K heads as more heads of the same size would."""
+        shape = self.shape
+        heads = shape.kv_heads * shape.head_dim * shape.itemsize
+        return (
+            self.k_planes == self.v_planes
+            and shape.head_dim == shape.v_head_dim
+            and self.v_offsets[0] - self.k_offsets[0] == heads
+        )
+
 
 class KVLayout:
     """The layout of a model's KV cache.

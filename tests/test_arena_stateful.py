@@ -1,0 +1,146 @@
+"""The arena against a dict, in any order of operations, with faults: lengths, contents, budget and counts agree."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from vattn import DriverError, OutOfPages, _core
+
+PAGE = 4096
+ROW = 1024  # bytes: 4 rows a granule
+SLOTS = 4
+MAX_LEN = 64
+WINDOW = 6
+CAPACITY = 60 * PAGE
+
+
+class ArenaMachine(RuleBasedStateMachine):
+    @initialize(budget=st.integers(2, 50), divisor=st.sampled_from([1, 4, 32]), tail_rows=st.sampled_from([0, 3]))
+    def start(self, budget: int, divisor: int, tail_rows: int) -> None:
+        self.driver = _core.host_driver(PAGE, capacity=CAPACITY)
+        self.arena = _core.Arena(
+            self.driver,
+            [(ROW, 0), (ROW, WINDOW)],
+            slots=SLOTS,
+            max_len=MAX_LEN,
+            budget=budget * PAGE,
+            growth_divisor=divisor,
+            tail_rows=tail_rows,
+        )
+        self.planes = []
+        for plane in range(2):
+            stride = self.arena.slot_stride(plane)
+            capsule = self.arena.dlpack(
+                self.arena.plane_offset(plane), [SLOTS, MAX_LEN, 2], [stride // 8, ROW // 8, 1], 8
+            )
+            self.planes.append(torch.utils.dlpack.from_dlpack(capsule))
+        self.addresses = [plane.data_ptr() for plane in self.planes]
+        self.written: dict[int, list[int]] = {}  # slot -> what each of its rows holds
+        self.kept: dict[int, int] = {}  # slot -> the first position that a truncated window may still need
+        self.next_value = 1
+
+    def attempt(self, operation) -> bool:
+        """Whether the operation succeeded; it fails in the ways it may, and then has changed nothing."""
+        try:
+            operation()
+        except (DriverError, OutOfPages):
+            return False
+        return True
+
+    @rule(slot=st.integers(0, SLOTS - 1))
+    def acquire(self, slot: int) -> None:
+        if slot not in self.written and self.attempt(lambda: self.arena.acquire(slot)):
+            self.written[slot], self.kept[slot] = [], 0
+
+    @precondition(lambda self: len(self.written) < SLOTS)
+    @rule(expected=st.integers(0, MAX_LEN))
+    def acquire_any(self, expected: int) -> None:
+        chosen: list[int] = []
+        if self.attempt(lambda: chosen.append(self.arena.acquire(expected=expected))):
+            assert chosen[0] not in self.written
+            self.written[chosen[0]], self.kept[chosen[0]] = [], 0
+
+    @precondition(lambda self: self.written)
+    @rule(data=st.data(), by=st.integers(0, 20))
+    def grow(self, data: st.DataObject, by: int) -> None:
+        slots = data.draw(st.lists(st.sampled_from(sorted(self.written)), min_size=1, unique=True))
+        lengths = [len(self.written[slot]) for slot in slots]
+        goal = min(max(lengths) + by, MAX_LEN)
+        keep = min(lengths)
+        if not self.attempt(lambda: self.arena.grow(slots, goal, keep)):
+            return
+        for slot in slots:
+            rows = self.written[slot]
+            self.kept[slot] = max(self.kept[slot], keep - WINDOW + 1)
+            for position in range(len(rows), goal):
+                for plane in self.planes:
+                    plane[slot, position] = self.next_value
+                rows.append(self.next_value)
+                self.next_value += 1
+
+    @precondition(lambda self: self.written)
+    @rule(data=st.data(), fraction=st.floats(0, 1))
+    def truncate(self, data: st.DataObject, fraction: float) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.written)))
+        rows = self.written[slot]
+        length = int(len(rows) * fraction)
+        if 0 < length < len(rows) and length - WINDOW + 1 < self.kept[slot]:
+            return  # a window may have passed
+        if self.attempt(lambda: self.arena.truncate(slot, length)):
+            del rows[length:]
+            if length == 0:
+                self.kept[slot] = 0
+
+    @precondition(lambda self: self.written)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.written)))
+        if self.attempt(lambda: self.arena.release(slot)):
+            del self.written[slot]
+
+    @rule()
+    def trim(self) -> None:
+        self.attempt(self.arena.trim)
+
+    @rule(k=st.integers(1, 12), times=st.sampled_from([1, 1, 1, 3]), out_of_memory=st.booleans())
+    def break_soon(self, k: int, times: int, out_of_memory: bool) -> None:
+        self.driver.fail_at(k, times=times, out_of_memory=out_of_memory)
+
+    @rule()
+    def heal(self) -> None:
+        self.driver.fail_at(0)
+
+    @invariant()
+    def agrees(self) -> None:
+        if not hasattr(self, "arena"):
+            return
+        self.arena.check()
+        slots = self.arena.map()
+        assert {i for i, slot in enumerate(slots) if slot["state"] == "running"} == set(self.written)
+        assert [plane.data_ptr() for plane in self.planes] == self.addresses
+        for slot, rows in self.written.items():
+            assert slots[slot]["length"] == len(rows)
+            expected = torch.tensor(rows, dtype=torch.int64).reshape(-1, 1).expand(-1, 2)
+            assert torch.equal(self.planes[0][slot, : len(rows)], expected)
+            first = max(len(rows) - WINDOW + 1, 0)
+            assert torch.equal(self.planes[1][slot, first : len(rows)], expected[first:])
+
+    def teardown(self) -> None:
+        if not hasattr(self, "arena"):
+            return
+        self.driver.fail_at(0)
+        self.arena.close()
+        self.arena.check()
+        assert self.driver.memory_info()[0] == CAPACITY
+
+
+ArenaMachine.TestCase.settings = settings(
+    max_examples=200,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+TestArena = ArenaMachine.TestCase

@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import gc
+import os
+
+import pytest
+import torch
+
+from vattn import BackendUnavailable, KVCache, KVLayout, LayerShape, OutOfPages, SequenceTooLong
+
+PAGE = 4096
+DTYPES = ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
+
+
+def small(kind="interleaved", *, dtype="float32", device="cpu", max_len=500, **options):
+    layout = KVLayout.uniform(
+        layers=3, kv_heads=2, head_dim=16, v_head_dim=24, max_len=max_len, dtype=dtype, kind=kind,
+        granularity=PAGE if device == "cpu" else 1 << 21,
+    )  # fmt: skip
+    return KVCache(layout, slots=3, device=device, **options)
+
+
+def noise(cache, n, head_dim):
+    return torch.randn(n, 2, head_dim, device=cache.device).to(cache.k(0).dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["interleaved", "compact"])
+def test_what_is_written_is_read_while_everything_grows(device, kind, dtype):
+    cache = small(kind, dtype=dtype, device=device)
+    written = {}
+    address = cache.k(1).data_ptr()
+    a, b = cache.open(), cache.open()
+    for step in range(20):
+        for sequence in (a, b):
+            start, n = sequence.length, 1 + step * (1 + sequence.slot)
+            sequence.grow(n)
+            for layer in range(3):
+                k, v = noise(cache, n, 16), noise(cache, n, 24)
+                sequence.k(layer)[start:].copy_(k)
+                sequence.v(layer)[start:].copy_(v)
+                written.setdefault((sequence.slot, layer), []).append((k, v))
+    for sequence in (a, b):
+        for layer in range(3):
+            k, v = (torch.cat(parts) for parts in zip(*written[sequence.slot, layer], strict=True))
+            assert torch.equal(sequence.k(layer).float(), k.float())
+            assert torch.equal(sequence.v(layer).float(), v.float())
+    assert cache.k(1).data_ptr() == address
+    assert cache.k(0).shape == (3, 500, 2, 16)
+    assert cache.v(2).shape == (3, 500, 2, 24)
+    assert cache.k(0).dtype == getattr(torch, dtype)
+
+
+def test_strides_suit_kernels():
+    cache = small(dtype="bfloat16")
+    for tensor in (cache.k(0), cache.v(2)):
+        assert tensor.stride(-1) == 1
+        assert all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:3])
+        assert tensor.data_ptr() % 16 == 0
+
+
+def test_new_memory_is_zero(device):
+    cache = small(device=device)
+    with cache.open() as sequence:
+        sequence.grow(100)
+        assert not sequence.k(0).any()
+        assert not sequence.v(2).any()
+
+
+def test_plain_attention_runs_on_a_slice(device):
+    cache = small(device=device)
+    sequence = cache.open()
+    sequence.grow(37)
+    k, v = torch.randn(37, 2, 16, device=device), torch.randn(37, 2, 24, device=device)
+    sequence.k(1).copy_(k)
+    sequence.v(1).copy_(v)
+    q = torch.randn(1, 2, 5, 16, device=device)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    got = attend(q, sequence.k(1).transpose(0, 1)[None], sequence.v(1).transpose(0, 1)[None])
+    torch.testing.assert_close(got, attend(q, k.transpose(0, 1)[None], v.transpose(0, 1)[None]))
+
+
+def test_sequences_grow_truncate_and_close():
+    cache = small()
+    sequence = cache.open()
+    assert sequence.grow(10) == 10
+    assert sequence.grow() == 11
+    assert sequence.grow(0) == 11
+    sequence.truncate(4)
+    assert (sequence.length, sequence.k(0).shape[0]) == (4, 4)
+    sequence.close()
+    sequence.close()
+    assert repr(sequence) == "Sequence(slot 0, closed)"
+    for use in (lambda: sequence.grow(1), lambda: sequence.truncate(0), lambda: sequence.k(0), lambda: sequence.v(0)):
+        with pytest.raises(ValueError, match="the sequence is closed: open a new one"):
+            use()
+
+
+def test_a_batch_grows_together():
+    cache = small(budget=8 * PAGE)
+    rows = [cache.open() for _ in range(3)]
+    cache.grow_all(rows, 3, keep=0)
+    with pytest.raises(OutOfPages):
+        cache.grow_all(rows, 400, keep=3)
+    assert [row.length for row in rows] == [3, 3, 3]
+
+
+def test_misuse_is_told():
+    cache = small(max_len=10)
+    sequence = cache.open()
+    with pytest.raises(ValueError, match="n must not be negative"):
+        sequence.grow(-1)
+    with pytest.raises(ValueError, match="length must not be negative"):
+        sequence.truncate(-1)
+    with pytest.raises(ValueError, match="cannot truncate to 5"):
+        sequence.truncate(5)
+    with pytest.raises(SequenceTooLong, match="11 positions are more than max_len, 10"):
+        sequence.grow(11)
+    with pytest.raises(ValueError, match="layer 3 has no cache"):
+        cache.k(3)
+    with pytest.raises(ValueError, match="slot 0 is in use"):
+        cache.open(slot=0)
+    assert sequence.length == 0
+    for options, message in [
+        ({"budget": 100}, "budget of 100 bytes is below one granule"),
+        ({"budget": -1}, "budget must not be negative"),
+        ({"budget": 1.5}, r"budget as a part of the free memory must be in \(0, 1\]"),
+        ({"budget": 0.0}, "budget as a part"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            small(**options)
+    with pytest.raises(ValueError, match="slots must be at least 1"):
+        KVCache(cache.layout, slots=0)
+    with pytest.raises(BackendUnavailable, match="'mps' is not supported"):
+        KVCache(cache.layout, slots=1, device="mps")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA device")
+def test_cuda_without_a_gpu_says_what_to_do():
+    with pytest.raises(BackendUnavailable, match=r"device 'cuda' cannot be used: .* Use device='cpu' instead"):
+        small(device="cuda")
+
+
+@pytest.mark.gpu
+def test_a_device_that_does_not_exist():
+    with pytest.raises(BackendUnavailable, match="CUDA device 99 does not exist"):
+        small(device="cuda:99")
+
+
+def test_a_budget_as_a_part_of_what_is_free():
+    cache = small(budget=0.5, capacity=100 * PAGE)
+    assert cache.stats().budget == 50 * PAGE
+
+
+def test_views_keep_the_memory_alive():
+    cache = small()
+    sequence = cache.open()
+    sequence.grow(10)
+    view = sequence.k(0)
+    view.fill_(3)
+    del cache, sequence
+    gc.collect()
+    assert (view == 3).all()
+
+
+def test_closing_gives_everything_back_and_parking_keeps_it():
+    cache = small(capacity=100 * PAGE)
+    with cache:
+        for _ in range(3):
+            with cache.open() as sequence:
+                sequence.grow(50)
+        stats = cache.stats()
+        assert (stats.parked_slots, stats.running_slots, stats.adopted) == (1, 0, 2)
+        assert stats.mapped == stats.parked == stats.physical > 0
+        cache.trim()
+        assert cache.stats().physical == 0
+    with pytest.raises(ValueError, match="the cache is closed"):
+        cache.open()
+
+
+def test_the_map_can_be_read():
+    cache = small(max_len=1000)
+    cache.open().grow(20)
+    cache.open().grow(1)
+    cache.open(slot=2).close()
+    text = cache.show()
+    assert "slot 0 running length 20 mapped 0.020 MiB" in text
+    assert "plane 0 @0x000000000000: 4+1" in text
+    assert "slot 1 running length 1 mapped 0.004 MiB" in text
+    assert "slot 2" not in text
+
+
+def test_from_config_and_hybrid_layouts():
+    config = {
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64,
+        "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"], "dtype": "float32",
+    }  # fmt: skip
+    cache = KVCache.from_config(config, max_len=1000, slots=1, granularity=PAGE)
+    sequence = cache.open()
+    for _ in range(500):
+        sequence.grow(1)
+    full, local = cache.map()[0]["runs"]
+    assert full["head"] == 0
+    assert local["head"] > 400 * 256
+    assert cache.stats().mapped < cache.layout.mapped_bytes(500) + full["tail"] // 16 + 4 * PAGE
+
+
+def test_views_made_in_inference_mode_are_ordinary_tensors():
+    with torch.inference_mode():
+        cache = small()
+    sequence = cache.open()
+    sequence.grow(2)
+    sequence.k(0).fill_(1)
+    assert not cache.k(0).is_inference()
+
+
+def test_a_layer_may_have_no_cache():
+    shape = LayerShape(kv_heads=1, head_dim=8, dtype="float32")
+    cache = KVCache(KVLayout([None, shape], max_len=8), slots=1)
+    assert cache.k(1).shape == (1, 8, 1, 8)
+    with pytest.raises(ValueError, match="layer 0 has no cache"):
+        cache.v(0)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_is_told_and_its_exit_harms_nobody():
+    cache = small()
+    sequence = cache.open()
+    sequence.grow(5)
+    sequence.k(0).fill_(7)
+    child = os.fork()
+    if child == 0:
+        try:
+            sequence.grow(400)
+        except BackendUnavailable as error:
+            del cache, sequence
+            gc.collect()
+            os._exit(0 if "make one in the child" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert (sequence.k(0) == 7).all()
+    sequence.grow(400)
+
+
+@pytest.mark.gpu
+def test_host_and_cuda_show_the_same_map_and_make_the_same_calls():
+    def run(device):
+        layout = KVLayout.uniform(layers=4, kv_heads=8, head_dim=128, max_len=10000)
+        cache = KVCache(layout, slots=4, device=device, budget=200 << 20)
+        for turn in range(3):
+            rows = [cache.open() for _ in range(3)]
+            for step in range(40):
+                cache.grow_all(rows, 1 + step * (turn + 1) * 37, keep=0)
+            rows[1].truncate(100)
+            for row in rows:
+                row.close()
+        cache.open().grow(5000)
+        shown, calls = cache.show(), cache.stats().driver_calls
+        calls.pop("wait")
+        return shown, calls
+
+    assert run("cpu") == run("cuda")
+
+
+@pytest.mark.gpu
+def test_memory_is_not_taken_away_under_a_running_kernel():
+    cache = small(device="cuda", budget=2 << 20)
+    other = torch.cuda.Stream()
+    sequence = cache.open()
+    sequence.grow(100)
+    sequence.k(0).fill_(1)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(other):
+        torch.cuda._sleep(400_000_000)
+        total = sequence.k(0).sum()
+        sequence.close()
+    # The other sequence needs the parked memory: it must wait for the sum.
+    with torch.cuda.stream(torch.cuda.Stream()):
+        replacement = cache.open(slot=1)
+        replacement.grow(100)
+        replacement.k(0).fill_(5)
+    torch.cuda.synchronize()
+    assert total.item() == 100 * 2 * 16

@@ -1,0 +1,71 @@
+"""Imports go up the house only; needs no compiler and no import of vattn."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# What each room may know, floor by floor.
+CSRC = {
+    "error.hpp": set(),
+    "driver.hpp": {"error"},
+    "driver.cpp": {"driver"},
+    "driver_cuda.cpp": {"driver"},
+    "driver_host.cpp": {"driver"},
+    "vmm.hpp": {"driver"},
+    "vmm.cpp": {"vmm"},
+    "extent_pool.hpp": {"vmm"},
+    "extent_pool.cpp": {"extent_pool"},
+    "arena.hpp": {"extent_pool"},
+    "arena.cpp": {"arena"},
+    "dlpack.hpp": set(),
+    "bindings.cpp": {"arena", "dlpack"},
+}
+PYTHON = {
+    "errors.py": set(),
+    "layout.py": set(),
+    "cache.py": {"_core", "errors", "layout"},
+    "hf.py": {"cache", "layout"},
+    "demo.py": {"hf", "layout"},
+    "cli.py": {"_core", "cache", "demo", "errors", "layout"},
+    "__init__.py": {"cache", "errors", "hf", "layout"},
+}
+TORCHLESS = {"errors.py", "layout.py"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc").iterdir()), ids=lambda path: path.name)
+def test_csrc(path):
+    included = set(re.findall(r'#include "(\w+)\.hpp"', path.read_text()))
+    assert included <= CSRC[path.name]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "vattn").glob("*.py")), ids=lambda path: path.name)
+def test_python(path):
+    known, torch_used = set(), False
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            if node.module == "vattn":
+                known |= {alias.name for alias in node.names}
+            elif node.module and node.module.startswith("vattn."):
+                known.add(node.module.split(".")[1])
+            torch_used |= bool(node.module) and node.module.split(".")[0] == "torch"
+        elif isinstance(node, ast.Import):
+            torch_used |= any(alias.name.split(".")[0] == "torch" for alias in node.names)
+    assert known <= PYTHON[path.name]
+    assert not (torch_used and path.name in TORCHLESS)
+
+
+def test_only_the_bindings_know_python():
+    for path in (ROOT / "csrc").iterdir():
+        assert ("pybind11" in path.read_text()) == (path.name == "bindings.cpp")
+
+
+def test_only_the_command_line_reads_the_environment():
+    for path in [*(ROOT / "csrc").iterdir(), *(ROOT / "vattn").glob("*.py")]:
+        if path.name != "cli.py":
+            assert not re.search(r"getenv|os\.environ", path.read_text()), path.name

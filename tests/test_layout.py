@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import pytest
+
+from vattn import KVLayout, LayerShape
+
+LLAMA_8B = {
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_size": 4096,
+    "torch_dtype": "bfloat16",
+}
+MIB = 2**20
+
+
+def test_llama_8b_interleaved():
+    layout = KVLayout.from_config(LLAMA_8B, max_len=131072)
+    assert layout.bytes_per_token == 128 * 1024
+    assert layout.tokens_per_granule == 16
+    assert layout.growth_step_bytes == 2 * MIB
+    assert layout.static_bytes == 16 * 1024 * MIB
+    assert layout.mapped_bytes(8192) == 1024 * MIB
+    assert layout.waste(8192) == 0
+    assert layout.mapped_bytes(8193) == 1026 * MIB
+    assert layout.waste(1) == 1 - 1 / 16
+    assert layout.static_waste(8192) == 1 - 1 / 16
+    assert layout.mapped_bytes(0) == 0
+    assert layout.waste(0) == 0
+
+
+def test_llama_8b_compact():
+    layout = KVLayout.from_config(LLAMA_8B, max_len=131072, kind="compact")
+    assert len(layout.planes) == 64
+    assert layout.tokens_per_granule == 1024
+    assert layout.growth_step_bytes == 128 * MIB
+    assert layout.mapped_bytes(1) == 128 * MIB
+    assert layout.mapped_bytes(8192) == 1024 * MIB
+
+
+def test_a_row_interleaves_layers_then_k_and_v():
+    layout = KVLayout.uniform(layers=3, kv_heads=2, head_dim=64, max_len=10, dtype="float32")
+    (group,) = layout.groups
+    assert group.k_offsets == (0, 1024, 2048)
+    assert group.v_offsets == (512, 1536, 2560)
+    assert layout.planes[0].row_bytes == 3072
+
+
+def test_rows_are_padded_to_sixteen_bytes():
+    layout = KVLayout.uniform(layers=1, kv_heads=1, head_dim=3, v_head_dim=5, max_len=10, dtype="float32")
+    assert (layout.groups[0].v_offsets, layout.planes[0].row_bytes) == ((16,), 48)
+
+
+def test_layers_of_another_shape_or_window_have_their_own_planes():
+    full = LayerShape(kv_heads=2, head_dim=64, dtype="float16")
+    local = LayerShape(kv_heads=2, head_dim=64, dtype="float16", window=100)
+    layout = KVLayout([full, local, None, full, local], max_len=1000, granularity=4096)
+    assert [group.layers for group in layout.groups] == [(0, 3), (1, 4)]
+    assert [plane.window for plane in layout.planes] == [None, 100]
+    assert layout.used_bytes(1000) == 1000 * 1024 + 100 * 1024
+    # Rows 900 to 999 of 1 KiB: granules 225 to 249.
+    assert layout.mapped_bytes(1000) == 250 * 4096 + 25 * 4096
+
+
+def test_windows_from_a_config():
+    config = {**LLAMA_8B, "sliding_window": 4096}
+    assert {plane.window for plane in KVLayout.from_config(config, max_len=10).planes} == {4096}
+    config["use_sliding_window"] = False
+    assert {plane.window for plane in KVLayout.from_config(config, max_len=10).planes} == {None}
+    types = ["full_attention", "sliding_attention"] * 16
+    config = {**LLAMA_8B, "sliding_window": 512, "layer_types": types}
+    assert [plane.window for plane in KVLayout.from_config(config, max_len=10).planes] == [None, 512]
+
+
+def test_mla_keeps_expanded_heads():
+    config = {
+        "num_hidden_layers": 2, "num_attention_heads": 128, "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    }  # fmt: skip
+    shape = KVLayout.from_config(config, max_len=10).layers[0]
+    assert shape == LayerShape(kv_heads=128, head_dim=192, v_head_dim=128)
+
+
+def test_gpt2_names_and_nested_and_shared_configs():
+    gpt2 = {"n_layer": 12, "n_head": 12, "n_embd": 768}
+    assert KVLayout.from_config(gpt2, max_len=10).layers[0] == LayerShape(kv_heads=12, head_dim=64)
+    nested = {"text_config": {**LLAMA_8B, "num_kv_shared_layers": 12}}
+    assert [layer is None for layer in KVLayout.from_config(nested, max_len=10).layers] == [False] * 20 + [True] * 12
+
+
+def test_a_transformers_config():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Gemma2Config(num_hidden_layers=4, sliding_window=64, head_dim=32, num_key_value_heads=2)
+    layout = KVLayout.from_config(config, max_len=10, dtype="float32")
+    assert sorted(str(plane.window) for plane in layout.planes) == ["64", "None"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": None}, "lacks 'num_hidden_layers'"),
+        ({"hidden_size": None}, "lacks 'hidden_size'"),
+        ({"layer_types": ["mystery"] * 32}, "mystery"),
+        ({"torch_dtype": "int4"}, "dtype 'int4' is not supported"),
+    ],
+)
+def test_a_config_that_does_not_do(change, message):
+    with pytest.raises(ValueError, match=message):
+        KVLayout.from_config({**LLAMA_8B, **change}, max_len=10)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_len": 0}, "max_len"),
+        ({"kind": "paged"}, "layout must be"),
+        ({"granularity": 0}, "granularity"),
+        ({"kv_heads": 0}, "kv_heads"),
+        ({"layers": 0}, "layers"),
+    ],
+)
+def test_bad_arguments_name_themselves(options, message):
+    with pytest.raises(ValueError, match=message):
+        KVLayout.uniform(**{"layers": 1, "kv_heads": 1, "head_dim": 8, "max_len": 8, **options})

@@ -1,0 +1,761 @@
+"""``VirtualCache``: a drop-in ``past_key_values`` for Hugging Face models over ``KVCache``.
+
+Row ``i`` of the batch is slot ``i``. Each update writes the new K and V in place and returns views of exact length, so
+nothing of the size of the cache is ever copied while tokens are appended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from itertools import repeat
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from vattn.cache import CacheStats, KVCache, Sequence
+from vattn.layout import GRANULARITY, Group, Kind, KVLayout, LayerShape
+
+# A positive argument of crop was the length to keep, before it was forbidden.
+_CROP_KEEPS = "max_length" in inspect.signature(DynamicLayer.crop).parameters
+
+_SPARE_SLOTS = 64  # slots reserved when their number is left open: addresses cost nothing
+
+_Place = tuple[torch.device, int]  # which KVCache: its device, and the layer it is for alone, or -1
+
+
+class _NoBackward(torch.autograd.Function):
+    """Passes a view of the cache on, and refuses to be differentiated: what is cached has left the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, view: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        return view.view_as(view)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> None:
+        raise RuntimeError(
+            "VirtualCache keeps no gradients: pass use_cache=False to train, or run under torch.no_grad()"
+        )
+
+
+# What one layer needs for one update: the place for its new K and V, as one tensor of all heads where the group is fused;
+# the views to return; and for the whole step the numbers of new elements of K and of V, and the length that it leaves.
+_Ready = tuple[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor, tuple[int, int, int]]
+
+
+class _Lane:
+    """The layers of one group of one ``KVCache``: K and V of all of them as ``[layers, slots, kv_heads, max_len, dim]``."""
+
+    def __init__(self, cache: KVCache, index: int, group: Group) -> None:
+        self._k, self._v, self._heads = (
+            None if tensor is None else tensor.permute(2, 0, 3, 1, 4) for tensor in cache.grouped(index)
+        )
+        self._batch = 0
+        self.layers = group.layers
+        self.window = group.shape.window
+        self.device = cache.device
+
+    def prepare(self, batch: int, start: int, n: int, step: tuple[int, int, int]) -> Iterator[_Ready]:
+        """What each layer needs to append ``n`` positions behind ``start``."""
+        first = 0 if self.window is None else max(start - self.window + 1, 0)
+        seen = start + n - first
+        # Views made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            if batch != self._batch:
+                self._batch = batch
+                self._rows = [None if t is None else t[:, :batch] for t in (self._k, self._v, self._heads)]
+            k, v, heads = self._rows
+            new: Any
+            if heads is None:
+                new = zip(k.narrow(3, start, n).unbind(0), v.narrow(3, start, n).unbind(0), strict=True)
+            else:
+                new = heads.narrow(3, start, n).unbind(0)
+            k, v = k.narrow(3, first, seen), v.narrow(3, first, seen)
+            return zip(new, k.unbind(0), v.unbind(0), repeat(step, len(self.layers)), strict=True)
+
+    def rows(self, layer: int, batch: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of one layer at positions [first, end), ``[batch, kv_heads, end - first, dim]``."""
+        position = self.layers.index(layer)
+        return self._k[position, :batch, :, first:end], self._v[position, :batch, :, first:end]
+
+
+def _write(new: Any, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    if type(new) is tuple:
+        torch._foreach_copy_(new, (key_states, value_states))
+    else:
+        torch.cat((key_states, value_states), 1, out=new)
+
+
+class _Store:
+    """What the layers of one cache share: the ``KVCache``s, the rows in use and the length of each layer.
+
+    A layer's shape, dtype and device are known from its first update. Until then it is guessed to be like the last
+    layer seen; when a guess proves wrong, the ``KVCache`` it was made for is rebuilt around what is known.
+    """
+
+    granularity = GRANULARITY  # bytes; tests on the host make it smaller
+
+    def __init__(
+        self,
+        windows: list[int | None],
+        cached: list[bool],
+        *,
+        max_len: int,
+        slots: int | None,
+        device: torch.device | None,
+        dtype: torch.dtype | None,
+        budget: int | float | None,
+        layout: Kind,
+    ) -> None:
+        self.windows = windows
+        self.cached = cached
+        self.open_ended = not windows  # no configuration: layers come as they come, each with a KVCache of its own
+        self.options = {
+            "max_len": max_len, "slots": slots, "device": device,
+            "dtype": dtype, "budget": budget, "layout": layout,
+        }  # fmt: skip
+        self.max_len = max_len
+        self.slots = slots
+        self.device = device
+        self.dtype = dtype
+        self.budget = budget
+        self.kind: Kind = layout
+        self.lengths = [0] * len(windows)
+        self.seen: dict[int, tuple[_Place, LayerShape]] = {}
+        self.signatures: dict[int, tuple[Any, ...]] = {}  # of the seen layers, what is compared at each step
+        self.placed: dict[int, tuple[_Place, LayerShape]] = {}
+        self.caches: dict[_Place, KVCache] = {}
+        self.rows: dict[_Place, list[Sequence]] = {}
+        self.lanes: dict[int, _Lane] = {}  # of each layer
+        self.ready: dict[int, _Ready] = {}  # the layers that the step at hand is prepared for
+        self.recording = False
+        self.floor = 0  # while recording: the length at the last crop, which must stay reachable
+        self.closed = False
+
+    def add_layer(self) -> int:
+        """One more layer of an open-ended cache; returns its index."""
+        self.windows.append(None)
+        self.cached.append(True)
+        self.lengths.append(0)
+        return len(self.windows) - 1
+
+    def take(self, index: int, key_states: torch.Tensor, value_states: torch.Tensor) -> _Ready:
+        """What an update of one layer needs, prepared for the whole group if it is not yet."""
+        ready = self.ready.pop(index, None)
+        # A copy broadcasts, but never between tensors of as many elements.
+        if ready and (key_states.numel(), value_states.numel()) == ready[3][:2]:
+            return ready
+        return self._prepare(index, key_states, value_states)
+
+    def _prepare(self, index: int, k: torch.Tensor, v: torch.Tensor) -> _Ready:
+        """Checks an update, grows the rows for it, and makes the views that serve all layers of its group."""
+        if self.closed:
+            raise ValueError("the cache is closed: make a new VirtualCache")
+        if k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3]:
+            raise ValueError(
+                f"key_states and value_states must be [batch, kv_heads, tokens, head_dim] with equal batch, heads "
+                f"and tokens, not {tuple(k.shape)} and {tuple(v.shape)}"
+            )
+        batch, _, n, _ = k.shape
+        self._require_slots(batch)
+        self._learn(index, k, v)
+        place = self.placed[index][0]
+        if batch > self.caches[place].slots:
+            self._rebuild(place, slots=2 * batch)
+        self._set_rows(place, batch)
+        start = self.lengths[index]
+        keep = self.floor if self.recording else start
+        self.caches[place].grow_all(self.rows[place], start + n, keep=keep)
+
+        lane, step = self.lanes[index], (k.numel(), v.numel(), start + n)
+        ready = zip(lane.layers, lane.prepare(batch, start, n, step), strict=True)
+        if len(self.seen) == len(self.placed) and self.lengths.count(start) == len(self.lengths):
+            self.ready.update(ready)
+        else:  # the first pass, or a layer that skips steps
+            self.ready.update((layer, r) for layer, r in ready if layer in self.seen and self.lengths[layer] == start)
+        return self.ready.pop(index)
+
+    def _require_slots(self, batch: int) -> None:
+        if self.slots is not None and batch > self.slots:
+            raise ValueError(f"a batch of {batch} rows does not fit {self.slots} slots: make it with slots={batch}")
+
+    def view(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What a layer holds, ``[batch, kv_heads, length, head_dim]``; of a window only what it still needs."""
+        if index not in self.lanes:
+            return None
+        lane, length = self.lanes[index], self.lengths[index]
+        first = 0 if lane.window is None else max(length - lane.window + 1, 0)
+        return lane.rows(index, len(self.rows[self.placed[index][0]]), first, length)
+
+    def truncate(self, lengths: list[int]) -> None:
+        """Shortens the layers to ``lengths``; what no layer needs any more may be given away."""
+        for place, rows in self.rows.items():
+            longest = max(lengths[layer] for layer in self._layers_of(place))
+            for row in rows:
+                if longest < row.length:
+                    row.truncate(longest)
+        self.lengths = lengths
+        self.floor = max(lengths, default=0)
+        self.ready.clear()
+
+    def reset(self) -> None:
+        """Ends every row; their memory is parked for the next batch."""
+        for rows in self.rows.values():
+            while rows:
+                rows.pop().close()
+        self.lengths = [0] * len(self.lengths)
+        self.floor = 0
+        self.ready.clear()
+
+    def gather(self, indices: torch.Tensor) -> None:
+        """Makes row ``i`` what row ``indices[i]`` was, for every layer."""
+        batches = {len(rows) for place, rows in self.rows.items() if any(self._filled(place))}
+        if not batches:
+            return
+        indices = torch.arange(batches.pop())[indices.cpu()]
+        batch = len(indices)
+        self._require_slots(batch)
+        for place in list(self.caches):
+            layers = self._filled(place)
+            if not layers:
+                continue
+            if batch > self.caches[place].slots:
+                self._rebuild(place, slots=2 * batch)
+            rows, before = self.rows[place], len(self.rows[place])
+            self._open_rows(place, batch)
+            first = self._first_rows(place)
+            for layer in layers:
+                lane, end = self.lanes[layer], self.lengths[layer]
+                chosen = indices.to(lane.device)
+                old = lane.rows(layer, before, first[layer], end)
+                new = lane.rows(layer, batch, first[layer], end)
+                for source, target in zip(old, new, strict=True):
+                    target.copy_(source.index_select(0, chosen))
+            while len(rows) > batch:
+                rows.pop().close()
+        self.ready.clear()
+
+    def clone(self) -> _Store:
+        """A copy with memory of its own."""
+        other = _Store(list(self.windows), list(self.cached), **self.options)
+        other.open_ended = self.open_ended
+        other.seen, other.signatures, other.placed = dict(self.seen), dict(self.signatures), dict(self.placed)
+        other.lengths, other.floor, other.recording = list(self.lengths), self.floor, self.recording
+        for place in self.caches:
+            other._build(place, self.caches[place].slots)
+            other._copy_from(self, place)
+        return other
+
+    def close(self) -> None:
+        self.closed = True
+        self.ready.clear()
+        for cache in self.caches.values():
+            cache.close()
+
+    def _learn(self, index: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Checks that a layer is what it was, or takes note of what it is."""
+        signature = (k.shape[1], k.shape[3], v.shape[3], k.dtype, v.dtype, k.device, v.device)
+        if signature == self.signatures.get(index):
+            return
+        shape = LayerShape(
+            kv_heads=k.shape[1],
+            head_dim=k.shape[3],
+            v_head_dim=v.shape[3],
+            dtype=str(k.dtype).removeprefix("torch."),
+            window=self.windows[index],
+        )
+        found = ((k.device, index if self.open_ended else -1), shape)
+        if index in self.seen:
+            raise ValueError(
+                f"layer {index} holds {_described(self.seen[index])} and was given {_described(found)}: use one "
+                "VirtualCache for each model"
+            )
+        for name, want, got in (("dtype", self.dtype, k.dtype), ("device", self.device, k.device)):
+            if want is not None and want != got:
+                raise ValueError(f"the cache was made with {name}={want} and layer {index} computes in {got}")
+        if v.dtype != k.dtype or v.device != k.device:
+            raise ValueError(f"keys are {k.dtype} on {k.device} but values are {v.dtype} on {v.device}")
+        if self.placed.get(index) == found:
+            self.seen[index], self.signatures[index] = found, signature
+            return
+        self.seen[index] = found
+        # The guess for what is still to come: as the last layer seen, each with the window it is known to have.
+        (device, _), like = found
+        before = dict(self.placed)
+        for layer, window in enumerate(self.windows):
+            if self.cached[layer] and layer not in self.seen and not self.open_ended:
+                self.placed[layer] = ((device, -1), replace(like, window=window))
+        self.placed[index] = found
+        try:
+            for place in {place for place, _ in [*before.values(), *self.placed.values()]}:
+                if self._at(before, place) != self._at(self.placed, place):
+                    self._rebuild(place, slots=self.slots or max(_SPARE_SLOTS, 2 * k.shape[0]))
+        except BaseException:
+            self.placed = before
+            del self.seen[index]
+            raise
+        self.signatures[index] = signature
+
+    @staticmethod
+    def _at(placed: dict[int, tuple[_Place, LayerShape]], place: _Place) -> dict[int, LayerShape]:
+        return {layer: shape for layer, (where, shape) in placed.items() if where == place}
+
+    def _layers_of(self, place: _Place) -> list[int]:
+        return [layer for layer, (where, _) in self.placed.items() if where == place]
+
+    def _filled(self, place: _Place) -> list[int]:
+        return [layer for layer in self._layers_of(place) if self.lengths[layer] > 0 and layer in self.lanes]
+
+    def _build(self, place: _Place, slots: int) -> None:
+        layers = self._at(self.placed, place)
+        layout = KVLayout(
+            [layers.get(index) for index in range(len(self.windows))],
+            max_len=self.max_len,
+            kind=self.kind,
+            granularity=self.granularity,
+        )
+        cache = KVCache(layout, slots=slots, device=place[0], budget=self.budget)
+        self.caches[place], self.rows[place] = cache, []
+        for number, group in enumerate(layout.groups):
+            self.lanes.update(dict.fromkeys(group.layers, _Lane(cache, number, group)))
+
+    def _rebuild(self, place: _Place, slots: int) -> None:
+        """Makes the ``KVCache`` of a place anew, with what it holds, after the layers or slots it serves changed."""
+        old = copy.copy(self)
+        old.caches, old.rows, old.lanes = dict(self.caches), dict(self.rows), dict(self.lanes)
+        if self._layers_of(place):
+            self._build(place, slots)
+            if place in old.caches:
+                self._copy_from(old, place)
+        else:
+            del self.caches[place], self.rows[place]
+        if place in old.caches:
+            old.caches[place].close()
+
+    def _copy_from(self, other: _Store, place: _Place) -> None:
+        layers = [layer for layer in other._filled(place) if layer in self._layers_of(place)]
+        if not layers:
+            return
+        batch = len(other.rows[place])
+        self._open_rows(place, batch, max(self.lengths[layer] for layer in layers))
+        first = other._first_rows(place)
+        for layer in layers:
+            span = layer, batch, first[layer], self.lengths[layer]
+            for old, new in zip(other.lanes[layer].rows(*span), self.lanes[layer].rows(*span), strict=True):
+                new.copy_(old)
+
+    def _set_rows(self, place: _Place, batch: int) -> None:
+        rows = self.rows[place]
+        if len(rows) == batch:
+            return
+        if any(self.lengths[layer] for layer in self._layers_of(place)):
+            raise ValueError(
+                f"the cache holds {len(rows)} rows and was given a batch of {batch}: call reset(), "
+                "batch_repeat_interleave() or batch_select_indices() first"
+            )
+        while len(rows) > batch:
+            rows.pop().close()
+        self._open_rows(place, batch)
+
+    def _open_rows(self, place: _Place, batch: int, length: int | None = None) -> None:
+        """Opens rows up to ``batch`` and brings the new ones to the length of the others."""
+        cache, rows = self.caches[place], self.rows[place]
+        if length is None:
+            length = rows[0].length if rows else 0
+        new: list[Sequence] = []
+        try:
+            for slot in range(len(rows), batch):
+                new.append(cache.open(slot=slot))
+            if length:
+                cache.grow_all(new, length, keep=0)
+        except BaseException:
+            for row in new:
+                row.close()
+            raise
+        rows.extend(new)
+
+    def _first_rows(self, place: _Place) -> dict[int, int]:
+        """For each layer of a place, the first position that its window has not given back."""
+        cache = self.caches[place]
+        runs = cache.map()[0]["runs"]
+        return {
+            layer: -(-runs[plane]["head"] // cache.layout.planes[plane].row_bytes)
+            for group in cache.layout.groups
+            for layer, plane in zip(group.layers, group.k_planes, strict=True)
+        }
+
+
+class _VirtualLayer(DynamicLayer):  # type: ignore[misc]
+    """One layer of a ``VirtualCache``; its members are those of ``DynamicLayer``."""
+
+    def __init__(self, store: _Store, index: int) -> None:
+        self._store = store
+        self._index = index
+        super().__init__()
+
+    def lazy_initialization(self, key_states: torch.Tensor, *args: Any) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends ``[batch, kv_heads, n, head_dim]`` and returns views of all that a query may see."""
+        new, k, v, (_, _, end) = self._store.take(self._index, key_states, value_states)
+        with torch.no_grad():
+            _write(new, key_states, value_states)
+        self._store.lengths[self._index] = end
+        if not self.is_initialized:
+            self.lazy_initialization(key_states)
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            return _NoBackward.apply(k, key_states), _NoBackward.apply(v, value_states)
+        return k, v
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """K ``[batch, kv_heads, length, head_dim]``, a view; None before the first update."""
+        views = self._store.view(self._index)
+        return views[0] if views else None
+
+    @keys.setter
+    def keys(self, value: None) -> None:
+        _refuse_assignment(value)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """V ``[batch, kv_heads, length, v_head_dim]``, a view; None before the first update."""
+        views = self._store.view(self._index)
+        return views[1] if views else None
+
+    @values.setter
+    def values(self, value: None) -> None:
+        _refuse_assignment(value)
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Positions appended so far."""
+        return self._store.lengths[self._index]
+
+    def cropped_length(self, argument: int) -> int:
+        """The length that ``crop(argument)`` leaves, in the terms of the installed transformers."""
+        length = self._store.lengths[self._index]
+        if argument > 0 and not _CROP_KEEPS:
+            raise ValueError(f"crop takes the number of tokens to remove as a negative integer, not {argument}")
+        if argument < 0:
+            return max(length + argument, 0)
+        return min(argument, length) if _CROP_KEEPS else length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last tokens of this layer alone; see ``VirtualCache.crop``."""
+        lengths = list(self._store.lengths)
+        lengths[self._index] = self.cropped_length(tokens_to_remove)
+        self._store.truncate(lengths)
+
+    def reset(self) -> None:
+        lengths = list(self._store.lengths)
+        lengths[self._index] = 0
+        self._store.truncate(lengths)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        _refuse_alone("reorder_cache")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        _refuse_alone("batch_repeat_interleave")
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        _refuse_alone("batch_select_indices")
+
+    def offload(self) -> None:
+        _refuse_alone("offload")
+
+    def prefetch(self) -> None:
+        _refuse_alone("prefetch")
+
+    def clone(self, store: _Store) -> _VirtualLayer:
+        """The same layer over another store."""
+        other = copy.copy(self)
+        other._store = store
+        return other
+
+
+class _VirtualSlidingLayer(_VirtualLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """One sliding-window layer. Rows keep their absolute positions; what lies before the window is given back."""
+
+    def __init__(self, store: _Store, index: int, sliding_window: int) -> None:
+        self._store = store
+        self._index = index
+        DynamicSlidingWindowLayer.__init__(self, sliding_window)
+
+    @property
+    def cumulative_length(self) -> int:
+        return self._store.lengths[self._index]
+
+    @cumulative_length.setter
+    def cumulative_length(self, value: int) -> None:
+        if value != self.cumulative_length:
+            raise AttributeError("the length of a VirtualCache layer changes by update, crop and reset only")
+
+    def activate_past_recording(self) -> None:
+        """Keeps what later lengths would give back, until ``crop`` says which length holds."""
+        self.record_past = True
+        if not self._store.recording:
+            self._store.recording = True
+            self._store.floor = max(self._store.lengths)
+
+
+def _refuse_assignment(value: object) -> None:
+    # transformers assigns None in the layer's constructor.
+    if value is not None:
+        raise AttributeError("keys and values of a VirtualCache are views: write through update()")
+
+
+def _refuse_alone(name: str) -> None:
+    raise NotImplementedError(f"{name} moves all layers of a VirtualCache at once: call it on the cache")
+
+
+def _described(found: tuple[_Place, LayerShape]) -> str:
+    (device, _), shape = found
+    dims = str(shape.head_dim) if shape.v_head_dim == shape.head_dim else f"{shape.head_dim}/{shape.v_head_dim}"
+    return f"{shape.kv_heads} heads of {dims} in {shape.dtype} on {device}"
+
+
+class VirtualCache(DynamicCache):  # type: ignore[misc]
+    """A KV cache for Hugging Face models whose address never changes and whose memory grows.
+
+    Hand it to ``model.generate(..., past_key_values=cache)``, to a forward call or to a pipeline. What is None is taken
+    from the model's first call.
+
+    Args:
+        config: the model's configuration, which tells the layers and their windows.
+        max_len: positions of the longest sequence. Costs addresses only.
+        slots: rows of the largest batch; None reserves plenty. A batch above a given number is an error.
+        device: the device all layers must compute on.
+        dtype: the dtype all layers must compute in.
+        budget: limit on physical memory of each device: bytes (int), a part of what is free (float in (0, 1]), or None.
+        layout: ``"interleaved"`` or ``"compact"``, see ``vattn.layout``.
+
+    Raises (at the first call that needs it, and then nothing has changed):
+        SequenceTooLong: a sequence would exceed ``max_len``.
+        OutOfPages: the budget is spent.
+        OutOfDeviceMemory: the device is full.
+        ValueError: a batch above ``slots``, another model's keys, a wrong dtype or device, a closed cache.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        max_len: int,
+        slots: int | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        budget: int | float | None = None,
+        layout: Kind = "interleaved",
+    ) -> None:
+        super().__init__(config=config)
+        _virtualize(
+            self, max_len=max_len, slots=slots, device=device, dtype=dtype, budget=budget, layout=layout
+        )
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends one layer's new K and V, ``[batch, kv_heads, n, head_dim]``, and returns views of all of them."""
+        # This runs for every layer of every token; the way through the layer is for what is out of the ordinary.
+        store = self._store
+        if ready := store.ready.pop(layer_idx, None):
+            new, k, v, (k_numel, v_numel, end) = ready
+            if (
+                key_states.numel() == k_numel  # a copy would broadcast
+                and value_states.numel() == v_numel
+                and not key_states.requires_grad
+                and not value_states.requires_grad
+            ):
+                if type(new) is tuple:
+                    torch._foreach_copy_(new, (key_states, value_states))
+                else:
+                    torch.cat((key_states, value_states), 1, out=new)
+                store.lengths[layer_idx] = end
+                return k, v
+        if layer_idx >= len(self.layers) and not store.open_ended:
+            raise ValueError(
+                f"layer {layer_idx} does not exist: the cache was made for a model of {len(self.layers)} layers. "
+                "Use one VirtualCache for each model"
+            )
+        while layer_idx >= len(self.layers):
+            self.layers.append(_VirtualLayer(store, store.add_layer()))
+        updated: tuple[torch.Tensor, torch.Tensor] = self.layers[layer_idx].update(
+            key_states, value_states, *args, **kwargs
+        )
+        return updated
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last ``-tokens_to_remove`` positions of every layer, as the installed transformers means it.
+
+        Raises:
+            ValueError: a sliding window has moved past the length asked for.
+        """
+        lengths = list(self._store.lengths)
+        for layer in self._own():
+            lengths[layer._index] = layer.cropped_length(tokens_to_remove)
+        self._store.truncate(lengths)
+        self._each_other("crop", tokens_to_remove)
+
+    def reset(self) -> None:
+        """Empties the cache. The memory stays with it, for the next sequences; see ``trim``."""
+        self._store.reset()
+        self._each_other("reset")
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Makes row ``i`` what row ``beam_idx[i]`` was."""
+        self._store.gather(beam_idx)
+        self._each_other("reorder_cache", beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row ``repeats`` times."""
+        if (batch := self._rows()) > 0:
+            self._store.gather(torch.arange(batch).repeat_interleave(repeats))
+        self._each_other("batch_repeat_interleave", repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows that ``indices``, integers or a mask, select."""
+        self._store.gather(indices)
+        self._each_other("batch_select_indices", indices)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VirtualCache:
+        other = copy.copy(self)
+        memo[id(self)] = other
+        other._store = self._store.clone()
+        other.layers = [
+            layer.clone(other._store) if isinstance(layer, _VirtualLayer) else copy.deepcopy(layer, memo)
+            for layer in self.layers
+        ]
+        return other
+
+    @property
+    def kv_caches(self) -> list[KVCache]:
+        """The ``KVCache`` under each device that the model has computed on, empty before the first call."""
+        return list(self._store.caches.values())
+
+    def stats(self) -> CacheStats:
+        """Memory and driver calls, summed over ``kv_caches``; see ``CacheStats``."""
+        total: dict[str, Any] = {field.name: 0 for field in fields(CacheStats)}
+        total["driver_calls"], total["budget"] = {}, None
+        for cache in self.kv_caches:
+            stats = cache.stats()
+            for name, value in vars(stats).items():
+                if name == "driver_calls":
+                    for call, count in value.items():
+                        total[name][call] = total[name].get(call, 0) + count
+                elif value is not None:
+                    total[name] = (total[name] or 0) + value
+        return CacheStats(**total)
+
+    def trim(self) -> None:
+        """Gives memory back to the driver that no sequence in the cache needs."""
+        for cache in self.kv_caches:
+            cache.trim()
+
+    def check(self) -> None:
+        """Recounts everything; raises ``vattn.Error`` where an invariant is broken."""
+        for cache in self.kv_caches:
+            cache.check()
+
+    def close(self) -> None:
+        """Gives all memory back. Views returned earlier must not be read any more, and the cache not be used."""
+        self._store.close()
+
+    def _own(self) -> Iterator[_VirtualLayer]:
+        return (layer for layer in self.layers if isinstance(layer, _VirtualLayer))
+
+    def _rows(self) -> int:
+        return max((len(rows) for rows in self._store.rows.values()), default=0)
+
+    def _each_other(self, name: str, *args: Any) -> None:
+        for layer in self.layers:
+            if not isinstance(layer, _VirtualLayer):
+                getattr(layer, name)(*args)
+
+
+@contextlib.contextmanager
+def install(
+    *,
+    max_len: int,
+    slots: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    budget: int | float | None = None,
+    layout: Kind = "interleaved",
+) -> Iterator[None]:
+    """While it lasts, every ``DynamicCache`` that is made in this process is a ``VirtualCache``.
+
+    Arguments as in ``VirtualCache``. Caches with ``offloading=True`` stay what they are, and those made before or
+    inside live on after it.
+    """
+    original: Callable[..., None] = DynamicCache.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if type(self) is DynamicCache and not self.offloading:
+            self.__class__ = VirtualCache
+            _virtualize(
+                self, max_len=max_len, slots=slots, device=device, dtype=dtype, budget=budget, layout=layout
+            )
+
+    DynamicCache.__init__ = init
+    try:
+        yield
+    finally:
+        DynamicCache.__init__ = original
+
+
+def _virtualize(
+    cache: Any,
+    *,
+    max_len: int,
+    slots: int | None,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    budget: int | float | None,
+    layout: Kind,
+) -> None:
+    """Replaces the attention layers of a DynamicCache by ours; layers of other kinds stay transformers' own."""
+    for name, value in (("max_len", max_len), ("slots", slots)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    if layout not in ("interleaved", "compact"):
+        raise ValueError(f"layout must be 'interleaved' or 'compact', not {layout!r}")
+    layers = cache.layers
+    if not layers and budget is not None:
+        raise ValueError("budget needs a cache that is made with the model's config")
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    if device is not None:
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+    cache._store = _Store(
+        [getattr(layer, "sliding_window", None) for layer in layers],
+        [type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers],
+        max_len=max_len,
+        slots=slots,
+        device=device,
+        dtype=dtype,
+        budget=budget,
+        layout=layout,
+    )
+    cache.layer_class_to_replicate = None
+    for index, layer in enumerate(layers):
+        if type(layer) is DynamicSlidingWindowLayer:
+            layers[index] = _VirtualSlidingLayer(cache._store, index, layer.sliding_window)
+        elif type(layer) is DynamicLayer:
+            layers[index] = _VirtualLayer(cache._store, index)
+        else:
+            continue
+        if layer.is_initialized and layer.keys is not None:
+            cache.update(layer.keys, layer.values, index)
