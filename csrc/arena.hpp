@@ -55,8 +55,9 @@ class Arena {
   std::size_t acquire(std::optional<std::size_t> slot, std::size_t expected, Stream stream);
 
   // Makes `positions` rows (and the tail rows) of every named slot usable: all of them or, when it throws, none.
-  // `keep` is the earliest length that truncate may still be asked for; rows before the windows at that length are
-  // given back once the work queued in `stream` is done. Lengths never shrink here.
+  // `keep` is the earliest length that truncate will still be asked for, a promise that holds even when the call
+  // throws: rows before the windows at that length are given back once the work queued in `stream` is done. Lengths
+  // never shrink here.
   void grow(std::span<const std::size_t> slots, std::size_t positions, std::size_t keep, Stream stream);
   // The same when it takes no driver call and no waiting; otherwise false, and nothing has changed.
   bool try_grow(std::span<const std::size_t> slots, std::size_t positions, std::size_t keep);

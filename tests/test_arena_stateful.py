@@ -70,11 +70,12 @@ class ArenaMachine(RuleBasedStateMachine):
         lengths = [len(self.written[slot]) for slot in slots]
         goal = min(max(lengths) + by, MAX_LEN)
         keep = min(lengths)
+        for slot in slots:
+            self.kept[slot] = max(self.kept[slot], keep - WINDOW + 1)
         if not self.attempt(lambda: self.arena.grow(slots, goal, keep)):
             return
         for slot in slots:
             rows = self.written[slot]
-            self.kept[slot] = max(self.kept[slot], keep - WINDOW + 1)
             for position in range(len(rows), goal):
                 for plane in self.planes:
                     plane[slot, position] = self.next_value

@@ -1,0 +1,214 @@
+"""Tiny random models of every architecture that VirtualCache is held to, and the modes of generate they run in."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+
+from vattn import VirtualCache
+from vattn.hf import _CROP_KEEPS
+WINDOW = 12  # shorter than the prompts and outputs below, so that windows move
+
+
+_SHAPE = {
+    "vocab_size": 101, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "tie_word_embeddings": False,
+}  # fmt: skip
+
+# name: class prefix, class of the configuration where it differs, and what the configuration changes in _SHAPE
+MODELS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
+    "llama-gqa": ("Llama", None, {}),
+    "llama-mha": ("Llama", None, {"num_key_value_heads": 4}),
+    "qwen2": ("Qwen2", None, {}),
+    "qwen3": ("Qwen3", None, {"head_dim": 16}),
+    "mistral": ("Mistral", None, {"sliding_window": WINDOW}),
+    "gemma2": ("Gemma2", None, {"head_dim": 16, "sliding_window": WINDOW}),
+    "gemma3": ("Gemma3", "Gemma3TextConfig", {
+        "head_dim": 16, "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+    }),
+    "gpt2": ("GPT2", None, {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 256}),
+    "gpt_oss": ("GptOss", None, {
+        "head_dim": 16, "sliding_window": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    }),
+    "deepseek_v3": ("DeepseekV3", None, {
+        "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32, "first_k_dense_replace": 1, "n_shared_experts": 1, "kv_lora_rank": 32,
+        "q_lora_rank": 48, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 24,
+    }),
+    "t5": ("T5", None, {
+        "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 3, "num_heads": 4, "eos_token_id": 100,
+        "decoder_start_token_id": 0,
+    }),
+}  # fmt: skip
+
+
+def _class(name: str) -> Any:
+    prefix = MODELS[name][0]
+    kind = {"t5": "ForConditionalGeneration", "gpt2": "LMHeadModel"}.get(name, "ForCausalLM")
+    return getattr(transformers, prefix + kind)
+
+
+def attentions(name: str) -> list[str]:
+    """The attention implementations that the installed transformers has for a model."""
+    return ["sdpa", "eager"] if _class(name)._supports_sdpa else ["eager"]
+
+
+def build(name: str, attention: str, device: str) -> Any:
+    torch.manual_seed(0)
+    prefix, config_class, changes = MODELS[name]
+    config = getattr(transformers, config_class or f"{prefix}Config")(**{**_SHAPE, **changes})
+    model = _class(name)._from_config(config, attn_implementation=attention)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Flat random logits would agree by chance; spread ones do not.
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.12)
+    model.generation_config.eos_token_id = 100
+    model.generation_config.pad_token_id = 0
+    return model.eval().to(device)
+
+
+def prompt(batch: int, length: int, device: str, *, padded: bool = False) -> dict[str, torch.Tensor]:
+    torch.manual_seed(7)
+    ids = torch.randint(3, 99, (batch, length))
+    mask = torch.ones_like(ids)
+    if padded:
+        for row in range(batch):
+            ids[row, : 3 * row] = 0
+            mask[row, : 3 * row] = 0
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+Make = Callable[[Any], Any]
+NEW = 24  # tokens generated
+
+
+def _generate(model: Any, cache: Any, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
+    torch.manual_seed(3)
+    options = {"max_new_tokens": NEW, "do_sample": False, "past_key_values": cache, **options}
+    return model.generate(**inputs, **options)
+
+
+def _simple(batch: int = 2, *, padded: bool = False, **options: Any) -> Callable[[Any, Make], list[torch.Tensor]]:
+    def run(model: Any, make: Make) -> list[torch.Tensor]:
+        inputs = prompt(batch, 10, model.device.type, padded=padded)
+        return [_generate(model, make(model), inputs, **options)]
+
+    return run
+
+
+def _extended(ids: torch.Tensor, more: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(11)
+    ids = torch.cat([ids, torch.randint(3, 99, (ids.shape[0], more)).to(ids.device)], dim=1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _resumed(model: Any, make: Make) -> list[torch.Tensor]:
+    cache = make(model)
+    first = _generate(model, cache, prompt(2, 10, model.device.type), max_new_tokens=NEW // 2)
+    second = _generate(model, cache, {"input_ids": first, "attention_mask": torch.ones_like(first)})
+    return [first, second]
+
+
+def _multi_turn(model: Any, make: Make) -> list[torch.Tensor]:
+    cache, turns = make(model), []
+    inputs = prompt(1, 10, model.device.type)
+    for _ in range(3):
+        turns.append(_generate(model, cache, inputs, max_new_tokens=8))
+        inputs = _extended(turns[-1], 5)
+    return turns
+
+
+def _copied_prefix(model: Any, make: Make) -> list[torch.Tensor]:
+    prefix = make(model)
+    inputs = prompt(1, 20, model.device.type)
+    with torch.no_grad():
+        model(**inputs, past_key_values=prefix, use_cache=True)
+    outputs = []
+    for more in (3, 6):
+        outputs.append(_generate(model, copy.deepcopy(prefix), _extended(inputs["input_ids"], more)))
+    return outputs
+
+
+def _repeat_and_select(model: Any, make: Make) -> list[torch.Tensor]:
+    cache, steps = make(model), []
+    inputs = prompt(2, 17, model.device.type)["input_ids"]
+    with torch.no_grad():
+        model(inputs, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(3)
+        tokens = prompt(6, 4, model.device.type)["input_ids"]
+        steps.append(model(tokens, past_key_values=cache, use_cache=True).logits)
+        cache.batch_select_indices(torch.tensor([5, 0, 3], device=model.device))
+        steps.append(model(tokens[:3], past_key_values=cache, use_cache=True).logits)
+        cache.reorder_cache(torch.tensor([2, 2, 0], device=model.device))
+        steps.append(model(tokens[:3, :1], past_key_values=cache, use_cache=True).logits)
+    return [step.argmax(-1) for step in steps]
+
+
+def _reset(model: Any, make: Make) -> list[torch.Tensor]:
+    cache, outputs = make(model), []
+    for batch in (2, 1, 3):
+        outputs.append(_generate(model, cache, prompt(batch, 10 + batch, model.device.type)))
+        if isinstance(getattr(cache, "self_attention_cache", cache), VirtualCache):
+            cache.reset()
+        else:  # DynamicCache.reset keeps zeroed rows in older versions
+            cache = make(model)
+    return outputs
+
+
+def _crop(model: Any, make: Make) -> list[torch.Tensor]:
+    cache, steps = make(model), []
+    tokens = prompt(2, 30, model.device.type)["input_ids"]
+    if hasattr(cache, "activate_past_recording"):
+        cache.activate_past_recording()
+    with torch.no_grad():
+        model(tokens[:, :9], past_key_values=cache, use_cache=True)
+        cache.crop(5 if _CROP_KEEPS else -4)
+        steps.append(model(tokens[:, 5:11], past_key_values=cache, use_cache=True).logits)
+        cache.crop(-2)
+        steps.append(model(tokens[:, 9:10], past_key_values=cache, use_cache=True).logits)
+    return [step.argmax(-1) for step in steps]
+
+
+def _assisted(model: Any, make: Make) -> list[torch.Tensor]:
+    assistant = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in assistant.parameters():
+            parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
+    return [_generate(model, make(model), prompt(1, 10, model.device.type), assistant_model=assistant)]
+
+
+MODES: dict[str, Callable[[Any, Make], list[torch.Tensor]]] = {
+    "greedy": _simple(),
+    "padded": _simple(3, padded=True),
+    "sampling": _simple(do_sample=True, num_return_sequences=3),
+    "beams": _simple(num_beams=4),
+    "beams returned": _simple(num_beams=4, num_return_sequences=3, padded=True),
+    "prompt lookup": _simple(1, prompt_lookup_num_tokens=4),
+    "assisted": _assisted,
+    "chunked prefill": _simple(prefill_chunk_size=4),
+    "resumed": _resumed,
+    "multi-turn": _multi_turn,
+    "copied prefix": _copied_prefix,
+    "repeat and select": _repeat_and_select,
+    "reset": _reset,
+    "crop": _crop,
+}
+SPECULATIVE = ("prompt lookup", "assisted")  # these crop, which older sliding-window layers cannot
+
+# On encoder-decoder models the modes that transformers runs are these.
+SEQ2SEQ_MODES = ("greedy", "padded", "sampling", "beams", "beams returned", "reset")
+
+CASES = [
+    (name, attention, mode)
+    for name in MODELS
+    for attention in attentions(name)
+    for mode in (SEQ2SEQ_MODES if name == "t5" else MODES)
+]

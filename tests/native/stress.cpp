@@ -1,0 +1,128 @@
+// Growers, closers, a trimmer and a checker on one arena with a tight budget and a driver that sometimes refuses.
+// Every row carries its owner's mark, so that memory given to two owners shows. Built to run under sanitizers.
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <thread>
+
+#include "arena.hpp"
+
+using namespace vattn;
+
+namespace {
+
+constexpr std::size_t kPage = 4096;
+constexpr std::size_t kRow = 512;
+constexpr std::size_t kWindow = 20;
+constexpr std::size_t kSlots = 6;
+constexpr std::size_t kMaxLen = 200;
+
+void require(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "stress: %s\n", what);
+  std::abort();
+}
+
+struct Totals {
+  std::atomic<long> grown{0};
+  std::atomic<long> out_of_pages{0};
+  std::atomic<long> refused{0};
+};
+
+std::uint64_t* row_of(const Arena& arena, std::size_t plane, std::size_t slot, std::size_t position) {
+  const Address at = arena.base() + arena.plane_offset(plane) + slot * arena.slot_stride(plane) + position * kRow;
+  return reinterpret_cast<std::uint64_t*>(at);
+}
+
+void live(Arena& arena, Totals& totals, unsigned seed, std::size_t lives) {
+  std::mt19937 random(seed);
+  const auto below = [&](std::size_t n) { return std::uniform_int_distribution<std::size_t>(0, n - 1)(random); };
+  for (std::size_t turn = 0; turn < lives; ++turn) {
+    if (below(3) == 0) arena.driver()->fail_at(1 + below(20), 1 + below(2), below(3) == 0);
+    std::size_t slot = 0;
+    try {
+      slot = arena.acquire(std::nullopt, below(kMaxLen), Stream{0});
+    } catch (const std::invalid_argument&) {
+      std::this_thread::yield();  // all slots in use
+      continue;
+    }
+    const std::uint64_t mark = (std::uint64_t{seed} << 32) + turn;
+    std::size_t length = 0;
+    std::size_t kept = 0;
+    for (int step = 0; step < 12; ++step) {
+      const std::size_t goal = std::min(kMaxLen, length + 1 + below(step == 0 ? 100 : 12));
+      kept = length < kWindow ? 0 : length - kWindow + 1;
+      try {
+        arena.grow(std::span(&slot, 1), goal, length, Stream{0});
+      } catch (const OutOfPages&) {
+        ++totals.out_of_pages;
+        break;
+      } catch (const DriverError&) {
+        ++totals.refused;
+        continue;
+      }
+      ++totals.grown;
+      for (std::size_t position = length; position < goal; ++position)
+        for (std::size_t plane = 0; plane < 2; ++plane) *row_of(arena, plane, slot, position) = mark + position;
+      length = goal;
+      for (std::size_t position = 0; position < length; ++position) {
+        require(*row_of(arena, 0, slot, position) == mark + position, "a row was overwritten");
+        if (position >= kept) require(*row_of(arena, 1, slot, position) == mark + position, "a windowed row was lost");
+      }
+    }
+    try {
+      if (below(2) == 0 && length > kept + kWindow) arena.truncate(slot, length - 1, Stream{0});
+    } catch (const DriverError&) {
+      ++totals.refused;
+    }
+    for (;;) {
+      try {
+        arena.release(slot, Stream{0});
+        break;
+      } catch (const DriverError&) {
+        ++totals.refused;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::size_t lives = argc > 1 ? std::strtoul(argv[1], nullptr, 10) : 2000;
+  const auto driver = make_host_driver(kPage, 130 * kPage);
+  Totals totals;
+  {
+    Arena arena(driver, {{kRow}, {kRow, kWindow}},
+                {.slots = kSlots, .max_len = kMaxLen, .budget = 90 * kPage, .tail_rows = 2, .growth_divisor = 8});
+    std::atomic<bool> done{false};
+    std::thread disturber([&] {
+      std::mt19937 random(7);
+      while (!done) {
+        try {
+          if (random() % 8 == 0) arena.trim();
+        } catch (const DriverError&) {
+          ++totals.refused;
+        }
+        arena.check();
+        (void)arena.stats();
+        (void)arena.map();
+        std::this_thread::yield();
+      }
+    });
+    std::vector<std::thread> growers;
+    for (unsigned seed = 1; seed <= 4; ++seed) growers.emplace_back([&, seed] { live(arena, totals, seed, lives); });
+    for (std::thread& grower : growers) grower.join();
+    done = true;
+    disturber.join();
+    driver->fail_at(0, 0, false);
+    arena.check();
+    arena.trim();
+    require(arena.stats().pool.charged == 0, "trim left memory behind");
+  }
+  require(driver->memory_info().free == 130 * kPage, "memory was lost");
+  std::printf("stress: %ld growths, %ld out of pages, %ld refused\n", totals.grown.load(), totals.out_of_pages.load(),
+              totals.refused.load());
+  require(totals.grown > 0 && totals.refused > 0, "the stress met no fault");
+}

@@ -1,0 +1,268 @@
+"""The command ``vattn``: argument parsing and printing, and the only place that reads the environment."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vattn import _core
+from vattn.errors import Error
+from vattn.layout import GRANULARITY, KVLayout
+
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        result, text = options.run(options)
+    except (Error, ValueError, OSError, ImportError) as error:
+        print(f"vattn {options.command}: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(result, indent=2) if options.json else text)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vattn", description="A KV cache whose address never changes and whose memory grows."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    demo = commands.add_parser("demo", help="a real model generating through vattn, and what it saves")
+    demo.add_argument("question", nargs="?", default="Why is the sky blue?")
+    demo.add_argument("--max-new-tokens", type=_positive, default=96)
+    demo.add_argument("--max-len", type=_positive, default=8192, help="positions to reserve (default 8192)")
+    demo.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    demo.add_argument("--folder", type=Path, help="where the unpacked model is kept (default: the user's cache)")
+    demo.set_defaults(run=_demo)
+
+    info = commands.add_parser("info", help="what this machine can do")
+    info.set_defaults(run=_info)
+
+    plan = commands.add_parser("plan", help="how many sequences of a model fit a budget")
+    plan.add_argument("config", metavar="MODEL_CONFIG", type=Path, help="a config.json, or a folder that has one")
+    plan.add_argument("--max-len", type=_positive, required=True, help="positions of the longest sequence")
+    plan.add_argument("--batch", type=_positive, default=1, help="sequences at once (default 1)")
+    plan.add_argument("--budget", type=_size, required=True, help="memory for the cache, e.g. 40GiB")
+    plan.add_argument("--dtype", help="of the cache (default: the model's)")
+    plan.add_argument("--layout", choices=["interleaved", "compact"], default="interleaved")
+    plan.set_defaults(run=_plan)
+
+    for command in (demo, info, plan):
+        command.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded, whatever a library may try
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from vattn import demo
+
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = options.folder or cache_home / "vattn" / "SmolLM2-135M-Instruct"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    result = demo.run(
+        folder,
+        options.question,
+        max_new_tokens=options.max_new_tokens,
+        max_len=options.max_len,
+        device=options.device,
+        progress=sys.stderr.isatty(),
+    )
+    calls = ", ".join(f"{name} {count}" for name, count in result.driver_calls.items() if count)
+    text = "\n".join(
+        [
+            f"Q: {options.question}",
+            f"A: {result.answer}",
+            "",
+            f"{result.new_tokens} tokens at {result.tokens_per_second:.1f} tokens/s through vattn, "
+            f"{result.dynamic_tokens_per_second:.1f} through DynamicCache; "
+            f"the tokens are {'the same' if result.same_tokens else 'DIFFERENT'}.",
+            "",
+            _table(
+                [
+                    ("KV cache of one sequence", "bytes", "of what the tokens need"),
+                    *(
+                        (name, _human(nbytes), f"{nbytes / result.used:.2f} x")
+                        for name, nbytes in (
+                            (f"the rows of {result.tokens - 1} cached tokens", result.used),
+                            ("vattn: addresses reserved (cost nothing)", result.reserved),
+                            ("vattn: memory mapped", result.mapped),
+                            ("DynamicCache, while it copies a layer", result.dynamic),
+                            (f"StaticCache of {options.max_len}", result.static),
+                        )
+                    ),
+                ]
+            ),
+            "",
+            f"Driver calls in all: {calls}",
+        ]
+    )
+    return asdict(result), text
+
+
+def _info(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    versions = {"vattn": _version("vattn"), "python": platform.python_version()}
+    versions |= {name: _version(name) for name in ("torch", "transformers")}
+    backends = [_backend(_core.host_driver(GRANULARITY))]
+    probe = _core.probe_cuda()
+    cuda: dict[str, Any] = {"driver_version": None, "unavailable": probe["why"] or None}
+    if probe["available"]:
+        cuda["driver_version"] = f"{probe['driver_version'] // 1000}.{probe['driver_version'] % 1000 // 10}"
+        for device in range(probe["devices"]):
+            try:
+                backends.append(_backend(_core.cuda_driver(device)))
+            except Error as error:
+                backends.append({"device": f"cuda:{device}", "virtual_memory": False, "why": str(error)})
+    result = {"versions": versions, "cuda": cuda, "backends": backends}
+    rows = [("device", "what", "virtual memory", "granularity", "free", "total")]
+    for row in backends:
+        if row["virtual_memory"]:
+            sizes = (_human(row[key]) for key in ("granularity", "free", "total"))
+            rows.append((row["device"], row["description"], "works", *sizes))
+        else:
+            rows.append((row["device"], row["why"], "fails", "", "", ""))
+    text = "\n".join(
+        [
+            ", ".join(f"{name} {version or 'not installed'}" for name, version in versions.items()),
+            f"CUDA driver API {cuda['driver_version']}" if cuda["driver_version"] else str(cuda["unavailable"]),
+            "",
+            _table(rows),
+        ]
+    )
+    return result, text
+
+
+def _backend(driver: _core.Driver) -> dict[str, Any]:
+    """What a backend offers; whether it maps memory is found out by mapping a granule."""
+    free, total = driver.memory_info()
+    size = driver.granularity
+    result: dict[str, Any] = {
+        "device": "cpu" if driver.kind == "cpu" else f"cuda:{driver.device}",
+        "description": driver.description,
+        "granularity": size,
+        "free": free,
+        "total": total,
+        "virtual_memory": True,
+    }
+    try:
+        arena = _core.Arena(driver, [(size, 0)], slots=1, max_len=1, budget=size)
+        arena.grow([arena.acquire()], 1, 0)
+        arena.close()
+    except Error as error:
+        result |= {"virtual_memory": False, "why": str(error)}
+    return result
+
+
+def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    path = options.config / "config.json" if options.config.is_dir() else options.config
+    config = json.loads(path.read_text())
+    layout = KVLayout.from_config(config, max_len=options.max_len, dtype=options.dtype, kind=options.layout)
+    lengths = sorted({max(1, options.max_len // part) for part in (64, 16, 4, 1)})
+    rows = [
+        {
+            "length": length,
+            "mapped_bytes": layout.mapped_bytes(length),
+            "waste": layout.waste(length),
+            "static_waste": layout.static_waste(length),
+            "fit": options.budget // layout.mapped_bytes(length),
+            "batch_bytes": options.batch * layout.mapped_bytes(length),
+        }
+        for length in lengths
+    ]
+    result = {
+        "layout": layout.kind,
+        "max_len": options.max_len,
+        "batch": options.batch,
+        "budget": options.budget,
+        "bytes_per_token": layout.bytes_per_token,
+        "tokens_per_granule": layout.tokens_per_granule,
+        "growth_step_bytes": layout.growth_step_bytes,
+        "static_bytes": layout.static_bytes,
+        "static_fit": options.budget // layout.static_bytes,
+        "lengths": rows,
+    }
+    text = "\n".join(
+        [
+            f"{layout.kind}: {_human(layout.bytes_per_token)} a token, "
+            f"{layout.tokens_per_granule:g} tokens a granule of {_human(layout.granularity)}, "
+            f"growth by {_human(layout.growth_step_bytes)}",
+            f"A max-length reservation takes {_human(layout.static_bytes)} a sequence: "
+            f"{result['static_fit']} fit {_human(options.budget)}.",
+            "",
+            _table(
+                [
+                    ("tokens", "mapped", "waste", "a reservation's", "fit", f"batch of {options.batch}"),
+                    *(
+                        (
+                            str(row["length"]),
+                            _human(row["mapped_bytes"]),
+                            f"{row['waste']:.1%}",
+                            f"{row['static_waste']:.1%}",
+                            str(row["fit"]),
+                            _human(row["batch_bytes"]) + ("" if row["fit"] >= options.batch else ", does not fit"),
+                        )
+                        for row in rows
+                    ),
+                ]
+            ),
+        ]
+    )
+    return result, text
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def _size(text: str) -> int:
+    """Bytes of e.g. 1500000, 16GiB, 16G or 500MB; all units are powers of 1024."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip(), re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 40GiB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def _human(nbytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            break
+        nbytes /= 1024
+    else:
+        unit = "TiB"
+    return f"{nbytes:.4g} {unit}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(rows[0]), "  ".join("-" * width for width in widths), *map(line, rows[1:])])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
