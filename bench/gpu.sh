@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# On a machine with a GPU: builds in place, tests, checks memory accesses and measures, in under 8 minutes.
+# Usage: bench/gpu.sh [OUT_FOLDER]
+set -u -o pipefail
+cd "$(dirname "$0")/.."
+out=${1:-bench/results}
+mkdir -p "$out"
+failed=0
+run() { # a name, then a command: keeps going, remembers failure, shows the end of what it printed
+  local name=$1 start=$SECONDS
+  shift
+  if "$@" >"$out/$name.log" 2>&1; then echo "ok   $name ($((SECONDS - start)) s): $(tail -n 1 "$out/$name.log")"; else
+    failed=1
+    echo "FAIL $name ($((SECONDS - start)) s)"
+    tail -n "${TAIL:-40}" "$out/$name.log" | cut -c1-300
+  fi
+}
+pytest="python3 -m pytest -q -p no:benchmark -m 'not model'"
+run build python3 setup.py build_ext --inplace
+run core timeout 240 bash -c "$pytest tests --ignore tests/test_hf_exact.py"
+run exact timeout 240 bash -c "$pytest tests/test_hf_exact.py -k cuda -n 8"
+# The contract provokes refusals on purpose, and one test a fault in a process of its own.
+run sanitizer timeout 240 compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 \
+  bash -c "$pytest tests -m gpu -k '(test_cache or test_arena or contract or llama-gqa-sdpa-greedy or mistral-sdpa-beams) and not is_a_fault'"
+run latency timeout 120 python3 bench/latency.py --device cuda --out "$out"
+run memory timeout 300 python3 bench/memory.py --device cuda --out "$out"
+exit $failed

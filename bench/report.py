@@ -1,0 +1,90 @@
+"""What every benchmark shares: a JSON file with the circumstances of the measurement, and a table on the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vattn import _core
+
+ROOT = Path(__file__).parents[1]
+
+
+def options(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="folder for the JSON (default: none is written)")
+    return parser
+
+
+def write(name: str, device: str, rows: list[dict[str, Any]], bars: dict[str, float], out: Path | None) -> None:
+    """Prints the rows and the bars; writes ``<out>/<name>-<cpu or cuda>.json``."""
+    for row in rows:
+        print("  ".join(f"{key} {_short(value)}" for key, value in row.items()))
+    for bar, value in bars.items():
+        print(f"{bar} = {_short(value)}")
+    if out is None:
+        return
+    probe = _core.probe_cuda()
+    on_gpu = device.startswith("cuda")
+    result = {
+        "benchmark": name,
+        "hardware": torch.cuda.get_device_name() if on_gpu else f"{_cpu()}, {os.cpu_count()} cores",
+        "driver": _driver_version() if probe["available"] else None,
+        "versions": {
+            "python": platform.python_version(),
+            **{package: _version(package) for package in ("torch", "transformers")},
+            "cuda": torch.version.cuda,
+            "kernel": platform.release(),
+        },
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "rows": rows,
+        "bars": bars,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{name}-{'cuda' if on_gpu else 'cpu'}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {path}")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver_version() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+
+
+def _commit() -> str:
+    """The commit measured; VATTN_COMMIT names it where the tree travels without its history."""
+    if named := os.environ.get("VATTN_COMMIT"):
+        return named
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False).stdout
+    return (head or "unknown") + ("+changes" if dirty.strip() else "")
