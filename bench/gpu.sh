@@ -3,6 +3,7 @@
 # Usage: bench/gpu.sh [OUT_FOLDER]
 set -u -o pipefail
 cd "$(dirname "$0")/.."
+export PYTHONPATH=$PWD
 out=${1:-bench/results}
 mkdir -p "$out"
 failed=0
