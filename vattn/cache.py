@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vattn import _core
-from vattn.errors import BackendUnavailable
+from vattn.errors import BackendUnavailable, OutOfDeviceMemory
 from vattn.layout import GRANULARITY, Group, Kind, KVLayout
 
 _UNLIMITED = 1 << 62  # bytes; more than any machine has
@@ -168,8 +168,7 @@ class KVCache:
             length: positions each shall have.
             keep: the shortest length that they may still be truncated to; see ``Sequence.grow``.
         """
-        stream = self._stream() if self._windowed else 0
-        self._arena.grow([sequence.slot for sequence in sequences], length, keep, stream)
+        self._grow([sequence.slot for sequence in sequences], length, keep)
         for sequence in sequences:
             sequence.length = length
 
@@ -226,6 +225,16 @@ class KVCache:
             f"KVCache({len(self.layout.layers)} layers, {self.slots} slots of {self.layout.max_len}, "
             f"{self.layout.kind}, {self.device})"
         )
+
+    def _grow(self, slots: list[int] | tuple[int, ...], length: int, keep: int) -> None:
+        stream = self._stream() if self._windowed else 0
+        try:
+            self._arena.grow(slots, length, keep, stream)
+        except OutOfDeviceMemory:
+            if self.device.type != "cuda":
+                raise
+            torch.cuda.empty_cache()  # what torch has freed and kept may do
+            self._arena.grow(slots, length, keep, stream)
 
     def _known(self, layer: int) -> int:
         if layer not in self._k:
@@ -288,8 +297,8 @@ class Sequence:
         if n < 0:
             raise ValueError(f"n must not be negative, not {n}: use truncate to shorten a sequence")
         self._require_open()
-        cache, length = self.cache, self.length + n
-        cache._arena.grow(self._slots, length, self.length, cache._stream() if cache._windowed else 0)
+        length = self.length + n
+        self.cache._grow(self._slots, length, self.length)
         self.length = length
         return length
 
