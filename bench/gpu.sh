@@ -25,4 +25,5 @@ run sanitizer timeout 240 compute-sanitizer --tool memcheck --report-api-errors 
   bash -c "$pytest tests -m gpu -k '(test_cache or test_arena or contract or llama-gqa-sdpa-greedy or mistral-sdpa-beams) and not is_a_fault'"
 run latency timeout 120 python3 bench/latency.py --device cuda --out "$out"
 run memory timeout 300 python3 bench/memory.py --device cuda --out "$out"
+run memory_at_once timeout 120 python3 bench/memory.py --device cuda --at-once --out "$out"
 exit $failed

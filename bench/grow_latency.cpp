@@ -15,9 +15,10 @@ int main() {
   arena.grow(std::span(&slot, 1), kGrows, 0, Stream{0});
   std::vector<double> rounds;
   for (int round = 0; round < 21; ++round) {
-    arena.truncate(slot, 0, Stream{0});
+    arena.truncate(std::span(&slot, 1), 0, Stream{0});
     const auto start = std::chrono::steady_clock::now();
-    for (std::size_t length = 1; length <= kGrows; ++length) arena.grow(std::span(&slot, 1), length, length - 1, Stream{0});
+    for (std::size_t length = 1; length <= kGrows; ++length)
+      arena.grow(std::span(&slot, 1), length, length - 1, Stream{0});
     const std::chrono::duration<double, std::nano> took = std::chrono::steady_clock::now() - start;
     rounds.push_back(took.count() / kGrows);
   }

@@ -74,7 +74,8 @@ Arena::Arena(std::shared_ptr<Driver> driver, std::vector<Plane> planes, ArenaOpt
       slots_(options.slots) {
   std::size_t offset = 0;
   for (const Plane& plane : planes) {
-    const std::size_t stride = round_up((options_.max_len + options_.tail_rows) * plane.row_bytes, driver_->granularity());
+    const std::size_t stride =
+        round_up((options_.max_len + options_.tail_rows) * plane.row_bytes, driver_->granularity());
     geometry_.push_back({plane.row_bytes, plane.window, offset, stride});
     offset += stride * options_.slots;
   }
@@ -95,7 +96,7 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
     throw std::invalid_argument("slot " + std::to_string(*wanted) + " does not exist: there are " +
                                 std::to_string(slots_.size()));
   Lock lock(mutex_);
-  require_open();
+  require_usable();
   std::size_t chosen = kNever;
   if (wanted) {
     released_.wait(lock, [&] { return !slots_[*wanted].held; });
@@ -137,7 +138,7 @@ void Arena::grow(std::span<const std::size_t> slots, std::size_t positions, std:
     throw SequenceTooLong(std::to_string(positions) + " positions are more than max_len, " +
                           std::to_string(options_.max_len) + ": make the cache with a larger max_len, or truncate");
   Lock lock(mutex_);
-  require_open();
+  require_usable();
   for (const std::size_t slot : slots) running(slot, "grow");
   const Hold hold(*this, slots, lock);
   for (const std::size_t slot : slots) running(slot, "grow");  // another thread may have closed it meanwhile
@@ -185,6 +186,7 @@ void Arena::grow(std::span<const std::size_t> slots, std::size_t positions, std:
 }
 
 bool Arena::try_grow(std::span<const std::size_t> slots, std::size_t positions, std::size_t keep) {
+  driver_->require_owner();
   const std::lock_guard lock(mutex_);
   for (const std::size_t slot : slots)
     if (slot >= slots_.size() || slots_[slot].state != State::running || slots_[slot].held) return false;
@@ -198,59 +200,69 @@ bool Arena::grow_in_place(std::span<const std::size_t> slots, std::size_t positi
   return true;
 }
 
-void Arena::truncate(std::size_t index, std::size_t positions, Stream stream) {
+void Arena::truncate(std::span<const std::size_t> slots, std::size_t positions, Stream stream) {
   Lock lock(mutex_);
-  require_open();
-  running(index, "truncate");
-  const Hold hold(*this, std::span(&index, 1), lock);
-  Slot& slot = running(index, "truncate");
-  if (positions > slot.length)
-    throw std::invalid_argument("cannot truncate to " + std::to_string(positions) + " positions: the sequence has " +
-                                std::to_string(slot.length));
-  for (std::size_t plane = 0; plane < geometry_.size() && positions > 0; ++plane) {
-    const auto& [row_bytes, window, offset, stride] = geometry_[plane];
-    const std::size_t first = window == 0 || positions < window ? 0 : positions - window + 1;
-    if (slot.runs[plane].head > first * row_bytes)
-      throw std::invalid_argument("cannot truncate to " + std::to_string(positions) + " positions: the window of " +
-                                  std::to_string(window) + " has moved on and the rows before it are given back");
+  require_usable();
+  for (const std::size_t index : slots) running(index, "truncate");
+  const Hold hold(*this, slots, lock);
+  bool shorter = false;
+  for (const std::size_t index : slots) {
+    const Slot& slot = running(index, "truncate");
+    if (positions > slot.length)
+      throw std::invalid_argument("cannot truncate to " + std::to_string(positions) + " positions: the sequence has " +
+                                  std::to_string(slot.length));
+    shorter = shorter || positions < slot.length;
+    for (std::size_t plane = 0; plane < geometry_.size() && positions > 0; ++plane) {
+      const auto& [row_bytes, window, offset, stride] = geometry_[plane];
+      const std::size_t first = window == 0 || positions < window ? 0 : positions - window + 1;
+      if (slot.runs[plane].head > first * row_bytes)
+        throw std::invalid_argument("cannot truncate to " + std::to_string(positions) + " positions: the window of " +
+                                    std::to_string(window) + " has moved on and the rows before it are given back");
+    }
   }
-  if (positions == slot.length) return;
+  if (!shorter) return;
   lock.unlock();
-  auto fence = std::make_shared<const Fence>(driver_, stream);
+  const auto fence = std::make_shared<const Fence>(driver_, stream);
   lock.lock();
-  note(slot.fences, std::move(fence));
-  slot.length = positions;
-  // A run that starts behind the first row is of no use to what is to come.
-  if (positions == 0)
-    for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
+  for (const std::size_t index : slots) {
+    Slot& slot = slots_[index];
+    note(slot.fences, fence);
+    slot.length = positions;
+    // A run that starts behind the first row is of no use to what is to come.
+    for (std::size_t plane = 0; plane < geometry_.size() && positions == 0; ++plane)
       if (slot.runs[plane].head != 0) retire_run(slot, index, plane);
-  refresh(slot);
+    refresh(slot);
+  }
 }
 
-void Arena::release(std::size_t index, Stream stream) {
+void Arena::release(std::span<const std::size_t> slots, Stream stream) {
   Lock lock(mutex_);
-  require_open();
-  running(index, "close");
-  const Hold hold(*this, std::span(&index, 1), lock);
-  Slot& slot = running(index, "close");
-  const bool empty = has_nothing(slot);
-  if (!empty) {
+  require_usable();
+  for (const std::size_t index : slots) running(index, "close");
+  const Hold hold(*this, slots, lock);
+  for (const std::size_t index : slots) running(index, "close");
+  std::shared_ptr<const Fence> fence;
+  if (!std::all_of(slots.begin(), slots.end(), [&](std::size_t index) { return has_nothing(slots_[index]); })) {
     lock.unlock();
-    auto fence = std::make_shared<const Fence>(driver_, stream);
+    fence = std::make_shared<const Fence>(driver_, stream);
     lock.lock();
-    note(slot.fences, std::move(fence));
   }
-  for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
-    if (slot.runs[plane].head != 0) retire_run(slot, index, plane);
-  slot.length = 0;
-  slot.state = empty ? State::bare : State::parked;
-  slot.parked_at = ++clock_;
-  refresh(slot);
+  for (const std::size_t index : slots) {
+    Slot& slot = slots_[index];
+    const bool empty = has_nothing(slot);
+    if (!empty) note(slot.fences, fence);
+    for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
+      if (slot.runs[plane].head != 0) retire_run(slot, index, plane);
+    slot.length = 0;
+    slot.state = empty ? State::bare : State::parked;
+    slot.parked_at = ++clock_;
+    refresh(slot);
+  }
 }
 
 void Arena::trim() {
   Lock lock(mutex_);
-  require_open();
+  require_usable();
   while (reclaim(kNever, {}, lock)) {
   }
   lock.unlock();
@@ -282,6 +294,11 @@ void Arena::close() {
 std::size_t Arena::length(std::size_t slot) const {
   const std::lock_guard lock(mutex_);
   return slots_.at(slot).length;
+}
+
+std::size_t Arena::head(std::size_t slot, std::size_t plane) const {
+  const std::lock_guard lock(mutex_);
+  return slots_.at(slot).runs.at(plane).head;
 }
 
 std::vector<Arena::SlotInfo> Arena::map() const {
@@ -362,8 +379,8 @@ void Arena::check() const {
     throw InvariantBroken("mapped and retired " + std::to_string(total) + " + pooled " + std::to_string(usage.pooled) +
                           " bytes are not the charged " + std::to_string(usage.charged) + " (invariant 3)");
   if (usage.peak > usage.budget)
-    throw InvariantBroken("the budget of " + std::to_string(usage.budget) + " bytes was exceeded: " +
-                          std::to_string(usage.peak) + " (invariant 6)");
+    throw InvariantBroken("the budget of " + std::to_string(usage.budget) +
+                          " bytes was exceeded: " + std::to_string(usage.peak) + " (invariant 6)");
 }
 
 Arena::Slot& Arena::running(std::size_t index, const char* what) {
@@ -377,7 +394,8 @@ bool Arena::has_nothing(const Slot& slot) noexcept {
          std::all_of(slot.runs.begin(), slot.runs.end(), [](const Run& run) { return run.mappings.empty(); });
 }
 
-void Arena::require_open() const {
+void Arena::require_usable() const {
+  driver_->require_owner();
   if (closed_) throw std::invalid_argument("the cache is closed: make a new one");
 }
 
@@ -470,7 +488,8 @@ std::vector<Arena::Loose> Arena::build(const std::vector<Step>& steps) {
 }
 
 void Arena::discard_before_windows(std::span<const std::size_t> slots, std::size_t keep, Stream stream, Lock& lock) {
-  if (std::none_of(slots.begin(), slots.end(), [&](std::size_t slot) { return slots_[slot].next_discard <= keep; })) return;
+  if (std::none_of(slots.begin(), slots.end(), [&](std::size_t slot) { return slots_[slot].next_discard <= keep; }))
+    return;
   lock.unlock();
   const auto fence = std::make_shared<const Fence>(driver_, stream);
   lock.lock();
@@ -563,7 +582,8 @@ void Arena::strip(Slot& slot, std::size_t index, std::size_t bytes, std::size_t&
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
     Run& run = slot.runs[plane];
     const std::size_t needed = slot.state == State::running ? end_of(geometry_[plane], slot.length) : 0;
-    while (found < bytes && !run.mappings.empty() && run.tail - run.mappings.back().bytes() >= std::max(needed, run.head)) {
+    while (found < bytes && !run.mappings.empty() &&
+           run.tail - run.mappings.back().bytes() >= std::max(needed, run.head)) {
       found += run.mappings.back().bytes();
       run.tail -= run.mappings.back().bytes();
       out.push_back({index, plane, std::move(run.mappings.back()), slot.fences});
@@ -597,9 +617,8 @@ void Arena::unmap_outside(std::vector<Loose> loose, Lock& lock) {
 }
 
 void Arena::wait_until_idle(Lock& lock) const {
-  released_.wait(lock, [&] {
-    return std::none_of(slots_.begin(), slots_.end(), [](const Slot& slot) { return slot.held; });
-  });
+  released_.wait(
+      lock, [&] { return std::none_of(slots_.begin(), slots_.end(), [](const Slot& slot) { return slot.held; }); });
 }
 
 }  // namespace vattn

@@ -62,12 +62,12 @@ class Arena {
   // The same when it takes no driver call and no waiting; otherwise false, and nothing has changed.
   bool try_grow(std::span<const std::size_t> slots, std::size_t positions, std::size_t keep);
 
-  // Shortens a running slot. Its memory stays mapped until somebody needs it. Throws std::invalid_argument when a
-  // window has already passed.
-  void truncate(std::size_t slot, std::size_t positions, Stream stream);
+  // Shortens every named slot that is longer: all of them or, when it throws, none. Their memory stays mapped until
+  // somebody needs it. Throws std::invalid_argument when a slot is shorter or a window has already passed.
+  void truncate(std::span<const std::size_t> slots, std::size_t positions, Stream stream);
 
-  // Parks a running slot. `stream` is where its memory was used last.
-  void release(std::size_t slot, Stream stream);
+  // Parks every named slot: all of them or, when it throws, none. `stream` is where their memory was used last.
+  void release(std::span<const std::size_t> slots, Stream stream);
 
   // Returns every byte to the driver that no running sequence needs.
   void trim();
@@ -79,6 +79,8 @@ class Arena {
   std::size_t plane_offset(std::size_t plane) const { return geometry_.at(plane).offset; }
   std::size_t slot_stride(std::size_t plane) const { return geometry_.at(plane).stride; }
   std::size_t length(std::size_t slot) const;
+  // Bytes at the start of a slot that a window has given back.
+  std::size_t head(std::size_t slot, std::size_t plane) const;
   const std::shared_ptr<Driver>& driver() const noexcept { return driver_; }
 
   enum class State { bare, running, parked };
@@ -99,8 +101,8 @@ class Arena {
   struct Stats {
     ExtentPool::Usage pool;
     std::size_t reserved;
-    std::size_t mapped;   // in runs of running and parked slots
-    std::size_t parked;   // of those, in parked slots
+    std::size_t mapped;  // in runs of running and parked slots
+    std::size_t parked;  // of those, in parked slots
     std::size_t retired;
     std::size_t running_slots;
     std::size_t parked_slots;
@@ -152,7 +154,7 @@ class Arena {
 
   Slot& running(std::size_t slot, const char* what);
   static bool has_nothing(const Slot& slot) noexcept;
-  void require_open() const;
+  void require_usable() const;
   Address address_of(std::size_t slot, std::size_t plane) const noexcept;
   std::size_t end_of(const Geometry& plane, std::size_t positions) const noexcept;
   void refresh(Slot& slot) noexcept;

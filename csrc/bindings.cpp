@@ -20,8 +20,8 @@ struct Exported {
 };
 
 // A DLPack capsule of integers of `itemsize` bytes; the importer views them as what they are.
-py::capsule export_tensor(std::shared_ptr<void> owner, const Driver& driver, Address at, std::vector<std::int64_t> shape,
-                          std::vector<std::int64_t> strides, unsigned itemsize) {
+py::capsule export_tensor(std::shared_ptr<void> owner, const Driver& driver, Address at,
+                          std::vector<std::int64_t> shape, std::vector<std::int64_t> strides, unsigned itemsize) {
   if (shape.size() != strides.size()) throw std::invalid_argument("shape and strides differ in length");
   auto exported = std::make_unique<Exported>();
   exported->shape = std::move(shape);
@@ -93,58 +93,80 @@ const char* name_of(Arena::State state) {
 
 void bind_driver(py::module_& module) {
   py::class_<Driver, std::shared_ptr<Driver>>(module, "Driver")
-      .def_property_readonly("kind", [](const Driver& self) { return self.kind() == Driver::Kind::cuda ? "cuda" : "cpu"; })
+      .def_property_readonly("kind",
+                             [](const Driver& self) { return self.kind() == Driver::Kind::cuda ? "cuda" : "cpu"; })
       .def_property_readonly("device", &Driver::device)
       .def_property_readonly("granularity", &Driver::granularity)
       .def_property_readonly("description", &Driver::description)
       .def_property_readonly("reports", &Driver::reports)
-      .def("memory_info", [](Driver& self) {
-        const MemoryInfo info = self.memory_info();
-        return py::make_tuple(info.free, info.total);
-      })
-      .def("counts", [](const Driver& self) {
-        py::dict counts;
-        for (std::size_t index = 0; index < kCallNames.size(); ++index)
-          counts[kCallNames[index]] = self.count(static_cast<Call>(index));
-        return counts;
-      })
-      .def("fail_at", &Driver::fail_at, py::arg("k"), py::kw_only(), py::arg("times") = 1, py::arg("out_of_memory") = false)
-      .def("charge",
-           [](Driver& self, const std::string& call, std::uint64_t nanoseconds) { self.charge(call_named(call), nanoseconds); },
-           py::arg("call"), py::arg("nanoseconds"))
+      .def("memory_info",
+           [](Driver& self) {
+             const MemoryInfo info = self.memory_info();
+             return py::make_tuple(info.free, info.total);
+           })
+      .def("counts",
+           [](const Driver& self) {
+             py::dict counts;
+             for (std::size_t index = 0; index < kCallNames.size(); ++index)
+               counts[kCallNames[index]] = self.count(static_cast<Call>(index));
+             return counts;
+           })
+      .def("fail_at", &Driver::fail_at, py::arg("k"), py::kw_only(), py::arg("times") = 1,
+           py::arg("out_of_memory") = false)
+      .def(
+          "charge",
+          [](Driver& self, const std::string& call, std::uint64_t nanoseconds) {
+            self.charge(call_named(call), nanoseconds);
+          },
+          py::arg("call"), py::arg("nanoseconds"))
       .def("reserve", &Driver::reserve, py::arg("nbytes"), Unlocked())
       .def("free_address", &Driver::free_address, py::arg("address"), py::arg("nbytes"), Unlocked())
-      .def("create", [](Driver& self, std::size_t bytes) { return static_cast<std::uint64_t>(self.create(bytes)); },
-           py::arg("nbytes"), Unlocked())
-      .def("release", [](Driver& self, std::uint64_t handle) { self.release(Handle{handle}); }, py::arg("handle"), Unlocked())
-      .def("map",
-           [](Driver& self, Address at, std::size_t bytes, std::uint64_t handle) { self.map(at, bytes, Handle{handle}); },
-           py::arg("address"), py::arg("nbytes"), py::arg("handle"), Unlocked())
+      .def(
+          "create", [](Driver& self, std::size_t bytes) { return static_cast<std::uint64_t>(self.create(bytes)); },
+          py::arg("nbytes"), Unlocked())
+      .def(
+          "release", [](Driver& self, std::uint64_t handle) { self.release(Handle{handle}); }, py::arg("handle"),
+          Unlocked())
+      .def(
+          "map",
+          [](Driver& self, Address at, std::size_t bytes, std::uint64_t handle) {
+            self.map(at, bytes, Handle{handle});
+          },
+          py::arg("address"), py::arg("nbytes"), py::arg("handle"), Unlocked())
       .def("set_access", &Driver::set_access, py::arg("address"), py::arg("nbytes"), Unlocked())
       .def("unmap", &Driver::unmap, py::arg("address"), py::arg("nbytes"), Unlocked())
-      .def("zero",
-           [](Driver& self, Address at, std::size_t bytes) {
-             const Range range{at, bytes};
-             self.zero(std::span(&range, 1));
-           },
-           py::arg("address"), py::arg("nbytes"), Unlocked())
-      .def("copy",
-           [](Driver& self, Address to, Address from, std::size_t bytes, std::uintptr_t stream) {
-             self.copy(to, from, bytes, Stream{stream});
-           },
-           py::arg("to"), py::arg("source"), py::arg("nbytes"), py::kw_only(), py::arg("stream") = 0, Unlocked())
-      .def("record", [](Driver& self, std::uintptr_t stream) { return static_cast<std::uintptr_t>(self.record(Stream{stream})); },
-           py::kw_only(), py::arg("stream") = 0, Unlocked())
-      .def("wait", [](Driver& self, std::uintptr_t fence) { self.wait(FenceId{fence}); }, py::arg("fence"), Unlocked())
-      .def("passed", [](Driver& self, std::uintptr_t fence) { return self.passed(FenceId{fence}); }, py::arg("fence"), Unlocked())
-      .def("drop", [](Driver& self, std::uintptr_t fence) { self.drop(FenceId{fence}); }, py::arg("fence"), Unlocked())
+      .def(
+          "zero",
+          [](Driver& self, Address at, std::size_t bytes) {
+            const Range range{at, bytes};
+            self.zero(std::span(&range, 1));
+          },
+          py::arg("address"), py::arg("nbytes"), Unlocked())
+      .def(
+          "copy",
+          [](Driver& self, Address to, Address from, std::size_t bytes, std::uintptr_t stream) {
+            self.copy(to, from, bytes, Stream{stream});
+          },
+          py::arg("to"), py::arg("source"), py::arg("nbytes"), py::kw_only(), py::arg("stream") = 0, Unlocked())
+      .def(
+          "record",
+          [](Driver& self, std::uintptr_t stream) { return static_cast<std::uintptr_t>(self.record(Stream{stream})); },
+          py::kw_only(), py::arg("stream") = 0, Unlocked())
+      .def(
+          "wait", [](Driver& self, std::uintptr_t fence) { self.wait(FenceId{fence}); }, py::arg("fence"), Unlocked())
+      .def(
+          "passed", [](Driver& self, std::uintptr_t fence) { return self.passed(FenceId{fence}); }, py::arg("fence"),
+          Unlocked())
+      .def(
+          "drop", [](Driver& self, std::uintptr_t fence) { self.drop(FenceId{fence}); }, py::arg("fence"), Unlocked())
       .def("synchronize", &Driver::synchronize, Unlocked())
-      .def("dlpack",
-           [](const std::shared_ptr<Driver>& self, Address at, std::vector<std::int64_t> shape,
-              std::vector<std::int64_t> strides, unsigned itemsize) {
-             return export_tensor(self, *self, at, std::move(shape), std::move(strides), itemsize);
-           },
-           py::arg("address"), py::arg("shape"), py::arg("strides"), py::arg("itemsize"));
+      .def(
+          "dlpack",
+          [](const std::shared_ptr<Driver>& self, Address at, std::vector<std::int64_t> shape,
+             std::vector<std::int64_t> strides, unsigned itemsize) {
+            return export_tensor(self, *self, at, std::move(shape), std::move(strides), itemsize);
+          },
+          py::arg("address"), py::arg("shape"), py::arg("strides"), py::arg("itemsize"));
   module.def("host_driver", &make_host_driver, py::arg("granularity"), py::kw_only(), py::arg("capacity") = 0);
   module.def("cuda_driver", &make_cuda_driver, py::arg("device"), Unlocked());
   module.def("probe_cuda", [] {
@@ -175,39 +197,47 @@ void bind_arena(py::module_& module) {
            }),
            py::arg("driver"), py::arg("planes"), py::kw_only(), py::arg("slots"), py::arg("max_len"), py::arg("budget"),
            py::arg("tail_rows") = 0, py::arg("growth_divisor") = ArenaOptions{}.growth_divisor, Unlocked())
-      .def("acquire",
-           [](Arena& self, std::optional<std::size_t> slot, std::size_t expected, std::uintptr_t stream) {
-             return self.acquire(slot, expected, Stream{stream});
-           },
-           py::arg("slot") = std::nullopt, py::kw_only(), py::arg("expected") = 0, py::arg("stream") = 0, Unlocked())
-      .def("grow",
-           [](Arena& self, const Slots& slots, std::size_t positions, std::size_t keep, std::uintptr_t stream) {
-             if (self.try_grow(slots, positions, keep)) return;
-             const py::gil_scoped_release release;
-             self.grow(slots, positions, keep, Stream{stream});
-           },
-           py::arg("slots"), py::arg("positions"), py::arg("keep"), py::arg("stream") = 0)
-      .def("truncate",
-           [](Arena& self, std::size_t slot, std::size_t positions, std::uintptr_t stream) {
-             self.truncate(slot, positions, Stream{stream});
-           },
-           py::arg("slot"), py::arg("positions"), py::arg("stream") = 0, Unlocked())
-      .def("release", [](Arena& self, std::size_t slot, std::uintptr_t stream) { self.release(slot, Stream{stream}); },
-           py::arg("slot"), py::arg("stream") = 0, Unlocked())
+      .def(
+          "acquire",
+          [](Arena& self, std::optional<std::size_t> slot, std::size_t expected, std::uintptr_t stream) {
+            return self.acquire(slot, expected, Stream{stream});
+          },
+          py::arg("slot") = std::nullopt, py::kw_only(), py::arg("expected") = 0, py::arg("stream") = 0, Unlocked())
+      .def(
+          "grow",
+          [](Arena& self, const Slots& slots, std::size_t positions, std::size_t keep, std::uintptr_t stream) {
+            if (self.try_grow(slots, positions, keep)) return;
+            const py::gil_scoped_release release;
+            self.grow(slots, positions, keep, Stream{stream});
+          },
+          py::arg("slots"), py::arg("positions"), py::arg("keep"), py::arg("stream") = 0)
+      .def(
+          "truncate",
+          [](Arena& self, const Slots& slots, std::size_t positions, std::uintptr_t stream) {
+            self.truncate(slots, positions, Stream{stream});
+          },
+          py::arg("slots"), py::arg("positions"), py::arg("stream") = 0, Unlocked())
+      .def(
+          "release",
+          [](Arena& self, const Slots& slots, std::uintptr_t stream) { self.release(slots, Stream{stream}); },
+          py::arg("slots"), py::arg("stream") = 0, Unlocked())
       .def("trim", &Arena::trim, Unlocked())
       .def("close", &Arena::close, Unlocked())
       .def("check", &Arena::check, Unlocked())
       .def("length", &Arena::length, py::arg("slot"))
+      .def("head", &Arena::head, py::arg("slot"), py::arg("plane"))
       .def_property_readonly("driver", &Arena::driver)
       .def_property_readonly("base", &Arena::base)
       .def("plane_offset", &Arena::plane_offset, py::arg("plane"))
       .def("slot_stride", &Arena::slot_stride, py::arg("plane"))
-      .def("dlpack",
-           [](const std::shared_ptr<Arena>& self, std::size_t offset, std::vector<std::int64_t> shape,
-              std::vector<std::int64_t> strides, unsigned itemsize) {
-             return export_tensor(self, *self->driver(), self->base() + offset, std::move(shape), std::move(strides), itemsize);
-           },
-           py::arg("offset"), py::arg("shape"), py::arg("strides"), py::arg("itemsize"))
+      .def(
+          "dlpack",
+          [](const std::shared_ptr<Arena>& self, std::size_t offset, std::vector<std::int64_t> shape,
+             std::vector<std::int64_t> strides, unsigned itemsize) {
+            return export_tensor(self, *self->driver(), self->base() + offset, std::move(shape), std::move(strides),
+                                 itemsize);
+          },
+          py::arg("offset"), py::arg("shape"), py::arg("strides"), py::arg("itemsize"))
       .def("map",
            [](const Arena& self) {
              py::list slots;

@@ -11,7 +11,7 @@ Driver::Driver(Kind kind, int device) : kind_(kind), device_(device), pid_(::get
 
 bool Driver::in_forked_child() const noexcept { return ::getpid() != pid_; }
 
-void Driver::guard() const {
+void Driver::require_owner() const {
   if (in_forked_child())
     throw BackendUnavailable("this cache was made by process " + std::to_string(pid_) +
                              " and cannot be used after a fork: make one in the child, or start the child "
@@ -19,7 +19,7 @@ void Driver::guard() const {
 }
 
 void Driver::enter(Call call) {
-  guard();
+  require_owner();
   const auto index = static_cast<std::size_t>(call);
   counts_[index].fetch_add(1);
   if (const auto cost = charges_[index].load(); cost != 0) {
@@ -110,7 +110,7 @@ void Driver::wait(FenceId fence) {
 }
 
 bool Driver::passed(FenceId fence) {
-  guard();
+  require_owner();
   return do_passed(fence);
 }
 
@@ -119,7 +119,7 @@ void Driver::drop(FenceId fence) noexcept {
 }
 
 void Driver::synchronize() {
-  guard();
+  require_owner();
   do_synchronize();
 }
 

@@ -102,8 +102,10 @@ class Driver {
   void report(const std::exception& error) noexcept;
   std::uint64_t reports() const noexcept { return reports_.load(); }
 
-  // After fork(), the child's copies of our objects own nothing.
+  // After fork(), the child's copies of our objects own nothing, and what they map is the parent's.
   bool in_forked_child() const noexcept;
+  // Throws BackendUnavailable in a forked child. Every call above does; for callers that may need none of them.
+  void require_owner() const;
 
  protected:
   Driver(Kind kind, int device);
@@ -125,7 +127,6 @@ class Driver {
   virtual void do_drop(FenceId fence) noexcept = 0;
   virtual void do_synchronize() = 0;
 
-  void guard() const;
   void enter(Call call);
 
   const Kind kind_;
@@ -149,7 +150,7 @@ std::shared_ptr<Driver> make_cuda_driver(int device);
 // What can be known about CUDA here without holding a context.
 struct CudaProbe {
   bool available = false;
-  std::string why;      // when not available
+  std::string why;         // when not available
   int driver_version = 0;  // as cuDriverGetVersion gives it, 13000 for 13.0
   int devices = 0;
 };

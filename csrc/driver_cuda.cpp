@@ -39,7 +39,8 @@ Api load_api() {
   // Never closed: the driver keeps threads of its own.
   void* const library = ::dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr)
-    throw BackendUnavailable("CUDA cannot be used: libcuda.so.1 was not found. Install the NVIDIA driver, or use device=\"cpu\"");
+    throw BackendUnavailable(
+        "CUDA cannot be used: libcuda.so.1 was not found. Install the NVIDIA driver, or use device=\"cpu\"");
   using GetProcAddress = CUresult (*)(const char*, void**, int, cuuint64_t, CUdriverProcAddressQueryResult*);
   const auto get = reinterpret_cast<GetProcAddress>(::dlsym(library, "cuGetProcAddress_v2"));
   if (get == nullptr) throw BackendUnavailable("CUDA cannot be used: the NVIDIA driver is older than CUDA 12");

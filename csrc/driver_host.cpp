@@ -39,7 +39,7 @@ class HostDriver final : public Driver {
   MemoryInfo memory_info() override {
     const std::lock_guard lock(mutex_);
     if (capacity_ != 0) return {capacity_ - live_bytes_, capacity_};
-    struct sysinfo info {};
+    struct sysinfo info{};
     if (::sysinfo(&info) != 0) throw_errno("sysinfo");
     return {(info.freeram + info.bufferram) * info.mem_unit, info.totalram * info.mem_unit};
   }

@@ -17,9 +17,7 @@ class Error : public std::runtime_error {
 class DriverError : public Error {
  public:
   DriverError(std::string call, int code, const std::string& why)
-      : Error(call + " failed with code " + std::to_string(code) + ": " + why),
-        call_(std::move(call)),
-        code_(code) {}
+      : Error(call + " failed with code " + std::to_string(code) + ": " + why), call_(std::move(call)), code_(code) {}
   const std::string& call() const noexcept { return call_; }
   int code() const noexcept { return code_; }
 
@@ -37,8 +35,7 @@ class OutOfDeviceMemory : public DriverError {
 class OutOfPages : public Error {
  public:
   OutOfPages(std::size_t needed, std::size_t free)
-      : Error("the budget is spent: " + std::to_string(needed) + " bytes needed, " +
-              std::to_string(free) +
+      : Error("the budget is spent: " + std::to_string(needed) + " bytes needed, " + std::to_string(free) +
               " free. Close or truncate a sequence, raise `budget`, or catch OutOfPages and retry later"),
         needed_(needed),
         free_(free) {}

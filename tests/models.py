@@ -11,6 +11,7 @@ import transformers
 
 from vattn import VirtualCache
 from vattn.hf import _CROP_KEEPS
+
 WINDOW = 12  # shorter than the prompts and outputs below, so that windows move
 
 

@@ -121,9 +121,11 @@ def test_too_long():
 def test_a_slot_without_a_sequence_is_refused(call, slot):
     a = arena()
     with pytest.raises(ValueError, match=f"slot {slot} has no sequence"):
-        {"grow": lambda: a.grow([slot], 1, 0), "truncate": lambda: a.truncate(slot, 0), "release": lambda: a.release(slot)}[
-            call
-        ]()
+        {
+            "grow": lambda: a.grow([slot], 1, 0),
+            "truncate": lambda: a.truncate([slot], 0),
+            "release": lambda: a.release([slot]),
+        }[call]()
 
 
 def test_bad_arguments_name_themselves():
@@ -147,25 +149,25 @@ def test_bad_arguments_name_themselves():
     with pytest.raises(ValueError, match="all 1 slots are in use"):
         a.acquire()
     with pytest.raises(ValueError, match="cannot truncate to 5 positions: the sequence has 0"):
-        a.truncate(0, 5)
+        a.truncate([0], 5)
 
 
 def test_truncating_keeps_memory_until_somebody_needs_it():
     a = arena(budget=4 * PAGE)
     a.acquire()
     a.grow([0], 32, 0)
-    a.truncate(0, 20)
+    a.truncate([0], 20)
     assert mapped(a) == 4
     calls = vmm_calls(a)
     a.grow([0], 24, 20)
     assert vmm_calls(a) == calls
-    a.truncate(0, 8)
+    a.truncate([0], 8)
     # The four granules came as one extent, which still holds the first rows: nothing can be taken away.
     a.acquire()
     with pytest.raises(OutOfPages):
         a.grow([1], 1, 0)
     a.check()
-    a.release(0)
+    a.release([0])
     a.grow([1], 1, 0)
     assert (mapped(a), extents(a, 1)) == (1, [1])
     a.check()
@@ -176,7 +178,7 @@ def test_what_a_running_slot_has_past_its_length_serves_others():
     a.acquire()
     for length in (8, 16, 24, 32):
         a.grow([0], length, 0)
-    a.truncate(0, 9)
+    a.truncate([0], 9)
     a.acquire()
     a.grow([1], 16, 0)
     assert (extents(a, 0), extents(a, 1)) == ([1, 1], [2])
@@ -188,7 +190,7 @@ def test_a_parked_slot_is_adopted_without_a_driver_call():
     a = arena()
     a.acquire()
     a.grow([0], 64, 0)
-    a.release(0)
+    a.release([0])
     assert a.stats()["parked_slots"] == 1
     calls = vmm_calls(a)
     assert a.acquire(expected=60) == 0
@@ -204,7 +206,7 @@ def test_the_parked_slot_that_fits_best_is_adopted():
         a.acquire(slot)
         a.grow([slot], length, 0)
     for slot in range(3):
-        a.release(slot)
+        a.release([slot])
     assert a.acquire(expected=30) == 2  # the smallest that holds it
     assert a.acquire(expected=500) == 1  # the largest, when none does
     assert a.acquire(expected=9) == 0
@@ -214,7 +216,7 @@ def test_the_parked_slot_that_fits_best_is_adopted():
 
 def test_a_slot_that_never_had_memory_is_bare_again():
     a = arena()
-    a.release(a.acquire())
+    a.release([a.acquire()])
     assert a.map()[0]["state"] == "bare"
 
 
@@ -224,8 +226,8 @@ def test_parked_memory_is_taken_from_the_longest_parked_one_extent_at_a_time():
         a.acquire(slot)
         for length in (8, 16, 24):
             a.grow([slot], length, 0)
-    a.release(1)
-    a.release(0)
+    a.release([1])
+    a.release([0])
     a.acquire(2)
     a.grow([2], 8, 0)
     assert [len(extents(a, slot)) for slot in range(3)] == [3, 2, 1]
@@ -239,7 +241,7 @@ def test_pooled_extents_of_another_class_make_room():
     a = arena(budget=8 * PAGE)
     a.acquire(0)
     a.grow([0], 64, 0)
-    a.release(0)
+    a.release([0])
     a.acquire(1)
     a.grow([1], 8, 0)
     assert extents(a, 1) == [1]
@@ -251,7 +253,7 @@ def test_when_the_device_is_full_what_is_parked_goes_first():
     a = arena(capacity=4 * PAGE)
     a.acquire(0)
     a.grow([0], 32, 0)
-    a.release(0)
+    a.release([0])
     a.acquire(1)
     a.grow([1], 24, 0)
     assert sum(extents(a, 1)) == 3
@@ -279,8 +281,8 @@ def test_trim_gives_everything_back_that_no_sequence_needs():
         a.acquire(slot)
         a.grow([slot], 8, 0)
         a.grow([slot], 100, 8)
-    a.release(0)
-    a.truncate(1, 3)
+    a.release([0])
+    a.truncate([1], 3)
     a.trim()
     stats = a.stats()
     assert (mapped(a), stats["pooled"], stats["retired"]) == (14, 0, 0)
@@ -300,7 +302,7 @@ def test_a_window_gives_back_what_lies_before_it():
         assert runs[1]["head"] <= first * ROW
         assert runs[1]["tail"] - runs[1]["head"] <= (16 + 3 * 8) * ROW
     a.check()
-    a.release(0)
+    a.release([0])
     run = a.map()[0]["runs"][1]
     assert run["tail"] == 0
     a.acquire(0)
@@ -314,11 +316,11 @@ def test_a_window_that_has_moved_on_cannot_be_truncated_into():
     a.grow([0], 56, 0)  # extents of 4, 2 and 1 granules: rows 0-31, 32-47, 48-55
     a.grow([0], 57, 56)
     assert a.map()[0]["runs"][0]["head"] == 32 * ROW  # the window at 56 starts at row 41
-    a.truncate(0, 47)  # its window starts at row 32
+    a.truncate([0], 47)  # its window starts at row 32
     with pytest.raises(ValueError, match="cannot truncate to 46 positions: the window of 16 has moved on"):
-        a.truncate(0, 46)
+        a.truncate([0], 46)
     assert a.length(0) == 47
-    a.truncate(0, 0)
+    a.truncate([0], 0)
     a.grow([0], 30, 0)
     assert a.map()[0]["runs"][0]["head"] == 0
     a.check()
@@ -329,7 +331,7 @@ def test_keep_holds_a_window_back():
     a.acquire()
     for length in range(1, 301):
         a.grow([0], length, min(length - 1, 100))
-    a.truncate(0, 100)
+    a.truncate([0], 100)
     assert a.map()[0]["runs"][0]["head"] <= 85 * ROW
     a.check()
 
@@ -348,12 +350,12 @@ def test_closing_returns_everything():
     for slot in range(3):
         a.acquire(slot)
         a.grow([slot], 50, 0)
-    a.release(1)
+    a.release([1])
     a.close()
     assert a.driver.memory_info()[0] == 100 * PAGE
     a.check()
     a.close()
-    for call in (lambda: a.acquire(), lambda: a.grow([0], 51, 50), lambda: a.trim(), lambda: a.release(0)):
+    for call in (lambda: a.acquire(), lambda: a.grow([0], 51, 50), lambda: a.trim(), lambda: a.release([0])):
         with pytest.raises(ValueError, match="the cache is closed"):
             call()
 
@@ -366,18 +368,18 @@ def life(a):
     yield "grow", lambda: a.grow([0, 1], 30, 20)
     for length in range(31, 60):
         yield "grow", lambda length=length: a.grow([0], length, length - 1)
-    yield "truncate", lambda: a.truncate(0, 56)
+    yield "truncate", lambda: a.truncate([0], 56)
     yield "grow", lambda: a.grow([1], 45, 30)
-    yield "release", lambda: a.release(0)
+    yield "release", lambda: a.release([0])
     yield "acquire", lambda: a.acquire(2)
     yield "grow", lambda: a.grow([2], 60, 0)  # strips slot 0
     yield "acquire", lambda: a.acquire(0)
-    yield "release", lambda: a.release(1)
+    yield "release", lambda: a.release([1])
     yield "grow", lambda: a.grow([0], 12, 0)
-    yield "truncate", lambda: a.truncate(2, 0)
+    yield "truncate", lambda: a.truncate([2], 0)
     yield "grow", lambda: a.grow([2], 8, 0)
     yield "trim", lambda: a.trim()
-    yield "release", lambda: a.release(2)
+    yield "release", lambda: a.release([2])
     yield "close", lambda: a.close()
 
 
@@ -433,7 +435,9 @@ def test_a_life_without_faults_meets_every_call():
     driver = _core.host_driver(PAGE, capacity=30 * PAGE)
     assert run_life(driver, 0) == 0
     counts = driver.counts()
-    assert all(counts[name] for name in ("reserve", "create", "release", "map", "set_access", "unmap", "zero", "record"))
+    assert all(
+        counts[name] for name in ("reserve", "create", "release", "map", "set_access", "unmap", "zero", "record")
+    )
     assert driver.memory_info()[0] == 30 * PAGE
 
 
@@ -518,8 +522,8 @@ def test_threads_share_a_tight_budget():
                     except OutOfPages:
                         refused[0] += 1
                         break
-                a.truncate(slot, length // 2)
-                a.release(slot)
+                a.truncate([slot], length // 2)
+                a.release([slot])
         except BaseException as error:
             failures.append(error)
 

@@ -90,7 +90,7 @@ class ArenaMachine(RuleBasedStateMachine):
         length = int(len(rows) * fraction)
         if 0 < length < len(rows) and length - WINDOW + 1 < self.kept[slot]:
             return  # a window may have passed
-        if self.attempt(lambda: self.arena.truncate(slot, length)):
+        if self.attempt(lambda: self.arena.truncate([slot], length)):
             del rows[length:]
             if length == 0:
                 self.kept[slot] = 0
@@ -99,7 +99,7 @@ class ArenaMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         slot = data.draw(st.sampled_from(sorted(self.written)))
-        if self.attempt(lambda: self.arena.release(slot)):
+        if self.attempt(lambda: self.arena.release([slot])):
             del self.written[slot]
 
     @rule()

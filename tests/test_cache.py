@@ -91,7 +91,12 @@ def test_sequences_grow_truncate_and_close():
     sequence.close()
     sequence.close()
     assert repr(sequence) == "Sequence(slot 0, closed)"
-    for use in (lambda: sequence.grow(1), lambda: sequence.truncate(0), lambda: sequence.k(0), lambda: sequence.v(0)):
+    for use in (
+        lambda: sequence.grow(1),
+        lambda: sequence.truncate(0),
+        lambda: sequence.k(0),
+        lambda: sequence.v(0),
+    ):
         with pytest.raises(ValueError, match="the sequence is closed: open a new one"):
             use()
 

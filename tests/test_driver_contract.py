@@ -267,7 +267,11 @@ def test_a_call_can_be_charged():
 
 def run_script(body: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(body)], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", textwrap.dedent(body)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 

@@ -68,9 +68,11 @@ def test_exact(models, name, attention, device, mode, monkeypatch):
     for a, b in zip(expected, got, strict=True):
         assert torch.equal(a, b)
     for cache in made:
-        for part in (cache.self_attention_cache, cache.cross_attention_cache) if hasattr(
-            cache, "cross_attention_cache"
-        ) else (cache,):
+        for part in (
+            (cache.self_attention_cache, cache.cross_attention_cache)
+            if hasattr(cache, "cross_attention_cache")
+            else (cache,)
+        ):
             part.check()
 
 

@@ -81,7 +81,7 @@ class KVCache:
             raise ValueError(f"slots must be at least 1, not {slots}")
         self.layout = layout
         self.slots = slots
-        self.device = _resolved(torch.device(device))
+        self.device = resolve_device(device)
         driver = _driver(self.device, layout.granularity, capacity)
         self._arena = _core.Arena(
             driver,
@@ -123,9 +123,7 @@ class KVCache:
     ) -> KVCache:
         """The cache of a model by its Hugging Face configuration (arguments as in ``KVLayout.from_config``)."""
         name = None if dtype is None else str(dtype).removeprefix("torch.")
-        described = KVLayout.from_config(
-            config, max_len=max_len, dtype=name, kind=layout, granularity=granularity
-        )
+        described = KVLayout.from_config(config, max_len=max_len, dtype=name, kind=layout, granularity=granularity)
         return cls(described, slots=slots, device=device, budget=budget)
 
     def k(self, layer: int) -> torch.Tensor:
@@ -171,6 +169,23 @@ class KVCache:
         self._grow([sequence.slot for sequence in sequences], length, keep)
         for sequence in sequences:
             sequence.length = length
+
+    def truncate_all(self, sequences: list[Sequence], length: int) -> None:
+        """Keeps the first ``length`` positions of several sequences: of all of them, or of none when it raises."""
+        self._arena.truncate([sequence.slot for sequence in sequences], length, self._stream())
+        for sequence in sequences:
+            sequence.length = length
+
+    def close_all(self, sequences: list[Sequence]) -> None:
+        """Ends several running sequences and parks their slots: all of them, or none when it raises."""
+        self._arena.release([sequence.slot for sequence in sequences], self._stream())
+        for sequence in sequences:
+            sequence._open = False
+            sequence.length = 0
+
+    def first_row(self, slot: int, plane: int) -> int:
+        """The first position whose whole row in a ``layout.planes`` entry a window has not given back."""
+        return -(-self._arena.head(slot, plane) // self.layout.planes[plane].row_bytes)
 
     def trim(self) -> None:
         """Gives every byte back to the driver that no running sequence needs."""
@@ -253,7 +268,13 @@ class KVCache:
         starts = [arena.plane_offset(plane) + offset for plane, offset in zip(planes, offsets, strict=True)]
         layer_stride = starts[1] - starts[0] if len(starts) > 1 else 0
         row_bytes = self.layout.planes[planes[0]].row_bytes
-        strides = [arena.slot_stride(planes[0]), row_bytes, layer_stride, head_dim * shape.itemsize, shape.itemsize]
+        strides = [
+            arena.slot_stride(planes[0]),
+            row_bytes,
+            layer_stride,
+            head_dim * shape.itemsize,
+            shape.itemsize,
+        ]
         capsule = arena.dlpack(
             starts[0],
             [self.slots, self.layout.max_len, len(starts), heads, head_dim],
@@ -311,7 +332,7 @@ class Sequence:
         self._require_open()
         if length < 0:
             raise ValueError(f"length must not be negative, not {length}")
-        self.cache._arena.truncate(self.slot, length, self.cache._stream())
+        self.cache._arena.truncate(self._slots, length, self.cache._stream())
         self.length = length
 
     def k(self, layer: int) -> torch.Tensor:
@@ -327,9 +348,7 @@ class Sequence:
     def close(self) -> None:
         """Ends the sequence and parks its slot. Closing twice is allowed."""
         if self._open:
-            self.cache._arena.release(self.slot, self.cache._stream())
-            self._open = False
-            self.length = 0
+            self.cache.close_all([self])
 
     def __enter__(self) -> Sequence:
         return self
@@ -348,7 +367,9 @@ class Sequence:
             raise ValueError("the sequence is closed: open a new one with KVCache.open")
 
 
-def _resolved(device: torch.device) -> torch.device:
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device with its index; raises BackendUnavailable when vattn or this machine cannot use it."""
+    device = torch.device(device)
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type != "cuda":

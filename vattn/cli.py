@@ -69,8 +69,7 @@ def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from vattn import demo
 
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = options.folder or cache_home / "vattn" / "SmolLM2-135M-Instruct"
+    folder = options.folder or default_folder()
     folder.parent.mkdir(parents=True, exist_ok=True)
     result = demo.run(
         folder,
@@ -110,6 +109,12 @@ def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         ]
     )
     return asdict(result), text
+
+
+def default_folder() -> Path:
+    """Where the demo keeps its unpacked model: in the user's cache folder."""
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache_home / "vattn" / "SmolLM2-135M-Instruct"
 
 
 def _info(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -245,12 +250,10 @@ def _size(text: str) -> int:
 
 
 def _human(nbytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024:
-            break
-        nbytes /= 1024
-    else:
-        unit = "TiB"
+    units = iter(("B", "KiB", "MiB", "GiB", "TiB"))
+    unit = next(units)
+    while nbytes >= 1024 and unit != "TiB":
+        nbytes, unit = nbytes / 1024, next(units)
     return f"{nbytes:.4g} {unit}"
 
 

@@ -136,9 +136,9 @@ def run(
     model, tokenizer = load(folder)
     model = model.to(device)
     chat = [{"role": "user", "content": question}]
-    inputs = tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    ).to(device)
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True).to(
+        device
+    )
 
     def generate(cache: DynamicCache, name: str) -> tuple[torch.Tensor, float]:
         bar = tqdm(total=max_new_tokens, desc=name, unit="token", leave=False, disable=not progress)

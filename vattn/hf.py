@@ -11,15 +11,15 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from itertools import repeat
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from vattn.cache import CacheStats, KVCache, Sequence
-from vattn.layout import GRANULARITY, Group, Kind, KVLayout, LayerShape
+from vattn.cache import CacheStats, KVCache, Sequence, resolve_device
+from vattn.layout import GRANULARITY, ITEMSIZES, Group, Kind, KVLayout, LayerShape
 
 # A positive argument of crop was the length to keep, before it was forbidden.
 _CROP_KEEPS = "max_length" in inspect.signature(DynamicLayer.crop).parameters
@@ -29,32 +29,31 @@ _SPARE_SLOTS = 64  # slots reserved when their number is left open: addresses co
 _Place = tuple[torch.device, int]  # which KVCache: its device, and the layer it is for alone, or -1
 
 
-class _NoBackward(torch.autograd.Function):
-    """Passes a view of the cache on, and refuses to be differentiated: what is cached has left the graph."""
-
-    @staticmethod
-    def forward(ctx: Any, view: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        return view.view_as(view)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> None:
-        raise RuntimeError(
-            "VirtualCache keeps no gradients: pass use_cache=False to train, or run under torch.no_grad()"
-        )
+def _guarded(view: torch.Tensor) -> torch.Tensor:
+    """The view as a tensor that takes part in autograd's graph and refuses to be differentiated."""
+    # .data, since detach() would share the version counter, and autograd complain of later appends in its own words.
+    guarded = view.data.requires_grad_()
+    guarded.register_hook(_refuse_gradient)  # type: ignore[no-untyped-call]
+    return guarded
 
 
-# What one layer needs for one update: the place for its new K and V, as one tensor of all heads where the group is fused;
-# the views to return; and for the whole step the numbers of new elements of K and of V, and the length that it leaves.
+def _refuse_gradient(gradient: torch.Tensor) -> None:
+    raise RuntimeError("VirtualCache keeps no gradients: pass use_cache=False to train, or run under torch.no_grad()")
+
+
+# What one layer needs for one update: the place for its new K and V, as one tensor of all heads where the group is
+# fused; the views to return; for the whole step the numbers of new elements of K and of V, and the length it leaves.
 _Ready = tuple[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor, tuple[int, int, int]]
 
 
 class _Lane:
-    """The layers of one group of one ``KVCache``: K and V of all of them as ``[layers, slots, kv_heads, max_len, dim]``."""
+    """The layers of one group of one ``KVCache``, as ``[layers, slots, kv_heads, max_len, dim]`` tensors."""
 
     def __init__(self, cache: KVCache, index: int, group: Group) -> None:
-        self._k, self._v, self._heads = (
-            None if tensor is None else tensor.permute(2, 0, 3, 1, 4) for tensor in cache.grouped(index)
-        )
+        k, v, heads = cache.grouped(index)
+        # Where the group is not fused, what is written are K and V themselves.
+        written = (k, v) if heads is None else (heads,)
+        self._k, self._v, *self._written = (t.permute(2, 0, 3, 1, 4) for t in (k, v, *written))
         self._batch = 0
         self.layers = group.layers
         self.window = group.shape.window
@@ -68,15 +67,12 @@ class _Lane:
         with torch.inference_mode(False):
             if batch != self._batch:
                 self._batch = batch
-                self._rows = [None if t is None else t[:, :batch] for t in (self._k, self._v, self._heads)]
-            k, v, heads = self._rows
-            new: Any
-            if heads is None:
-                new = zip(k.narrow(3, start, n).unbind(0), v.narrow(3, start, n).unbind(0), strict=True)
-            else:
-                new = heads.narrow(3, start, n).unbind(0)
+                self._rows = [t[:, :batch] for t in (self._k, self._v, *self._written)]
+            k, v, *written = self._rows
+            new: list[Any] = [t.narrow(3, start, n).unbind(0) for t in written]
+            places = new[0] if len(new) == 1 else zip(*new, strict=True)
             k, v = k.narrow(3, first, seen), v.narrow(3, first, seen)
-            return zip(new, k.unbind(0), v.unbind(0), repeat(step, len(self.layers)), strict=True)
+            return zip(places, k.unbind(0), v.unbind(0), repeat(step, len(self.layers)), strict=True)
 
     def rows(self, layer: int, batch: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one layer at positions [first, end), ``[batch, kv_heads, end - first, dim]``."""
@@ -91,6 +87,46 @@ def _write(new: Any, key_states: torch.Tensor, value_states: torch.Tensor) -> No
         torch.cat((key_states, value_states), 1, out=new)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """The arguments of ``VirtualCache``, checked."""
+
+    max_len: int
+    slots: int | None
+    device: torch.device | None
+    dtype: torch.dtype | None
+    budget: int | float | None
+    layout: Kind
+
+    @classmethod
+    def checked(
+        cls,
+        *,
+        max_len: int,
+        slots: int | None,
+        device: str | torch.device | None,
+        dtype: str | torch.dtype | None,
+        budget: int | float | None,
+        layout: Kind,
+    ) -> _Options:
+        for name, value in (("max_len", max_len), ("slots", slots)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if layout not in ("interleaved", "compact"):
+            raise ValueError(f"layout must be 'interleaved' or 'compact', not {layout!r}")
+        name = str(dtype).removeprefix("torch.")
+        if dtype is not None and name not in ITEMSIZES:
+            raise ValueError(f"dtype {name!r} is not supported: use one of {', '.join(ITEMSIZES)}")
+        return cls(
+            max_len=max_len,
+            slots=slots,
+            device=None if device is None else resolve_device(device),
+            dtype=None if dtype is None else getattr(torch, name),
+            budget=budget,
+            layout=layout,
+        )
+
+
 class _Store:
     """What the layers of one cache share: the ``KVCache``s, the rows in use and the length of each layer.
 
@@ -100,31 +136,11 @@ class _Store:
 
     granularity = GRANULARITY  # bytes; tests on the host make it smaller
 
-    def __init__(
-        self,
-        windows: list[int | None],
-        cached: list[bool],
-        *,
-        max_len: int,
-        slots: int | None,
-        device: torch.device | None,
-        dtype: torch.dtype | None,
-        budget: int | float | None,
-        layout: Kind,
-    ) -> None:
+    def __init__(self, windows: list[int | None], cached: list[bool], options: _Options) -> None:
         self.windows = windows
         self.cached = cached
         self.open_ended = not windows  # no configuration: layers come as they come, each with a KVCache of its own
-        self.options = {
-            "max_len": max_len, "slots": slots, "device": device,
-            "dtype": dtype, "budget": budget, "layout": layout,
-        }  # fmt: skip
-        self.max_len = max_len
-        self.slots = slots
-        self.device = device
-        self.dtype = dtype
-        self.budget = budget
-        self.kind: Kind = layout
+        self.options = options
         self.lengths = [0] * len(windows)
         self.seen: dict[int, tuple[_Place, LayerShape]] = {}
         self.signatures: dict[int, tuple[Any, ...]] = {}  # of the seen layers, what is compared at each step
@@ -166,7 +182,7 @@ class _Store:
         self._learn(index, k, v)
         place = self.placed[index][0]
         if batch > self.caches[place].slots:
-            self._rebuild(place, slots=2 * batch)
+            self._rebuild({place: 2 * batch})
         self._set_rows(place, batch)
         start = self.lengths[index]
         keep = self.floor if self.recording else start
@@ -181,8 +197,8 @@ class _Store:
         return self.ready.pop(index)
 
     def _require_slots(self, batch: int) -> None:
-        if self.slots is not None and batch > self.slots:
-            raise ValueError(f"a batch of {batch} rows does not fit {self.slots} slots: make it with slots={batch}")
+        if (slots := self.options.slots) is not None and batch > slots:
+            raise ValueError(f"a batch of {batch} rows does not fit {slots} slots: make it with slots={batch}")
 
     def view(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What a layer holds, ``[batch, kv_heads, length, head_dim]``; of a window only what it still needs."""
@@ -196,58 +212,59 @@ class _Store:
         """Shortens the layers to ``lengths``; what no layer needs any more may be given away."""
         for place, rows in self.rows.items():
             longest = max(lengths[layer] for layer in self._layers_of(place))
-            for row in rows:
-                if longest < row.length:
-                    row.truncate(longest)
+            if rows and longest < rows[0].length:
+                self.caches[place].truncate_all(rows, longest)
         self.lengths = lengths
         self.floor = max(lengths, default=0)
         self.ready.clear()
 
     def reset(self) -> None:
         """Ends every row; their memory is parked for the next batch."""
-        for rows in self.rows.values():
-            while rows:
-                rows.pop().close()
+        self.ready.clear()
+        for place in self.rows:
+            self._close_rows(place, 0)
         self.lengths = [0] * len(self.lengths)
         self.floor = 0
-        self.ready.clear()
 
     def gather(self, indices: torch.Tensor) -> None:
         """Makes row ``i`` what row ``indices[i]`` was, for every layer."""
-        batches = {len(rows) for place, rows in self.rows.items() if any(self._filled(place))}
-        if not batches:
+        before = max((len(rows) for place, rows in self.rows.items() if self._filled(place)), default=0)
+        if before == 0:
             return
-        indices = torch.arange(batches.pop())[indices.cpu()]
+        everyone = torch.arange(before)
+        indices = everyone[indices.cpu()]
+        if torch.equal(indices, everyone):
+            return
         batch = len(indices)
         self._require_slots(batch)
-        for place in list(self.caches):
-            layers = self._filled(place)
-            if not layers:
-                continue
-            if batch > self.caches[place].slots:
-                self._rebuild(place, slots=2 * batch)
-            rows, before = self.rows[place], len(self.rows[place])
-            self._open_rows(place, batch)
-            first = self._first_rows(place)
-            for layer in layers:
-                lane, end = self.lanes[layer], self.lengths[layer]
-                chosen = indices.to(lane.device)
-                old = lane.rows(layer, before, first[layer], end)
-                new = lane.rows(layer, batch, first[layer], end)
-                for source, target in zip(old, new, strict=True):
-                    target.copy_(source.index_select(0, chosen))
-            while len(rows) > batch:
-                rows.pop().close()
         self.ready.clear()
+        self._rebuild({place: 2 * batch for place, cache in self.caches.items() if cache.slots < batch})
+        for place in self.caches:
+            if not (layers := self._filled(place)):
+                continue
+            self._open_rows(place, batch)
+            try:
+                first = self._first_rows(place)
+                chosen = indices.to(place[0])
+                for layer in layers:
+                    span = first[layer], self.lengths[layer]
+                    old = self.lanes[layer].rows(layer, before, *span)
+                    new = self.lanes[layer].rows(layer, batch, *span)
+                    for source, target in zip(old, new, strict=True):
+                        target.copy_(source.index_select(0, chosen))
+            except BaseException:
+                self._close_rows(place, before)
+                raise
+            self._close_rows(place, batch)
 
     def clone(self) -> _Store:
         """A copy with memory of its own."""
-        other = _Store(list(self.windows), list(self.cached), **self.options)
+        other = _Store(list(self.windows), list(self.cached), self.options)
         other.open_ended = self.open_ended
         other.seen, other.signatures, other.placed = dict(self.seen), dict(self.signatures), dict(self.placed)
         other.lengths, other.floor, other.recording = list(self.lengths), self.floor, self.recording
-        for place in self.caches:
-            other._build(place, self.caches[place].slots)
+        for place, cache in self.caches.items():
+            other._build(place, cache.slots)
             other._copy_from(self, place)
         return other
 
@@ -275,7 +292,7 @@ class _Store:
                 f"layer {index} holds {_described(self.seen[index])} and was given {_described(found)}: use one "
                 "VirtualCache for each model"
             )
-        for name, want, got in (("dtype", self.dtype, k.dtype), ("device", self.device, k.device)):
+        for name, want, got in (("dtype", self.options.dtype, k.dtype), ("device", self.options.device, k.device)):
             if want is not None and want != got:
                 raise ValueError(f"the cache was made with {name}={want} and layer {index} computes in {got}")
         if v.dtype != k.dtype or v.device != k.device:
@@ -291,10 +308,10 @@ class _Store:
             if self.cached[layer] and layer not in self.seen and not self.open_ended:
                 self.placed[layer] = ((device, -1), replace(like, window=window))
         self.placed[index] = found
+        slots = self.options.slots or max(_SPARE_SLOTS, 2 * k.shape[0])
+        places = {place for place, _ in [*before.values(), *self.placed.values()]}
         try:
-            for place in {place for place, _ in [*before.values(), *self.placed.values()]}:
-                if self._at(before, place) != self._at(self.placed, place):
-                    self._rebuild(place, slots=self.slots or max(_SPARE_SLOTS, 2 * k.shape[0]))
+            self._rebuild({p: slots for p in places if self._at(before, p) != self._at(self.placed, p)})
         except BaseException:
             self.placed = before
             del self.seen[index]
@@ -315,27 +332,33 @@ class _Store:
         layers = self._at(self.placed, place)
         layout = KVLayout(
             [layers.get(index) for index in range(len(self.windows))],
-            max_len=self.max_len,
-            kind=self.kind,
+            max_len=self.options.max_len,
+            kind=self.options.layout,
             granularity=self.granularity,
         )
-        cache = KVCache(layout, slots=slots, device=place[0], budget=self.budget)
+        cache = KVCache(layout, slots=slots, device=place[0], budget=self.options.budget)
         self.caches[place], self.rows[place] = cache, []
         for number, group in enumerate(layout.groups):
             self.lanes.update(dict.fromkeys(group.layers, _Lane(cache, number, group)))
 
-    def _rebuild(self, place: _Place, slots: int) -> None:
-        """Makes the ``KVCache`` of a place anew, with what it holds, after the layers or slots it serves changed."""
+    def _rebuild(self, slots: dict[_Place, int]) -> None:
+        """Makes the ``KVCache`` of each place anew with so many slots, and what it holds, after its layers changed."""
         old = copy.copy(self)
-        old.caches, old.rows, old.lanes = dict(self.caches), dict(self.rows), dict(self.lanes)
-        if self._layers_of(place):
-            self._build(place, slots)
+        self.caches, self.rows, self.lanes = dict(old.caches), dict(old.rows), dict(old.lanes)
+        try:
+            for place, count in slots.items():
+                self.caches.pop(place, None)
+                self.rows.pop(place, None)
+                if self._layers_of(place):
+                    self._build(place, count)
+                    if place in old.caches:
+                        self._copy_from(old, place)
+        except BaseException:
+            self.caches, self.rows, self.lanes = old.caches, old.rows, old.lanes
+            raise
+        for place in slots:
             if place in old.caches:
-                self._copy_from(old, place)
-        else:
-            del self.caches[place], self.rows[place]
-        if place in old.caches:
-            old.caches[place].close()
+                old.caches[place].close()
 
     def _copy_from(self, other: _Store, place: _Place) -> None:
         layers = [layer for layer in other._filled(place) if layer in self._layers_of(place)]
@@ -358,8 +381,7 @@ class _Store:
                 f"the cache holds {len(rows)} rows and was given a batch of {batch}: call reset(), "
                 "batch_repeat_interleave() or batch_select_indices() first"
             )
-        while len(rows) > batch:
-            rows.pop().close()
+        self._close_rows(place, batch)
         self._open_rows(place, batch)
 
     def _open_rows(self, place: _Place, batch: int, length: int | None = None) -> None:
@@ -367,27 +389,26 @@ class _Store:
         cache, rows = self.caches[place], self.rows[place]
         if length is None:
             length = rows[0].length if rows else 0
-        new: list[Sequence] = []
+        before = len(rows)
         try:
-            for slot in range(len(rows), batch):
-                new.append(cache.open(slot=slot))
-            if length:
-                cache.grow_all(new, length, keep=0)
+            for slot in range(before, batch):
+                rows.append(cache.open(slot=slot))
+            if length and batch > before:
+                cache.grow_all(rows[before:], length, keep=0)
         except BaseException:
-            for row in new:
-                row.close()
+            self._close_rows(place, before)
             raise
-        rows.extend(new)
+
+    def _close_rows(self, place: _Place, batch: int) -> None:
+        """Ends the rows from ``batch`` on."""
+        if surplus := self.rows[place][batch:]:
+            self.caches[place].close_all(surplus)
+            del self.rows[place][batch:]
 
     def _first_rows(self, place: _Place) -> dict[int, int]:
         """For each layer of a place, the first position that its window has not given back."""
         cache = self.caches[place]
-        runs = cache.map()[0]["runs"]
-        return {
-            layer: -(-runs[plane]["head"] // cache.layout.planes[plane].row_bytes)
-            for group in cache.layout.groups
-            for layer, plane in zip(group.layers, group.k_planes, strict=True)
-        }
+        return {layer: cache.first_row(0, group.k_planes[0]) for group in cache.layout.groups for layer in group.layers}
 
 
 class _VirtualLayer(DynamicLayer):  # type: ignore[misc]
@@ -413,7 +434,7 @@ class _VirtualLayer(DynamicLayer):  # type: ignore[misc]
         if not self.is_initialized:
             self.lazy_initialization(key_states)
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            return _NoBackward.apply(k, key_states), _NoBackward.apply(v, value_states)
+            return _guarded(k), _guarded(v)
         return k, v
 
     @property
@@ -556,10 +577,11 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         budget: int | float | None = None,
         layout: Kind = "interleaved",
     ) -> None:
-        super().__init__(config=config)
-        _virtualize(
-            self, max_len=max_len, slots=slots, device=device, dtype=dtype, budget=budget, layout=layout
+        options = _Options.checked(
+            max_len=max_len, slots=slots, device=device, dtype=dtype, budget=budget, layout=layout
         )
+        super().__init__(config=config)
+        _virtualize(self, options)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -696,6 +718,7 @@ def install(
     Arguments as in ``VirtualCache``. Caches with ``offloading=True`` stay what they are, and those made before or
     inside live on after it.
     """
+    options = _Options.checked(max_len=max_len, slots=slots, device=device, dtype=dtype, budget=budget, layout=layout)
     original: Callable[..., None] = DynamicCache.__init__
 
     @functools.wraps(original)
@@ -703,9 +726,7 @@ def install(
         original(self, *args, **kwargs)
         if type(self) is DynamicCache and not self.offloading:
             self.__class__ = VirtualCache
-            _virtualize(
-                self, max_len=max_len, slots=slots, device=device, dtype=dtype, budget=budget, layout=layout
-            )
+            _virtualize(self, options)
 
     DynamicCache.__init__ = init
     try:
@@ -714,47 +735,22 @@ def install(
         DynamicCache.__init__ = original
 
 
-def _virtualize(
-    cache: Any,
-    *,
-    max_len: int,
-    slots: int | None,
-    device: str | torch.device | None,
-    dtype: str | torch.dtype | None,
-    budget: int | float | None,
-    layout: Kind,
-) -> None:
+def _virtualize(cache: Any, options: _Options) -> None:
     """Replaces the attention layers of a DynamicCache by ours; layers of other kinds stay transformers' own."""
-    for name, value in (("max_len", max_len), ("slots", slots)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
-    if layout not in ("interleaved", "compact"):
-        raise ValueError(f"layout must be 'interleaved' or 'compact', not {layout!r}")
     layers = cache.layers
-    if not layers and budget is not None:
+    if not layers and options.budget is not None:
         raise ValueError("budget needs a cache that is made with the model's config")
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
-    if device is not None:
-        device = torch.device(device)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-    cache._store = _Store(
+    store = cache._store = _Store(
         [getattr(layer, "sliding_window", None) for layer in layers],
         [type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers],
-        max_len=max_len,
-        slots=slots,
-        device=device,
-        dtype=dtype,
-        budget=budget,
-        layout=layout,
+        options,
     )
     cache.layer_class_to_replicate = None
     for index, layer in enumerate(layers):
         if type(layer) is DynamicSlidingWindowLayer:
-            layers[index] = _VirtualSlidingLayer(cache._store, index, layer.sliding_window)
+            layers[index] = _VirtualSlidingLayer(store, index, layer.sliding_window)
         elif type(layer) is DynamicLayer:
-            layers[index] = _VirtualLayer(cache._store, index)
+            layers[index] = _VirtualLayer(store, index)
         else:
             continue
         if layer.is_initialized and layer.keys is not None:

@@ -72,13 +72,13 @@ void live(Arena& arena, Totals& totals, unsigned seed, std::size_t lives) {
       }
     }
     try {
-      if (below(2) == 0 && length > kept + kWindow) arena.truncate(slot, length - 1, Stream{0});
+      if (below(2) == 0 && length > kept + kWindow) arena.truncate(std::span(&slot, 1), length - 1, Stream{0});
     } catch (const DriverError&) {
       ++totals.refused;
     }
     for (;;) {
       try {
-        arena.release(slot, Stream{0});
+        arena.release(std::span(&slot, 1), Stream{0});
         break;
       } catch (const DriverError&) {
         ++totals.refused;

@@ -1,0 +1,30 @@
+"""An unmodified Hugging Face model on a KV cache that grows in place.
+
+    python examples/hf_generate.py MODEL_FOLDER [DEVICE]
+
+MODEL_FOLDER is any causal language model that transformers loads, e.g. the one that `vattn demo` unpacks.
+"""
+
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import vattn
+
+folder = sys.argv[1]
+device = sys.argv[2] if len(sys.argv) > 2 else "cpu"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+inputs = tokenizer(["The capital of France is", "Water boils at"], return_tensors="pt", padding=True).to(device)
+
+cache = vattn.VirtualCache(model.config, max_len=4096)
+tokens = model.generate(**inputs, past_key_values=cache, max_new_tokens=24, do_sample=False)
+
+for text in tokenizer.batch_decode(tokens, skip_special_tokens=True):
+    print(text)
+print()
+print(cache.kv_caches[0].show())
+stats = cache.stats()
+print(f"{stats.mapped / 2**20:.0f} MiB mapped of {stats.reserved / 2**30:.1f} GiB of addresses")
+print("calls:", {name: count for name, count in stats.driver_calls.items() if count})

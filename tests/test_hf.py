@@ -1,0 +1,461 @@
+"""VirtualCache beyond tokens: copies, memory, misuse, failures, and what transformers expects of a cache object."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import os
+
+import pytest
+import torch
+from models import build, prompt
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, LlamaConfig, pipeline
+
+import vattn
+from vattn import BackendUnavailable, DriverError, KVCache, OutOfPages, SequenceTooLong, VirtualCache, hf
+
+PAGE = 4096
+CONFIG = LlamaConfig(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, hidden_size=64)
+
+
+@pytest.fixture(autouse=True)
+def small_granules(request, monkeypatch):
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(hf._Store, "granularity", PAGE)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return build("llama-gqa", "sdpa", "cpu")
+
+
+@pytest.fixture(scope="module")
+def gemma():
+    return build("gemma3", "sdpa", "cpu")
+
+
+def kv(n=1, *, batch=1, heads=2, dim=16, dtype=torch.float32):
+    return torch.randn(batch, heads, n, dim, dtype=dtype), torch.randn(batch, heads, n, dim, dtype=dtype)
+
+
+def fill(cache, n=1, layers=4, **shape):
+    pairs = [kv(n, **shape) for _ in range(layers)]
+    return pairs, [cache.update(*pair, layer) for layer, pair in enumerate(pairs)]
+
+
+def generate(model, cache, inputs, new):
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+    return model.generate(**inputs, past_key_values=cache, **options)
+
+
+class CopyCounter(TorchDispatchMode):
+    """Counts operations that write a new tensor as large as a layer's K, and views returned by them are none."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel = numel
+        self.large: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        for out in result if isinstance(result, (tuple, list)) else [result]:
+            if (
+                isinstance(out, torch.Tensor)
+                and out.numel() >= self.numel
+                and out.untyped_storage().data_ptr() not in inputs
+            ):
+                self.large.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize(("make", "copies"), [(VirtualCache, 0), (DynamicCache, 2)])
+def test_a_decode_step_copies_no_kv(llama, make, copies, device):
+    model = llama if device == "cpu" else build("llama-gqa", "sdpa", device)
+    cache = make(config=model.config, **({"max_len": 2000} if make is VirtualCache else {}))
+    inputs = prompt(1, 1000, device)["input_ids"]
+    with torch.no_grad():
+        model(inputs, past_key_values=cache, use_cache=True)
+        # A layer's K has 2 heads of 16 by 1001 tokens; everything else of a one-token step is far smaller.
+        with CopyCounter(2 * 1000 * 16) as counter:
+            model(inputs[:, :1], past_key_values=cache, use_cache=True)
+    assert len(counter.large) == copies * 4, counter.large
+
+
+def test_addresses_never_change(llama):
+    cache = VirtualCache(llama.config, max_len=300)
+    inputs = prompt(2, 10, "cpu")
+    generate(llama, cache, inputs, 2)
+    before = [layer.keys.data_ptr() for layer in cache.layers]
+    longer = inputs["input_ids"].repeat(1, 10)
+    generate(llama, cache, {"input_ids": longer, "attention_mask": torch.ones_like(longer)}, 100)
+    assert [layer.keys.data_ptr() for layer in cache.layers] == before
+    assert len(cache.kv_caches) == 1
+
+
+def test_memory_follows_the_tokens_and_reset_keeps_it(llama):
+    cache = VirtualCache(llama.config, max_len=300)
+    inputs = prompt(2, 20, "cpu")
+    generate(llama, cache, inputs, 80)
+    row = 4 * 2 * 2 * 16 * 4
+    tokens = 2 * cache.get_seq_length() * row
+    assert tokens <= cache.stats().mapped <= tokens * (1 + 1 / 32) + 2 * PAGE
+    mapped, calls = cache.stats().mapped, cache.stats().driver_calls
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    generate(llama, cache, inputs, 80)
+    again = cache.stats().driver_calls
+    assert cache.stats().mapped == mapped
+    assert {name: again[name] for name in ("create", "map", "set_access", "unmap", "release")} == {
+        name: calls[name] for name in ("create", "map", "set_access", "unmap", "release")
+    }
+    cache.reset()
+    cache.trim()
+    assert cache.stats().physical == 0
+
+
+def test_a_window_gives_memory_back(gemma):
+    cache = VirtualCache(gemma.config, max_len=2000)
+    generate(gemma, cache, prompt(1, 10, "cpu"), 200)
+    local, full = cache.kv_caches[0].map()[0]["runs"]
+    assert full["head"] == 0
+    assert local["head"] > 150 * 3 * 256  # three sliding layers of 256 bytes a row
+    assert local["tail"] - local["head"] < (12 + 40) * 3 * 256
+
+
+def test_deleting_the_cache_frees_the_memory(llama):
+    cache = VirtualCache(llama.config, max_len=300)
+    generate(llama, cache, prompt(1, 10, "cpu"), 5)
+    driver = cache.kv_caches[0]._arena.driver
+    gc.disable()  # by reference counts alone: a GPU's memory cannot wait for the collector
+    try:
+        del cache
+        counts = driver.counts()
+        assert counts["create"] == counts["release"] > 0
+        assert counts["free_address"] == 1
+    finally:
+        gc.enable()
+
+
+def test_a_copy_is_independent(llama):
+    cache = VirtualCache(CONFIG, max_len=100)
+    (pairs, _) = fill(cache, 5)
+    other = copy.deepcopy(cache)
+    fill(other, 3)
+    fill(cache, 1)
+    assert (cache.get_seq_length(), other.get_seq_length()) == (6, 8)
+    for layer, (k, v) in enumerate(pairs):
+        for one in (cache, other):
+            assert torch.equal(one.layers[layer].keys[:, :, :5], k)
+            assert torch.equal(one.layers[layer].values[:, :, :5], v)
+    assert other.kv_caches[0].k(0).data_ptr() != cache.kv_caches[0].k(0).data_ptr()
+    other.check()
+
+
+def test_keys_and_values_are_read_only_views():
+    cache = VirtualCache(CONFIG, max_len=100)
+    assert cache.layers[0].keys is None
+    pairs, _ = fill(cache, 5)
+    assert torch.equal(cache.layers[3].values, pairs[3][1])
+    with pytest.raises(AttributeError, match="write through update"):
+        cache.layers[0].keys = torch.zeros(1)
+    assert [len(item) for item in cache][:1] != []
+
+
+@pytest.mark.parametrize(
+    ("options", "update", "error", "message"),
+    [
+        ({"slots": 2}, {"batch": 3}, ValueError, "a batch of 3 rows does not fit 2 slots: make it with slots=3"),
+        ({"max_len": 10}, {"n": 11}, SequenceTooLong, "11 positions are more than max_len, 10"),
+        ({"dtype": torch.bfloat16}, {}, ValueError, "dtype=torch.bfloat16 and layer 0 computes in torch.float32"),
+        ({"dtype": "float16"}, {}, ValueError, "made with dtype=torch.float16"),
+        ({"budget": 100}, {}, ValueError, "budget of 100 bytes is below one granule"),
+        ({"budget": PAGE}, {"n": 9}, OutOfPages, "the budget is spent"),
+        ({}, {"dtype": torch.float64}, ValueError, "dtype 'float64' is not supported"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_told_and_loses_nothing(options, update, error, message):
+    cache = VirtualCache(CONFIG, **{"max_len": 100, **options})
+    with pytest.raises(error, match=message):
+        cache.update(*kv(**update), 0)
+    assert cache.get_seq_length() == 0
+    good = {"dtype": cache._store.options.dtype or torch.float32}
+    if options.get("budget") != 100:
+        fill(cache, 1, **good)
+        assert cache.get_seq_length() == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_len": 0}, "max_len must be at least 1"),
+        ({"slots": 0}, "slots must be at least 1"),
+        ({"layout": "paged"}, "layout must be 'interleaved' or 'compact'"),
+        ({"device": "meta"}, "device 'meta' is not supported: use 'cuda' or 'cpu'"),
+    ],
+)
+def test_bad_options_are_told(options, message):
+    with pytest.raises((ValueError, BackendUnavailable), match=message):
+        VirtualCache(CONFIG, **{"max_len": 10, **options})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA device")
+def test_cuda_without_a_gpu_says_what_to_do():
+    with pytest.raises(BackendUnavailable, match="Use device='cpu' instead"):
+        VirtualCache(CONFIG, max_len=10, device="cuda")
+
+
+def test_two_models_are_told_apart():
+    cache = VirtualCache(CONFIG, max_len=100)
+    fill(cache, 3)
+    with pytest.raises(
+        ValueError,
+        match=r"layer 0 holds 2 heads of 16 .* was given 4 heads of 16 .*one VirtualCache for each",
+    ):
+        cache.update(*kv(heads=4), 0)
+    with pytest.raises(ValueError, match=r"layer 0 holds .* float32 .* bfloat16"):
+        cache.update(*kv(dtype=torch.bfloat16), 0)
+    with pytest.raises(ValueError, match="layer 4 does not exist: the cache was made for a model of 4 layers"):
+        cache.update(*kv(), 4)
+    with pytest.raises(ValueError, match="the cache holds 1 rows and was given a batch of 2"):
+        cache.update(*kv(batch=2), 0)
+    with pytest.raises(ValueError, match="equal batch, heads and tokens"):
+        cache.update(kv(2)[0], kv(1)[1], 0)
+    fill(cache, 1)
+    assert cache.get_seq_length() == 4
+
+
+def test_a_different_update_in_the_middle_of_a_step():
+    """What the first layer of a step prepared for the others does not fit them: it is checked, not broadcast."""
+    cache = VirtualCache(CONFIG, max_len=100)
+    fill(cache, 3)
+    cache.update(*kv(5), 0)
+    for shape in ({"n": 1}, {"n": 5, "heads": 1}):
+        if "heads" in shape:
+            with pytest.raises(ValueError, match="use one VirtualCache for each model"):
+                cache.update(*kv(**shape), 1)
+        else:
+            k, v = kv(**shape)
+            got = cache.update(k, v, 1)[0]
+            assert got.shape[2] == 4
+            assert torch.equal(got[:, :, 3:], k)
+
+
+def test_a_closed_cache_is_told():
+    cache = VirtualCache(CONFIG, max_len=100)
+    fill(cache, 3)
+    cache.close()
+    with pytest.raises(ValueError, match="the cache is closed: make a new VirtualCache"):
+        cache.update(*kv(), 0)
+    assert cache.stats().physical == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_is_told():
+    cache = VirtualCache(CONFIG, max_len=1000)
+    fill(cache, 3)
+    child = os.fork()
+    if child == 0:
+        for n in (1, 500):  # within what is mapped, which is the parent's too, and beyond
+            try:
+                fill(cache, n)
+            except BackendUnavailable:
+                continue
+            os._exit(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    fill(cache, 500)
+
+
+def test_out_of_pages_leaves_the_cache_as_it_was(llama):
+    row = 4 * 2 * 2 * 16 * 4
+    cache = VirtualCache(llama.config, max_len=300, budget=20 * row)
+    inputs = prompt(1, 8, "cpu")
+    with torch.no_grad():
+        llama(**inputs, past_key_values=cache, use_cache=True)
+        with pytest.raises(OutOfPages) as caught:
+            llama(prompt(1, 40, "cpu")["input_ids"], past_key_values=cache, use_cache=True)
+        assert (caught.value.needed, caught.value.free) == (10 * PAGE, 3 * PAGE)
+        assert cache.get_seq_length() == 8
+        expected = llama(inputs["input_ids"].repeat(1, 2), use_cache=False).logits[:, -1]
+        got = llama(inputs["input_ids"], past_key_values=cache, use_cache=True).logits[:, -1]
+    torch.testing.assert_close(got, expected)
+
+
+def test_every_driver_call_failing_once_in_a_generation(llama, monkeypatch):
+    """The right exception, a clean check, and the next call works, for every k."""
+    inputs = prompt(2, 10, "cpu")
+
+    def run(k):
+        driver = vattn._core.host_driver(PAGE, capacity=1000 * PAGE)
+        monkeypatch.setattr(vattn.cache, "_driver", lambda *args: driver)
+        cache = VirtualCache(llama.config, max_len=200)
+        driver.fail_at(k)
+        with contextlib.suppress(DriverError):
+            generate(llama, cache, inputs, 30)
+        failed = any(len(rows) for rows in cache._store.rows.values()) and cache.get_seq_length() < 39
+        driver.fail_at(0)
+        cache.check()
+        cache.reset()
+        tokens = generate(llama, cache, inputs, 30)
+        cache.check()
+        cache.close()
+        assert driver.memory_info()[0] == 1000 * PAGE
+        return tokens, failed, sum(driver.counts().values())
+
+    expected, _, calls = run(0)
+    failures = 0
+    for k in range(1, calls):
+        tokens, failed, _ = run(k)
+        assert torch.equal(tokens, expected)
+        failures += failed
+    assert failures > 20
+
+
+def test_sharded_models_and_layers_of_other_shapes():
+    """What is guessed of layers not yet seen is wrong here twice; data already written moves along."""
+    cache = VirtualCache(CONFIG, max_len=100, slots=2)
+    shapes = [{}, {}, {"heads": 4}, {"heads": 4, "dtype": torch.bfloat16}]
+    written = []
+    for _ in range(3):
+        step = []
+        for layer, shape in enumerate(shapes):
+            pair = kv(7, batch=2, **shape)
+            step.append(pair)
+            written_k = torch.cat([s[layer][0] for s in [*written, step]], dim=2)
+            got_k, _ = cache.update(*pair, layer)
+            assert torch.equal(got_k, written_k)
+        written.append(step)
+    for layer in range(4):
+        assert torch.equal(cache.layers[layer].values, torch.cat([s[layer][1] for s in written], dim=2))
+    (one,) = cache.kv_caches
+    assert [group.layers for group in one.layout.groups] == [(0, 1), (2,), (3,)]
+
+
+@pytest.mark.gpu
+def test_a_wrong_device_is_told():
+    cache = VirtualCache(CONFIG, max_len=100, device="cuda")
+    with pytest.raises(ValueError, match="made with device=cuda:0 and layer 0 computes in cpu"):
+        cache.update(*kv(), 0)
+
+
+@pytest.mark.gpu
+def test_layers_on_two_devices():
+    cache = VirtualCache(CONFIG, max_len=100)
+    devices = ["cpu", "cpu", "cuda", "cuda"]
+    for step in range(1, 4):
+        for layer, device in enumerate(devices):
+            k, v = (tensor.to(device) for tensor in kv(5))
+            got, _ = cache.update(k, v, layer)
+            assert got.device.type == device
+            assert got.shape[2] == 5 * step
+            assert torch.equal(got[:, :, -5:], k)
+    assert sorted(len(one.layout.groups[0].layers) for one in cache.kv_caches) == [2, 2]
+
+
+def test_more_rows_than_were_reserved():
+    cache = VirtualCache(CONFIG, max_len=100)
+    pairs, _ = fill(cache, 3, batch=2)
+    cache.batch_repeat_interleave(100)
+    assert torch.equal(cache.layers[2].keys, pairs[2][0].repeat_interleave(100, dim=0))
+    fill(cache, 1, batch=200)
+    limited = VirtualCache(CONFIG, max_len=100, slots=3)
+    fill(limited, 3, batch=2)
+    with pytest.raises(ValueError, match="a batch of 4 rows does not fit 3 slots"):
+        limited.batch_repeat_interleave(2)
+    assert limited.layers[0].keys.shape[0] == 2
+
+
+def test_a_mask_selects_rows_and_the_others_are_parked():
+    cache = VirtualCache(CONFIG, max_len=100)
+    pairs, _ = fill(cache, 3, batch=4)
+    cache.batch_select_indices(torch.tensor([False, True, False, True]))
+    assert torch.equal(cache.layers[1].keys, pairs[1][0][[1, 3]])
+    assert cache.stats().running_slots == 2
+    assert cache.stats().parked_slots == 2
+
+
+def test_one_layer_alone_can_be_cropped_but_not_reordered():
+    cache = VirtualCache(CONFIG, max_len=100)
+    fill(cache, 5)
+    cache.layers[1].crop(-2)
+    assert [cache.get_seq_length(layer) for layer in range(4)] == [5, 3, 5, 5]
+    got, _ = cache.update(*kv(1), 1)
+    assert got.shape[2] == 4
+    with pytest.raises(NotImplementedError, match="call it on the cache"):
+        cache.layers[0].reorder_cache(torch.tensor([0]))
+
+
+def test_a_crop_that_a_window_forbids_changes_nothing(gemma):
+    cache = VirtualCache(gemma.config, max_len=500)
+    generate(gemma, cache, prompt(1, 10, "cpu"), 200)
+    length = cache.get_seq_length()
+    with pytest.raises(ValueError, match="the window of 12 has moved on"):
+        cache.crop(-150)
+    assert [cache.get_seq_length(layer) for layer in range(4)] == [length] * 4
+    fill(cache, 1, dim=16)
+    cache.check()
+
+
+def test_gradients_are_refused_not_lost(llama):
+    cache = VirtualCache(llama.config, max_len=100)
+    inputs = prompt(1, 10, "cpu")
+    logits = llama(**inputs, past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(logits, llama(**inputs, use_cache=False).logits)
+    assert llama(inputs["input_ids"][:, :1], past_key_values=cache, use_cache=True).logits.requires_grad
+    with pytest.raises(RuntimeError, match="VirtualCache keeps no gradients"):
+        logits.sum().backward()
+    llama.zero_grad()
+
+
+def test_inference_mode_and_ordinary_mode_mix(llama):
+    cache = VirtualCache(llama.config, max_len=100)
+    inputs = prompt(1, 10, "cpu")["input_ids"]
+    with torch.inference_mode():
+        llama(inputs, past_key_values=cache, use_cache=True)
+    with torch.no_grad():
+        llama(inputs[:, :1], past_key_values=cache, use_cache=True)
+        llama(inputs[:, :1], past_key_values=cache, use_cache=True)
+    with torch.inference_mode():
+        got = llama(inputs[:, :2], past_key_values=cache, use_cache=True).logits[:, -1]
+        whole = torch.cat([inputs, inputs[:, :1], inputs[:, :1], inputs[:, :2]], dim=1)
+        torch.testing.assert_close(got, llama(whole, use_cache=False).logits[:, -1])
+
+
+def test_a_pipeline(llama):
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {f"w{i}": i for i in range(101)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w0")
+    generate = pipeline("text-generation", model=llama, tokenizer=tokenizer, device="cpu")
+    options = {"max_new_tokens": 12, "do_sample": False, "return_full_text": False}
+    text = "w5 w17 w33 w80"
+    cache = VirtualCache(llama.config, max_len=100)
+    assert generate(text, past_key_values=cache, **options) == generate(text, **options)
+    assert cache.get_seq_length() == 4 + 11
+
+
+def test_the_package_loads_transformers_only_when_asked():
+    import subprocess
+    import sys
+
+    script = "import sys, vattn; loaded = sys.modules.keys; assert 'transformers' not in loaded(); "
+    script += "vattn.VirtualCache; assert 'transformers' in loaded()"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'Virtual'"):
+        _ = vattn.Virtual
+
+
+def test_kv_caches_are_kv_caches(llama):
+    cache = VirtualCache(llama.config, max_len=100)
+    assert cache.kv_caches == []
+    assert cache.stats().physical == 0
+    fill(cache, 2)
+    assert isinstance(cache.kv_caches[0], KVCache)
+    assert cache.is_compileable is False
+    assert "VirtualCache" in repr(cache)
