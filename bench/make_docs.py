@@ -1,0 +1,82 @@
+"""Makes docs/benchmarks.md from the JSON files in bench/results; with --check only says whether it is current."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "benchmarks.md"
+INTRODUCTION = """# Benchmarks
+
+This page is made by `make docs` from the files in `bench/results`, which name the commit they were measured at.
+Measure again with `bench/gpu.sh` on a machine with a GPU, or with a single script, e.g.
+`python bench/latency.py --device cpu --out bench/results`.
+"""
+# Which benchmark, in what order, and what is to be said of it; a row's keys are its columns.
+SECTIONS = {
+    "latency": "Latency of growing and updating",
+    "memory": "Memory of a Llama-3-8B shape, prompts prefilled in chunks",
+    "memory_at_once": "Memory of a Llama-3-8B shape, prompts prefilled in one piece",
+}
+BARS = {
+    "grow_us_cpp": "`grow` within what is mapped, C++ (µs)",
+    "grow_us_python": "`Sequence.grow` within what is mapped, Python (µs)",
+    "update_us_ratio_to_dynamic": "`VirtualCache.update` over `DynamicCache.update`, time of the caller",
+    "memory_over_tokens_32x8192": "memory mapped over the bytes of the tokens, 32 × 8192 + 64",
+    "memory_over_tokens_32x8192_at_once": "memory mapped over the bytes of the tokens, 32 × 8192 + 64",
+    "tokens_equal_to_dynamic": "tokens equal to DynamicCache's (1 is yes)",
+    "max_batch_8192_vattn": "largest batch of 8192-token prompts, vattn (max_len 16384)",
+    "max_batch_8192_dynamic": "the same, DynamicCache",
+    "max_batch_8192_static": "the same, StaticCache of exactly 8256 positions",
+    "max_batch_8192_static_16384": "the same, StaticCache of 16384 positions",
+}
+
+
+def page() -> str:
+    parts = [INTRODUCTION]
+    for name, title in SECTIONS.items():
+        for path in sorted((ROOT / "bench" / "results").glob(f"{name}-*.json")):
+            parts.append(section(title, json.loads(path.read_text())))
+    return "\n".join(parts)
+
+
+def section(title: str, result: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+    driver = f", driver {result['driver']}" if result["driver"] else ""
+    where = f"{result['hardware']}{driver}; {versions}; commit {result['commit'][:12]}; {result['date'][:10]}"
+    lines = [f"## {title}: {result['hardware']}", "", where, "", "| measure | value |", "|---|---|"]
+    lines += [f"| {BARS[name]} | {shown(value)} |" for name, value in result["bars"].items()]
+    for keys in dict.fromkeys(tuple(row) for row in result["rows"]):
+        lines += ["", f"| {' | '.join(keys)} |", "|" + "---|" * len(keys)]
+        lines += [
+            f"| {' | '.join(shown(value) for value in row.values())} |" for row in result["rows"] if tuple(row) == keys
+        ]
+    return "\n".join([*lines, ""])
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 10**6:
+        return f"{value / 1e9:.2f} GB"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {count}" for name, count in value.items() if count)
+    return "" if value is None else str(value)
+
+
+def main() -> int:
+    current = PAGE.read_text() if PAGE.exists() else ""
+    if "--check" in sys.argv:
+        if current != page():
+            print(f"{PAGE} is not what bench/results says: run make docs", file=sys.stderr)
+            return 1
+        return 0
+    PAGE.write_text(page())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
