@@ -73,7 +73,8 @@ class CopyCounter(TorchDispatchMode):
 
 @pytest.mark.parametrize(("make", "copies"), [(VirtualCache, 0), (DynamicCache, 2)])
 def test_a_decode_step_copies_no_kv(llama, make, copies, device):
-    model = llama if device == "cpu" else build("llama-gqa", "sdpa", device)
+    # In float32 CUDA has no fused kernel for grouped heads, and what stands in for it copies.
+    model = llama if device == "cpu" else build("llama-gqa", "sdpa", device).to(torch.bfloat16)
     cache = make(config=model.config, **({"max_len": 2000} if make is VirtualCache else {}))
     inputs = prompt(1, 1000, device)["input_ids"]
     with torch.no_grad():
