@@ -17,7 +17,8 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         subprocess.run(
             [
-                "cmake",
+                # Afresh: what an earlier build cached may lie in an environment that is gone.
+                *("cmake", "--fresh"),
                 *("-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",

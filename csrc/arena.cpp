@@ -28,14 +28,15 @@ std::size_t checked_reservation(const ArenaOptions& options, const std::vector<P
   if (options.budget < granularity)
     throw std::invalid_argument("budget of " + std::to_string(options.budget) + " bytes is below one granule of " +
                                 std::to_string(granularity) + " bytes: nothing could ever be mapped");
+  constexpr std::size_t kAddresses = std::size_t{1} << 47;
   std::size_t total = 0;
   for (const Plane& plane : planes) {
     if (plane.row_bytes == 0) throw std::invalid_argument("a plane's row_bytes must be at least 1");
-    const auto slot = static_cast<Wide>(options.max_len + options.tail_rows) * plane.row_bytes + granularity;
-    const auto sum = slot * options.slots + total;
-    if (sum > (std::size_t{1} << 47))
+    const Wide rows = Wide{options.max_len} + options.tail_rows;
+    const Wide slot = rows * plane.row_bytes + granularity;
+    if (slot > kAddresses || slot * options.slots + total > kAddresses)
       throw std::invalid_argument("slots x max_len needs more than 128 TiB of addresses: lower slots or max_len");
-    total += round_up((options.max_len + options.tail_rows) * plane.row_bytes, granularity) * options.slots;
+    total += round_up(static_cast<std::size_t>(rows) * plane.row_bytes, granularity) * options.slots;
   }
   return total;
 }
@@ -47,6 +48,9 @@ class Arena::Hold {
  public:
   Hold(Arena& arena, std::span<const std::size_t> slots, Lock& lock)
       : arena_(arena), slots_(slots.begin(), slots.end()), lock_(lock) {
+    std::sort(slots_.begin(), slots_.end());
+    if (std::adjacent_find(slots_.begin(), slots_.end()) != slots_.end())
+      throw std::invalid_argument("a slot is named twice");
     arena_.released_.wait(lock_, [&] {
       return std::none_of(slots_.begin(), slots_.end(), [&](std::size_t slot) { return arena_.slots_.at(slot).held; });
     });
@@ -95,20 +99,19 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
   if (wanted && *wanted >= slots_.size())
     throw std::invalid_argument("slot " + std::to_string(*wanted) + " does not exist: there are " +
                                 std::to_string(slots_.size()));
-  Lock lock(mutex_);
-  require_usable();
+  Lock lock = locked();
+  require_open();
   std::size_t chosen = kNever;
-  if (wanted) {
-    released_.wait(lock, [&] { return !slots_[*wanted].held; });
-    if (slots_[*wanted].state == State::running)
-      throw std::invalid_argument("slot " + std::to_string(*wanted) + " is in use by another sequence");
-    chosen = *wanted;
-  } else {
-    // The smallest parked slot that holds `expected`, else the largest parked one, else a bare one.
+  // What is held by others may be free in a moment: looked at again when they are done.
+  const auto choose = [&] {
+    bool others = false;
     std::size_t best = 0;
     for (std::size_t index = 0; index < slots_.size(); ++index) {
       const Slot& slot = slots_[index];
-      if (slot.held || slot.state == State::running) continue;
+      if (slot.state == State::running || (wanted && index != *wanted)) continue;
+      others = others || slot.held;
+      if (slot.held) continue;
+      // The smallest parked slot that holds `expected`, else the largest parked one, else a bare one.
       const bool fits = slot.capacity >= expected;
       const std::size_t rank = slot.state == State::bare ? 1 : fits ? kNever - slot.capacity : 2 + slot.capacity;
       if (rank > best) {
@@ -116,10 +119,15 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
         chosen = index;
       }
     }
-    if (chosen == kNever)
-      throw std::invalid_argument("all " + std::to_string(slots_.size()) +
-                                  " slots are in use: close a sequence, or make the cache with more slots");
-  }
+    return chosen != kNever || !others;
+  };
+  released_.wait(lock, choose);
+  require_open();
+  if (chosen == kNever && wanted)
+    throw std::invalid_argument("slot " + std::to_string(*wanted) + " is in use by another sequence");
+  if (chosen == kNever)
+    throw std::invalid_argument("all " + std::to_string(slots_.size()) +
+                                " slots are in use: close a sequence, or make the cache with more slots");
   Slot& slot = slots_[chosen];
   const Hold hold(*this, std::span(&chosen, 1), lock);
   const Fences fences = slot.fences;
@@ -137,17 +145,17 @@ void Arena::grow(std::span<const std::size_t> slots, std::size_t positions, std:
   if (positions > options_.max_len)
     throw SequenceTooLong(std::to_string(positions) + " positions are more than max_len, " +
                           std::to_string(options_.max_len) + ": make the cache with a larger max_len, or truncate");
-  Lock lock(mutex_);
-  require_usable();
+  Lock lock = locked();
+  require_open();
   for (const std::size_t slot : slots) running(slot, "grow");
   const Hold hold(*this, slots, lock);
   for (const std::size_t slot : slots) running(slot, "grow");  // another thread may have closed it meanwhile
   if (grow_in_place(slots, positions, keep)) return;
 
   discard_before_windows(slots, keep, stream, lock);
-  clear_the_way(slots, lock);
   bool exact = false;
   for (;;) {
+    clear_the_way(slots, lock);
     auto steps = plan(slots, positions, exact);
     if (bytes_of(steps) > pool_.usage().available()) {
       steps = plan(slots, positions, true);
@@ -162,6 +170,9 @@ void Arena::grow(std::span<const std::size_t> slots, std::size_t positions, std:
     std::vector<Loose> built;
     try {
       built = build(steps);
+    } catch (const OutOfPages&) {
+      lock.lock();  // another caller was quicker
+      continue;
     } catch (const OutOfDeviceMemory&) {
       // Less than was planned may do, and others may have what they do not need.
       lock.lock();
@@ -186,8 +197,7 @@ void Arena::grow(std::span<const std::size_t> slots, std::size_t positions, std:
 }
 
 bool Arena::try_grow(std::span<const std::size_t> slots, std::size_t positions, std::size_t keep) {
-  driver_->require_owner();
-  const std::lock_guard lock(mutex_);
+  const Lock lock = locked();
   for (const std::size_t slot : slots)
     if (slot >= slots_.size() || slots_[slot].state != State::running || slots_[slot].held) return false;
   return !closed_ && grow_in_place(slots, positions, keep);
@@ -195,14 +205,15 @@ bool Arena::try_grow(std::span<const std::size_t> slots, std::size_t positions, 
 
 bool Arena::grow_in_place(std::span<const std::size_t> slots, std::size_t positions, std::size_t keep) {
   for (const std::size_t slot : slots)
-    if (slots_[slot].capacity < positions || slots_[slot].next_discard <= keep) return false;
+    if (slots_[slot].capacity < positions || slots_[slot].next_discard <= std::min(keep, slots_[slot].length))
+      return false;
   for (const std::size_t slot : slots) slots_[slot].length = std::max(slots_[slot].length, positions);
   return true;
 }
 
 void Arena::truncate(std::span<const std::size_t> slots, std::size_t positions, Stream stream) {
-  Lock lock(mutex_);
-  require_usable();
+  Lock lock = locked();
+  require_open();
   for (const std::size_t index : slots) running(index, "truncate");
   const Hold hold(*this, slots, lock);
   bool shorter = false;
@@ -236,8 +247,8 @@ void Arena::truncate(std::span<const std::size_t> slots, std::size_t positions, 
 }
 
 void Arena::release(std::span<const std::size_t> slots, Stream stream) {
-  Lock lock(mutex_);
-  require_usable();
+  Lock lock = locked();
+  require_open();
   for (const std::size_t index : slots) running(index, "close");
   const Hold hold(*this, slots, lock);
   for (const std::size_t index : slots) running(index, "close");
@@ -261,8 +272,8 @@ void Arena::release(std::span<const std::size_t> slots, Stream stream) {
 }
 
 void Arena::trim() {
-  Lock lock(mutex_);
-  require_usable();
+  Lock lock = locked();
+  require_open();
   while (reclaim(kNever, {}, lock)) {
   }
   lock.unlock();
@@ -270,7 +281,7 @@ void Arena::trim() {
 }
 
 void Arena::close() {
-  Lock lock(mutex_);
+  Lock lock = locked();
   closed_ = true;
   wait_until_idle(lock);
   for (std::size_t index = 0; index < slots_.size(); ++index) {
@@ -292,17 +303,17 @@ void Arena::close() {
 }
 
 std::size_t Arena::length(std::size_t slot) const {
-  const std::lock_guard lock(mutex_);
+  const Lock lock = locked();
   return slots_.at(slot).length;
 }
 
 std::size_t Arena::head(std::size_t slot, std::size_t plane) const {
-  const std::lock_guard lock(mutex_);
+  const Lock lock = locked();
   return slots_.at(slot).runs.at(plane).head;
 }
 
 std::vector<Arena::SlotInfo> Arena::map() const {
-  const std::lock_guard lock(mutex_);
+  const Lock lock = locked();
   std::vector<SlotInfo> infos;
   infos.reserve(slots_.size());
   for (std::size_t index = 0; index < slots_.size(); ++index) {
@@ -321,7 +332,7 @@ std::vector<Arena::SlotInfo> Arena::map() const {
 }
 
 Arena::Stats Arena::stats() const {
-  const std::lock_guard lock(mutex_);
+  const Lock lock = locked();
   Stats stats{pool_.usage(), reservation_.bytes(), 0, 0, 0, 0, 0, adopted_};
   for (const Slot& slot : slots_) {
     std::size_t mapped = 0;
@@ -336,7 +347,7 @@ Arena::Stats Arena::stats() const {
 }
 
 void Arena::check() const {
-  Lock lock(mutex_);
+  Lock lock = locked();
   wait_until_idle(lock);
   std::size_t total = 0;
   const auto broken = [](std::size_t slot, std::size_t plane, const std::string& what) {
@@ -357,7 +368,7 @@ void Arena::check() const {
       }
       if (next != start + run.tail) broken(index, plane, "the run does not end where it says");
       if (run.tail > geometry.stride) broken(index, plane, "the run leaves its slot");
-      if (run.mappings.empty() && run.tail != 0) broken(index, plane, "an empty run has a place");
+      if (run.mappings.empty() && run.head != run.tail) broken(index, plane, "an empty run has a length");
       if (slot.state == State::running && run.tail < end_of(geometry, slot.length))
         broken(index, plane, "rows of a running sequence are not mapped (invariant 1)");
       if (slot.state == State::bare && run.tail != 0) broken(index, plane, "a bare slot has memory");
@@ -394,8 +405,13 @@ bool Arena::has_nothing(const Slot& slot) noexcept {
          std::all_of(slot.runs.begin(), slot.runs.end(), [](const Run& run) { return run.mappings.empty(); });
 }
 
-void Arena::require_usable() const {
+// In a forked child the mutex may be held by a thread that does not exist there: asked before it is taken.
+Arena::Lock Arena::locked() const {
   driver_->require_owner();
+  return Lock(mutex_);
+}
+
+void Arena::require_open() const {
   if (closed_) throw std::invalid_argument("the cache is closed: make a new one");
 }
 
@@ -488,8 +504,8 @@ std::vector<Arena::Loose> Arena::build(const std::vector<Step>& steps) {
 }
 
 void Arena::discard_before_windows(std::span<const std::size_t> slots, std::size_t keep, Stream stream, Lock& lock) {
-  if (std::none_of(slots.begin(), slots.end(), [&](std::size_t slot) { return slots_[slot].next_discard <= keep; }))
-    return;
+  const auto due = [&](std::size_t slot) { return slots_[slot].next_discard <= std::min(keep, slots_[slot].length); };
+  if (std::none_of(slots.begin(), slots.end(), due)) return;
   lock.unlock();
   const auto fence = std::make_shared<const Fence>(driver_, stream);
   lock.lock();
@@ -497,9 +513,10 @@ void Arena::discard_before_windows(std::span<const std::size_t> slots, std::size
     Slot& slot = slots_[index];
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
       const auto& [row_bytes, window, offset, stride] = geometry_[plane];
-      if (window == 0 || keep < window) continue;
+      const std::size_t kept = std::min(keep, slot.length);
+      if (window == 0 || kept < window) continue;
       Run& run = slot.runs[plane];
-      const std::size_t first = (keep - window + 1) * row_bytes;
+      const std::size_t first = (kept - window + 1) * row_bytes;
       std::size_t gone = 0;
       while (gone < run.mappings.size() && run.head + run.mappings[gone].bytes() <= first) {
         run.head += run.mappings[gone].bytes();
@@ -509,7 +526,6 @@ void Arena::discard_before_windows(std::span<const std::size_t> slots, std::size
         ++gone;
       }
       run.mappings.erase(run.mappings.begin(), run.mappings.begin() + static_cast<std::ptrdiff_t>(gone));
-      if (run.mappings.empty()) run.head = run.tail = 0;
     }
     refresh(slot);
   }
@@ -517,22 +533,37 @@ void Arena::discard_before_windows(std::span<const std::size_t> slots, std::size
 
 // Unmaps, of what the held slots have retired, whatever has passed its fences or lies where they will grow.
 void Arena::clear_the_way(std::span<const std::size_t> slots, Lock& lock) {
-  std::vector<Loose> loose;
+  std::vector<Loose> ahead;
+  std::vector<Loose> others;
   for (const std::size_t index : slots) {
-    Slot& slot = slots_[index];
-    for (auto it = slot.retired.begin(); it != slot.retired.end();) {
-      const bool ahead = it->mapping.range().at >= address_of(index, it->plane) + slot.runs[it->plane].tail;
-      const bool done =
-          std::all_of(it->fences.begin(), it->fences.end(), [](const auto& fence) { return fence->passed(); });
-      if (ahead || done) {
-        loose.push_back(std::move(*it));
-        it = slot.retired.erase(it);
-      } else {
-        ++it;
-      }
+    for (Loose& loose : slots_[index].retired) {
+      const Address tail = address_of(index, loose.plane) + slots_[index].runs[loose.plane].tail;
+      (loose.mapping.range().at >= tail ? ahead : others).push_back(std::move(loose));
     }
+    slots_[index].retired.clear();
   }
-  if (!loose.empty()) unmap_outside(std::move(loose), lock);
+  if (ahead.empty() && others.empty()) return;
+  const auto put_back = [&] {
+    for (auto* rest : {&ahead, &others})
+      for (Loose& loose : *rest) slots_[loose.slot].retired.push_back(std::move(loose));
+  };
+  lock.unlock();
+  try {
+    unmap(ahead);
+    // From the oldest on: those are through first.
+    std::reverse(others.begin(), others.end());
+    const auto passed = [](const auto& fence) { return fence->passed(); };
+    while (!others.empty() && std::all_of(others.back().fences.begin(), others.back().fences.end(), passed)) {
+      pool_.give(others.back().mapping.unmap());
+      others.pop_back();
+    }
+  } catch (...) {
+    lock.lock();
+    put_back();
+    throw;
+  }
+  lock.lock();
+  put_back();
 }
 
 void Arena::retire_run(Slot& slot, std::size_t index, std::size_t plane) {
@@ -565,13 +596,27 @@ bool Arena::reclaim(std::size_t bytes, std::span<const std::size_t> mine, Lock& 
     return rank(slots_[a]) < rank(slots_[b]);
   });
   for (const std::size_t index : others) strip(slots_[index], index, bytes, found, loose);
-  if (loose.empty()) return false;
+  if (loose.empty()) {
+    if (reclaiming_ == 0) return false;
+    // Somebody else has it in hand, and will not wait for us.
+    released_.wait(lock, [this] { return reclaiming_ == 0; });
+    return true;
+  }
 
   std::erase_if(others, [&](std::size_t index) {
     return std::none_of(loose.begin(), loose.end(), [&](const Loose& one) { return one.slot == index; });
   });
   const Hold hold(*this, others, lock);
-  unmap_outside(std::move(loose), lock);
+  ++reclaiming_;
+  try {
+    unmap_outside(std::move(loose), lock);
+  } catch (...) {
+    --reclaiming_;
+    released_.notify_all();
+    throw;
+  }
+  --reclaiming_;
+  released_.notify_all();
   for (const std::size_t index : others)
     if (slots_[index].state == State::parked && has_nothing(slots_[index])) slots_[index].state = State::bare;
   return true;
@@ -589,7 +634,7 @@ void Arena::strip(Slot& slot, std::size_t index, std::size_t bytes, std::size_t&
       out.push_back({index, plane, std::move(run.mappings.back()), slot.fences});
       run.mappings.pop_back();
     }
-    if (run.mappings.empty()) run.head = run.tail = 0;
+    if (run.mappings.empty() && slot.state != State::running) run.head = run.tail = 0;
   }
   refresh(slot);
 }

@@ -55,9 +55,9 @@ class Arena {
   std::size_t acquire(std::optional<std::size_t> slot, std::size_t expected, Stream stream);
 
   // Makes `positions` rows (and the tail rows) of every named slot usable: all of them or, when it throws, none.
-  // `keep` is the earliest length that truncate will still be asked for, a promise that holds even when the call
-  // throws: rows before the windows at that length are given back once the work queued in `stream` is done. Lengths
-  // never shrink here.
+  // `keep` (at most a slot's length) is the earliest length that truncate will still be asked for, a promise even when
+  // the call throws: rows before the windows at that length are given back once the work queued in `stream` is done.
+  // Lengths never shrink here.
   void grow(std::span<const std::size_t> slots, std::size_t positions, std::size_t keep, Stream stream);
   // The same when it takes no driver call and no waiting; otherwise false, and nothing has changed.
   bool try_grow(std::span<const std::size_t> slots, std::size_t positions, std::size_t keep);
@@ -154,7 +154,8 @@ class Arena {
 
   Slot& running(std::size_t slot, const char* what);
   static bool has_nothing(const Slot& slot) noexcept;
-  void require_usable() const;
+  Lock locked() const;
+  void require_open() const;
   Address address_of(std::size_t slot, std::size_t plane) const noexcept;
   std::size_t end_of(const Geometry& plane, std::size_t positions) const noexcept;
   void refresh(Slot& slot) noexcept;
@@ -181,6 +182,7 @@ class Arena {
   mutable std::condition_variable released_;
   std::vector<Slot> slots_;
   bool closed_ = false;
+  int reclaiming_ = 0;  // calls of reclaim() that are with the driver
   std::uint64_t clock_ = 0;
   std::uint64_t adopted_ = 0;
 };

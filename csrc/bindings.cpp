@@ -48,6 +48,16 @@ py::capsule export_tensor(std::shared_ptr<void> owner, const Driver& driver, Add
   return capsule;
 }
 
+// An arena's last owner may be Python or a tensor's deleter, and its destructor waits for the device.
+void delete_unlocked(Arena* arena) {
+  if (PyGILState_Check() == 0) {
+    delete arena;
+    return;
+  }
+  const py::gil_scoped_release unlocked;
+  delete arena;
+}
+
 template <typename... Attributes>
 void raise(const char* type, const char* what, Attributes... attributes) {
   const py::object error = py::module_::import("vattn.errors").attr(type)(what);
@@ -101,7 +111,10 @@ void bind_driver(py::module_& module) {
       .def_property_readonly("reports", &Driver::reports)
       .def("memory_info",
            [](Driver& self) {
-             const MemoryInfo info = self.memory_info();
+             const MemoryInfo info = [&self] {
+               const py::gil_scoped_release unlocked;
+               return self.memory_info();
+             }();
              return py::make_tuple(info.free, info.total);
            })
       .def("counts",
@@ -170,7 +183,10 @@ void bind_driver(py::module_& module) {
   module.def("host_driver", &make_host_driver, py::arg("granularity"), py::kw_only(), py::arg("capacity") = 0);
   module.def("cuda_driver", &make_cuda_driver, py::arg("device"), Unlocked());
   module.def("probe_cuda", [] {
-    const CudaProbe probe = probe_cuda();
+    const CudaProbe probe = [] {
+      const py::gil_scoped_release unlocked;
+      return probe_cuda();
+    }();
     py::dict result;
     result["available"] = probe.available;
     result["why"] = probe.why;
@@ -188,15 +204,18 @@ void bind_arena(py::module_& module) {
                        std::size_t growth_divisor) {
              std::vector<Plane> described;
              for (const auto& [row_bytes, window] : planes) described.push_back({row_bytes, window});
-             return std::make_shared<Arena>(std::move(driver), std::move(described),
-                                            ArenaOptions{.slots = slots,
-                                                         .max_len = max_len,
-                                                         .budget = budget,
-                                                         .tail_rows = tail_rows,
-                                                         .growth_divisor = growth_divisor});
+             const ArenaOptions options{.slots = slots,
+                                        .max_len = max_len,
+                                        .budget = budget,
+                                        .tail_rows = tail_rows,
+                                        .growth_divisor = growth_divisor};
+             // Only here: pybind11 registers the new object after this, which takes the interpreter lock.
+             const py::gil_scoped_release unlocked;
+             return std::shared_ptr<Arena>(new Arena(std::move(driver), std::move(described), options),
+                                           delete_unlocked);
            }),
            py::arg("driver"), py::arg("planes"), py::kw_only(), py::arg("slots"), py::arg("max_len"), py::arg("budget"),
-           py::arg("tail_rows") = 0, py::arg("growth_divisor") = ArenaOptions{}.growth_divisor, Unlocked())
+           py::arg("tail_rows") = 0, py::arg("growth_divisor") = ArenaOptions{}.growth_divisor)
       .def(
           "acquire",
           [](Arena& self, std::optional<std::size_t> slot, std::size_t expected, std::uintptr_t stream) {

@@ -14,8 +14,8 @@ bool Driver::in_forked_child() const noexcept { return ::getpid() != pid_; }
 void Driver::require_owner() const {
   if (in_forked_child())
     throw BackendUnavailable("this cache was made by process " + std::to_string(pid_) +
-                             " and cannot be used after a fork: make one in the child, or start the child "
-                             "with the 'spawn' method");
+                             " and cannot be used after a fork: make one in the child, which for CUDA "
+                             "must be started with the 'spawn' method");
 }
 
 void Driver::enter(Call call) {
@@ -110,12 +110,17 @@ void Driver::wait(FenceId fence) {
 }
 
 bool Driver::passed(FenceId fence) {
-  require_owner();
+  enter(Call::query);
   return do_passed(fence);
 }
 
 void Driver::drop(FenceId fence) noexcept {
   if (!in_forked_child()) do_drop(fence);
+}
+
+MemoryInfo Driver::memory_info() {
+  require_owner();
+  return do_memory_info();
 }
 
 void Driver::synchronize() {

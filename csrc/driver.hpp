@@ -55,10 +55,12 @@ enum class Call : std::size_t {
   zero,
   copy,
   record,
+  query,
   wait,
 };
-inline constexpr std::array<const char*, 11> kCallNames = {
-    "reserve", "free_address", "create", "release", "map", "set_access", "unmap", "zero", "copy", "record", "wait"};
+inline constexpr std::array<const char*, 12> kCallNames = {"reserve", "free_address", "create", "release",
+                                                           "map",     "set_access",   "unmap",  "zero",
+                                                           "copy",    "record",       "query",  "wait"};
 
 // The public calls count, guard and inject; the private virtual ones do the work.
 class Driver {
@@ -88,7 +90,7 @@ class Driver {
   Kind kind() const noexcept { return kind_; }
   int device() const noexcept { return device_; }
   std::size_t granularity() const noexcept { return granularity_; }
-  virtual MemoryInfo memory_info() = 0;
+  MemoryInfo memory_info();
   virtual std::string description() const = 0;
 
   std::uint64_t count(Call call) const noexcept { return counts_[static_cast<std::size_t>(call)].load(); }
@@ -112,6 +114,7 @@ class Driver {
   std::size_t granularity_ = 0;
 
  private:
+  virtual MemoryInfo do_memory_info() = 0;
   virtual Address do_reserve(std::size_t bytes) = 0;
   virtual void do_free_address(Address at, std::size_t bytes) = 0;
   virtual Handle do_create(std::size_t bytes) = 0;

@@ -4,7 +4,6 @@
 #include <dlfcn.h>
 
 #include <array>
-#include <mutex>
 
 #include "driver.hpp"
 
@@ -22,7 +21,7 @@ constexpr int kApiVersion = 12000;
   X(cuMemGetInfo) X(cuMemGetAllocationGranularity) X(cuMemAddressReserve) X(cuMemAddressFree)          \
   X(cuMemCreate) X(cuMemRelease) X(cuMemMap) X(cuMemSetAccess) X(cuMemUnmap)                           \
   X(cuMemsetD8Async) X(cuMemcpyDtoDAsync) X(cuStreamCreateWithPriority) X(cuStreamSynchronize)         \
-  X(cuStreamDestroy) X(cuEventCreate) X(cuEventRecord) X(cuEventQuery) X(cuEventSynchronize)           \
+  X(cuStreamDestroy) X(cuStreamIsCapturing) X(cuEventCreate) X(cuEventRecord) X(cuEventQuery) X(cuEventSynchronize)           \
   X(cuEventDestroy) X(cuGetErrorName) X(cuGetErrorString)
 // clang-format on
 
@@ -85,7 +84,10 @@ class CudaDriver final : public Driver {
   explicit CudaDriver(int device) : Driver(Kind::cuda, device) {
     const Api& cu = api();
     int devices = 0;
-    check(cu.p_cuDeviceGetCount(&devices), "cuDeviceGetCount");
+    const CUresult counted = cu.p_cuDeviceGetCount(&devices);
+    if (counted == CUDA_ERROR_NOT_INITIALIZED)
+      throw BackendUnavailable("CUDA cannot be used in a process forked after CUDA was: start it with 'spawn'");
+    check(counted, "cuDeviceGetCount");
     if (device < 0 || device >= devices)
       throw BackendUnavailable("CUDA device " + std::to_string(device) + " does not exist: this process sees " +
                                std::to_string(devices));
@@ -115,22 +117,18 @@ class CudaDriver final : public Driver {
 
   ~CudaDriver() override {
     if (in_forked_child()) return;
-    try {
-      {
-        const Current current(context_);
-        check(api().p_cuStreamDestroy(zeroing_), "cuStreamDestroy");
+    const auto quietly = [this](auto undo) {
+      try {
+        undo();
+      } catch (const std::exception& error) {
+        report(error);
       }
-      check(api().p_cuDevicePrimaryCtxRelease(cu_device_), "cuDevicePrimaryCtxRelease");
-    } catch (const std::exception& error) {
-      report(error);
-    }
-  }
-
-  MemoryInfo memory_info() override {
-    const Current current(context_);
-    MemoryInfo info{};
-    check(api().p_cuMemGetInfo(&info.free, &info.total), "cuMemGetInfo");
-    return info;
+    };
+    quietly([this] {
+      const Current current(context_);
+      check(api().p_cuStreamDestroy(zeroing_), "cuStreamDestroy");
+    });
+    quietly([this] { check(api().p_cuDevicePrimaryCtxRelease(cu_device_), "cuDevicePrimaryCtxRelease"); });
   }
 
   std::string description() const override {
@@ -151,6 +149,13 @@ class CudaDriver final : public Driver {
     Current(const Current&) = delete;
     Current& operator=(const Current&) = delete;
   };
+
+  MemoryInfo do_memory_info() override {
+    const Current current(context_);
+    MemoryInfo info{};
+    check(api().p_cuMemGetInfo(&info.free, &info.total), "cuMemGetInfo");
+    return info;
+  }
 
   Address do_reserve(std::size_t bytes) override {
     const Current current(context_);
@@ -194,9 +199,13 @@ class CudaDriver final : public Driver {
 
   void do_zero(std::span<const Range> ranges) override {
     const Current current(context_);
+    CUresult rc = CUDA_SUCCESS;
     for (const Range& range : ranges)
-      check(api().p_cuMemsetD8Async(range.at, 0, range.bytes, zeroing_), "cuMemsetD8Async");
-    check(api().p_cuStreamSynchronize(zeroing_), "cuStreamSynchronize");
+      if (rc == CUDA_SUCCESS) rc = api().p_cuMemsetD8Async(range.at, 0, range.bytes, zeroing_);
+    // Waited for in any case: the caller may unmap at once what it could not zero.
+    const CUresult waited = api().p_cuStreamSynchronize(zeroing_);
+    check(rc, "cuMemsetD8Async");
+    check(waited, "cuStreamSynchronize");
   }
 
   void do_copy(Address to, Address from, std::size_t bytes, Stream stream) override {
@@ -206,6 +215,11 @@ class CudaDriver final : public Driver {
 
   FenceId do_record(Stream stream) override {
     const Current current(context_);
+    CUstreamCaptureStatus capturing = CU_STREAM_CAPTURE_STATUS_NONE;
+    check(api().p_cuStreamIsCapturing(reinterpret_cast<CUstream>(stream), &capturing), "cuStreamIsCapturing");
+    if (capturing != CU_STREAM_CAPTURE_STATUS_NONE)
+      throw DriverError("cuEventRecord", CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
+                        "the stream is being captured: shorten and close sequences outside of the capture");
     CUevent event = nullptr;
     check(api().p_cuEventCreate(&event, CU_EVENT_DISABLE_TIMING), "cuEventCreate");
     if (const CUresult rc = api().p_cuEventRecord(event, reinterpret_cast<CUstream>(stream)); rc != CUDA_SUCCESS) {

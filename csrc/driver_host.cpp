@@ -36,14 +36,6 @@ class HostDriver final : public Driver {
 
   ~HostDriver() override { ::close(file_); }
 
-  MemoryInfo memory_info() override {
-    const std::lock_guard lock(mutex_);
-    if (capacity_ != 0) return {capacity_ - live_bytes_, capacity_};
-    struct sysinfo info{};
-    if (::sysinfo(&info) != 0) throw_errno("sysinfo");
-    return {(info.freeram + info.bufferram) * info.mem_unit, info.totalram * info.mem_unit};
-  }
-
   std::string description() const override { return "host memory (memfd)"; }
 
  private:
@@ -57,6 +49,14 @@ class HostDriver final : public Driver {
     std::size_t bytes;
     Handle handle;
   };
+
+  MemoryInfo do_memory_info() override {
+    const std::lock_guard lock(mutex_);
+    if (capacity_ != 0) return {capacity_ - live_bytes_, capacity_};
+    struct sysinfo info{};
+    if (::sysinfo(&info) != 0) throw_errno("sysinfo");
+    return {(info.freeram + info.bufferram) * info.mem_unit, info.totalram * info.mem_unit};
+  }
 
   Address do_reserve(std::size_t bytes) override {
     if (bytes == 0 || bytes % granularity_ != 0) refuse("reserve", "the size is not a multiple of the granularity");
@@ -90,7 +90,11 @@ class HostDriver final : public Driver {
       throw OutOfDeviceMemory("create", ENOMEM, "the simulated device is full");
     // Offsets are never used twice: the file is sparse and 2^63 bytes long. fallocate commits the memory now,
     // so that a machine without any says so here and not by SIGBUS at the first touch.
-    if (::fallocate(file_, 0, next_offset_, static_cast<off_t>(bytes)) != 0) throw_errno("create");
+    int failed = 0;
+    do {  // older kernels give up at any signal
+      failed = ::fallocate(file_, 0, next_offset_, static_cast<off_t>(bytes));
+    } while (failed != 0 && errno == EINTR);
+    if (failed != 0) throw_errno("create");
     const auto handle = Handle{++last_handle_};
     memory_.emplace(handle, Memory{next_offset_, bytes, 0, false});
     next_offset_ += static_cast<off_t>(bytes);

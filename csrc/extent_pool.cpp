@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <new>
 #include <thread>
 
 namespace vattn {
@@ -53,8 +54,15 @@ Extent ExtentPool::take(std::size_t size_class) {
 
 void ExtentPool::give(Extent&& extent) noexcept {
   const std::lock_guard lock(mutex_);
-  usage_.pooled += extent.bytes();
-  free_[class_of(extent.bytes())].push_back(std::move(extent));
+  const std::size_t bytes = extent.bytes();
+  try {
+    free_[class_of(bytes)].push_back(std::move(extent));
+    usage_.pooled += bytes;
+  } catch (const std::bad_alloc& error) {
+    // No room to remember it by: it goes back to the driver with its last owner.
+    driver_->report(error);
+    usage_.charged -= bytes;
+  }
 }
 
 void ExtentPool::trim() {

@@ -336,6 +336,41 @@ def test_keep_holds_a_window_back():
     a.check()
 
 
+def test_slots_of_other_lengths_keep_what_they_have():
+    a = arena(planes=[(ROW, 4)], slots=2)
+    for slot, length in ((0, 100), (1, 10)):
+        a.acquire(slot)
+        a.grow([slot], length, 0)
+    a.grow([0, 1], 101, 100)
+    long, short = (slot["runs"][0] for slot in a.map())
+    assert long["head"] == 96 * ROW
+    assert short["head"] == 0  # rows 7 to 9 are in sight of what comes at 10
+    a.truncate([1], 10)
+    a.check()
+
+
+def test_a_window_of_one_position_needs_one_granule():
+    a = arena(planes=[(ROW, 1)], budget=2 * PAGE)
+    a.acquire()
+    for length in range(1, 400):
+        a.grow([0], length, length - 1)
+        a.check()
+    with pytest.raises(ValueError, match="the window of 1 has moved on"):
+        a.truncate([0], 100)
+    a.release([0])
+    a.acquire(0)
+    a.grow([0], 8, 0)
+    a.check()
+
+
+def test_a_slot_named_twice_is_refused():
+    a = arena()
+    a.acquire()
+    with pytest.raises(ValueError, match="a slot is named twice"):
+        a.grow([0, 0], 5, 0)
+    a.grow([0], 5, 0)
+
+
 def test_a_window_lives_within_a_budget_of_its_own_size():
     a = arena(planes=[(ROW, 16)], max_len=4000, budget=4 * PAGE)
     a.acquire()
