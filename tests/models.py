@@ -10,7 +10,6 @@ import torch
 import transformers
 
 from vattn import VirtualCache
-from vattn.hf import _CROP_KEEPS
 
 WINDOW = 12  # shorter than the prompts and outputs below, so that windows move
 
@@ -171,7 +170,7 @@ def _crop(model: Any, make: Make) -> list[torch.Tensor]:
         cache.activate_past_recording()
     with torch.no_grad():
         model(tokens[:, :9], past_key_values=cache, use_cache=True)
-        cache.crop(5 if _CROP_KEEPS else -4)
+        cache.crop(-4)
         steps.append(model(tokens[:, 5:11], past_key_values=cache, use_cache=True).logits)
         cache.crop(-2)
         steps.append(model(tokens[:, 9:10], past_key_values=cache, use_cache=True).logits)

@@ -157,6 +157,7 @@ def test_a_budget_as_a_part_of_what_is_free():
     assert cache.stats().budget == 50 * PAGE
 
 
+@pytest.mark.frees
 def test_views_keep_the_memory_alive():
     cache = small()
     sequence = cache.open()
@@ -181,6 +182,14 @@ def test_closing_gives_everything_back_and_parking_keeps_it():
         assert cache.stats().physical == 0
     with pytest.raises(ValueError, match="the cache is closed"):
         cache.open()
+
+
+def test_a_sequence_may_outlive_its_cache():
+    cache = small()
+    with cache.open() as sequence:
+        sequence.grow(3)
+        cache.close()
+    assert sequence.length == 0
 
 
 def test_the_map_can_be_read():

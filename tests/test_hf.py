@@ -126,6 +126,7 @@ def test_a_window_gives_memory_back(gemma):
     assert local["tail"] - local["head"] < (12 + 40) * 3 * 256
 
 
+@pytest.mark.frees
 def test_deleting_the_cache_frees_the_memory(llama):
     cache = VirtualCache(llama.config, max_len=300)
     generate(llama, cache, prompt(1, 10, "cpu"), 5)
@@ -162,7 +163,8 @@ def test_keys_and_values_are_read_only_views():
     assert torch.equal(cache.layers[3].values, pairs[3][1])
     with pytest.raises(AttributeError, match="write through update"):
         cache.layers[0].keys = torch.zeros(1)
-    assert [len(item) for item in cache][:1] != []
+    for layer, item in enumerate(cache):
+        assert torch.equal(item[0], pairs[layer][0])
 
 
 @pytest.mark.parametrize(
@@ -251,6 +253,10 @@ def test_a_closed_cache_is_told():
     with pytest.raises(ValueError, match="the cache is closed: make a new VirtualCache"):
         cache.update(*kv(), 0)
     assert cache.stats().physical == 0
+    assert cache.layers[0].keys is None
+    for use in (lambda: copy.deepcopy(cache), lambda: cache.reorder_cache(torch.tensor([0])), cache.reset):
+        with pytest.raises(ValueError, match="the cache is closed"):
+            use()
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -354,6 +360,117 @@ def test_layers_on_two_devices():
             assert got.shape[2] == 5 * step
             assert torch.equal(got[:, :, -5:], k)
     assert sorted(len(one.layout.groups[0].layers) for one in cache.kv_caches) == [2, 2]
+
+
+@pytest.mark.frees
+def test_views_outlive_a_rebuild():
+    """A model may keep what update returned; a later layer of another shape, or a larger batch, moves the cache."""
+    cache = VirtualCache(CONFIG, max_len=100)
+    k, v = kv(3)
+    kept, _ = cache.update(k, v, 0)
+    cache.update(*kv(3, heads=4), 1)
+    assert torch.equal(kept, k)
+    cache.batch_repeat_interleave(200)
+    assert torch.equal(kept, k)
+    assert torch.equal(cache.layers[0].keys, k.repeat_interleave(200, dim=0))
+
+
+def test_what_was_prepared_does_not_survive_a_rebuild():
+    cache = VirtualCache(CONFIG, max_len=100)
+    cache.update(*kv(3), 0)
+    first = kv(3)
+    cache.update(*first, 1)
+    cache.update(*kv(1), 0)  # prepares layer 1
+    cache.update(*kv(3, heads=4), 2)  # rebuilds
+    second = kv(1)
+    cache.update(*second, 1)
+    assert torch.equal(cache.layers[1].keys, torch.cat([first[0], second[0]], dim=2))
+    with pytest.raises(ValueError, match="the cache holds 1 rows and was given a batch of 200"):
+        cache.update(*kv(1, batch=200), 1)
+    cache.update(*kv(1), 1)
+    assert cache.get_seq_length(1) == 5
+
+
+def test_layers_of_unequal_length(gemma):
+    cache = VirtualCache(CONFIG, max_len=5000)
+    for layer in range(4):
+        cache.update(*kv(4000 if layer < 3 else 3), layer)
+    keys = [layer.keys.clone() for layer in cache.layers]
+    cache.batch_repeat_interleave(2)
+    for layer in range(4):
+        assert torch.equal(cache.layers[layer].keys, keys[layer].repeat_interleave(2, dim=0))
+    hybrid = VirtualCache(gemma.config, max_len=500)  # layer 2 sees all, the others 12 positions
+    first = [kv(5) for _ in range(4)]
+    for layer in range(4):
+        hybrid.update(*first[layer], layer)
+    hybrid.update(*kv(300), 2)
+    hybrid.update(*kv(1), 2)
+    got, _ = hybrid.update(*kv(1), 0)
+    assert torch.equal(got[:, :, :5], first[0][0])
+
+
+def test_a_wrong_guess_is_forgotten_with_the_failure_that_met_it():
+    cache = VirtualCache(CONFIG, max_len=100)
+    with pytest.raises(SequenceTooLong):
+        cache.update(*kv(200, dtype=torch.bfloat16), 0)
+    fill(cache, 3)
+    cache.reset()
+    assert cache.layers[0].keys is None
+    assert not cache.layers[0].is_initialized
+    fill(cache, 2, dtype=torch.bfloat16, heads=4)
+    assert cache.layers[3].keys.dtype == torch.bfloat16
+    assert all(layer.is_initialized for layer in cache.layers)
+
+
+def test_crop_means_what_transformers_means():
+    for argument in (-2, -9, 0, 3, 9):
+        outcomes = []
+        for cache in (DynamicCache(config=CONFIG), VirtualCache(CONFIG, max_len=100)):
+            fill(cache, 5)
+            try:
+                cache.crop(argument)
+                outcomes.append([cache.get_seq_length(layer) for layer in range(4)])
+            except ValueError:
+                outcomes.append("refused")
+        if argument != -9:  # more than there is; DynamicCache keeps what a negative slice leaves, nothing
+            assert outcomes[0] == outcomes[1], argument
+        else:
+            assert outcomes[1] == [0] * 4
+
+
+def test_autocast(llama):
+    inputs = prompt(2, 10, "cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = generate(llama, DynamicCache(config=llama.config), inputs, 20)
+        assert torch.equal(generate(llama, VirtualCache(llama.config, max_len=100), inputs, 20), expected)
+
+
+def test_odd_batches():
+    cache = VirtualCache(CONFIG, max_len=100)
+    assert cache.update(*kv(3, batch=0), 0)[0].shape == (0, 2, 3, 16)
+    cache = VirtualCache(CONFIG, max_len=100)
+    pairs, _ = fill(cache, 3, batch=3)
+    cache.batch_select_indices([2, 0])
+    assert torch.equal(cache.layers[1].keys, pairs[1][0][[2, 0]])
+    cache.batch_select_indices(torch.tensor([], dtype=torch.long))
+    assert cache.get_seq_length() == 0
+    fill(cache, 3, batch=2)
+
+
+def test_enormous_models_reserve_fewer_slots():
+    config = LlamaConfig(num_hidden_layers=60, num_attention_heads=2, num_key_value_heads=2, hidden_size=64)
+    cache = VirtualCache(config, max_len=200_000_000)
+    k, v = kv(2, dim=32)
+    assert torch.equal(cache.update(k, v, 0)[0], k)
+    assert 1 <= cache.kv_caches[0].slots < 64
+
+
+def test_install_does_not_nest():
+    with hf.install(max_len=10):
+        with pytest.raises(RuntimeError, match="active already"), hf.install(max_len=20):
+            pass
+        assert type(DynamicCache(config=CONFIG)) is VirtualCache
+    assert type(DynamicCache(config=CONFIG)) is DynamicCache
 
 
 def test_more_rows_than_were_reserved():

@@ -72,6 +72,26 @@ def test_windows_from_a_config():
     assert [plane.window for plane in KVLayout.from_config(config, max_len=10).planes] == [None, 512]
 
 
+def test_old_files_without_layer_types():
+    def windows(**changes):
+        config = {**LLAMA_8B, "num_hidden_layers": 6, "sliding_window": 512, **changes}
+        return [layer and layer.window for layer in KVLayout.from_config(config, max_len=10).layers]
+
+    assert windows() == windows(model_type="mistral") == [512] * 6
+    assert windows(model_type="gemma2") == [512, None] * 3
+    assert windows(model_type="gemma3_text", sliding_window_pattern=6) == [512] * 5 + [None]
+    with pytest.raises(ValueError, match="a qwen9 configuration with a window needs 'layer_types'"):
+        windows(model_type="qwen9")
+    jamba = {**LLAMA_8B, "num_hidden_layers": 8, "attn_layer_period": 4, "attn_layer_offset": 2}
+    layers = KVLayout.from_config(jamba, max_len=10).layers
+    assert [i for i, layer in enumerate(layers) if layer] == [2, 6]
+
+
+def test_one_head_for_all_queries():
+    falcon = {**LLAMA_8B, "num_key_value_heads": None, "multi_query": True, "num_kv_heads": 71}
+    assert KVLayout.from_config(falcon, max_len=10).layers[0].kv_heads == 1
+
+
 def test_mla_keeps_expanded_heads():
     config = {
         "num_hidden_layers": 2, "num_attention_heads": 128, "kv_lora_rank": 512,
@@ -102,6 +122,7 @@ def test_a_transformers_config():
         ({"hidden_size": None}, "lacks 'hidden_size'"),
         ({"layer_types": ["mystery"] * 32}, "mystery"),
         ({"torch_dtype": "int4"}, "dtype 'int4' is not supported"),
+        ({"global_head_dim": 512}, "head_dim differs between layers"),
     ],
 )
 def test_a_config_that_does_not_do(change, message):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -91,6 +90,7 @@ class KVCache:
             budget=_budget_bytes(budget, driver),
             growth_divisor=growth_divisor,
         )
+        self._closed = False
         self._windowed = any(plane.window for plane in layout.planes)
         self._k: dict[int, torch.Tensor] = {}
         self._v: dict[int, torch.Tensor] = {}
@@ -162,13 +162,13 @@ class KVCache:
         """Brings several sequences to ``length`` positions at once: all of them, or none when it raises.
 
         Args:
-            sequences: running sequences of this cache, none longer than ``length``.
-            length: positions each shall have.
+            sequences: running sequences of this cache.
+            length: positions each shall have at least.
             keep: the shortest length that they may still be truncated to; see ``Sequence.grow``.
         """
         self._grow([sequence.slot for sequence in sequences], length, keep)
         for sequence in sequences:
-            sequence.length = length
+            sequence.length = max(sequence.length, length)
 
     def truncate_all(self, sequences: list[Sequence], length: int) -> None:
         """Keeps the first ``length`` positions of several sequences: of all of them, or of none when it raises."""
@@ -178,7 +178,8 @@ class KVCache:
 
     def close_all(self, sequences: list[Sequence]) -> None:
         """Ends several running sequences and parks their slots: all of them, or none when it raises."""
-        self._arena.release([sequence.slot for sequence in sequences], self._stream())
+        if not self._closed:
+            self._arena.release([sequence.slot for sequence in sequences], self._stream())
         for sequence in sequences:
             sequence._open = False
             sequence.length = 0
@@ -193,6 +194,7 @@ class KVCache:
 
     def close(self) -> None:
         """Unmaps everything. Views of K and V must not be read any more; their addresses stay reserved."""
+        self._closed = True
         self._arena.close()
 
     def stats(self) -> CacheStats:
@@ -395,7 +397,7 @@ def _budget_bytes(budget: int | float | None, driver: _core.Driver) -> int:
     if budget is None:
         return _UNLIMITED
     if isinstance(budget, float):
-        if not 0 < budget <= 1 or math.isnan(budget):
+        if not 0 < budget <= 1:
             raise ValueError(f"budget as a part of the free memory must be in (0, 1], not {budget}")
         return int(budget * driver.memory_info()[0])
     if budget < 0:

@@ -46,7 +46,7 @@ class DemoResult:
         reserved: addresses.
         mapped: physical memory under them.
         used: the rows of the tokens.
-        dynamic: what DynamicCache holds at its peak: the rows, and one layer's once more while it is concatenated.
+        dynamic: what DynamicCache holds at its peak: the rows, and a layer's K once more while it is concatenated.
         static: what StaticCache holds: ``max_len`` rows.
         driver_calls: calls of the backend, by name.
     """
@@ -172,7 +172,7 @@ def run(
         reserved=stats.reserved // cache.kv_caches[0].slots,
         mapped=stats.mapped,
         used=used,
-        dynamic=used + used // len(layout.layers),
+        dynamic=used + used // len(layout.layers) // 2,
         static=layout.static_bytes,
         driver_calls=stats.driver_calls,
     )

@@ -16,15 +16,19 @@ from itertools import repeat
 from typing import Any
 
 import torch
+import transformers
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from vattn.cache import CacheStats, KVCache, Sequence, resolve_device
 from vattn.layout import GRANULARITY, ITEMSIZES, Group, Kind, KVLayout, LayerShape
 
-# A positive argument of crop was the length to keep, before it was forbidden.
-_CROP_KEEPS = "max_length" in inspect.signature(DynamicLayer.crop).parameters
+# What crop's argument means, by the installed version: how many tokens to remove, as a negative number; but a positive
+# one was the length to keep until 5.18, and so was 0 as long as the parameter said so.
+_CROP_POSITIVE_KEEPS = tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 18)
+_CROP_ZERO_EMPTIES = "max_length" in inspect.signature(DynamicLayer.crop).parameters
 
 _SPARE_SLOTS = 64  # slots reserved when their number is left open: addresses cost nothing
+_SPARE_ADDRESSES = 1 << 45  # but there is an end to them
 
 _Place = tuple[torch.device, int]  # which KVCache: its device, and the layer it is for alone, or -1
 
@@ -42,8 +46,9 @@ def _refuse_gradient(gradient: torch.Tensor) -> None:
 
 
 # What one layer needs for one update: the place for its new K and V, as one tensor of all heads where the group is
-# fused; the views to return; for the whole step the numbers of new elements of K and of V, and the length it leaves.
-_Ready = tuple[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor, tuple[int, int, int]]
+# fused; the views to return; for the whole step the shape of the new K, the elements of the new V, the length left.
+_Step = tuple[torch.Size, int, int]
+_Ready = tuple[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor, _Step]
 
 
 class _Lane:
@@ -54,12 +59,12 @@ class _Lane:
         # Where the group is not fused, what is written are K and V themselves.
         written = (k, v) if heads is None else (heads,)
         self._k, self._v, *self._written = (t.permute(2, 0, 3, 1, 4) for t in (k, v, *written))
-        self._batch = 0
+        self._batch = -1
         self.layers = group.layers
         self.window = group.shape.window
         self.device = cache.device
 
-    def prepare(self, batch: int, start: int, n: int, step: tuple[int, int, int]) -> Iterator[_Ready]:
+    def prepare(self, batch: int, start: int, n: int, step: _Step) -> Iterator[_Ready]:
         """What each layer needs to append ``n`` positions behind ``start``."""
         first = 0 if self.window is None else max(start - self.window + 1, 0)
         seen = start + n - first
@@ -163,15 +168,13 @@ class _Store:
     def take(self, index: int, key_states: torch.Tensor, value_states: torch.Tensor) -> _Ready:
         """What an update of one layer needs, prepared for the whole group if it is not yet."""
         ready = self.ready.pop(index, None)
-        # A copy broadcasts, but never between tensors of as many elements.
-        if ready and (key_states.numel(), value_states.numel()) == ready[3][:2]:
+        if ready and (key_states.shape, value_states.numel()) == ready[3][:2]:
             return ready
         return self._prepare(index, key_states, value_states)
 
     def _prepare(self, index: int, k: torch.Tensor, v: torch.Tensor) -> _Ready:
         """Checks an update, grows the rows for it, and makes the views that serve all layers of its group."""
-        if self.closed:
-            raise ValueError("the cache is closed: make a new VirtualCache")
+        self._require_open()
         if k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3]:
             raise ValueError(
                 f"key_states and value_states must be [batch, kv_heads, tokens, head_dim] with equal batch, heads "
@@ -180,15 +183,16 @@ class _Store:
         batch, _, n, _ = k.shape
         self._require_slots(batch)
         self._learn(index, k, v)
-        place = self.placed[index][0]
-        if batch > self.caches[place].slots:
-            self._rebuild({place: 2 * batch})
-        self._set_rows(place, batch)
-        start = self.lengths[index]
-        keep = self.floor if self.recording else start
-        self.caches[place].grow_all(self.rows[place], start + n, keep=keep)
+        place, start = self.placed[index][0], self.lengths[index]
+        try:
+            self._set_rows(place, batch)
+            self.caches[place].grow_all(self.rows[place], start + n, keep=self._keep(place))
+        except BaseException:
+            if start == 0:  # it has seen nothing yet, and may come in another shape
+                self._unlearn(index)
+            raise
 
-        lane, step = self.lanes[index], (k.numel(), v.numel(), start + n)
+        lane, step = self.lanes[index], (k.shape, v.numel(), start + n)
         ready = zip(lane.layers, lane.prepare(batch, start, n, step), strict=True)
         if len(self.seen) == len(self.placed) and self.lengths.count(start) == len(self.lengths):
             self.ready.update(ready)
@@ -200,9 +204,19 @@ class _Store:
         if (slots := self.options.slots) is not None and batch > slots:
             raise ValueError(f"a batch of {batch} rows does not fit {slots} slots: make it with slots={batch}")
 
+    def _require_open(self) -> None:
+        if self.closed:
+            raise ValueError("the cache is closed: make a new VirtualCache")
+
+    def _keep(self, place: _Place) -> int:
+        """The shortest length that a layer of a place has, or may be cropped to: its windows must stay."""
+        if self.recording:
+            return self.floor
+        return min(self.lengths[layer] for layer in self._layers_of(place) if layer in self.seen)
+
     def view(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What a layer holds, ``[batch, kv_heads, length, head_dim]``; of a window only what it still needs."""
-        if index not in self.lanes:
+        if index not in self.lanes or not self.rows[self.placed[index][0]]:
             return None
         lane, length = self.lanes[index], self.lengths[index]
         first = 0 if lane.window is None else max(length - lane.window + 1, 0)
@@ -210,6 +224,7 @@ class _Store:
 
     def truncate(self, lengths: list[int]) -> None:
         """Shortens the layers to ``lengths``; what no layer needs any more may be given away."""
+        self._require_open()
         for place, rows in self.rows.items():
             longest = max(lengths[layer] for layer in self._layers_of(place))
             if rows and longest < rows[0].length:
@@ -219,8 +234,11 @@ class _Store:
         self.ready.clear()
 
     def reset(self) -> None:
-        """Ends every row; their memory is parked for the next batch."""
+        """Ends every row; their memory is parked for the next batch. What layers looked like is forgotten."""
+        self._require_open()
         self.ready.clear()
+        self.seen.clear()
+        self.signatures.clear()
         for place in self.rows:
             self._close_rows(place, 0)
         self.lengths = [0] * len(self.lengths)
@@ -228,37 +246,43 @@ class _Store:
 
     def gather(self, indices: torch.Tensor) -> None:
         """Makes row ``i`` what row ``indices[i]`` was, for every layer."""
+        self._require_open()
         before = max((len(rows) for place, rows in self.rows.items() if self._filled(place)), default=0)
         if before == 0:
             return
         everyone = torch.arange(before)
-        indices = everyone[indices.cpu()]
+        indices = everyone[torch.as_tensor(indices).cpu()]
         if torch.equal(indices, everyone):
             return
         batch = len(indices)
+        if batch == 0:
+            self.reset()
+            return
         self._require_slots(batch)
         self.ready.clear()
         self._rebuild({place: 2 * batch for place, cache in self.caches.items() if cache.slots < batch})
-        for place in self.caches:
-            if not (layers := self._filled(place)):
-                continue
-            self._open_rows(place, batch)
-            try:
-                first = self._first_rows(place)
-                chosen = indices.to(place[0])
-                for layer in layers:
+        places = [place for place in self.caches if self._filled(place)]
+        try:
+            for place in places:
+                self._open_rows(place, batch)
+            for place in places:
+                first, chosen = self._first_rows(place), indices.to(place[0])
+                for layer in self._filled(place):
                     span = first[layer], self.lengths[layer]
                     old = self.lanes[layer].rows(layer, before, *span)
                     new = self.lanes[layer].rows(layer, batch, *span)
                     for source, target in zip(old, new, strict=True):
                         target.copy_(source.index_select(0, chosen))
-            except BaseException:
+        except BaseException:
+            for place in places:
                 self._close_rows(place, before)
-                raise
+            raise
+        for place in places:
             self._close_rows(place, batch)
 
     def clone(self) -> _Store:
         """A copy with memory of its own."""
+        self._require_open()
         other = _Store(list(self.windows), list(self.cached), self.options)
         other.open_ended = self.open_ended
         other.seen, other.signatures, other.placed = dict(self.seen), dict(self.signatures), dict(self.placed)
@@ -271,8 +295,11 @@ class _Store:
     def close(self) -> None:
         self.closed = True
         self.ready.clear()
-        for cache in self.caches.values():
+        self.lanes.clear()
+        for place, cache in self.caches.items():
+            self.rows[place].clear()
             cache.close()
+        self.lengths = [0] * len(self.lengths)
 
     def _learn(self, index: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Checks that a layer is what it was, or takes note of what it is."""
@@ -283,7 +310,8 @@ class _Store:
             kv_heads=k.shape[1],
             head_dim=k.shape[3],
             v_head_dim=v.shape[3],
-            dtype=str(k.dtype).removeprefix("torch."),
+            # Under autocast the two may differ; writing converts, and nothing is lost.
+            dtype=str(torch.promote_types(k.dtype, v.dtype)).removeprefix("torch."),
             window=self.windows[index],
         )
         found = ((k.device, index if self.open_ended else -1), shape)
@@ -292,21 +320,25 @@ class _Store:
                 f"layer {index} holds {_described(self.seen[index])} and was given {_described(found)}: use one "
                 "VirtualCache for each model"
             )
-        for name, want, got in (("dtype", self.options.dtype, k.dtype), ("device", self.options.device, k.device)):
+        for name, want, got in (
+            ("dtype", self.options.dtype, getattr(torch, shape.dtype)),
+            ("device", self.options.device, k.device),
+        ):
             if want is not None and want != got:
                 raise ValueError(f"the cache was made with {name}={want} and layer {index} computes in {got}")
-        if v.dtype != k.dtype or v.device != k.device:
-            raise ValueError(f"keys are {k.dtype} on {k.device} but values are {v.dtype} on {v.device}")
+        if v.device != k.device:
+            raise ValueError(f"keys are on {k.device} but values are on {v.device}")
         if self.placed.get(index) == found:
             self.seen[index], self.signatures[index] = found, signature
             return
         self.seen[index] = found
-        # The guess for what is still to come: as the last layer seen, each with the window it is known to have.
-        (device, _), like = found
+        # The guess for what is still to come: as the last layer seen, of the same window where there is one.
         before = dict(self.placed)
+        like = {self.windows[layer]: self.seen[layer] for layer in sorted(self.seen)}
         for layer, window in enumerate(self.windows):
             if self.cached[layer] and layer not in self.seen and not self.open_ended:
-                self.placed[layer] = ((device, -1), replace(like, window=window))
+                (device, _), shape = like.get(window, found)
+                self.placed[layer] = ((device, -1), replace(shape, window=window))
         self.placed[index] = found
         slots = self.options.slots or max(_SPARE_SLOTS, 2 * k.shape[0])
         places = {place for place, _ in [*before.values(), *self.placed.values()]}
@@ -314,9 +346,13 @@ class _Store:
             self._rebuild({p: slots for p in places if self._at(before, p) != self._at(self.placed, p)})
         except BaseException:
             self.placed = before
-            del self.seen[index]
+            self._unlearn(index)
             raise
         self.signatures[index] = signature
+
+    def _unlearn(self, index: int) -> None:
+        self.seen.pop(index, None)
+        self.signatures.pop(index, None)
 
     @staticmethod
     def _at(placed: dict[int, tuple[_Place, LayerShape]], place: _Place) -> dict[int, LayerShape]:
@@ -336,6 +372,8 @@ class _Store:
             kind=self.options.layout,
             granularity=self.granularity,
         )
+        if self.options.slots is None:
+            slots = max(1, min(slots, _SPARE_ADDRESSES // layout.slot_bytes))
         cache = KVCache(layout, slots=slots, device=place[0], budget=self.options.budget)
         self.caches[place], self.rows[place] = cache, []
         for number, group in enumerate(layout.groups):
@@ -343,6 +381,7 @@ class _Store:
 
     def _rebuild(self, slots: dict[_Place, int]) -> None:
         """Makes the ``KVCache`` of each place anew with so many slots, and what it holds, after its layers changed."""
+        self.ready.clear()
         old = copy.copy(self)
         self.caches, self.rows, self.lanes = dict(old.caches), dict(old.rows), dict(old.lanes)
         try:
@@ -356,9 +395,7 @@ class _Store:
         except BaseException:
             self.caches, self.rows, self.lanes = old.caches, old.rows, old.lanes
             raise
-        for place in slots:
-            if place in old.caches:
-                old.caches[place].close()
+        # What was replaced is not closed: the model may hold views of it, and its memory goes with the last of them.
 
     def _copy_from(self, other: _Store, place: _Place) -> None:
         layers = [layer for layer in other._filled(place) if layer in self._layers_of(place)]
@@ -381,6 +418,8 @@ class _Store:
                 f"the cache holds {len(rows)} rows and was given a batch of {batch}: call reset(), "
                 "batch_repeat_interleave() or batch_select_indices() first"
             )
+        if batch > self.caches[place].slots:
+            self._rebuild({place: 2 * batch})
         self._close_rows(place, batch)
         self._open_rows(place, batch)
 
@@ -464,11 +503,11 @@ class _VirtualLayer(DynamicLayer):  # type: ignore[misc]
     def cropped_length(self, argument: int) -> int:
         """The length that ``crop(argument)`` leaves, in the terms of the installed transformers."""
         length = self._store.lengths[self._index]
-        if argument > 0 and not _CROP_KEEPS:
-            raise ValueError(f"crop takes the number of tokens to remove as a negative integer, not {argument}")
         if argument < 0:
             return max(length + argument, 0)
-        return min(argument, length) if _CROP_KEEPS else length
+        if argument > 0 and not _CROP_POSITIVE_KEEPS:
+            raise ValueError(f"crop takes the number of tokens to remove as a negative integer, not {argument}")
+        return min(argument, length) if argument > 0 or _CROP_ZERO_EMPTIES else length
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last tokens of this layer alone; see ``VirtualCache.crop``."""
@@ -477,9 +516,12 @@ class _VirtualLayer(DynamicLayer):  # type: ignore[misc]
         self._store.truncate(lengths)
 
     def reset(self) -> None:
+        """Empties this layer alone; see ``VirtualCache.reset``."""
         lengths = list(self._store.lengths)
         lengths[self._index] = 0
         self._store.truncate(lengths)
+        self._store._unlearn(self._index)
+        self.is_initialized = False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         _refuse_alone("reorder_cache")
@@ -559,7 +601,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         budget: limit on physical memory of each device: bytes (int), a part of what is free (float in (0, 1]), or None.
         layout: ``"interleaved"`` or ``"compact"``, see ``vattn.layout``.
 
-    Raises (at the first call that needs it, and then nothing has changed):
+    Raises (at the first call that needs it, and then the layer called has not changed; on one device no layer has):
         SequenceTooLong: a sequence would exceed ``max_len``.
         OutOfPages: the budget is spent.
         OutOfDeviceMemory: the device is full.
@@ -590,9 +632,9 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         # This runs for every layer of every token; the way through the layer is for what is out of the ordinary.
         store = self._store
         if ready := store.ready.pop(layer_idx, None):
-            new, k, v, (k_numel, v_numel, end) = ready
+            new, k, v, (k_shape, v_numel, end) = ready
             if (
-                key_states.numel() == k_numel  # a copy would broadcast
+                key_states.shape == k_shape  # a copy would broadcast
                 and value_states.numel() == v_numel
                 and not key_states.requires_grad
                 and not value_states.requires_grad
@@ -630,6 +672,8 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
     def reset(self) -> None:
         """Empties the cache. The memory stays with it, for the next sequences; see ``trim``."""
         self._store.reset()
+        for layer in self._own():
+            layer.is_initialized = False
         self._each_other("reset")
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -720,6 +764,8 @@ def install(
     """
     options = _Options.checked(max_len=max_len, slots=slots, device=device, dtype=dtype, budget=budget, layout=layout)
     original: Callable[..., None] = DynamicCache.__init__
+    if hasattr(original, "_vattn"):
+        raise RuntimeError("vattn.install is active already: leave the outer one first")
 
     @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -728,6 +774,7 @@ def install(
             self.__class__ = VirtualCache
             _virtualize(self, options)
 
+    init._vattn = True  # type: ignore[attr-defined]
     DynamicCache.__init__ = init
     try:
         yield

@@ -30,6 +30,8 @@ ITEMSIZES = {
 }
 """Bytes of an element, by the name of the torch dtype."""
 
+# Model types all of whose layers have the window of the configuration.
+_UNIFORM_WINDOW = ("mistral", "mixtral", "phi3", "starcoder2")
 ALIGNMENT = 16  # what kernels that load by TMA want of every stride, in bytes
 
 Kind = Literal["interleaved", "compact"]
@@ -234,6 +236,11 @@ class KVLayout:
         """Bytes of one granule in every plane: the least that a new sequence maps."""
         return len(self.planes) * self.granularity
 
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of addresses that a slot takes."""
+        return sum(-(-self.max_len * plane.row_bytes // self.granularity) for plane in self.planes) * self.granularity
+
     def used_bytes(self, length: int) -> int:
         """Bytes of the rows that a sequence of ``length`` tokens needs; before a window nothing is needed."""
         return sum(self._rows(plane, length) * plane.row_bytes for plane in self.planes)
@@ -278,7 +285,10 @@ def layer_shapes(config: Any, *, dtype: str | None = None) -> list[LayerShape | 
 
     def get(*names: str, default: Any = None) -> Any:
         for name in names:
-            value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+            try:
+                value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+            except RuntimeError as error:  # transformers refuses to name one value where layers differ
+                raise ValueError(f"{name} differs between layers: give KVLayout the shape of each") from error
             if value is not None:
                 return value
         return default
@@ -298,9 +308,12 @@ def layer_shapes(config: Any, *, dtype: str | None = None) -> list[LayerShape | 
             v_head_dim=need("v_head_dim"),
         )
     else:
-        kv_heads = 1 if get("multi_query") and not get("new_decoder_architecture") else heads
+        if get("global_head_dim") is not None:
+            raise ValueError("head_dim differs between layers: give KVLayout the shape of each")
+        one_head = get("multi_query") and not get("new_decoder_architecture")
+        kv_heads = 1 if one_head else get("num_key_value_heads", "num_kv_heads", default=heads)
         head_dim = get("head_dim", "d_kv") or need("hidden_size", "n_embd", "d_model") // heads
-        shape = LayerShape(kv_heads=get("num_key_value_heads", "num_kv_heads", default=kv_heads), head_dim=head_dim)
+        shape = LayerShape(kv_heads=kv_heads, head_dim=head_dim)
     name = dtype or str(get("dtype", "torch_dtype", default="bfloat16")).removeprefix("torch.")
     full = replace(shape, dtype=name)
 
@@ -308,8 +321,19 @@ def layer_shapes(config: Any, *, dtype: str | None = None) -> list[LayerShape | 
     if get("use_sliding_window") is False:
         window = None
     types = get("layer_types")
-    if types is None:
-        types = ["full_attention" if window is None else "sliding_attention"] * n_layers
+    if types is None:  # as files written by older versions of transformers have it
+        model, pattern, period = get("model_type"), get("sliding_window_pattern"), get("attn_layer_period")
+        if period is not None:
+            offset = get("attn_layer_offset", default=0)
+            types = ["linear_attention" if (i - offset) % period else "full_attention" for i in range(n_layers)]
+        elif window is None:
+            types = ["full_attention"] * n_layers
+        elif pattern is not None or model == "gemma2":
+            types = ["sliding_attention" if (i + 1) % (pattern or 2) else "full_attention" for i in range(n_layers)]
+        elif model is None or model in _UNIFORM_WINDOW:
+            types = ["sliding_attention"] * n_layers
+        else:
+            raise ValueError(f"a {model} configuration with a window needs 'layer_types' to say which layers have it")
     local = replace(full, window=window)
     kinds: dict[str, LayerShape | None] = {
         "full_attention": full,
