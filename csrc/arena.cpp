@@ -452,9 +452,12 @@ std::vector<Arena::Step> Arena::plan(std::span<const std::size_t> slots, std::si
         const std::size_t ahead = pool_.bytes_of(pool_.class_of((run.tail - run.head) / options_.growth_divisor));
         missing = std::min(std::max(missing, ahead), geometry_[plane].stride - run.tail);
       }
+      // Extents go back whole: those of a windowed plane are small beside the window.
+      const auto& [row_bytes, window, offset, stride] = geometry_[plane];
+      const std::size_t largest = window == 0 ? ExtentPool::kClasses - 1 : pool_.class_of(window * row_bytes / 8);
       Address at = address_of(index, plane) + run.tail;
       while (missing != 0) {
-        const std::size_t size_class = pool_.class_of(missing);
+        const std::size_t size_class = std::min(largest, pool_.class_of(missing));
         steps.push_back({index, plane, at, size_class});
         at += pool_.bytes_of(size_class);
         missing -= pool_.bytes_of(size_class);

@@ -313,13 +313,13 @@ def test_a_window_gives_back_what_lies_before_it():
 def test_a_window_that_has_moved_on_cannot_be_truncated_into():
     a = arena(planes=[(ROW, 16)])
     a.acquire()
-    a.grow([0], 56, 0)  # extents of 4, 2 and 1 granules: rows 0-31, 32-47, 48-55
+    a.grow([0], 56, 0)  # in extents of one granule, 8 rows
     a.grow([0], 57, 56)
-    assert a.map()[0]["runs"][0]["head"] == 32 * ROW  # the window at 56 starts at row 41
-    a.truncate([0], 47)  # its window starts at row 32
-    with pytest.raises(ValueError, match="cannot truncate to 46 positions: the window of 16 has moved on"):
-        a.truncate([0], 46)
-    assert a.length(0) == 47
+    assert a.map()[0]["runs"][0]["head"] == 40 * ROW  # the window at 56 starts at row 41
+    a.truncate([0], 55)  # its window starts at row 40
+    with pytest.raises(ValueError, match="cannot truncate to 54 positions: the window of 16 has moved on"):
+        a.truncate([0], 54)
+    assert a.length(0) == 55
     a.truncate([0], 0)
     a.grow([0], 30, 0)
     assert a.map()[0]["runs"][0]["head"] == 0
@@ -336,6 +336,18 @@ def test_keep_holds_a_window_back():
     a.check()
 
 
+def test_a_long_prompt_keeps_little_more_than_the_window():
+    a = arena(planes=[(ROW, 256), (ROW, 0)], max_len=5000)
+    a.acquire()
+    a.grow([0], 4000, 0)
+    assert max(extents(a, plane=0)) == 4  # an eighth of the window
+    assert max(extents(a, plane=1)) == 32
+    a.grow([0], 4001, 4000)
+    run = a.map()[0]["runs"][0]
+    assert run["tail"] - run["head"] <= (256 + 2 * 32) * ROW
+    a.check()
+
+
 def test_slots_of_other_lengths_keep_what_they_have():
     a = arena(planes=[(ROW, 4)], slots=2)
     for slot, length in ((0, 100), (1, 10)):
@@ -344,6 +356,7 @@ def test_slots_of_other_lengths_keep_what_they_have():
     a.grow([0, 1], 101, 100)
     long, short = (slot["runs"][0] for slot in a.map())
     assert long["head"] == 96 * ROW
+    assert long["tail"] == 104 * ROW
     assert short["head"] == 0  # rows 7 to 9 are in sight of what comes at 10
     a.truncate([1], 10)
     a.check()
