@@ -112,9 +112,13 @@ def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def default_folder() -> Path:
-    """Where the demo keeps its unpacked model: in the user's cache folder."""
+    """Where the demo keeps its unpacked model: in the user's cache, one for each major line of transformers.
+
+    What one line saves the other may not read.
+    """
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache_home / "vattn" / "SmolLM2-135M-Instruct"
+    line = (_version("transformers") or "").split(".")[0]
+    return cache_home / "vattn" / f"SmolLM2-135M-Instruct-transformers{line}"
 
 
 def _info(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

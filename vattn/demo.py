@@ -13,14 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    GenerationConfig,
-    GgufConfig,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.logging import disable_progress_bar
 
@@ -87,9 +82,10 @@ def _convert(folder: Path) -> None:
         tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
         tokenizer.padding_side = "left"
         progress.update()
-        model = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=FILE, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
+        # Older versions of transformers dequantize without being told.
+        told = hasattr(transformers, "GgufConfig")
+        options = {"quantization_config": transformers.GgufConfig(dequantize=True)} if told else {}
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32, **options)
         model.generation_config = GenerationConfig(
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
         )
