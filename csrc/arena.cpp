@@ -546,20 +546,18 @@ void Arena::clear_the_way(std::span<const std::size_t> slots, Lock& lock) {
     slots_[index].retired.clear();
   }
   if (ahead.empty() && others.empty()) return;
+  std::size_t done = 0;  // of the others, from the oldest on: those are through first
   const auto put_back = [&] {
+    others.erase(others.begin(), others.begin() + static_cast<std::ptrdiff_t>(done));
     for (auto* rest : {&ahead, &others})
       for (Loose& loose : *rest) slots_[loose.slot].retired.push_back(std::move(loose));
   };
   lock.unlock();
   try {
     unmap(ahead);
-    // From the oldest on: those are through first.
-    std::reverse(others.begin(), others.end());
     const auto passed = [](const auto& fence) { return fence->passed(); };
-    while (!others.empty() && std::all_of(others.back().fences.begin(), others.back().fences.end(), passed)) {
-      pool_.give(others.back().mapping.unmap());
-      others.pop_back();
-    }
+    for (; done < others.size() && std::all_of(others[done].fences.begin(), others[done].fences.end(), passed); ++done)
+      pool_.give(others[done].mapping.unmap());
   } catch (...) {
     lock.lock();
     put_back();
