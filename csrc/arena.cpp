@@ -2,11 +2,23 @@
 
 #include <algorithm>
 #include <limits>
+#include <tuple>
+#include <utility>
 
 namespace vattn {
 namespace {
 
 constexpr std::size_t kNever = std::numeric_limits<std::size_t>::max();
+
+// Past this many positions a lookahead is a matter of the rate alone: where rows are small a granule holds thousands.
+constexpr std::size_t kLookahead = 64;
+
+// Extents of the class that growth takes that are kept created for the next ones.
+constexpr std::size_t kStock = 2;
+
+// How long fences are left alone between two looks.
+constexpr std::chrono::milliseconds kPatience{1};
+constexpr std::chrono::milliseconds kLongPatience{64};
 
 // For products that may not fit 64 bits.
 __extension__ using Wide = unsigned __int128;
@@ -17,6 +29,14 @@ std::size_t round_up(std::size_t value, std::size_t unit) { return (value + unit
 void note(Fences& fences, std::shared_ptr<const Fence> fence) {
   std::erase_if(fences, [&](const auto& old) { return old->stream() == fence->stream(); });
   fences.push_back(std::move(fence));
+}
+
+bool passed(const Fences& fences) {
+  return std::all_of(fences.begin(), fences.end(), [](const auto& fence) { return fence->passed(); });
+}
+
+bool uses(const std::vector<Stream>& streams, Stream stream) {
+  return std::find(streams.begin(), streams.end(), stream) != streams.end();
 }
 
 std::size_t checked_reservation(const ArenaOptions& options, const std::vector<Plane>& planes,
@@ -43,17 +63,36 @@ std::size_t checked_reservation(const ArenaOptions& options, const std::vector<P
 
 }  // namespace
 
+// Adds the time until it goes to what callers have waited.
+class Arena::Waiting {
+ public:
+  explicit Waiting(Arena& arena) : arena_(arena) {}
+  ~Waiting() {
+    const std::chrono::nanoseconds waited = Clock::now() - since_;
+    arena_.waited_ns_ += static_cast<std::uint64_t>(waited.count());
+  }
+  Waiting(const Waiting&) = delete;
+  Waiting& operator=(const Waiting&) = delete;
+
+ private:
+  Arena& arena_;
+  const Clock::time_point since_ = Clock::now();
+};
+
 // The right to call the driver for some slots with the mutex free. Taken when none of them is held by others.
 class Arena::Hold {
  public:
-  Hold(Arena& arena, std::span<const std::size_t> slots, Lock& lock)
-      : arena_(arena), slots_(slots.begin(), slots.end()), lock_(lock) {
+  Hold(Arena& arena, Slots slots, Lock& lock) : arena_(arena), slots_(slots.begin(), slots.end()), lock_(lock) {
     std::sort(slots_.begin(), slots_.end());
     if (std::adjacent_find(slots_.begin(), slots_.end()) != slots_.end())
       throw std::invalid_argument("a slot is named twice");
-    arena_.released_.wait(lock_, [&] {
+    const auto free = [&] {
       return std::none_of(slots_.begin(), slots_.end(), [&](std::size_t slot) { return arena_.slots_.at(slot).held; });
-    });
+    };
+    if (!free()) {
+      const Waiting waiting(arena_);
+      arena_.released_.wait(lock_, free);
+    }
     for (const std::size_t slot : slots_) arena_.slots_[slot].held = true;
   }
   ~Hold() {
@@ -70,8 +109,10 @@ class Arena::Hold {
   Lock& lock_;
 };
 
-Arena::Arena(std::shared_ptr<Driver> driver, std::vector<Plane> planes, ArenaOptions options)
+Arena::Arena(std::shared_ptr<Driver> driver, std::vector<Plane> planes, ArenaOptions options,
+             std::shared_ptr<Mapper> mapper)
     : driver_(std::move(driver)),
+      mapper_(std::move(mapper)),
       options_(options),
       reservation_(driver_, checked_reservation(options, planes, driver_->granularity())),
       pool_(driver_, options.budget),
@@ -105,23 +146,31 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
   // What is held by others may be free in a moment: looked at again when they are done.
   const auto choose = [&] {
     bool others = false;
-    std::size_t best = 0;
+    auto best = std::make_tuple(false, kNever, kNever);
     for (std::size_t index = 0; index < slots_.size(); ++index) {
       const Slot& slot = slots_[index];
       if (slot.state == State::running || (wanted && index != *wanted)) continue;
       others = others || slot.held;
       if (slot.held) continue;
-      // The smallest parked slot that holds `expected`, else the largest parked one, else a bare one.
-      const bool fits = slot.capacity >= expected;
-      const std::size_t rank = slot.state == State::bare ? 1 : fits ? kNever - slot.capacity : 2 + slot.capacity;
-      if (rank > best) {
+      std::size_t lacking = 0;
+      std::size_t beyond = 0;
+      for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+        const std::size_t end = end_of(geometry_[plane], std::min(expected, options_.max_len));
+        const std::size_t tail = slot.runs[plane].tail;
+        (tail < end ? lacking : beyond) += tail < end ? end - tail : tail - end;
+      }
+      const auto rank = std::make_tuple(slot.state == State::bare, lacking, beyond);
+      if (chosen == kNever || rank < best) {
         best = rank;
         chosen = index;
       }
     }
     return chosen != kNever || !others;
   };
-  released_.wait(lock, choose);
+  if (!choose()) {
+    const Waiting waiting(*this);
+    released_.wait(lock, choose);
+  }
   require_open();
   if (chosen == kNever && wanted)
     throw std::invalid_argument("slot " + std::to_string(*wanted) + " is in use by another sequence");
@@ -129,40 +178,81 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
     throw std::invalid_argument("all " + std::to_string(slots_.size()) +
                                 " slots are in use: close a sequence, or make the cache with more slots");
   Slot& slot = slots_[chosen];
-  const Hold hold(*this, std::span(&chosen, 1), lock);
-  const Fences fences = slot.fences;
-  lock.unlock();
-  for (const auto& fence : fences)
-    if (fence->stream() != stream) fence->wait();
-  lock.lock();
+  const Hold hold(*this, Slots(&chosen, 1), lock);
+  Fences fences = slot.fences;
+  std::erase_if(fences, [&](const auto& fence) { return fence->stream() == stream; });
+  if (!fences.empty()) {
+    lock.unlock();
+    {
+      const Waiting waiting(*this);
+      for (const auto& fence : fences) fence->wait();
+    }
+    lock.lock();
+  }
   adopted_ += slot.state == State::parked ? 1 : 0;
   slot.state = State::running;
   slot.length = 0;
+  slot.expected = expected;
+  slot.wanted = 0;
+  slot.lookahead = first_lookahead();
+  slot.asked_since = {};
+  slot.starved = false;
+  slot.hit_at = kNever;
+  slot.streams = {stream};
+  refresh(slot);
   return chosen;
 }
 
-void Arena::grow(std::span<const std::size_t> slots, std::size_t positions, std::size_t keep, Stream stream) {
-  if (positions > options_.max_len)
-    throw SequenceTooLong(std::to_string(positions) + " positions are more than max_len, " +
-                          std::to_string(options_.max_len) + ": make the cache with a larger max_len, or truncate");
+void Arena::grow(Slots slots, std::size_t positions, std::size_t keep, Stream stream) {
+  require_possible(positions);
+  Lock lock = locked();
+  require_open();
+  for (const std::size_t slot : slots) running(slot, "grow");
+  if (grow_in_place(slots, positions, keep, stream)) return;
+
+  if (std::any_of(slots.begin(), slots.end(), [&](std::size_t slot) { return discard_due(slots_[slot], keep); })) {
+    const Fences fresh = fences_of(slots, stream, lock);
+    require_open();
+    for (const std::size_t slot : slots) running(slot, "grow");  // another thread may have closed it meanwhile
+    discard_before_windows(slots, keep, fresh);
+    if (mapper_ && grow_in_place(slots, positions, keep, stream)) return;
+  }
+  lock.unlock();
+  ++misses_;
+  const Waiting waiting(*this);
+  on_mapper([&] { grow_with_driver(slots, positions, stream); });
+}
+
+void Arena::grow_with_driver(Slots slots, std::size_t positions, Stream stream) {
   Lock lock = locked();
   require_open();
   for (const std::size_t slot : slots) running(slot, "grow");
   const Hold hold(*this, slots, lock);
-  for (const std::size_t slot : slots) running(slot, "grow");  // another thread may have closed it meanwhile
-  if (grow_in_place(slots, positions, keep)) return;
+  require_open();
+  for (const std::size_t slot : slots) running(slot, "grow");
+  map_up_to(slots, positions, Urgency::demand, lock);
+  for (const std::size_t slot : slots) {
+    slots_[slot].hit_at = kNever;  // it was waited for
+    advance(slot, positions, stream);
+  }
+}
 
-  discard_before_windows(slots, keep, stream, lock);
+// Maps what the held slots lack up to so many positions. A demand waits for fences, takes from everybody what no
+// sequence has rows in, and throws when that is not enough. What is done ahead neither waits nor takes what others will
+// need soon, and then is false: nothing has changed.
+bool Arena::map_up_to(Slots slots, std::size_t positions, Urgency urgency, Lock& lock) {
+  const bool demand = urgency == Urgency::demand;
   bool exact = false;
   for (;;) {
-    clear_the_way(slots, lock);
+    if (!clear_the_way(slots, urgency, lock)) return false;
     auto steps = plan(slots, positions, exact);
     if (bytes_of(steps) > pool_.usage().available()) {
       steps = plan(slots, positions, true);
       const std::size_t needed = bytes_of(steps);
       const std::size_t available = pool_.usage().available();
       if (needed > available) {
-        if (reclaim(needed - available, slots, lock)) continue;
+        if (reclaim(needed - available, slots, urgency, lock)) continue;
+        if (!demand) return false;
         throw OutOfPages(needed, pool_.usage().available());
       }
     }
@@ -176,12 +266,16 @@ void Arena::grow(std::span<const std::size_t> slots, std::size_t positions, std:
     } catch (const OutOfDeviceMemory&) {
       // Less than was planned may do, and others may have what they do not need.
       lock.lock();
-      const bool reclaimed = reclaim(bytes_of(steps), slots, lock);
+      const bool reclaimed = reclaim(bytes_of(steps), slots, urgency, lock);
       if (!reclaimed && exact) throw;
       exact = true;
       continue;
     }
     lock.lock();
+    if (!steps.empty() && steps.size() <= geometry_.size()) {  // growth, and not a prompt
+      stocked_class_ = steps.back().size_class;
+      post_housekeeping({});
+    }
     for (Loose& loose : built) {
       Run& run = slots_[loose.slot].runs[loose.plane];
       run.tail += loose.mapping.bytes();
@@ -191,27 +285,72 @@ void Arena::grow(std::span<const std::size_t> slots, std::size_t positions, std:
   }
   for (const std::size_t index : slots) {
     Slot& slot = slots_[index];
-    slot.length = std::max(slot.length, positions);
+    if (!demand) slot.hit_at = std::min(slot.hit_at, slot.capacity);
+    slot.starved = false;
     refresh(slot);
   }
-}
-
-bool Arena::try_grow(std::span<const std::size_t> slots, std::size_t positions, std::size_t keep) {
-  const Lock lock = locked();
-  for (const std::size_t slot : slots)
-    if (slot >= slots_.size() || slots_[slot].state != State::running || slots_[slot].held) return false;
-  return !closed_ && grow_in_place(slots, positions, keep);
-}
-
-bool Arena::grow_in_place(std::span<const std::size_t> slots, std::size_t positions, std::size_t keep) {
-  for (const std::size_t slot : slots)
-    if (slots_[slot].capacity < positions || slots_[slot].next_discard <= std::min(keep, slots_[slot].length))
-      return false;
-  for (const std::size_t slot : slots) slots_[slot].length = std::max(slots_[slot].length, positions);
   return true;
 }
 
-void Arena::truncate(std::span<const std::size_t> slots, std::size_t positions, Stream stream) {
+bool Arena::try_grow(Slots slots, std::size_t positions, std::size_t keep, Stream stream) {
+  const Lock lock = locked();
+  for (const std::size_t slot : slots)
+    if (slot >= slots_.size() || slots_[slot].state != State::running) return false;
+  return !closed_ && grow_in_place(slots, positions, keep, stream);
+}
+
+bool Arena::discard_due(const Slot& slot, std::size_t keep) const noexcept {
+  return slot.next_discard <= std::min(keep, slot.length);
+}
+
+bool Arena::grow_in_place(Slots slots, std::size_t positions, std::size_t keep, Stream stream) {
+  for (const std::size_t slot : slots)
+    if (slots_[slot].capacity < positions || discard_due(slots_[slot], keep)) return false;
+  for (const std::size_t slot : slots) advance(slot, positions, stream);
+  return true;
+}
+
+// Lengthens a slot within what is mapped, and asks the mapper for more when that comes to its end.
+void Arena::advance(std::size_t index, std::size_t positions, Stream stream) {
+  Slot& slot = slots_[index];
+  slot.length = std::max(slot.length, positions);
+  if (!uses(slot.streams, stream)) slot.streams.push_back(stream);
+  if (slot.length <= slot.quiet) return;
+  if (slot.length > slot.hit_at) {
+    ++hits_;
+    slot.hit_at = kNever;
+  }
+  if (slot.length > slot.ahead_at) ask(index);
+  slot.quiet = std::min(slot.hit_at, slot.ahead_at);
+}
+
+bool Arena::prefetch(std::size_t index, std::size_t positions) {
+  require_possible(positions);
+  Lock lock = locked();
+  require_open();
+  Slot& slot = running(index, "prefetch");
+  slot.wanted = positions;
+  if (slot.capacity >= positions) return true;
+  if (mapper_) {
+    ask(index);
+    slot.quiet = std::min(slot.hit_at, slot.ahead_at);
+    return false;
+  }
+  const Hold hold(*this, Slots(&index, 1), lock);
+  require_open();
+  running(index, "prefetch");
+  map_up_to(Slots(&index, 1), positions, Urgency::demand, lock);
+  return true;
+}
+
+void Arena::use(std::size_t index, Stream stream) {
+  const Lock lock = locked();
+  require_open();
+  Slot& slot = running(index, "use");
+  if (!uses(slot.streams, stream)) slot.streams.push_back(stream);
+}
+
+void Arena::truncate(Slots slots, std::size_t positions, Stream stream) {
   Lock lock = locked();
   require_open();
   for (const std::size_t index : slots) running(index, "truncate");
@@ -232,57 +371,95 @@ void Arena::truncate(std::span<const std::size_t> slots, std::size_t positions, 
     }
   }
   if (!shorter) return;
-  lock.unlock();
-  const auto fence = std::make_shared<const Fence>(driver_, stream);
-  lock.lock();
+  const Fences fresh = fences_of(slots, stream, lock);
   for (const std::size_t index : slots) {
     Slot& slot = slots_[index];
-    note(slot.fences, fence);
+    cover(slot, stream, fresh);
     slot.length = positions;
+    slot.wanted = 0;
+    slot.asked_since = {};
     // A run that starts behind the first row is of no use to what is to come.
     for (std::size_t plane = 0; plane < geometry_.size() && positions == 0; ++plane)
       if (slot.runs[plane].head != 0) retire_run(slot, index, plane);
     refresh(slot);
   }
+  ask_again();
 }
 
-void Arena::release(std::span<const std::size_t> slots, Stream stream) {
+void Arena::release(Slots slots, Stream stream) {
   Lock lock = locked();
   require_open();
   for (const std::size_t index : slots) running(index, "close");
   const Hold hold(*this, slots, lock);
   for (const std::size_t index : slots) running(index, "close");
-  std::shared_ptr<const Fence> fence;
-  if (!std::all_of(slots.begin(), slots.end(), [&](std::size_t index) { return has_nothing(slots_[index]); })) {
-    lock.unlock();
-    fence = std::make_shared<const Fence>(driver_, stream);
-    lock.lock();
-  }
+  Fences fresh;
+  if (!std::all_of(slots.begin(), slots.end(), [&](std::size_t index) { return has_nothing(slots_[index]); }))
+    fresh = fences_of(slots, stream, lock);
   for (const std::size_t index : slots) {
     Slot& slot = slots_[index];
     const bool empty = has_nothing(slot);
-    if (!empty) note(slot.fences, fence);
+    if (!empty) cover(slot, stream, fresh);
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
       if (slot.runs[plane].head != 0) retire_run(slot, index, plane);
     slot.length = 0;
     slot.state = empty ? State::bare : State::parked;
     slot.parked_at = ++clock_;
+    slot.streams.clear();
     refresh(slot);
   }
+  ask_again();
 }
 
 void Arena::trim() {
-  Lock lock = locked();
-  require_open();
-  while (reclaim(kNever, {}, lock)) {
-  }
-  lock.unlock();
-  pool_.trim();
+  on_mapper([this] {
+    Lock lock = locked();
+    require_open();
+    while (reclaim(kNever, {}, Urgency::demand, lock)) {
+    }
+    stocked_class_.reset();
+    lock.unlock();
+    pool_.shrink(0);
+  });
+}
+
+void Arena::set_budget(std::size_t bytes) {
+  if (bytes < driver_->granularity())
+    throw std::invalid_argument("budget of " + std::to_string(bytes) + " bytes is below one granule of " +
+                                std::to_string(driver_->granularity()) + " bytes");
+  on_mapper([this, bytes] {
+    Lock lock = locked();
+    require_open();
+    const std::size_t before = pool_.usage().budget;
+    // From here on nobody takes beyond it.
+    pool_.set_budget(bytes);
+    try {
+      for (;;) {
+        const std::size_t in_use = pool_.usage().in_use();
+        if (in_use <= bytes) break;
+        if (!reclaim(in_use - bytes, {}, Urgency::demand, lock)) throw OutOfPages(pool_.usage().in_use(), bytes);
+      }
+      lock.unlock();
+      pool_.shrink(bytes);
+    } catch (...) {
+      pool_.set_budget(before);
+      throw;
+    }
+    lock.lock();
+    ask_again();
+  });
+}
+
+void Arena::settle() const {
+  driver_->require_owner();
+  if (mapper_) mapper_->settle(this);
 }
 
 void Arena::close() {
   Lock lock = locked();
   closed_ = true;
+  lock.unlock();
+  if (mapper_) mapper_->cancel(this);
+  lock.lock();
   wait_until_idle(lock);
   for (std::size_t index = 0; index < slots_.size(); ++index) {
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane) retire_run(slots_[index], index, plane);
@@ -296,15 +473,20 @@ void Arena::close() {
   lock.unlock();
   driver_->synchronize();
   lock.lock();
-  while (reclaim(kNever, {}, lock)) {
+  while (reclaim(kNever, {}, Urgency::demand, lock)) {
   }
   lock.unlock();
-  pool_.trim();
+  pool_.shrink(0);
 }
 
 std::size_t Arena::length(std::size_t slot) const {
   const Lock lock = locked();
   return slots_.at(slot).length;
+}
+
+std::size_t Arena::capacity(std::size_t slot) const {
+  const Lock lock = locked();
+  return slots_.at(slot).capacity;
 }
 
 std::size_t Arena::head(std::size_t slot, std::size_t plane) const {
@@ -333,15 +515,33 @@ std::vector<Arena::SlotInfo> Arena::map() const {
 
 Arena::Stats Arena::stats() const {
   const Lock lock = locked();
-  Stats stats{pool_.usage(), reservation_.bytes(), 0, 0, 0, 0, 0, adopted_};
+  Stats stats{};
+  stats.pool = pool_.usage();
+  stats.reserved = reservation_.bytes();
+  stats.adopted = adopted_;
+  stats.hits = hits_;
+  stats.misses = misses_;
+  stats.waited_ns = waited_ns_;
+  stats.background_failures = background_failures_;
   for (const Slot& slot : slots_) {
     std::size_t mapped = 0;
     for (const Run& run : slot.runs) mapped += run.tail - run.head;
     for (const Loose& loose : slot.retired) stats.retired += loose.mapping.bytes();
     stats.mapped += mapped;
     stats.parked += slot.state == State::parked ? mapped : 0;
-    stats.running_slots += slot.state == State::running ? 1 : 0;
     stats.parked_slots += slot.state == State::parked ? 1 : 0;
+    if (slot.state != State::running) continue;
+    stats.running_slots += 1;
+    stats.lookahead = std::max(stats.lookahead, slot.lookahead);
+    for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+      const Run& run = slot.runs[plane];
+      stats.rows += std::max(run.head, slot.length * geometry_[plane].row_bytes) - run.head;
+      const std::size_t needed = std::max(run.head, needed_end(slot, plane, Urgency::ahead));
+      std::size_t end = run.tail;
+      for (auto last = run.mappings.rbegin(); last != run.mappings.rend() && end - last->bytes() >= needed; ++last)
+        end -= last->bytes();
+      stats.spare += run.tail - end;
+    }
   }
   return stats;
 }
@@ -389,9 +589,9 @@ void Arena::check() const {
   if (total + usage.pooled != usage.charged)
     throw InvariantBroken("mapped and retired " + std::to_string(total) + " + pooled " + std::to_string(usage.pooled) +
                           " bytes are not the charged " + std::to_string(usage.charged) + " (invariant 3)");
-  if (usage.peak > usage.budget)
-    throw InvariantBroken("the budget of " + std::to_string(usage.budget) +
-                          " bytes was exceeded: " + std::to_string(usage.peak) + " (invariant 6)");
+  if (usage.overdrawn)
+    throw InvariantBroken("the budget was exceeded: it is " + std::to_string(usage.budget) + " bytes, at most " +
+                          std::to_string(usage.peak) + " were charged (invariant 6)");
 }
 
 Arena::Slot& Arena::running(std::size_t index, const char* what) {
@@ -424,6 +624,33 @@ std::size_t Arena::end_of(const Geometry& plane, std::size_t positions) const no
   return positions == 0 ? 0 : round_up((positions + options_.tail_rows) * plane.row_bytes, driver_->granularity());
 }
 
+// Where a slot's run must reach to for its sequence: for its rows, or as it is kept by what is mapped ahead.
+std::size_t Arena::needed_end(const Slot& slot, std::size_t plane, Urgency urgency) const noexcept {
+  if (slot.state != State::running) return 0;
+  if (urgency == Urgency::demand) return end_of(geometry_[plane], slot.length);
+  // Who has adopted memory for its first rows has not come to write them yet.
+  return end_of(geometry_[plane], slot.length == 0 ? std::min(slot.expected, options_.max_len) : goal_of(slot));
+}
+
+// The positions that the mapper keeps a running slot mapped to.
+std::size_t Arena::goal_of(const Slot& slot) const noexcept {
+  return std::min(options_.max_len, std::max(slot.wanted, slot.length + slot.lookahead));
+}
+
+std::size_t Arena::first_lookahead() const noexcept {
+  if (!mapper_) return 0;
+  if (options_.lookahead) return *options_.lookahead;
+  std::size_t widest = 0;
+  for (const Geometry& plane : geometry_) widest = std::max(widest, plane.row_bytes);
+  return std::clamp<std::size_t>(driver_->granularity() / widest, 1, kLookahead);
+}
+
+void Arena::require_possible(std::size_t positions) const {
+  if (positions > options_.max_len)
+    throw SequenceTooLong(std::to_string(positions) + " positions are more than max_len, " +
+                          std::to_string(options_.max_len) + ": make the cache with a larger max_len, or truncate");
+}
+
 void Arena::refresh(Slot& slot) noexcept {
   slot.capacity = options_.max_len;
   slot.next_discard = kNever;
@@ -438,9 +665,14 @@ void Arena::refresh(Slot& slot) noexcept {
       slot.next_discard = std::min(slot.next_discard, (end + row_bytes - 1) / row_bytes + window - 1);
     }
   }
+  const bool content = !mapper_ || slot.state != State::running || slot.asked || slot.starved || slot.lookahead == 0 ||
+                       slot.capacity >= options_.max_len;
+  slot.ahead_at = content ? kNever : slot.capacity - std::min(slot.capacity, slot.lookahead);
+  if (slot.hit_at >= slot.capacity) slot.hit_at = kNever;
+  slot.quiet = std::min(slot.hit_at, slot.ahead_at);
 }
 
-std::vector<Arena::Step> Arena::plan(std::span<const std::size_t> slots, std::size_t positions, bool exact) const {
+std::vector<Arena::Step> Arena::plan(Slots slots, std::size_t positions, bool exact) const {
   std::vector<Step> steps;
   for (const std::size_t index : slots) {
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
@@ -477,8 +709,8 @@ std::size_t Arena::bytes_of(const std::vector<Step>& steps) const noexcept {
 std::vector<Arena::Loose> Arena::build(const std::vector<Step>& steps) {
   std::vector<Loose> built;
   built.reserve(steps.size());
+  bool zeroing = false;
   try {
-    std::vector<Range> fresh;
     for (const Step& step : steps) {
       Extent extent = pool_.take(step.size_class);
       try {
@@ -487,12 +719,20 @@ std::vector<Arena::Loose> Arena::build(const std::vector<Step>& steps) {
         pool_.give(std::move(extent));
         throw;
       }
-      built.back().mapping.allow();
-      if (!built.back().mapping.zeroed()) fresh.push_back(built.back().mapping.range());
+      Mapping& mapping = built.back().mapping;
+      mapping.allow();
+      if (mapping.zeroed()) continue;
+      zeroing = true;
+      driver_->zero(mapping.range());  // while the next one is being mapped
     }
-    if (!fresh.empty()) driver_->zero(fresh);
+    if (zeroing) driver_->zeroed();
     for (Loose& loose : built) loose.mapping.set_zeroed();
   } catch (...) {
+    try {
+      if (zeroing) driver_->zeroed();
+    } catch (const std::exception& error) {
+      driver_->report(error);
+    }
     try {
       unmap(built);
     } catch (const std::exception& error) {
@@ -506,12 +746,26 @@ std::vector<Arena::Loose> Arena::build(const std::vector<Step>& steps) {
   return built;
 }
 
-void Arena::discard_before_windows(std::span<const std::size_t> slots, std::size_t keep, Stream stream, Lock& lock) {
-  const auto due = [&](std::size_t slot) { return slots_[slot].next_discard <= std::min(keep, slots_[slot].length); };
-  if (std::none_of(slots.begin(), slots.end(), due)) return;
+// A new fence of every stream that used one of the slots, and of `stream`. The mutex is free meanwhile.
+Fences Arena::fences_of(Slots slots, Stream stream, Lock& lock) {
+  std::vector<Stream> streams{stream};
+  for (const std::size_t index : slots)
+    for (const Stream used : slots_[index].streams)
+      if (!uses(streams, used)) streams.push_back(used);
   lock.unlock();
-  const auto fence = std::make_shared<const Fence>(driver_, stream);
+  Fences fences;
+  for (const Stream used : streams) fences.push_back(std::make_shared<const Fence>(driver_, used));
   lock.lock();
+  return fences;
+}
+
+// Those of the new fences that concern a slot become its own.
+void Arena::cover(Slot& slot, Stream stream, const Fences& fresh) {
+  for (const auto& fence : fresh)
+    if (fence->stream() == stream || uses(slot.streams, fence->stream())) note(slot.fences, fence);
+}
+
+void Arena::discard_before_windows(Slots slots, std::size_t keep, const Fences& fresh) {
   for (const std::size_t index : slots) {
     Slot& slot = slots_[index];
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
@@ -524,7 +778,7 @@ void Arena::discard_before_windows(std::span<const std::size_t> slots, std::size
       while (gone < run.mappings.size() && run.head + run.mappings[gone].bytes() <= first) {
         run.head += run.mappings[gone].bytes();
         Fences fences = slot.fences;
-        note(fences, fence);
+        for (const auto& fence : fresh) note(fences, fence);
         slot.retired.push_back({index, plane, std::move(run.mappings[gone]), std::move(fences)});
         ++gone;
       }
@@ -532,39 +786,44 @@ void Arena::discard_before_windows(std::span<const std::size_t> slots, std::size
     }
     refresh(slot);
   }
+  post_housekeeping({});
 }
 
-// Unmaps, of what the held slots have retired, whatever has passed its fences or lies where they will grow.
-void Arena::clear_the_way(std::span<const std::size_t> slots, Lock& lock) {
-  std::vector<Loose> ahead;
+// Unmaps, of what the held slots have retired, whatever has passed its fences or lies where they will grow. False when
+// something lies there that only a demand would wait for.
+bool Arena::clear_the_way(Slots slots, Urgency urgency, Lock& lock) {
+  std::vector<Loose> in_the_way;
   std::vector<Loose> others;
   for (const std::size_t index : slots) {
     for (Loose& loose : slots_[index].retired) {
       const Address tail = address_of(index, loose.plane) + slots_[index].runs[loose.plane].tail;
-      (loose.mapping.range().at >= tail ? ahead : others).push_back(std::move(loose));
+      (loose.mapping.range().at >= tail ? in_the_way : others).push_back(std::move(loose));
     }
     slots_[index].retired.clear();
   }
-  if (ahead.empty() && others.empty()) return;
+  if (in_the_way.empty() && others.empty()) return true;
   std::size_t done = 0;  // of the others, from the oldest on: those are through first
   const auto put_back = [&] {
     others.erase(others.begin(), others.begin() + static_cast<std::ptrdiff_t>(done));
-    for (auto* rest : {&ahead, &others})
+    for (auto* rest : {&in_the_way, &others})
       for (Loose& loose : *rest) slots_[loose.slot].retired.push_back(std::move(loose));
   };
   lock.unlock();
   try {
-    unmap(ahead);
-    const auto passed = [](const auto& fence) { return fence->passed(); };
-    for (; done < others.size() && std::all_of(others[done].fences.begin(), others[done].fences.end(), passed); ++done)
-      pool_.give(others[done].mapping.unmap());
+    while (!in_the_way.empty()) {
+      if (urgency != Urgency::demand && !passed(in_the_way.back().fences)) break;
+      unmap_last(in_the_way);
+    }
+    for (; done < others.size() && passed(others[done].fences); ++done) pool_.give(others[done].mapping.unmap());
   } catch (...) {
     lock.lock();
     put_back();
     throw;
   }
   lock.lock();
+  const bool clear = in_the_way.empty();
   put_back();
+  return clear;
 }
 
 void Arena::retire_run(Slot& slot, std::size_t index, std::size_t plane) {
@@ -574,9 +833,9 @@ void Arena::retire_run(Slot& slot, std::size_t index, std::size_t plane) {
 }
 
 // Brings about `bytes` back to the pool from whoever needs them least: what is retired, then parked slots from the
-// longest parked on, then what running slots have mapped past their length. Of the slots the caller holds, `mine`,
-// only what is retired. False when there was nothing.
-bool Arena::reclaim(std::size_t bytes, std::span<const std::size_t> mine, Lock& lock) {
+// longest parked on, then what running slots have mapped past their length (past their lookahead, if nobody waits).
+// Of the slots the caller holds, `mine`, only what is retired. False when there was nothing.
+bool Arena::reclaim(std::size_t bytes, Slots mine, Urgency urgency, Lock& lock) {
   std::vector<Loose> loose;
   std::size_t found = 0;
   std::vector<std::size_t> others;
@@ -596,9 +855,9 @@ bool Arena::reclaim(std::size_t bytes, std::span<const std::size_t> mine, Lock& 
     const auto rank = [&](const Slot& slot) { return slot.state == State::parked ? slot.parked_at : kNever; };
     return rank(slots_[a]) < rank(slots_[b]);
   });
-  for (const std::size_t index : others) strip(slots_[index], index, bytes, found, loose);
+  for (const std::size_t index : others) strip(slots_[index], index, urgency, bytes, found, loose);
   if (loose.empty()) {
-    if (reclaiming_ == 0) return false;
+    if (reclaiming_ == 0 || urgency != Urgency::demand) return false;
     // Somebody else has it in hand, and will not wait for us.
     released_.wait(lock, [this] { return reclaiming_ == 0; });
     return true;
@@ -609,25 +868,29 @@ bool Arena::reclaim(std::size_t bytes, std::span<const std::size_t> mine, Lock& 
   });
   const Hold hold(*this, others, lock);
   ++reclaiming_;
-  try {
-    unmap_outside(std::move(loose), lock);
-  } catch (...) {
+  bool some = false;
+  const auto finish = [&] {
     --reclaiming_;
     released_.notify_all();
+  };
+  try {
+    some = unmap_outside(std::move(loose), urgency, lock);
+  } catch (...) {
+    finish();
     throw;
   }
-  --reclaiming_;
-  released_.notify_all();
+  finish();
   for (const std::size_t index : others)
     if (slots_[index].state == State::parked && has_nothing(slots_[index])) slots_[index].state = State::bare;
-  return true;
+  return some;
 }
 
-// Takes mappings past the slot's length off the ends of its runs until `found` reaches `bytes`.
-void Arena::strip(Slot& slot, std::size_t index, std::size_t bytes, std::size_t& found, std::vector<Loose>& out) {
+// Takes mappings that a slot does not need off the ends of its runs until `found` reaches `bytes`.
+void Arena::strip(Slot& slot, std::size_t index, Urgency urgency, std::size_t bytes, std::size_t& found,
+                  std::vector<Loose>& out) {
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
     Run& run = slot.runs[plane];
-    const std::size_t needed = slot.state == State::running ? end_of(geometry_[plane], slot.length) : 0;
+    const std::size_t needed = needed_end(slot, plane, urgency);
     while (found < bytes && !run.mappings.empty() &&
            run.tail - run.mappings.back().bytes() >= std::max(needed, run.head)) {
       found += run.mappings.back().bytes();
@@ -640,31 +903,152 @@ void Arena::strip(Slot& slot, std::size_t index, std::size_t bytes, std::size_t&
   refresh(slot);
 }
 
-// Waits for the fences, unmaps and pools, from the back. When it throws, what is left in `loose` is still mapped.
-void Arena::unmap(std::vector<Loose>& loose) {
-  while (!loose.empty()) {
-    for (const auto& fence : loose.back().fences) fence->wait();
-    pool_.give(loose.back().mapping.unmap());
-    loose.pop_back();
-  }
+// Waits for the fences of the last of them, unmaps it and pools its extent. When it throws, it is still mapped.
+void Arena::unmap_last(std::vector<Loose>& loose) {
+  for (const auto& fence : loose.back().fences) fence->wait();
+  pool_.give(loose.back().mapping.unmap());
+  loose.pop_back();
 }
 
-// The same with the mutex released meanwhile, for mappings of held slots; what the driver refuses stays retired.
-void Arena::unmap_outside(std::vector<Loose> loose, Lock& lock) {
+void Arena::unmap(std::vector<Loose>& loose) {
+  while (!loose.empty()) unmap_last(loose);
+}
+
+// The same with the mutex released meanwhile, for mappings of held slots; true when some were unmapped. What the driver
+// refuses, and what only a demand would wait for, stays retired.
+bool Arena::unmap_outside(std::vector<Loose> loose, Urgency urgency, Lock& lock) {
+  const std::size_t before = loose.size();
+  const auto put_back = [&] {
+    for (Loose& one : loose) slots_[one.slot].retired.push_back(std::move(one));
+  };
   lock.unlock();
   try {
-    unmap(loose);
+    const auto ready =
+        urgency == Urgency::demand
+            ? loose.begin()
+            : std::partition(loose.begin(), loose.end(), [](const Loose& one) { return !passed(one.fences); });
+    for (auto left = loose.end() - ready; left > 0; --left) unmap_last(loose);
   } catch (...) {
     lock.lock();
-    for (Loose& one : loose) slots_[one.slot].retired.push_back(std::move(one));
+    put_back();
     throw;
   }
   lock.lock();
+  const bool some = loose.size() < before;
+  if (!loose.empty()) post_housekeeping(kPatience);
+  put_back();
+  return some;
 }
 
 void Arena::wait_until_idle(Lock& lock) const {
   released_.wait(
       lock, [&] { return std::none_of(slots_.begin(), slots_.end(), [](const Slot& slot) { return slot.held; }); });
+}
+
+void Arena::on_mapper(const std::function<void()>& work) {
+  driver_->require_owner();
+  if (mapper_) {
+    mapper_->run(this, work);
+  } else {
+    work();
+  }
+}
+
+// Asks the mapper to bring a running slot to its goal.
+void Arena::ask(std::size_t index) {
+  Slot& slot = slots_[index];
+  slot.starved = false;
+  slot.ahead_at = kNever;
+  if (slot.asked || closed_) return;
+  const auto now = Clock::now();
+  if (!options_.lookahead && slot.asked_since != Clock::time_point{} && slot.length > slot.asked_length) {
+    const std::chrono::duration<double> since = now - slot.asked_since;
+    const double rate = static_cast<double>(slot.length - slot.asked_length) / since.count();
+    const auto first = static_cast<double>(first_lookahead());
+    slot.lookahead = static_cast<std::size_t>(std::clamp(2 * map_seconds_ * rate, first, kLookahead * first));
+  }
+  slot.asked_since = now;
+  slot.asked_length = slot.length;
+  if (!ahead_posted_) ahead_posted_ = mapper_->post(Urgency::ahead, this, [this] { map_ahead(); });
+  if (!ahead_posted_) return;
+  slot.asked = true;
+  asked_.push_back(index);
+}
+
+// Asks again for those that found no memory, now that there may be some.
+void Arena::ask_again() {
+  for (std::size_t index = 0; index < slots_.size(); ++index)
+    if (slots_[index].starved && slots_[index].state == State::running) ask(index);
+}
+
+// The mapper's: brings one slot to its goal, so that a demand never waits for more than that, and leaves the others for
+// another turn.
+void Arena::map_ahead() {
+  Lock lock(mutex_);
+  while (!asked_.empty()) {
+    const std::size_t index = asked_.front();
+    asked_.pop_front();
+    Slot& slot = slots_[index];
+    slot.asked = false;
+    const std::size_t goal = goal_of(slot);
+    if (closed_ || slot.state != State::running || slot.held || slot.capacity >= goal) {
+      refresh(slot);
+      continue;
+    }
+    const auto since = slot.asked_since;
+    try {
+      const Hold hold(*this, Slots(&index, 1), lock);
+      slot.starved = !map_up_to(Slots(&index, 1), goal, Urgency::ahead, lock);
+    } catch (const std::exception&) {
+      slot.starved = true;
+      ++background_failures_;
+    }
+    const std::chrono::duration<double> took = Clock::now() - since;
+    if (!slot.starved) map_seconds_ = std::max(took.count(), 0.9 * map_seconds_);
+    refresh(slot);
+    break;
+  }
+  ahead_posted_ = !asked_.empty() && mapper_->post(Urgency::ahead, this, [this] { map_ahead(); });
+}
+
+// The mapper's: unmaps what is retired and done with, and creates what growth will take next.
+void Arena::keep_house() {
+  Lock lock(mutex_);
+  housekeeping_posted_ = false;
+  bool freed = false;
+  bool left = false;
+  try {
+    for (std::size_t index = 0; index < slots_.size() && !closed_; ++index) {
+      Slot& slot = slots_[index];
+      if (slot.retired.empty()) continue;
+      if (!slot.held) {
+        const std::size_t before = slot.retired.size();
+        const Hold hold(*this, Slots(&index, 1), lock);
+        clear_the_way(Slots(&index, 1), Urgency::housekeeping, lock);
+        freed = freed || slot.retired.size() < before;
+        if (slot.state == State::parked && has_nothing(slot)) slot.state = State::bare;
+      }
+      left = left || !slot.retired.empty();
+    }
+    if (const auto size_class = std::exchange(stocked_class_, std::nullopt); size_class && !closed_) {
+      lock.unlock();
+      pool_.stock(*size_class, kStock);
+      lock.lock();
+    }
+  } catch (const std::exception&) {
+    if (!lock.owns_lock()) lock.lock();
+    ++background_failures_;
+    left = true;
+  }
+  if (freed) ask_again();
+  housekeeping_delay_ = freed ? kPatience : std::min<Clock::duration>(2 * housekeeping_delay_, kLongPatience);
+  if (left) post_housekeeping(housekeeping_delay_);
+}
+
+void Arena::post_housekeeping(Clock::duration delay) {
+  if (!mapper_ || closed_ || housekeeping_posted_) return;
+  housekeeping_delay_ = std::max<Clock::duration>(delay, kPatience);
+  housekeeping_posted_ = mapper_->post(Urgency::housekeeping, this, [this] { keep_house(); }, delay);
 }
 
 }  // namespace vattn

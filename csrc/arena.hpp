@@ -12,11 +12,18 @@
 // retired: it waits for its fences and then goes back to the pool.
 //
 // Locking: the mutex guards all state and is never held during a driver call. Who needs the driver holds the slots
-// concerned (Slot::held) while the mutex is free; others wait for them, and reclaiming passes them by.
+// concerned (Slot::held) while the mutex is free; others wait for them, and reclaiming passes them by. Growing within
+// what is mapped holds nothing and waits for nobody.
+//
+// With a mapper, memory is mapped, unmapped, created and released on its thread: ahead of who grows, or while who
+// grows waits. Without one, in the thread of who needs it.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <deque>
+#include <functional>
 #include <mutex>
 #include <optional>
 #include <span>
@@ -24,6 +31,7 @@
 #include <vector>
 
 #include "extent_pool.hpp"
+#include "mapper.hpp"
 
 namespace vattn {
 
@@ -41,36 +49,57 @@ struct ArenaOptions {
   std::size_t tail_rows = 0;
   // A growing run takes extents of up to 1/growth_divisor of what it has, so that at most that part is unused.
   std::size_t growth_divisor = 32;
+  // Positions past its length that a running sequence is kept mapped, where there is a mapper. None: what the time to
+  // map and the rate of growth ask for, and at least a granule of the widest plane, but no more than 64 positions of
+  // it.
+  std::optional<std::size_t> lookahead = std::nullopt;
 };
 
 class Arena {
  public:
-  Arena(std::shared_ptr<Driver> driver, std::vector<Plane> planes, ArenaOptions options);
+  using Slots = std::span<const std::size_t>;
+
+  Arena(std::shared_ptr<Driver> driver, std::vector<Plane> planes, ArenaOptions options,
+        std::shared_ptr<Mapper> mapper = nullptr);
   ~Arena();
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
 
-  // Gives a slot to a sequence: `slot` if one is named, else the parked slot that best fits `expected` positions,
-  // else a bare one. What was queued on other streams than `stream` with the slot's memory is waited for.
+  // Gives a slot to a sequence: `slot` if one is named, else the parked slot that lacks least for `expected` positions
+  // (and of those the one with least beyond), else a bare one. What was queued on other streams than `stream` with the
+  // slot's memory is waited for.
   std::size_t acquire(std::optional<std::size_t> slot, std::size_t expected, Stream stream);
 
   // Makes `positions` rows (and the tail rows) of every named slot usable: all of them or, when it throws, none.
   // `keep` (at most a slot's length) is the earliest length that truncate will still be asked for, a promise even when
-  // the call throws: rows before the windows at that length are given back once the work queued in `stream` is done.
-  // Lengths never shrink here.
-  void grow(std::span<const std::size_t> slots, std::size_t positions, std::size_t keep, Stream stream);
+  // the call throws: rows before the windows at that length are given back once the work queued in the slot's streams
+  // is done. Lengths never shrink here. `stream` is where the rows will be used, see use().
+  void grow(Slots slots, std::size_t positions, std::size_t keep, Stream stream);
   // The same when it takes no driver call and no waiting; otherwise false, and nothing has changed.
-  bool try_grow(std::span<const std::size_t> slots, std::size_t positions, std::size_t keep);
+  bool try_grow(Slots slots, std::size_t positions, std::size_t keep, Stream stream);
+  // Asks for memory for `positions` rows without waiting for it; whether it is there. Without a mapper it is mapped
+  // now.
+  bool prefetch(std::size_t slot, std::size_t positions);
+  // Notes that work on a slot is queued in `stream`, beside those that acquire() and grow() were told of.
+  void use(std::size_t slot, Stream stream);
 
   // Shortens every named slot that is longer: all of them or, when it throws, none. Their memory stays mapped until
   // somebody needs it. Throws std::invalid_argument when a slot is shorter or a window has already passed.
-  void truncate(std::span<const std::size_t> slots, std::size_t positions, Stream stream);
+  void truncate(Slots slots, std::size_t positions, Stream stream);
 
-  // Parks every named slot: all of them or, when it throws, none. `stream` is where their memory was used last.
-  void release(std::span<const std::size_t> slots, Stream stream);
+  // Parks every named slot: all of them or, when it throws, none. Before another stream uses their memory, and before
+  // it is unmapped, the work queued so far in `stream` and in all streams that used the slot is waited for.
+  void release(Slots slots, Stream stream);
 
   // Returns every byte to the driver that no running sequence needs.
   void trim();
+
+  // Sets the budget; when it is lower, brings the memory beyond it back to the driver. Throws OutOfPages, and leaves
+  // the budget as it was, when the running sequences need more.
+  void set_budget(std::size_t bytes);
+
+  // Waits until the mapper has nothing more to do for this arena than to wait for kernels.
+  void settle() const;
 
   // Unmaps everything; the addresses stay reserved, and every later call but stats() and check() is refused.
   void close();
@@ -79,6 +108,8 @@ class Arena {
   std::size_t plane_offset(std::size_t plane) const { return geometry_.at(plane).offset; }
   std::size_t slot_stride(std::size_t plane) const { return geometry_.at(plane).stride; }
   std::size_t length(std::size_t slot) const;
+  // Positions that grow can give a slot without waiting.
+  std::size_t capacity(std::size_t slot) const;
   // Bytes at the start of a slot that a window has given back.
   std::size_t head(std::size_t slot, std::size_t plane) const;
   const std::shared_ptr<Driver>& driver() const noexcept { return driver_; }
@@ -106,7 +137,14 @@ class Arena {
     std::size_t retired;
     std::size_t running_slots;
     std::size_t parked_slots;
-    std::uint64_t adopted;  // times a parked slot was taken over
+    std::size_t rows;         // bytes of the rows of running sequences
+    std::size_t spare;        // bytes of whole extents past what running sequences need, lookahead included
+    std::uint64_t adopted;    // times a parked slot was taken over
+    std::uint64_t hits;       // growths into memory that was mapped ahead
+    std::uint64_t misses;     // growths that had to wait for memory
+    std::uint64_t waited_ns;  // time that callers waited: for memory, for fences, for the mapper to let go of a slot
+    std::uint64_t background_failures;  // work of the mapper that the driver refused; who needs it tries again
+    std::size_t lookahead;              // positions, the longest of the running sequences
   };
   Stats stats() const;
 
@@ -138,7 +176,18 @@ class Arena {
     std::size_t length = 0;
     std::size_t capacity = 0;      // positions usable as mapped
     std::size_t next_discard = 0;  // the `keep` at which a window gives something back
+    std::size_t quiet = 0;         // the length up to which growth has nothing to note, see advance()
+    std::size_t ahead_at = 0;      // the length past which more is asked of the mapper
+    std::size_t hit_at = 0;        // the length past which memory was mapped ahead
+    std::size_t lookahead = 0;     // positions
+    std::size_t expected = 0;      // positions that acquire() was told of
+    std::size_t wanted = 0;        // positions that prefetch() asked for
+    bool asked = false;            // of the mapper, which has not come to it yet
+    bool starved = false;          // there was no memory; asked again when there may be
+    std::size_t asked_length = 0;
+    Mapper::Clock::time_point asked_since{};
     std::uint64_t parked_at = 0;
+    std::vector<Stream> streams;  // that used it since it was acquired
     Fences fences;
     std::vector<Run> runs;
     std::vector<Loose> retired;
@@ -150,29 +199,51 @@ class Arena {
     std::size_t size_class;
   };
   using Lock = std::unique_lock<std::mutex>;
+  using Clock = Mapper::Clock;
   class Hold;
+  class Waiting;
 
   Slot& running(std::size_t slot, const char* what);
   static bool has_nothing(const Slot& slot) noexcept;
   Lock locked() const;
   void require_open() const;
+  void require_possible(std::size_t positions) const;
   Address address_of(std::size_t slot, std::size_t plane) const noexcept;
   std::size_t end_of(const Geometry& plane, std::size_t positions) const noexcept;
+  std::size_t needed_end(const Slot& slot, std::size_t plane, Urgency urgency) const noexcept;
+  std::size_t goal_of(const Slot& slot) const noexcept;
+  std::size_t first_lookahead() const noexcept;
   void refresh(Slot& slot) noexcept;
-  bool grow_in_place(std::span<const std::size_t> slots, std::size_t positions, std::size_t keep);
-  std::vector<Step> plan(std::span<const std::size_t> slots, std::size_t positions, bool exact) const;
+  bool discard_due(const Slot& slot, std::size_t keep) const noexcept;
+  bool grow_in_place(Slots slots, std::size_t positions, std::size_t keep, Stream stream);
+  void advance(std::size_t index, std::size_t positions, Stream stream);
+  void grow_with_driver(Slots slots, std::size_t positions, Stream stream);
+  bool map_up_to(Slots slots, std::size_t positions, Urgency urgency, Lock& lock);
+  std::vector<Step> plan(Slots slots, std::size_t positions, bool exact) const;
   std::size_t bytes_of(const std::vector<Step>& steps) const noexcept;
   std::vector<Loose> build(const std::vector<Step>& steps);
-  void discard_before_windows(std::span<const std::size_t> slots, std::size_t keep, Stream stream, Lock& lock);
-  void clear_the_way(std::span<const std::size_t> slots, Lock& lock);
+  Fences fences_of(Slots slots, Stream stream, Lock& lock);
+  static void cover(Slot& slot, Stream stream, const Fences& fresh);
+  void discard_before_windows(Slots slots, std::size_t keep, const Fences& fresh);
+  bool clear_the_way(Slots slots, Urgency urgency, Lock& lock);
   void retire_run(Slot& slot, std::size_t index, std::size_t plane);
-  bool reclaim(std::size_t bytes, std::span<const std::size_t> mine, Lock& lock);
-  void strip(Slot& slot, std::size_t index, std::size_t bytes, std::size_t& found, std::vector<Loose>& out);
+  bool reclaim(std::size_t bytes, Slots mine, Urgency urgency, Lock& lock);
+  void strip(Slot& slot, std::size_t index, Urgency urgency, std::size_t bytes, std::size_t& found,
+             std::vector<Loose>& out);
+  void unmap_last(std::vector<Loose>& loose);
   void unmap(std::vector<Loose>& loose);
-  void unmap_outside(std::vector<Loose> loose, Lock& lock);
+  bool unmap_outside(std::vector<Loose> loose, Urgency urgency, Lock& lock);
   void wait_until_idle(Lock& lock) const;
 
+  void on_mapper(const std::function<void()>& work);
+  void ask(std::size_t index);
+  void ask_again();
+  void map_ahead();
+  void keep_house();
+  void post_housekeeping(Clock::duration delay);
+
   const std::shared_ptr<Driver> driver_;
+  const std::shared_ptr<Mapper> mapper_;  // none: everything happens in the callers' threads
   const ArenaOptions options_;
   std::vector<Geometry> geometry_;
   // Destroyed from the last to the first: mappings, pooled extents, the addresses.
@@ -184,7 +255,17 @@ class Arena {
   bool closed_ = false;
   int reclaiming_ = 0;  // calls of reclaim() that are with the driver
   std::uint64_t clock_ = 0;
+  std::deque<std::size_t> asked_;  // slots, first come first served
+  bool ahead_posted_ = false;
+  bool housekeeping_posted_ = false;
+  Clock::duration housekeeping_delay_{};
+  std::optional<std::size_t> stocked_class_;  // of the extents that growth has just taken
+  double map_seconds_ = 0;                    // from asking the mapper to having the memory, lately
   std::uint64_t adopted_ = 0;
+  std::uint64_t hits_ = 0;
+  std::uint64_t background_failures_ = 0;
+  std::atomic<std::uint64_t> misses_{0};
+  std::atomic<std::uint64_t> waited_ns_{0};
 };
 
 }  // namespace vattn

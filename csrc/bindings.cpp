@@ -117,13 +117,17 @@ void bind_driver(py::module_& module) {
              }();
              return py::make_tuple(info.free, info.total);
            })
-      .def("counts",
-           [](const Driver& self) {
-             py::dict counts;
-             for (std::size_t index = 0; index < kCallNames.size(); ++index)
-               counts[kCallNames[index]] = self.count(static_cast<Call>(index));
-             return counts;
-           })
+      .def(
+          "counts",
+          [](const Driver& self, bool background) {
+            py::dict counts;
+            for (std::size_t index = 0; index < kCallNames.size(); ++index) {
+              const auto call = static_cast<Call>(index);
+              counts[kCallNames[index]] = background ? self.background_count(call) : self.count(call);
+            }
+            return counts;
+          },
+          py::kw_only(), py::arg("background") = false)
       .def("fail_at", &Driver::fail_at, py::arg("k"), py::kw_only(), py::arg("times") = 1,
            py::arg("out_of_memory") = false)
       .def(
@@ -149,12 +153,9 @@ void bind_driver(py::module_& module) {
       .def("set_access", &Driver::set_access, py::arg("address"), py::arg("nbytes"), Unlocked())
       .def("unmap", &Driver::unmap, py::arg("address"), py::arg("nbytes"), Unlocked())
       .def(
-          "zero",
-          [](Driver& self, Address at, std::size_t bytes) {
-            const Range range{at, bytes};
-            self.zero(std::span(&range, 1));
-          },
-          py::arg("address"), py::arg("nbytes"), Unlocked())
+          "zero", [](Driver& self, Address at, std::size_t bytes) { self.zero({at, bytes}); }, py::arg("address"),
+          py::arg("nbytes"), Unlocked())
+      .def("zeroed", &Driver::zeroed, Unlocked())
       .def(
           "copy",
           [](Driver& self, Address to, Address from, std::size_t bytes, std::uintptr_t stream) {
@@ -196,26 +197,35 @@ void bind_driver(py::module_& module) {
   });
 }
 
+void bind_mapper(py::module_& module) {
+  py::class_<Mapper, std::shared_ptr<Mapper>>(module, "Mapper")
+      .def(py::init<>())
+      .def("stop", &Mapper::stop, Unlocked());
+}
+
 void bind_arena(py::module_& module) {
   using Slots = std::vector<std::size_t>;
   py::class_<Arena, std::shared_ptr<Arena>>(module, "Arena")
       .def(py::init([](std::shared_ptr<Driver> driver, const std::vector<std::pair<std::size_t, std::size_t>>& planes,
                        std::size_t slots, std::size_t max_len, std::size_t budget, std::size_t tail_rows,
-                       std::size_t growth_divisor) {
+                       std::size_t growth_divisor, std::optional<std::size_t> lookahead,
+                       std::shared_ptr<Mapper> mapper) {
              std::vector<Plane> described;
              for (const auto& [row_bytes, window] : planes) described.push_back({row_bytes, window});
              const ArenaOptions options{.slots = slots,
                                         .max_len = max_len,
                                         .budget = budget,
                                         .tail_rows = tail_rows,
-                                        .growth_divisor = growth_divisor};
+                                        .growth_divisor = growth_divisor,
+                                        .lookahead = lookahead};
              // Only here: pybind11 registers the new object after this, which takes the interpreter lock.
              const py::gil_scoped_release unlocked;
-             return std::shared_ptr<Arena>(new Arena(std::move(driver), std::move(described), options),
-                                           delete_unlocked);
+             return std::shared_ptr<Arena>(
+                 new Arena(std::move(driver), std::move(described), options, std::move(mapper)), delete_unlocked);
            }),
            py::arg("driver"), py::arg("planes"), py::kw_only(), py::arg("slots"), py::arg("max_len"), py::arg("budget"),
-           py::arg("tail_rows") = 0, py::arg("growth_divisor") = ArenaOptions{}.growth_divisor)
+           py::arg("tail_rows") = 0, py::arg("growth_divisor") = ArenaOptions{}.growth_divisor,
+           py::arg("lookahead") = std::nullopt, py::arg("mapper") = nullptr)
       .def(
           "acquire",
           [](Arena& self, std::optional<std::size_t> slot, std::size_t expected, std::uintptr_t stream) {
@@ -225,7 +235,7 @@ void bind_arena(py::module_& module) {
       .def(
           "grow",
           [](Arena& self, const Slots& slots, std::size_t positions, std::size_t keep, std::uintptr_t stream) {
-            if (self.try_grow(slots, positions, keep)) return;
+            if (self.try_grow(slots, positions, keep, Stream{stream})) return;
             const py::gil_scoped_release release;
             self.grow(slots, positions, keep, Stream{stream});
           },
@@ -240,10 +250,17 @@ void bind_arena(py::module_& module) {
           "release",
           [](Arena& self, const Slots& slots, std::uintptr_t stream) { self.release(slots, Stream{stream}); },
           py::arg("slots"), py::arg("stream") = 0, Unlocked())
+      .def("prefetch", &Arena::prefetch, py::arg("slot"), py::arg("positions"), Unlocked())
+      .def(
+          "use", [](Arena& self, std::size_t slot, std::uintptr_t stream) { self.use(slot, Stream{stream}); },
+          py::arg("slot"), py::arg("stream"))
       .def("trim", &Arena::trim, Unlocked())
+      .def("set_budget", &Arena::set_budget, py::arg("budget"), Unlocked())
+      .def("settle", &Arena::settle, Unlocked())
       .def("close", &Arena::close, Unlocked())
       .def("check", &Arena::check, Unlocked())
       .def("length", &Arena::length, py::arg("slot"))
+      .def("capacity", &Arena::capacity, py::arg("slot"))
       .def("head", &Arena::head, py::arg("slot"), py::arg("plane"))
       .def_property_readonly("driver", &Arena::driver)
       .def_property_readonly("base", &Arena::base)
@@ -292,7 +309,14 @@ void bind_arena(py::module_& module) {
         result["retired"] = stats.retired;
         result["running_slots"] = stats.running_slots;
         result["parked_slots"] = stats.parked_slots;
+        result["rows"] = stats.rows;
+        result["spare"] = stats.spare;
         result["adopted"] = stats.adopted;
+        result["hits"] = stats.hits;
+        result["misses"] = stats.misses;
+        result["waited_seconds"] = static_cast<double>(stats.waited_ns) * 1e-9;
+        result["background_failures"] = stats.background_failures;
+        result["lookahead"] = stats.lookahead;
         return result;
       });
 }
@@ -305,5 +329,6 @@ PYBIND11_MODULE(_core, module) {
     if (pointer) translate(pointer);
   });
   bind_driver(module);
+  bind_mapper(module);
   bind_arena(module);
 }

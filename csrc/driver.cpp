@@ -1,27 +1,41 @@
 #include "driver.hpp"
 
-#include <unistd.h>
+#include <pthread.h>
 
 #include <chrono>
 #include <cstdio>
 
 namespace vattn {
+namespace {
 
-Driver::Driver(Kind kind, int device) : kind_(kind), device_(device), pid_(::getpid()) {}
+std::atomic<unsigned> fork_count{0};
+// At load, and not at first use: getpid() at every call would be a system call.
+[[maybe_unused]] const int counting_forks = ::pthread_atfork(nullptr, nullptr, [] { ++fork_count; });
 
-bool Driver::in_forked_child() const noexcept { return ::getpid() != pid_; }
+thread_local bool in_background = false;
+
+}  // namespace
+
+unsigned forks() noexcept { return fork_count.load(std::memory_order_relaxed); }
+
+Driver::Driver(Kind kind, int device) : kind_(kind), device_(device), forks_(forks()) {}
+
+bool Driver::in_forked_child() const noexcept { return forks() != forks_; }
 
 void Driver::require_owner() const {
   if (in_forked_child())
-    throw BackendUnavailable("this cache was made by process " + std::to_string(pid_) +
-                             " and cannot be used after a fork: make one in the child, which for CUDA "
-                             "must be started with the 'spawn' method");
+    throw BackendUnavailable(
+        "this cache was made by the process that this one was forked off, and cannot be used here: make one in the "
+        "child, which for CUDA must be started with the 'spawn' method");
 }
+
+void Driver::enter_background() noexcept { in_background = true; }
 
 void Driver::enter(Call call) {
   require_owner();
   const auto index = static_cast<std::size_t>(call);
   counts_[index].fetch_add(1);
+  if (in_background) background_counts_[index].fetch_add(1);
   if (const auto cost = charges_[index].load(); cost != 0) {
     // Spun, not slept: a sleep's own granularity is as long as a driver call.
     const auto until = std::chrono::steady_clock::now() + std::chrono::nanoseconds(cost);
@@ -89,9 +103,15 @@ void Driver::unmap(Address at, std::size_t bytes) {
   do_unmap(at, bytes);
 }
 
-void Driver::zero(std::span<const Range> ranges) {
+void Driver::zero(Range range) {
   enter(Call::zero);
-  do_zero(ranges);
+  do_zero(range);
+}
+
+void Driver::zeroed() {
+  require_owner();
+  do_zeroed();
+  enter(Call::zeroed);
 }
 
 void Driver::copy(Address to, Address from, std::size_t bytes, Stream stream) {

@@ -9,7 +9,9 @@
 //   unmap        exactly one mapping, by its address and size. Does not wait for kernels.
 //   release      gives the handle up; its memory lives until its last mapping goes, then returns to the system.
 //   free_address gives a reservation back, which must have no mapping left.
-//   zero         the ranges read as zero to every stream when it returns.
+//   zero         queues the zeroing of a mapped range on a stream of the driver's own.
+//   zeroed       waits until what zero has queued is done: it reads as zero to every stream from then on. It waits
+//                also when it fails, since what is queued must not be unmapped.
 //   copy         device to device, ordered in `stream`.
 //   record       a fence that passes when the work queued in `stream` so far is done. On the host, passed at once.
 // A call that fails throws DriverError (OutOfDeviceMemory when memory is short) and changes nothing.
@@ -22,7 +24,6 @@
 #include <cstdint>
 #include <exception>
 #include <memory>
-#include <span>
 #include <string>
 
 #include "error.hpp"
@@ -53,14 +54,18 @@ enum class Call : std::size_t {
   set_access,
   unmap,
   zero,
+  zeroed,
   copy,
   record,
   query,
   wait,
 };
-inline constexpr std::array<const char*, 12> kCallNames = {"reserve", "free_address", "create", "release",
-                                                           "map",     "set_access",   "unmap",  "zero",
-                                                           "copy",    "record",       "query",  "wait"};
+inline constexpr std::array<const char*, 13> kCallNames = {"reserve",    "free_address", "create", "release", "map",
+                                                           "set_access", "unmap",        "zero",   "zeroed",  "copy",
+                                                           "record",     "query",        "wait"};
+
+// How often this process has been forked off another since its start: what was made at another count is the parent's.
+unsigned forks() noexcept;
 
 // The public calls count, guard and inject; the private virtual ones do the work.
 class Driver {
@@ -78,7 +83,8 @@ class Driver {
   void map(Address at, std::size_t bytes, Handle handle);
   void set_access(Address at, std::size_t bytes);
   void unmap(Address at, std::size_t bytes);
-  void zero(std::span<const Range> ranges);
+  void zero(Range range);
+  void zeroed();
   void copy(Address to, Address from, std::size_t bytes, Stream stream);
   FenceId record(Stream stream);
   void wait(FenceId fence);
@@ -94,6 +100,11 @@ class Driver {
   virtual std::string description() const = 0;
 
   std::uint64_t count(Call call) const noexcept { return counts_[static_cast<std::size_t>(call)].load(); }
+  // Of those, the ones made by threads that have called enter_background().
+  std::uint64_t background_count(Call call) const noexcept {
+    return background_counts_[static_cast<std::size_t>(call)].load();
+  }
+  static void enter_background() noexcept;
 
   // Test aids. The k-th counted call from now (1 is the next) and the `times - 1` after it fail with `code`
   // without reaching the backend; k = 0 heals. `charge` makes every later `call` take at least that long.
@@ -122,7 +133,8 @@ class Driver {
   virtual void do_map(Address at, std::size_t bytes, Handle handle) = 0;
   virtual void do_set_access(Address at, std::size_t bytes) = 0;
   virtual void do_unmap(Address at, std::size_t bytes) = 0;
-  virtual void do_zero(std::span<const Range> ranges) = 0;
+  virtual void do_zero(Range range) = 0;
+  virtual void do_zeroed() = 0;
   virtual void do_copy(Address to, Address from, std::size_t bytes, Stream stream) = 0;
   virtual FenceId do_record(Stream stream) = 0;
   virtual void do_wait(FenceId fence) = 0;
@@ -134,8 +146,9 @@ class Driver {
 
   const Kind kind_;
   const int device_;
-  const int pid_;
+  const unsigned forks_;
   std::array<std::atomic<std::uint64_t>, kCallNames.size()> counts_{};
+  std::array<std::atomic<std::uint64_t>, kCallNames.size()> background_counts_{};
   std::array<std::atomic<std::uint64_t>, kCallNames.size()> charges_{};
   std::atomic<std::int64_t> until_fault_{0};
   std::atomic<std::int64_t> faults_left_{0};

@@ -197,15 +197,14 @@ class CudaDriver final : public Driver {
     check(api().p_cuMemUnmap(at, bytes), "cuMemUnmap");
   }
 
-  void do_zero(std::span<const Range> ranges) override {
+  void do_zero(Range range) override {
     const Current current(context_);
-    CUresult rc = CUDA_SUCCESS;
-    for (const Range& range : ranges)
-      if (rc == CUDA_SUCCESS) rc = api().p_cuMemsetD8Async(range.at, 0, range.bytes, zeroing_);
-    // Waited for in any case: the caller may unmap at once what it could not zero.
-    const CUresult waited = api().p_cuStreamSynchronize(zeroing_);
-    check(rc, "cuMemsetD8Async");
-    check(waited, "cuStreamSynchronize");
+    check(api().p_cuMemsetD8Async(range.at, 0, range.bytes, zeroing_), "cuMemsetD8Async");
+  }
+
+  void do_zeroed() override {
+    const Current current(context_);
+    check(api().p_cuStreamSynchronize(zeroing_), "cuStreamSynchronize");
   }
 
   void do_copy(Address to, Address from, std::size_t bytes, Stream stream) override {

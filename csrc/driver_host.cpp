@@ -158,9 +158,8 @@ class HostDriver final : public Driver {
     if (--memory->second.mappings == 0 && memory->second.released) punch(memory);
   }
 
-  void do_zero(std::span<const Range> ranges) override {
-    for (const Range& range : ranges) std::memset(pointer(range.at), 0, range.bytes);
-  }
+  void do_zero(Range range) override { std::memset(pointer(range.at), 0, range.bytes); }
+  void do_zeroed() override {}
 
   void do_copy(Address to, Address from, std::size_t bytes, Stream) override {
     std::memcpy(pointer(to), pointer(from), bytes);

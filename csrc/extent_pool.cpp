@@ -1,6 +1,5 @@
 #include "extent_pool.hpp"
 
-#include <algorithm>
 #include <bit>
 #include <new>
 #include <thread>
@@ -29,8 +28,7 @@ Extent ExtentPool::take(std::size_t size_class) {
       }
       if (bytes > usage_.available()) throw OutOfPages(bytes, usage_.available());
       if (usage_.charged + bytes <= usage_.budget) {
-        usage_.charged += bytes;
-        usage_.peak = std::max(usage_.peak, usage_.charged);
+        charge(bytes);
         break;
       }
     }
@@ -65,9 +63,38 @@ void ExtentPool::give(Extent&& extent) noexcept {
   }
 }
 
-void ExtentPool::trim() {
-  while (release_largest()) {
+void ExtentPool::stock(std::size_t size_class, std::size_t count) {
+  const std::size_t bytes = bytes_of(size_class);
+  for (;;) {
+    {
+      const std::lock_guard lock(mutex_);
+      if (free_[size_class].size() >= count || usage_.charged + bytes > usage_.budget) return;
+      charge(bytes);
+    }
+    try {
+      give(Extent(driver_, bytes));
+    } catch (...) {
+      const std::lock_guard lock(mutex_);
+      usage_.charged -= bytes;
+      throw;
+    }
   }
+}
+
+void ExtentPool::shrink(std::size_t bytes) {
+  while (usage().charged > bytes && release_largest()) {
+  }
+}
+
+void ExtentPool::set_budget(std::size_t budget) {
+  const std::lock_guard lock(mutex_);
+  usage_.budget = budget;
+}
+
+void ExtentPool::charge(std::size_t bytes) noexcept {
+  usage_.charged += bytes;
+  usage_.peak = std::max(usage_.peak, usage_.charged);
+  usage_.overdrawn = usage_.overdrawn || usage_.charged > usage_.budget;
 }
 
 ExtentPool::Usage ExtentPool::usage() const {

@@ -4,6 +4,7 @@
 // mapped + pooled + retired bytes never exceed it (invariant 6). Driver calls run outside the lock.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <mutex>
 
@@ -22,8 +23,12 @@ class ExtentPool {
   // released when the budget or the device is short. Throws OutOfPages or DriverError, and then has lost nothing.
   Extent take(std::size_t size_class);
   void give(Extent&& extent) noexcept;
-  // Releases what is pooled.
-  void trim();
+  // Creates extents of a class until so many are pooled or the budget is spent. Throws DriverError.
+  void stock(std::size_t size_class, std::size_t count);
+  // Releases pooled extents until no more than `bytes` are charged, or none is pooled.
+  void shrink(std::size_t bytes);
+  // Nothing is taken beyond it from now on; what is charged beyond it is the caller's to bring back.
+  void set_budget(std::size_t budget);
 
   std::size_t granularity() const noexcept { return driver_->granularity(); }
   std::size_t bytes_of(std::size_t size_class) const noexcept { return granularity() << size_class; }
@@ -35,12 +40,15 @@ class ExtentPool {
     std::size_t charged;  // bytes of all extents that exist
     std::size_t pooled;   // of those, the ones in the pool
     std::size_t peak;     // the most ever charged
+    bool overdrawn;       // whether anything was ever created beyond the budget of its moment
     // Bytes that take() can still hand out.
-    std::size_t available() const noexcept { return budget - (charged - pooled); }
+    std::size_t available() const noexcept { return budget - std::min(budget, in_use()); }
+    std::size_t in_use() const noexcept { return charged - pooled; }
   };
   Usage usage() const;
 
  private:
+  void charge(std::size_t bytes) noexcept;
   // Releases one pooled extent, of the largest class that has any; false when none is pooled. Until the driver has
   // let it go it counts as pooled. When the driver refuses, it is in the pool again.
   bool release_largest();

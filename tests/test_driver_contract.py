@@ -28,6 +28,7 @@ def mapped(driver, base, offset, size):
     driver.map(base + offset, size, handle)
     driver.set_access(base + offset, size)
     driver.zero(base + offset, size)
+    driver.zeroed()
     return handle
 
 
@@ -125,6 +126,7 @@ def test_host_memory_is_really_given_back():
     driver.map(base, size, handle)
     driver.set_access(base, size)
     driver.zero(base, size)
+    driver.zeroed()
     assert shared() >= before + size * 0.9
     driver.unmap(base, size)
     assert shared() <= before + size * 0.1
@@ -143,6 +145,7 @@ def test_zero_and_copy(driver, granule):
     assert torch.equal(bytes_at(driver, base + granule, 1000), expected)
     assert not bytes_at(driver, base + granule + 1000, 100).any()
     driver.zero(base, 500)
+    driver.zeroed()
     assert not bytes_at(driver, base, 500).any()
     assert torch.equal(bytes_at(driver, base + 500, 500), expected[500:])
     driver.synchronize()
@@ -238,7 +241,7 @@ def test_calls_are_counted(driver, granule):
     driver.free_address(base, granule)
     counts = {name: count for name, count in driver.counts().items() if count}
     assert counts == dict.fromkeys(
-        ["reserve", "create", "map", "set_access", "zero", "unmap", "release", "free_address"], 1
+        ["reserve", "create", "map", "set_access", "zero", "zeroed", "unmap", "release", "free_address"], 1
     )
 
 

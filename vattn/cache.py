@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import os
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vattn import _core
 from vattn.errors import BackendUnavailable, OutOfDeviceMemory
 from vattn.layout import GRANULARITY, Group, Kind, KVLayout
 
 _UNLIMITED = 1 << 62  # bytes; more than any machine has
+
+# The background thread of each device of this process; a cache keeps its own alive.
+_mappers: weakref.WeakValueDictionary[tuple[int, str], _core.Mapper] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,14 @@ class CacheStats:
         retired: memory that waits for kernels to finish.
         running_slots: slots with a sequence.
         parked_slots: slots without one, whose memory is still mapped.
+        rows: bytes of the rows of running sequences.
+        spare: mapped under running slots past what their sequences need; given to others when asked for.
         adopted: how often a new sequence took over a parked slot.
+        hits: how often a sequence grew into memory that was mapped ahead.
+        misses: how often it had to wait for memory.
+        waited_seconds: time that callers waited for memory, for kernels on other streams, or for the mapper.
+        background_failures: work ahead that the driver refused; who needs the memory tries again and is told.
+        lookahead: positions past its length that the sequence mapped furthest ahead is kept mapped.
         driver_calls: calls made so far, by name.
     """
 
@@ -44,7 +60,14 @@ class CacheStats:
     retired: int
     running_slots: int
     parked_slots: int
+    rows: int
+    spare: int
     adopted: int
+    hits: int
+    misses: int
+    waited_seconds: float
+    background_failures: int
+    lookahead: int
     driver_calls: dict[str, int]
 
 
@@ -59,6 +82,9 @@ class KVCache:
             no limit but the device's.
         growth_divisor: a growing sequence takes new memory in extents of up to 1/growth_divisor of what it has, so
             that at most this part of it is unused.
+        lookahead: positions past its length that a running sequence is kept mapped by the device's mapper, a
+            background thread. None: as many as the time to map and the rate of growth ask for, at least a granule.
+        mapper: False makes every driver call in the thread of who needs it, and maps nothing ahead.
         capacity: bytes of a simulated device of fixed size (host only), for tests; by default the machine's memory.
 
     Raises:
@@ -74,14 +100,19 @@ class KVCache:
         device: str | torch.device = "cpu",
         budget: int | float | None = None,
         growth_divisor: int = 32,
+        lookahead: int | None = None,
+        mapper: bool = True,
         capacity: int = 0,
     ) -> None:
         if slots < 1:
             raise ValueError(f"slots must be at least 1, not {slots}")
+        if lookahead is not None and lookahead < 0:
+            raise ValueError(f"lookahead must not be negative, not {lookahead}")
         self.layout = layout
         self.slots = slots
         self.device = resolve_device(device)
         driver = _driver(self.device, layout.granularity, capacity)
+        self._mapper = _mapper_of(self.device) if mapper else None
         self._arena = _core.Arena(
             driver,
             [(plane.row_bytes, plane.window or 0) for plane in layout.planes],
@@ -89,9 +120,10 @@ class KVCache:
             max_len=layout.max_len,
             budget=_budget_bytes(budget, driver),
             growth_divisor=growth_divisor,
+            lookahead=lookahead,
+            mapper=self._mapper,
         )
         self._closed = False
-        self._windowed = any(plane.window for plane in layout.planes)
         self._k: dict[int, torch.Tensor] = {}
         self._v: dict[int, torch.Tensor] = {}
         self._grouped: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
@@ -120,11 +152,13 @@ class KVCache:
         budget: int | float | None = None,
         layout: Kind = "interleaved",
         granularity: int = GRANULARITY,
+        lookahead: int | None = None,
+        mapper: bool = True,
     ) -> KVCache:
         """The cache of a model by its Hugging Face configuration (arguments as in ``KVLayout.from_config``)."""
         name = None if dtype is None else str(dtype).removeprefix("torch.")
         described = KVLayout.from_config(config, max_len=max_len, dtype=name, kind=layout, granularity=granularity)
-        return cls(described, slots=slots, device=device, budget=budget)
+        return cls(described, slots=slots, device=device, budget=budget, lookahead=lookahead, mapper=mapper)
 
     def k(self, layer: int) -> torch.Tensor:
         """K of one layer, ``[slots, max_len, kv_heads, head_dim]``: the whole virtual tensor.
@@ -151,7 +185,10 @@ class KVCache:
 
         Args:
             slot: the slot to take; by default the parked one that best fits ``expected``, or else a bare one.
-            expected: positions it is likely to need, to choose a parked slot by.
+            expected: positions it is likely to need, to choose a parked slot by. What the parked slot has of them
+                stays with the sequence until its first ``grow``.
+
+        A slot whose memory was last used on another stream is waited for.
 
         Raises:
             ValueError: the slot, or every slot, is in use.
@@ -189,8 +226,30 @@ class KVCache:
         return -(-self._arena.head(slot, plane) // self.layout.planes[plane].row_bytes)
 
     def trim(self) -> None:
-        """Gives every byte back to the driver that no running sequence needs."""
+        """Gives every byte back to the driver that no running sequence needs; waits for kernels that may use it."""
         self._arena.trim()
+
+    def set_budget(self, budget: int | float | None) -> None:
+        """Sets the limit on physical memory; what is beyond it goes back to the driver before this returns.
+
+        Args:
+            budget: bytes (int), a part of what is free now with what the cache has (float in (0, 1]), or None.
+
+        Raises:
+            OutOfPages: running sequences need more; the budget is as it was.
+        """
+        held = self.stats().physical if isinstance(budget, float) else 0
+        self._arena.set_budget(_budget_bytes(budget, self._arena.driver, held))
+
+    @contextlib.contextmanager
+    def trim_on_oom(self) -> Iterator[None]:
+        """While it lasts, a torch operation of this thread that runs out of device memory is tried again after a trim.
+
+        The operation gets what no running sequence needs. Every operation in the context passes through Python once
+        more, some microseconds each: meant for prefills that fill the device.
+        """
+        with TrimOnOOM(self.trim):
+            yield
 
     def close(self) -> None:
         """Unmaps everything. Views of K and V must not be read any more; their addresses stay reserved."""
@@ -244,7 +303,7 @@ class KVCache:
         )
 
     def _grow(self, slots: list[int] | tuple[int, ...], length: int, keep: int) -> None:
-        stream = self._stream() if self._windowed else 0
+        stream = self._stream()
         try:
             self._arena.grow(slots, length, keep, stream)
         except OutOfDeviceMemory:
@@ -259,9 +318,8 @@ class KVCache:
         return layer
 
     def _stream(self) -> int:
-        if self.device.type != "cuda":
-            return 0
-        return torch.cuda.current_stream(self.device).cuda_stream
+        # What torch.cuda.current_stream wraps; this runs at every growth.
+        return torch._C._cuda_getCurrentRawStream(self.device.index) if self.device.type == "cuda" else 0
 
     def _export(
         self, group: Group, heads: int, head_dim: int, planes: tuple[int, ...], offsets: tuple[int, ...]
@@ -325,6 +383,38 @@ class Sequence:
         self.length = length
         return length
 
+    @property
+    def capacity(self) -> int:
+        """Positions that ``grow`` can bring the sequence to without waiting for memory."""
+        self._require_open()
+        return self.cache._arena.capacity(self.slot)
+
+    def prefetch(self, length: int) -> bool:
+        """Asks for memory for ``length`` positions without waiting for it, and returns whether it is there.
+
+        With a mapper it is mapped in the background, as far as the budget and what is free allow without taking from
+        other sequences; ask again, or look at ``capacity``, to know. Without one it is mapped before this returns. The
+        memory stays with the sequence until ``truncate``.
+
+        Raises:
+            SequenceTooLong: beyond ``max_len``.
+            ValueError: the sequence is closed, or ``length`` is negative.
+            OutOfPages, OutOfDeviceMemory: as in ``grow``, without a mapper only.
+        """
+        self._require_open()
+        if length < 0:
+            raise ValueError(f"length must not be negative, not {length}")
+        return self.cache._arena.prefetch(self.slot, length)
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Tells that work on the sequence is queued on ``stream``, beside the streams current at ``grow``.
+
+        Its memory is not unmapped, nor used on another stream, before that work is done.
+        """
+        self._require_open()
+        if self.cache.device.type == "cuda":
+            self.cache._arena.use(self.slot, stream.cuda_stream)
+
     def truncate(self, length: int) -> None:
         """Keeps the first ``length`` positions. Their memory stays mapped until somebody needs it.
 
@@ -369,6 +459,21 @@ class Sequence:
             raise ValueError("the sequence is closed: open a new one with KVCache.open")
 
 
+class TrimOnOOM(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tries a torch operation that runs out of device memory once more, after a trim."""
+
+    def __init__(self, trim: Callable[[], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.trim = trim
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return func(*args, **(kwargs or {}))
+        # Out of the handler: the error's traceback keeps what the operation had allocated.
+        self.trim()
+        return func(*args, **(kwargs or {}))
+
+
 def resolve_device(device: str | torch.device) -> torch.device:
     """The device with its index; raises BackendUnavailable when vattn or this machine cannot use it."""
     device = torch.device(device)
@@ -393,13 +498,28 @@ def _driver(device: torch.device, granularity: int, capacity: int) -> _core.Driv
     return driver
 
 
-def _budget_bytes(budget: int | float | None, driver: _core.Driver) -> int:
+def _mapper_of(device: torch.device) -> _core.Mapper:
+    key = os.getpid(), str(device)  # a thread does not survive a fork
+    mapper = _mappers.get(key)
+    if mapper is None:
+        mapper = _mappers[key] = _core.Mapper()
+    return mapper
+
+
+@atexit.register
+def _stop_mappers() -> None:
+    for (pid, _), mapper in list(_mappers.items()):
+        if pid == os.getpid():
+            mapper.stop()
+
+
+def _budget_bytes(budget: int | float | None, driver: _core.Driver, held: int = 0) -> int:
     if budget is None:
         return _UNLIMITED
     if isinstance(budget, float):
         if not 0 < budget <= 1:
             raise ValueError(f"budget as a part of the free memory must be in (0, 1], not {budget}")
-        return int(budget * driver.memory_info()[0])
+        return int(budget * (driver.memory_info()[0] + held))
     if budget < 0:
         raise ValueError(f"budget must not be negative, not {budget}")
     return budget

@@ -19,7 +19,7 @@ import torch
 import transformers
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from vattn.cache import CacheStats, KVCache, Sequence, resolve_device
+from vattn.cache import CacheStats, KVCache, Sequence, TrimOnOOM, resolve_device
 from vattn.layout import GRANULARITY, ITEMSIZES, Group, Kind, KVLayout, LayerShape
 
 # What crop's argument means, by the installed version: how many tokens to remove, as a negative number; but a positive
@@ -102,6 +102,8 @@ class _Options:
     dtype: torch.dtype | None
     budget: int | float | None
     layout: Kind
+    lookahead: int | None
+    mapper: bool
 
     @classmethod
     def checked(
@@ -113,10 +115,12 @@ class _Options:
         dtype: str | torch.dtype | None,
         budget: int | float | None,
         layout: Kind,
+        lookahead: int | None,
+        mapper: bool,
     ) -> _Options:
-        for name, value in (("max_len", max_len), ("slots", slots)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        for name, value, least in (("max_len", max_len, 1), ("slots", slots, 1), ("lookahead", lookahead, 0)):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
         if layout not in ("interleaved", "compact"):
             raise ValueError(f"layout must be 'interleaved' or 'compact', not {layout!r}")
         name = str(dtype).removeprefix("torch.")
@@ -129,6 +133,8 @@ class _Options:
             dtype=None if dtype is None else getattr(torch, name),
             budget=budget,
             layout=layout,
+            lookahead=lookahead,
+            mapper=mapper,
         )
 
 
@@ -374,7 +380,14 @@ class _Store:
         )
         if self.options.slots is None:
             slots = max(1, min(slots, _SPARE_ADDRESSES // layout.slot_bytes))
-        cache = KVCache(layout, slots=slots, device=place[0], budget=self.options.budget)
+        cache = KVCache(
+            layout,
+            slots=slots,
+            device=place[0],
+            budget=self.options.budget,
+            lookahead=self.options.lookahead,
+            mapper=self.options.mapper,
+        )
         self.caches[place], self.rows[place] = cache, []
         for number, group in enumerate(layout.groups):
             self.lanes.update(dict.fromkeys(group.layers, _Lane(cache, number, group)))
@@ -600,6 +613,8 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         dtype: the dtype all layers must compute in.
         budget: limit on physical memory of each device: bytes (int), a part of what is free (float in (0, 1]), or None.
         layout: ``"interleaved"`` or ``"compact"``, see ``vattn.layout``.
+        lookahead: positions that are kept mapped past the length; None adapts to the rate of growth. See ``KVCache``.
+        mapper: False maps in the calling thread, when memory is needed, and not ahead in the background.
 
     Raises (at the first call that needs it, and then the layer called has not changed; on one device no layer has):
         SequenceTooLong: a sequence would exceed ``max_len``.
@@ -618,9 +633,18 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         dtype: str | torch.dtype | None = None,
         budget: int | float | None = None,
         layout: Kind = "interleaved",
+        lookahead: int | None = None,
+        mapper: bool = True,
     ) -> None:
         options = _Options.checked(
-            max_len=max_len, slots=slots, device=device, dtype=dtype, budget=budget, layout=layout
+            max_len=max_len,
+            slots=slots,
+            device=device,
+            dtype=dtype,
+            budget=budget,
+            layout=layout,
+            lookahead=lookahead,
+            mapper=mapper,
         )
         super().__init__(config=config)
         _virtualize(self, options)
@@ -708,7 +732,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         return list(self._store.caches.values())
 
     def stats(self) -> CacheStats:
-        """Memory and driver calls, summed over ``kv_caches``; see ``CacheStats``."""
+        """Memory and driver calls, summed over ``kv_caches`` (the longest lookahead); see ``CacheStats``."""
         total: dict[str, Any] = {field.name: 0 for field in fields(CacheStats)}
         total["driver_calls"], total["budget"] = {}, None
         for cache in self.kv_caches:
@@ -717,6 +741,8 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
                 if name == "driver_calls":
                     for call, count in value.items():
                         total[name][call] = total[name].get(call, 0) + count
+                elif name == "lookahead":
+                    total[name] = max(total[name], value)
                 elif value is not None:
                     total[name] = (total[name] or 0) + value
         return CacheStats(**total)
@@ -725,6 +751,24 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         """Gives memory back to the driver that no sequence in the cache needs."""
         for cache in self.kv_caches:
             cache.trim()
+
+    def set_budget(self, budget: int | float | None) -> None:
+        """Sets the limit on the physical memory of each device, also of those to come; see ``KVCache.set_budget``.
+
+        When it raises OutOfPages for one device, the devices before it have the new budget.
+        """
+        for cache in self.kv_caches:
+            cache.set_budget(budget)
+        self._store.options = replace(self._store.options, budget=budget)
+
+    @contextlib.contextmanager
+    def trim_on_oom(self) -> Iterator[None]:
+        """While it lasts, torch operations that run out of device memory are tried again after a trim.
+
+        See ``KVCache.trim_on_oom``.
+        """
+        with TrimOnOOM(self.trim):
+            yield
 
     def check(self) -> None:
         """Recounts everything; raises ``vattn.Error`` where an invariant is broken."""
@@ -756,13 +800,24 @@ def install(
     dtype: str | torch.dtype | None = None,
     budget: int | float | None = None,
     layout: Kind = "interleaved",
+    lookahead: int | None = None,
+    mapper: bool = True,
 ) -> Iterator[None]:
     """While it lasts, every ``DynamicCache`` that is made in this process is a ``VirtualCache``.
 
     Arguments as in ``VirtualCache``. Caches with ``offloading=True`` stay what they are, and those made before or
     inside live on after it.
     """
-    options = _Options.checked(max_len=max_len, slots=slots, device=device, dtype=dtype, budget=budget, layout=layout)
+    options = _Options.checked(
+        max_len=max_len,
+        slots=slots,
+        device=device,
+        dtype=dtype,
+        budget=budget,
+        layout=layout,
+        lookahead=lookahead,
+        mapper=mapper,
+    )
     original: Callable[..., None] = DynamicCache.__init__
     if hasattr(original, "_vattn"):
         raise RuntimeError("vattn.install is active already: leave the outer one first")
