@@ -272,7 +272,7 @@ bool Arena::map_up_to(Slots slots, std::size_t positions, Urgency urgency, Lock&
       continue;
     }
     lock.lock();
-    if (!steps.empty() && steps.size() <= geometry_.size()) {  // growth, and not a prompt
+    if (first_lookahead() != 0 && !steps.empty() && steps.size() <= geometry_.size()) {  // growth, and not a prompt
       stocked_class_ = steps.back().size_class;
       post_housekeeping({});
     }

@@ -1,11 +1,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from vattn import KVCache, _core
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--mapper",
+        choices=["on", "off"],
+        default="on",
+        help="off: caches are made without a mapper, but in tests marked mapper",
+    )
+
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -35,8 +45,10 @@ def checked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     arenas: list[_core.Arena] = []
     original = KVCache.__init__
 
-    def init(self: KVCache, *args: object, **kwargs: object) -> None:
-        original(self, *args, **kwargs)
+    alone = request.config.getoption("mapper") == "off" and not request.node.get_closest_marker("mapper")
+
+    def init(self: KVCache, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **({**kwargs, "mapper": False} if alone else kwargs))
         arenas.append(self._arena)
 
     if not request.node.get_closest_marker("frees"):

@@ -13,9 +13,18 @@ ROW = 512  # bytes: 8 rows a granule
 UNLIMITED = 1 << 62
 
 
+@pytest.fixture(autouse=True, params=["alone", "mapper"])
+def mapper(request, monkeypatch):
+    """Everything here holds with a mapper that does nothing ahead, and without one."""
+    monkeypatch.setitem(OPTIONS, "mapper", _core.Mapper() if request.param == "mapper" else None)
+
+
+OPTIONS = {"lookahead": 0}
+
+
 def arena(*, slots=4, max_len=1000, budget=UNLIMITED, planes=((ROW, 0),), capacity=0, driver=None, **options):
     driver = driver or _core.host_driver(PAGE, capacity=capacity)
-    return _core.Arena(driver, list(planes), slots=slots, max_len=max_len, budget=budget, **options)
+    return _core.Arena(driver, list(planes), slots=slots, max_len=max_len, budget=budget, **{**OPTIONS, **options})
 
 
 def extents(arena, slot=0, plane=0):

@@ -170,7 +170,7 @@ def test_views_keep_the_memory_alive():
 
 
 def test_closing_gives_everything_back_and_parking_keeps_it():
-    cache = small(capacity=100 * PAGE)
+    cache = small(capacity=100 * PAGE, lookahead=0)
     with cache:
         for _ in range(3):
             with cache.open() as sequence:
@@ -193,7 +193,7 @@ def test_a_sequence_may_outlive_its_cache():
 
 
 def test_the_map_can_be_read():
-    cache = small(max_len=1000)
+    cache = small(max_len=1000, lookahead=0)
     cache.open().grow(20)
     cache.open().grow(1)
     cache.open(slot=2).close()
@@ -209,7 +209,7 @@ def test_from_config_and_hybrid_layouts():
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64,
         "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"], "dtype": "float32",
     }  # fmt: skip
-    cache = KVCache.from_config(config, max_len=1000, slots=1, granularity=PAGE)
+    cache = KVCache.from_config(config, max_len=1000, slots=1, granularity=PAGE, lookahead=1)
     sequence = cache.open()
     for _ in range(500):
         sequence.grow(1)
