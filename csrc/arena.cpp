@@ -13,6 +13,13 @@ constexpr std::size_t kNever = std::numeric_limits<std::size_t>::max();
 // Past this many positions a lookahead is a matter of the rate alone: where rows are small a granule holds thousands.
 constexpr std::size_t kLookahead = 64;
 
+// For sequences that were told how far they will come. No extent is more than 1/kServed of what is needed at first, and
+// the first rows' end is rounded up to 1/kRounded of it; growth takes up to 1/kTold of what there is. Chosen by replays
+// of served traces: fewer driver calls with less memory unused, see docs/design.md.
+constexpr std::size_t kServed = 8;
+constexpr std::size_t kRounded = 16;
+constexpr std::size_t kTold = 12;
+
 // Extents of the class that growth takes that are kept created for the next ones.
 constexpr std::size_t kStock = 2;
 
@@ -146,7 +153,7 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
   // What is held by others may be free in a moment: looked at again when they are done.
   const auto choose = [&] {
     bool others = false;
-    auto best = std::make_tuple(false, kNever, kNever);
+    auto best = std::make_tuple(false, kNever, 1);
     for (std::size_t index = 0; index < slots_.size(); ++index) {
       const Slot& slot = slots_[index];
       if (slot.state == State::running || (wanted && index != *wanted)) continue;
@@ -159,7 +166,10 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
         const std::size_t tail = slot.runs[plane].tail;
         (tail < end ? lacking : beyond) += tail < end ? end - tail : tail - end;
       }
-      const auto rank = std::make_tuple(slot.state == State::bare, lacking, beyond);
+      // What is beyond is kept from those who come later, as what is lacking is now: by replays of served traces they
+      // weigh the same, and a bare slot may be the better one. Who is told nothing takes what is parked.
+      const bool bare = slot.state == State::bare;
+      const auto rank = std::make_tuple(bare && expected == 0, lacking + beyond, bare ? 1 : 0);
       if (chosen == kNever || rank < best) {
         best = rank;
         chosen = index;
@@ -251,7 +261,8 @@ bool Arena::map_up_to(Slots slots, std::size_t positions, Urgency urgency, Lock&
       const std::size_t needed = bytes_of(steps);
       const std::size_t available = pool_.usage().available();
       if (needed > available) {
-        if (reclaim(needed - available, slots, urgency, lock)) continue;
+        const auto only = steps.size() == 1 ? std::optional(steps.front().size_class) : std::nullopt;
+        if (reclaim(needed - available, slots, urgency, lock, only)) continue;
         if (!demand) return false;
         throw OutOfPages(needed, pool_.usage().available());
       }
@@ -536,7 +547,7 @@ Arena::Stats Arena::stats() const {
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
       const Run& run = slot.runs[plane];
       stats.rows += std::max(run.head, slot.length * geometry_[plane].row_bytes) - run.head;
-      const std::size_t needed = std::max(run.head, needed_end(slot, plane, Urgency::ahead));
+      const std::size_t needed = std::max(run.head, needed_end(slot, plane, Keep::ahead));
       std::size_t end = run.tail;
       for (auto last = run.mappings.rbegin(); last != run.mappings.rend() && end - last->bytes() >= needed; ++last)
         end -= last->bytes();
@@ -625,11 +636,13 @@ std::size_t Arena::end_of(const Geometry& plane, std::size_t positions) const no
 }
 
 // Where a slot's run must reach to for its sequence: for its rows, or as it is kept by what is mapped ahead.
-std::size_t Arena::needed_end(const Slot& slot, std::size_t plane, Urgency urgency) const noexcept {
+std::size_t Arena::needed_end(const Slot& slot, std::size_t plane, Keep keep) const noexcept {
   if (slot.state != State::running) return 0;
-  if (urgency == Urgency::demand) return end_of(geometry_[plane], slot.length);
+  if (keep == Keep::rows) return end_of(geometry_[plane], slot.length);
   // Who has adopted memory for its first rows has not come to write them yet.
-  return end_of(geometry_[plane], slot.length == 0 ? std::min(slot.expected, options_.max_len) : goal_of(slot));
+  const bool expected = keep == Keep::expected || slot.length == 0;
+  return end_of(geometry_[plane],
+                std::max(goal_of(slot), expected ? std::min(slot.expected, options_.max_len) : std::size_t{0}));
 }
 
 // The positions that the mapper keeps a running slot mapped to.
@@ -680,13 +693,24 @@ std::vector<Arena::Step> Arena::plan(Slots slots, std::size_t positions, bool ex
       const std::size_t end = end_of(geometry_[plane], positions);
       if (end <= run.tail) continue;
       std::size_t missing = end - run.tail;
-      if (!exact) {
-        const std::size_t ahead = pool_.bytes_of(pool_.class_of((run.tail - run.head) / options_.growth_divisor));
-        missing = std::min(std::max(missing, ahead), geometry_[plane].stride - run.tail);
-      }
       // Extents go back whole: those of a windowed plane are small beside the window.
       const auto& [row_bytes, window, offset, stride] = geometry_[plane];
-      const std::size_t largest = window == 0 ? ExtentPool::kClasses - 1 : pool_.class_of(window * row_bytes / 8);
+      std::size_t largest = window == 0 ? ExtentPool::kClasses - 1 : pool_.class_of(window * row_bytes / 8);
+      if (!exact) {
+        const std::size_t have = run.tail - run.head;
+        std::size_t ahead = pool_.bytes_of(pool_.class_of(have / options_.growth_divisor));
+        const std::size_t expected = end_of(geometry_[plane], std::min(slots_[index].expected, options_.max_len));
+        if (expected > end) {
+          // It was told of more: what it maps should serve others when they adopt it, and it need not come back soon.
+          largest = std::min(largest, pool_.class_of(end / kServed));
+          const std::size_t unit = pool_.bytes_of(std::min(largest, pool_.class_of(end / kRounded)));
+          const std::size_t step = slots_[index].length == 0
+                                       ? round_up(missing, unit)
+                                       : pool_.bytes_of(pool_.class_of(std::min(expected - run.tail, have / kTold)));
+          ahead = std::max(ahead, std::min(step, expected - run.tail));
+        }
+        missing = std::min(std::max(missing, ahead), stride - run.tail);
+      }
       Address at = address_of(index, plane) + run.tail;
       while (missing != 0) {
         const std::size_t size_class = std::min(largest, pool_.class_of(missing));
@@ -835,7 +859,7 @@ void Arena::retire_run(Slot& slot, std::size_t index, std::size_t plane) {
 // Brings about `bytes` back to the pool from whoever needs them least: what is retired, then parked slots from the
 // longest parked on, then what running slots have mapped past their length (past their lookahead, if nobody waits).
 // Of the slots the caller holds, `mine`, only what is retired. False when there was nothing.
-bool Arena::reclaim(std::size_t bytes, Slots mine, Urgency urgency, Lock& lock) {
+bool Arena::reclaim(std::size_t bytes, Slots mine, Urgency urgency, Lock& lock, std::optional<std::size_t> size_class) {
   std::vector<Loose> loose;
   std::size_t found = 0;
   std::vector<std::size_t> others;
@@ -855,7 +879,18 @@ bool Arena::reclaim(std::size_t bytes, Slots mine, Urgency urgency, Lock& lock) 
     const auto rank = [&](const Slot& slot) { return slot.state == State::parked ? slot.parked_at : kNever; };
     return rank(slots_[a]) < rank(slots_[b]);
   });
-  for (const std::size_t index : others) strip(slots_[index], index, urgency, bytes, found, loose);
+  // An extent that can be mapped again as it is saves a release and a create.
+  for (const std::size_t index : others) {
+    if (!size_class || found != 0 || slots_[index].state != State::parked) continue;
+    const auto fits = [&](const Run& run) {
+      return !run.mappings.empty() && run.mappings.back().bytes() == pool_.bytes_of(*size_class);
+    };
+    const auto& runs = slots_[index].runs;
+    // With several planes another's last extent may go first; it is as little needed.
+    if (std::any_of(runs.begin(), runs.end(), fits)) strip(slots_[index], index, Keep::rows, bytes, found, loose);
+  }
+  for (const Keep keep : {Keep::expected, urgency == Urgency::demand ? Keep::rows : Keep::ahead})
+    for (const std::size_t index : others) strip(slots_[index], index, keep, bytes, found, loose);
   if (loose.empty()) {
     if (reclaiming_ == 0 || urgency != Urgency::demand) return false;
     // Somebody else has it in hand, and will not wait for us.
@@ -886,11 +921,11 @@ bool Arena::reclaim(std::size_t bytes, Slots mine, Urgency urgency, Lock& lock) 
 }
 
 // Takes mappings that a slot does not need off the ends of its runs until `found` reaches `bytes`.
-void Arena::strip(Slot& slot, std::size_t index, Urgency urgency, std::size_t bytes, std::size_t& found,
+void Arena::strip(Slot& slot, std::size_t index, Keep keep, std::size_t bytes, std::size_t& found,
                   std::vector<Loose>& out) {
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
     Run& run = slot.runs[plane];
-    const std::size_t needed = needed_end(slot, plane, urgency);
+    const std::size_t needed = needed_end(slot, plane, keep);
     while (found < bytes && !run.mappings.empty() &&
            run.tail - run.mappings.back().bytes() >= std::max(needed, run.head)) {
       found += run.mappings.back().bytes();

@@ -65,8 +65,8 @@ class Arena {
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
 
-  // Gives a slot to a sequence: `slot` if one is named, else the parked slot that lacks least for `expected` positions
-  // (and of those the one with least beyond), else a bare one. What was queued on other streams than `stream` with the
+  // Gives a slot to a sequence: `slot` if one is named, else the one whose memory is nearest to `expected` positions;
+  // when nothing is expected, a parked one before a bare one. What was queued on other streams than `stream` with the
   // slot's memory is waited for.
   std::size_t acquire(std::optional<std::size_t> slot, std::size_t expected, Stream stream);
 
@@ -198,6 +198,8 @@ class Arena {
     Address at;
     std::size_t size_class;
   };
+  // How much a running slot keeps when others look for memory.
+  enum class Keep { rows, ahead, expected };
   using Lock = std::unique_lock<std::mutex>;
   using Clock = Mapper::Clock;
   class Hold;
@@ -210,7 +212,7 @@ class Arena {
   void require_possible(std::size_t positions) const;
   Address address_of(std::size_t slot, std::size_t plane) const noexcept;
   std::size_t end_of(const Geometry& plane, std::size_t positions) const noexcept;
-  std::size_t needed_end(const Slot& slot, std::size_t plane, Urgency urgency) const noexcept;
+  std::size_t needed_end(const Slot& slot, std::size_t plane, Keep keep) const noexcept;
   std::size_t goal_of(const Slot& slot) const noexcept;
   std::size_t first_lookahead() const noexcept;
   void refresh(Slot& slot) noexcept;
@@ -227,9 +229,9 @@ class Arena {
   void discard_before_windows(Slots slots, std::size_t keep, const Fences& fresh);
   bool clear_the_way(Slots slots, Urgency urgency, Lock& lock);
   void retire_run(Slot& slot, std::size_t index, std::size_t plane);
-  bool reclaim(std::size_t bytes, Slots mine, Urgency urgency, Lock& lock);
-  void strip(Slot& slot, std::size_t index, Urgency urgency, std::size_t bytes, std::size_t& found,
-             std::vector<Loose>& out);
+  bool reclaim(std::size_t bytes, Slots mine, Urgency urgency, Lock& lock,
+               std::optional<std::size_t> size_class = std::nullopt);
+  void strip(Slot& slot, std::size_t index, Keep keep, std::size_t bytes, std::size_t& found, std::vector<Loose>& out);
   void unmap_last(std::vector<Loose>& loose);
   void unmap(std::vector<Loose>& loose);
   bool unmap_outside(std::vector<Loose> loose, Urgency urgency, Lock& lock);
