@@ -52,14 +52,19 @@ Extent ExtentPool::take(std::size_t size_class) {
 
 void ExtentPool::give(Extent&& extent) noexcept {
   const std::lock_guard lock(mutex_);
+  usage_.pooled += extent.bytes();
+  keep(std::move(extent));
+}
+
+void ExtentPool::keep(Extent&& extent) noexcept {
   const std::size_t bytes = extent.bytes();
   try {
     free_[class_of(bytes)].push_back(std::move(extent));
-    usage_.pooled += bytes;
   } catch (const std::bad_alloc& error) {
     // No room to remember it by: it goes back to the driver with its last owner.
     driver_->report(error);
     usage_.charged -= bytes;
+    usage_.pooled -= bytes;
   }
 }
 
@@ -68,14 +73,18 @@ void ExtentPool::stock(std::size_t size_class, std::size_t count) {
   for (;;) {
     {
       const std::lock_guard lock(mutex_);
-      if (free_[size_class].size() >= count || usage_.charged + bytes > usage_.budget) return;
+      if (free_[size_class].size() >= count || usage_.charged + bytes > usage_.budget - usage_.budget / 8) return;
       charge(bytes);
+      usage_.pooled += bytes;
     }
     try {
-      give(Extent(driver_, bytes));
+      Extent extent(driver_, bytes);
+      const std::lock_guard lock(mutex_);
+      keep(std::move(extent));
     } catch (...) {
       const std::lock_guard lock(mutex_);
       usage_.charged -= bytes;
+      usage_.pooled -= bytes;
       throw;
     }
   }

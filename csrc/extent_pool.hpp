@@ -23,7 +23,8 @@ class ExtentPool {
   // released when the budget or the device is short. Throws OutOfPages or DriverError, and then has lost nothing.
   Extent take(std::size_t size_class);
   void give(Extent&& extent) noexcept;
-  // Creates extents of a class until so many are pooled or the budget is spent. Throws DriverError.
+  // Creates extents of a class until so many are pooled or an eighth of the budget is left, where one class would be
+  // released for another. Throws DriverError.
   void stock(std::size_t size_class, std::size_t count);
   // Releases pooled extents until no more than `bytes` are charged, or none is pooled.
   void shrink(std::size_t bytes);
@@ -49,6 +50,7 @@ class ExtentPool {
 
  private:
   void charge(std::size_t bytes) noexcept;
+  void keep(Extent&& extent) noexcept;  // under the mutex; it counts as pooled already
   // Releases one pooled extent, of the largest class that has any; false when none is pooled. Until the driver has
   // let it go it counts as pooled. When the driver refuses, it is in the pool again.
   bool release_largest();

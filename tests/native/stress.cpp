@@ -1,5 +1,9 @@
-// Growers, closers, a trimmer and a checker on one arena with a tight budget and a driver that sometimes refuses.
+// Growers, closers, somebody who trims and changes the budget, and a checker on one arena with a tight budget and a
+// driver that sometimes refuses; without a mapper, and with one, whose process forks meanwhile.
 // Every row carries its owner's mark, so that memory given to two owners shows. Built to run under sanitizers.
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -82,23 +86,31 @@ void live(Arena& arena, Totals& totals, unsigned seed, std::size_t lives) {
   }
 }
 
-}  // namespace
+void fork_once() {
+  const pid_t child = ::fork();
+  if (child == 0) ::_exit(0);
+  if (child > 0) require(::waitpid(child, nullptr, 0) == child, "the child was lost");
+}
 
-int main(int argc, char** argv) {
-  const std::size_t lives = argc > 1 ? std::strtoul(argv[1], nullptr, 10) : 2000;
+void stress(std::size_t lives, const std::shared_ptr<Mapper>& mapper) {
   const auto driver = make_host_driver(kPage, 130 * kPage);
   Totals totals;
   {
     Arena arena(driver, {{kRow}, {kRow, kWindow}},
-                {.slots = kSlots, .max_len = kMaxLen, .budget = 90 * kPage, .tail_rows = 2, .growth_divisor = 8});
+                {.slots = kSlots, .max_len = kMaxLen, .budget = 90 * kPage, .tail_rows = 2, .growth_divisor = 8},
+                mapper);
     std::atomic<bool> done{false};
     std::thread disturber([&] {
       std::mt19937 random(7);
       while (!done) {
         try {
           if (random() % 8 == 0) arena.trim();
+          if (random() % 4 == 0) arena.set_budget((70 + random() % 30) * kPage);
+          if (mapper && random() % 64 == 0) fork_once();
         } catch (const DriverError&) {
           ++totals.refused;
+        } catch (const OutOfPages&) {
+          ++totals.out_of_pages;
         }
         arena.check();
         (void)arena.stats();
@@ -112,12 +124,21 @@ int main(int argc, char** argv) {
     done = true;
     disturber.join();
     driver->fail_at(0, 0, false);
+    arena.settle();
     arena.check();
     arena.trim();
     require(arena.stats().pool.charged == 0, "trim left memory behind");
   }
   require(driver->memory_info().free == 130 * kPage, "memory was lost");
-  std::printf("stress: %ld growths, %ld out of pages, %ld refused\n", totals.grown.load(), totals.out_of_pages.load(),
-              totals.refused.load());
+  std::printf("stress %s a mapper: %ld growths, %ld out of pages, %ld refused\n", mapper ? "with" : "without",
+              totals.grown.load(), totals.out_of_pages.load(), totals.refused.load());
   require(totals.grown > 0 && totals.refused > 0, "the stress met no fault");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::size_t lives = argc > 1 ? std::strtoul(argv[1], nullptr, 10) : 2000;
+  stress(lives, nullptr);
+  stress(lives, std::make_shared<Mapper>());
 }
