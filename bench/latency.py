@@ -9,9 +9,6 @@ On CUDA the time is that of the calling thread: kernels are launched and not wai
 from __future__ import annotations
 
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from typing import Any
 
@@ -25,17 +22,7 @@ LAYERS = 32
 
 
 def grow_us_cpp() -> float:
-    with tempfile.TemporaryDirectory() as build:
-        for command in (
-            [
-                *("cmake", "-S", str(report.ROOT), "-B", build, "-G", "Ninja"),
-                *("-DVATTN_PYTHON=OFF", "-DVATTN_NATIVE=ON", f"-DPython_EXECUTABLE={sys.executable}"),
-            ],
-            ["cmake", "--build", build, "--target", "grow_latency"],
-        ):
-            subprocess.run(command, check=True, capture_output=True)
-        done = subprocess.run([f"{build}/grow_latency"], check=True, capture_output=True, text=True)
-    return float(done.stdout) / 1000
+    return float(report.native("grow_latency")) / 1000
 
 
 def grow_us_python(device: str) -> float:

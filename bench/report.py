@@ -9,6 +9,8 @@ import json
 import os
 import platform
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,20 @@ def options(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="folder for the JSON (default: none is written)")
     return parser
+
+
+def native(target: str, *arguments: str) -> str:
+    """Builds one of the C++ benchmarks and returns what it prints."""
+    with tempfile.TemporaryDirectory() as build:
+        for command in (
+            [
+                *("cmake", "-S", str(ROOT), "-B", build, "-G", "Ninja"),
+                *("-DVATTN_PYTHON=OFF", "-DVATTN_NATIVE=ON", f"-DPython_EXECUTABLE={sys.executable}"),
+            ],
+            ["cmake", "--build", build, "--target", target],
+        ):
+            subprocess.run(command, check=True, capture_output=True)
+        return subprocess.run([f"{build}/{target}", *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def write(name: str, device: str, rows: list[dict[str, Any]], bars: dict[str, float], out: Path | None) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from vattn import KVCache, _core
 
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--mapper",

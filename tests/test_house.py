@@ -34,10 +34,13 @@ PYTHON = {
     "cache.py": {"_core", "errors", "layout"},
     "hf.py": {"cache", "layout"},
     "demo.py": {"hf", "layout"},
-    "cli.py": {"_core", "cache", "demo", "errors", "layout"},
+    "trace.py": set(),
+    "replay.py": {"cache", "errors", "trace"},
+    "bench.py": {"_core", "cache", "layout", "replay", "trace"},
+    "cli.py": {"_core", "bench", "cache", "demo", "errors", "layout", "trace"},
     "__init__.py": {"cache", "errors", "hf", "layout"},
 }
-TORCHLESS = {"errors.py", "layout.py"}
+TORCHLESS = {"errors.py", "layout.py", "trace.py"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "csrc").iterdir()), ids=lambda path: path.name)

@@ -17,6 +17,7 @@ from typing import Any
 from vattn import _core
 from vattn.errors import Error
 from vattn.layout import GRANULARITY, KVLayout
+from vattn.trace import DATASETS, generate, read
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
@@ -59,7 +60,16 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--layout", choices=["interleaved", "compact"], default="interleaved")
     plan.set_defaults(run=_plan)
 
-    for command in (demo, info, plan):
+    bench = commands.add_parser("bench", help="measure on this machine")
+    bench.add_argument("what", choices=["map"], help="what mapping memory costs")
+    bench.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    bench.add_argument("--trace", type=Path, help="JSON lines with arrival, prompt and output (default: made up)")
+    bench.add_argument("--dataset", choices=sorted(DATASETS), default="sharegpt", help="whose lengths to make up")
+    bench.add_argument("--requests", type=_positive, default=400, help="how many to make up (default 400)")
+    bench.add_argument("--concurrency", type=_positive, default=32, help="sequences at once (default 32)")
+    bench.set_defaults(run=_bench)
+
+    for command in (demo, info, plan, bench):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -229,6 +239,22 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         ]
     )
     return result, text
+
+
+def _bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from vattn import bench
+
+    requests = read(options.trace) if options.trace else generate(options.dataset, options.requests)
+    result = {
+        "calls": bench.call_latency(options.device),
+        "prompts": bench.prompts(options.device),
+        "replay": bench.replays(options.device, requests, concurrency=options.concurrency),
+    }
+    parts = []
+    for name, rows in result.items():
+        cells = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+        parts += [name, _table([list(rows[0]), *cells]), ""]
+    return result, "\n".join(parts).rstrip()
 
 
 def _version(package: str) -> str | None:

@@ -6,11 +6,11 @@ token, and what is done is closed.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from vattn.cache import KVCache, Sequence
 from vattn.errors import OutOfPages
@@ -74,6 +74,11 @@ class _Running:
     made: int = 0  # tokens of the output
 
 
+def _ask(sequence: Sequence, request: Request) -> None:
+    with contextlib.suppress(OutOfPages):  # without a mapper it is said at once
+        sequence.prefetch(request.prompt + 1)
+
+
 def replay(
     cache: KVCache,
     requests: SequenceOf[Request],
@@ -84,6 +89,20 @@ def replay(
     output_guess: int = 0,
     max_steps: int | None = None,
 ) -> Result:
+    """Serves requests until the last is admitted, and measures from the end of the warm-up on.
+
+    Args:
+        cache: whose slots and budget are those of the server.
+        requests: by arrival.
+        concurrency: the most sequences at once.
+        warm_up: requests that finish before measuring begins; they are served without a pause.
+        steps_per_second: the server's pace; None: as fast as it goes, and each step waits for the mapper.
+        output_guess: tokens of output that a request is expected to have, see ``KVCache.open``.
+        max_steps: steps to measure at most.
+
+    Raises:
+        ValueError: the requests end before the warm-up does.
+    """
     running: list[_Running] = []
     waiting = deque(requests)
     coming: list[_Running] = []
@@ -98,11 +117,12 @@ def replay(
     while waiting:  # to the last admission: what drains after it is not a steady state
         if max_steps is not None and result.steps >= max_steps:
             break
-        now = time.perf_counter() - begin if steps_per_second else float("inf")
+        paced = steps_per_second is not None and started is not None
+        now = time.perf_counter() - begin if paced else float("inf")
         if started is None and finished >= warm_up:
             before = cache.stats(), cache._arena.driver.counts(background=True), time.perf_counter()
             result = Result()
-            started = before[2]
+            started = begin = clock = before[2]
             sums = [0.0, 0.0, 0.0]
         # Admission: memory is asked for, and the request joins when it is there.
         while waiting and waiting[0].arrival <= now and len(running) + len(coming) < concurrency:
@@ -110,7 +130,7 @@ def replay(
                 break  # one after the other, so that none takes the memory another waits for
             request = waiting.popleft()
             sequence = cache.open(expected=request.prompt + output_guess)
-            sequence.prefetch(request.prompt + 1)
+            _ask(sequence, request)
             coming.append(_Running(request, sequence))
         still = []
         for one in coming:
@@ -119,7 +139,7 @@ def replay(
                 result.tokens += one.request.prompt
                 running.append(one)
             else:
-                one.sequence.prefetch(one.request.prompt + 1)
+                _ask(one.sequence, one.request)
                 still.append(one)
         coming = still
         # A step.
@@ -159,13 +179,13 @@ def replay(
             running.remove(one)
             finished += 1
             result.finished += 1
-        if steps_per_second:
+        if steps_per_second and started is not None:
             clock += 1 / steps_per_second
             time.sleep(max(0.0, clock - time.perf_counter()))
         else:
             cache._arena.settle()
     if before is None:
-        raise ValueError("warm-up longer than the trace")
+        raise ValueError(f"the requests end before {warm_up} have finished: take more, or a lower warm_up")
     stats, background = cache.stats(), cache._arena.driver.counts(background=True)
     result.seconds = time.perf_counter() - before[2]
     result.calls = {n: c - before[0].driver_calls[n] for n, c in stats.driver_calls.items()}

@@ -43,9 +43,7 @@ DATASETS = {
 _P90 = 1.2815515655446004  # the normal distribution's 90th percentile, in standard deviations
 
 
-def generate(
-    dataset: str, count: int, *, rate: float = math.inf, longest: int = 16384, seed: int = 0
-) -> list[Request]:
+def generate(dataset: str, count: int, *, rate: float = math.inf, longest: int = 16384, seed: int = 0) -> list[Request]:
     """Requests with log-normal lengths that have a dataset's median and 90th percentile.
 
     Args:
@@ -83,7 +81,9 @@ def read(path: Path) -> list[Request]:
             fields = json.loads(line)
             request = Request(float(fields["arrival"]), int(fields["prompt"]), int(fields["output"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number} is not a request with arrival, prompt and output: {error}") from None
+            raise ValueError(
+                f"{path}, line {number} is not a request with arrival, prompt and output: {error}"
+            ) from None
         if request.arrival < 0 or request.prompt < 1 or request.output < 1:
             raise ValueError(f"{path}, line {number}: arrival must not be negative, prompt and output at least 1")
         requests.append(request)

@@ -1,0 +1,157 @@
+"""What mapping memory costs and what the mapper saves, for the row of Llama-3-8B, 128 KiB a token.
+
+``overhead_ratio_cpp``: create, map and set access of a handle of 2 MiB through our classes over the bare calls, in C++.
+``hit_us``: a growth into memory that was mapped ahead, in C++.
+``prompt_8192_ms``: mapping a known prompt of 1 GiB on fresh memory.
+``grow_waits_100``, ``grow_waits_5000``: growths after the first that waited, one sequence to 8192 at so many tokens/s.
+``wait_fraction_64``: time waited, 64 sequences at 40 steps/s with random closes and opens.
+``calls_per_1000_tokens``, ``..._full``, ``waste_mean``, ``peak_over_tokens``: replays of openchat_sharegpt4 as
+Sarathi-Serve prints its moments, at 40 steps/s after a warm-up, with a budget 20% above the live tokens and with one
+that every admission waits for. Waste is what is mapped under running sequences and neither rows nor free for others;
+the peak is that of the memory that is mapped and not free for others, over the peak of the rows.
+``launch_p99_ratio``: the 99th percentile of a kernel's launch with the mapper busy over that with it idle.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from typing import Any
+
+import report
+import torch
+
+from vattn import KVCache, bench
+from vattn.trace import generate
+
+
+def waits(device: str, rate: float, tokens: int) -> dict[str, Any]:
+    with KVCache(bench.layout(), slots=1, device=device) as cache, cache.open() as sequence:
+        sequence.grow(1)
+        before = cache.stats()
+        clock = time.perf_counter()
+        for _ in range(tokens - 1):
+            sequence.grow(1)
+            clock += 1 / rate
+            while (left := clock - time.perf_counter()) > 0:
+                time.sleep(left if left > 1e-3 else 0)
+        after = cache.stats()
+    return {
+        "tokens/s": rate,
+        "tokens": tokens,
+        "waits": after.misses - before.misses,
+        "hits": after.hits - before.hits,
+        "waited seconds": after.waited_seconds - before.waited_seconds,
+    }
+
+
+def together(device: str, sequences: int, seconds: float) -> dict[str, Any]:
+    """Sequences that grow at 40 steps/s; each step some close, and others open with a prompt of up to 2000 tokens."""
+    source = random.Random(0)
+    with KVCache(bench.layout(), slots=2 * sequences, device=device) as cache:
+        running = []
+        coming: list[tuple[Any, int]] = []
+        start = clock = time.perf_counter()
+        steps = 0
+        while clock - start < seconds:
+            while len(running) + len(coming) < sequences:
+                prompt = source.randint(1, 2000)
+                sequence = cache.open(expected=prompt)
+                sequence.prefetch(prompt)
+                coming.append((sequence, prompt))
+            for sequence, prompt in [one for one in coming if one[0].capacity >= one[1]]:
+                sequence.grow(prompt)
+                running.append(sequence)
+                coming.remove((sequence, prompt))
+            for sequence in running:
+                sequence.grow(1)
+            for sequence in [one for one in running if source.random() < 0.005]:
+                sequence.close()
+                running.remove(sequence)
+            steps += 1
+            clock += 1 / 40
+            time.sleep(max(0.0, clock - time.perf_counter()))
+        took = time.perf_counter() - start
+        stats = cache.stats()
+    return {
+        "sequences": sequences,
+        "steps": steps,
+        "adopted": stats.adopted,
+        "hits": stats.hits,
+        "misses": stats.misses,
+        "wait fraction": stats.waited_seconds / took,
+    }
+
+
+def launches(device: str, busy: bool, count: int = 20000) -> list[float]:
+    """Microseconds of launching a small kernel; when busy, while the mapper maps and unmaps without pause."""
+    value = torch.zeros(1, device=device)
+    times = []
+    with KVCache(bench.layout(), slots=8, device=device) as cache, cache.open() as sequence:
+        sequence.grow(1)
+        for number in range(count):
+            if busy and number % 50 == 0:
+                sequence.prefetch(2048 + number % 8192)
+                if number % 1000 == 0:
+                    sequence.truncate(0)
+                    cache.trim()
+                    sequence.grow(1)
+            start = time.perf_counter()
+            value.add_(1)
+            times.append((time.perf_counter() - start) * 1e6)
+            if number % 500 == 0:
+                torch.cuda.synchronize()
+    return sorted(times)
+
+
+def main() -> None:
+    parser = report.options(__doc__.splitlines()[0])
+    parser.add_argument("--requests", type=int, default=2400, help="of the replay, half of them its warm-up")
+    parser.add_argument("--concurrency", type=int, default=144, help="sequences at once in the replay")
+    parser.add_argument("--steps", type=int, default=1600, help="steps to measure of each replay")
+    options = parser.parse_args()
+    device, on_gpu = options.device, options.device.startswith("cuda")
+    rows: list[dict[str, Any]] = bench.call_latency(device)
+    native = [json.loads(line) for line in report.native("map_latency", "cuda" if on_gpu else "cpu").splitlines()]
+    rows += native
+    prompts = bench.prompts(device)
+    rows += prompts
+    slow, fast = waits(device, 100, 8192 if on_gpu else 1024), waits(device, 5000, 8192)
+    crowd = together(device, 64, 30)
+    rows += [slow, fast, crowd]
+    bars: dict[str, float] = {
+        "hit_us": native[-1]["hit_us"],
+        "prompt_8192_ms": prompts[-1]["vattn ms"],
+        "grow_waits_100": slow["waits"],
+        "grow_waits_5000": fast["waits"],
+        "wait_fraction_64": crowd["wait fraction"],
+    }
+    if on_gpu:
+        bars["overhead_ratio_cpp"] = native[0]["vattn_us"] / native[0]["bare_us"]
+        idle, busy = launches(device, False), launches(device, True)
+        for name, times in (("idle", idle), ("busy", busy)):
+            launch = {"mapper": name, "launch p50 us": times[len(times) // 2], "p99 us": times[len(times) * 99 // 100]}
+            rows.append(launch)
+        bars["launch_p99_ratio"] = busy[len(busy) * 99 // 100] / idle[len(idle) * 99 // 100]
+    replays = bench.replays(
+        device,
+        generate("sharegpt", options.requests),
+        concurrency=options.concurrency,
+        steps_per_second=40,
+        max_steps=options.steps,
+    )
+    rows += replays
+    spare, full = replays[0], replays[2]
+    bars |= {
+        "calls_per_1000_tokens": spare["calls / 1000 tokens"],
+        "calls_per_1000_tokens_full": full["calls / 1000 tokens"],
+        "wait_fraction_replay": max(spare["waited"], full["waited"]),
+        "waste_mean": max(spare["waste"], full["waste"]),
+        "peak_over_tokens": max(spare["needed / tokens"], full["needed / tokens"]),
+    }
+    report.write("map", device, rows, bars, options.out)
+
+
+if __name__ == "__main__":
+    main()
