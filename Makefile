@@ -4,6 +4,8 @@ VENV ?= .venv
 # The torch to install into the environment, and what else to pin there.
 TORCH ?= torch==2.13.0
 EXTRA ?=
+# More arguments for pytest, e.g. --mapper=off.
+PYTEST ?=
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 
@@ -13,7 +15,7 @@ demo: $(VENV)/demo
 	$(BIN)/vattn demo
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(PYTEST)
 
 # Formatting, style and the benchmark page.
 lint: $(VENV)/dev

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: builds in place, tests, checks memory accesses and measures, in under 8 minutes.
-# Usage: bench/gpu.sh [OUT_FOLDER]
+# Usage: bench/gpu.sh [OUT_FOLDER [map]]; with `map` it builds and measures the mapper instead, for as long again.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD
@@ -18,6 +18,11 @@ run() { # a name, then a command: keeps going, remembers failure, shows the end 
 }
 pytest="python3 -m pytest -q -p no:benchmark -m 'not model'"
 run build python3 setup.py build_ext --inplace
+if [ "${2:-}" = map ]; then
+  run core timeout 200 bash -c "$pytest tests/test_mapper.py tests/test_arena.py tests/test_cache.py tests/test_driver_contract.py"
+  run map timeout 540 python3 bench/map.py --device cuda --out "$out"
+  exit $failed
+fi
 run core timeout 240 bash -c "$pytest tests --ignore tests/test_hf_exact.py"
 run exact timeout 240 bash -c "$pytest tests/test_hf_exact.py -k cuda -n 8"
 # The contract provokes refusals on purpose, and one test a fault in a process of its own.

@@ -108,7 +108,7 @@ def launches(device: str, busy: bool, count: int = 20000) -> list[float]:
 def main() -> None:
     parser = report.options(__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=2400, help="of the replay, half of them its warm-up")
-    parser.add_argument("--concurrency", type=int, default=144, help="sequences at once in the replay")
+    parser.add_argument("--concurrency", type=int, default=128, help="sequences at once in the replay")
     parser.add_argument("--steps", type=int, default=1600, help="steps to measure of each replay")
     options = parser.parse_args()
     device, on_gpu = options.device, options.device.startswith("cuda")
