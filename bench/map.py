@@ -107,9 +107,9 @@ def launches(device: str, busy: bool, count: int = 20000) -> list[float]:
 
 def main() -> None:
     parser = report.options(__doc__.splitlines()[0])
-    parser.add_argument("--requests", type=int, default=2400, help="of the replay, half of them its warm-up")
+    parser.add_argument("--requests", type=int, default=2000, help="of the replay, half of them its warm-up")
     parser.add_argument("--concurrency", type=int, default=128, help="sequences at once in the replay")
-    parser.add_argument("--steps", type=int, default=1600, help="steps to measure of each replay")
+    parser.add_argument("--steps", type=int, default=1000, help="steps to measure of each replay")
     options = parser.parse_args()
     device, on_gpu = options.device, options.device.startswith("cuda")
     rows: list[dict[str, Any]] = bench.call_latency(device)
@@ -142,7 +142,7 @@ def main() -> None:
         max_steps=options.steps,
     )
     rows += replays
-    spare, full = replays[0], replays[2]
+    spare, full = replays[:2]
     bars |= {
         "calls_per_1000_tokens": spare["calls / 1000 tokens"],
         "calls_per_1000_tokens_full": full["calls / 1000 tokens"],

@@ -260,7 +260,7 @@ def test_a_forked_child_is_told_and_its_exit_harms_nobody():
 def test_host_and_cuda_show_the_same_map_and_make_the_same_calls():
     def run(device):
         layout = KVLayout.uniform(layers=4, kv_heads=8, head_dim=128, max_len=10000)
-        cache = KVCache(layout, slots=4, device=device, budget=400 << 20)
+        cache = KVCache(layout, slots=4, device=device, budget=400 << 20, mapper=False)
         for turn in range(3):
             rows = [cache.open() for _ in range(3)]
             for step in range(40):

@@ -216,8 +216,8 @@ def replays(
     row_bytes = ROW_BYTES // scale
     outputs = sorted(request.output for request in requests)
     rows = []
-    for budget, factor in (("live + 20%", 1.2), ("full", 0.8)):
-        for mapper in (True, False):
+    for mapper in (True, False):
+        for budget, factor in (("live + 20%", 1.2), ("full", 0.8)):
             nbytes = int(factor * live_tokens(requests, concurrency) * row_bytes)
             longest = max(request.prompt + request.output for request in requests)
             described = layout(longest + 1, scale=scale)

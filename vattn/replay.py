@@ -115,7 +115,7 @@ def replay(
     begin = time.perf_counter()
     clock = begin
     while waiting:  # to the last admission: what drains after it is not a steady state
-        if max_steps is not None and result.steps >= max_steps:
+        if started is not None and max_steps is not None and result.steps >= max_steps:
             break
         paced = steps_per_second is not None and started is not None
         now = time.perf_counter() - begin if paced else float("inf")
