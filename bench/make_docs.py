@@ -18,6 +18,7 @@ Measure again with `bench/gpu.sh` on a machine with a GPU, or with a single scri
 # Which benchmark, in what order, and what is to be said of it; a row's keys are its columns.
 SECTIONS = {
     "latency": "Latency of growing and updating",
+    "map": "Mapping memory: the driver's calls, prompts, growth and served requests",
     "memory": "Memory of a Llama-3-8B shape, prompts prefilled in chunks",
     "memory_at_once": "Memory of a Llama-3-8B shape, prompts prefilled in one piece",
 }
@@ -25,6 +26,18 @@ BARS = {
     "grow_us_cpp": "`grow` within what is mapped, C++ (µs)",
     "grow_us_python": "`Sequence.grow` within what is mapped, Python (µs)",
     "update_us_ratio_to_dynamic": "`VirtualCache.update` over `DynamicCache.update`, time of the caller",
+    "overhead_ratio_cpp": "create + map + set access of 2 MiB, our classes over the bare calls, C++",
+    "hit_us": "a growth into memory mapped ahead, C++ (µs)",
+    "prompt_8192_ms": "mapping a known prompt of 8192 tokens, 1 GiB of fresh memory (ms)",
+    "grow_waits_100": "growths after the first that waited, to 8192 at 100 tokens/s",
+    "grow_waits_5000": "the same at 5000 tokens/s",
+    "wait_fraction_64": "time waited, 64 sequences at 40 steps/s with random closes and opens",
+    "calls_per_1000_tokens": "memory calls per 1000 tokens served, budget 20% above the most live tokens",
+    "calls_per_1000_tokens_full": "the same with the budget full",
+    "wait_fraction_replay": "time waited while serving, the worse of both",
+    "waste_mean": "mapped under running sequences, neither rows nor free for others, over the rows; the worse of both",
+    "peak_over_tokens": "peak of what is mapped and not free for others over the peak of the rows, the worse of both",
+    "launch_p99_ratio": "a kernel's launch, 99th percentile, mapper busy over idle",
     "memory_over_tokens_32x8192": "memory mapped over the bytes of the tokens, 32 x 8192 + 64",
     "memory_over_tokens_32x8192_at_once": "memory mapped over the bytes of the tokens, 32 x 8192 + 64",
     "tokens_equal_to_dynamic": "tokens equal to DynamicCache's (1 is yes)",
