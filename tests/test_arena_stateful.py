@@ -18,8 +18,13 @@ CAPACITY = 60 * PAGE
 
 
 class ArenaMachine(RuleBasedStateMachine):
-    @initialize(budget=st.integers(2, 50), divisor=st.sampled_from([1, 4, 32]), tail_rows=st.sampled_from([0, 3]))
-    def start(self, budget: int, divisor: int, tail_rows: int) -> None:
+    @initialize(
+        budget=st.integers(2, 50),
+        divisor=st.sampled_from([1, 4, 32]),
+        tail_rows=st.sampled_from([0, 3]),
+        lookahead=st.sampled_from([None, 0, 5]),
+    )
+    def start(self, budget: int, divisor: int, tail_rows: int, lookahead: int | None) -> None:
         self.driver = _core.host_driver(PAGE, capacity=CAPACITY)
         self.arena = _core.Arena(
             self.driver,
@@ -29,6 +34,8 @@ class ArenaMachine(RuleBasedStateMachine):
             budget=budget * PAGE,
             growth_divisor=divisor,
             tail_rows=tail_rows,
+            lookahead=lookahead,
+            mapper=_core.Mapper() if lookahead is not None else None,
         )
         self.planes = []
         for plane in range(2):
@@ -102,6 +109,18 @@ class ArenaMachine(RuleBasedStateMachine):
         if self.attempt(lambda: self.arena.release([slot])):
             del self.written[slot]
 
+    @precondition(lambda self: self.written)
+    @rule(data=st.data(), positions=st.integers(0, MAX_LEN))
+    def prefetch(self, data: st.DataObject, positions: int) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.written)))
+        self.attempt(lambda: self.arena.prefetch(slot, positions))
+
+    @rule(budget=st.integers(1, 50))
+    def set_budget(self, budget: int) -> None:
+        if self.attempt(lambda: self.arena.set_budget(budget * PAGE)):
+            assert self.arena.stats()["budget"] == budget * PAGE
+            assert self.arena.stats()["physical"] <= budget * PAGE
+
     @rule()
     def trim(self) -> None:
         self.attempt(self.arena.trim)
@@ -118,6 +137,7 @@ class ArenaMachine(RuleBasedStateMachine):
     def agrees(self) -> None:
         if not hasattr(self, "arena"):
             return
+        self.arena.settle()
         self.arena.check()
         slots = self.arena.map()
         assert {i for i, slot in enumerate(slots) if slot["state"] == "running"} == set(self.written)
