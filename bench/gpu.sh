@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: builds in place, tests, checks memory accesses and measures, in under 8 minutes.
-# Usage: bench/gpu.sh [OUT_FOLDER [map]]; with `map` it builds and measures the mapper instead, for as long again.
+# Usage: bench/gpu.sh [OUT_FOLDER [map | serve]]; with `map` it builds and measures the mapper instead, for as long
+# again; with `serve` it serves a trace on one GPU and on all of them.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD
@@ -21,6 +22,10 @@ run build python3 setup.py build_ext --inplace
 if [ "${2:-}" = map ]; then
   run core timeout 200 bash -c "$pytest tests/test_mapper.py tests/test_arena.py tests/test_cache.py tests/test_driver_contract.py"
   run map timeout 540 python3 bench/map.py --device cuda --out "$out"
+  exit $failed
+fi
+if [ "${2:-}" = serve ]; then
+  run serve timeout 500 python3 bench/serve.py --out "$out"
   exit $failed
 fi
 run core timeout 240 bash -c "$pytest tests --ignore tests/test_hf_exact.py"

@@ -206,8 +206,9 @@ def replays(
     warm_up: int | None = None,
     steps_per_second: float | None = None,
     max_steps: int | None = None,
+    mappers: Sequence[bool] = (True, False),
 ) -> list[dict[str, Any]]:
-    """Served requests with a budget 20% above the live tokens and with a full one, with the mapper and without.
+    """Served requests with a budget 20% above the live tokens and with a full one, with each of ``mappers``: on, off.
 
     On the host rows and granules are 1/128 of their size, and a call costs what it does on an H100. A server expects
     the 90th percentile of the outputs.
@@ -216,7 +217,7 @@ def replays(
     row_bytes = ROW_BYTES // scale
     outputs = sorted(request.output for request in requests)
     rows = []
-    for mapper in (True, False):
+    for mapper in mappers:
         for budget, factor in (("live + 20%", 1.2), ("full", 0.8)):
             nbytes = int(factor * live_tokens(requests, concurrency) * row_bytes)
             longest = max(request.prompt + request.output for request in requests)
