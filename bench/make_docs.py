@@ -39,7 +39,7 @@ BARS = {
     "waste_mean": "mapped under running sequences, neither rows nor free for others, over the rows; the worse of both",
     "peak_over_tokens": "peak of what is mapped and not free for others over the peak of the rows, the worse of both",
     "launch_p99_ratio": "a kernel's launch, 99th percentile, mapper busy over idle",
-    "calls_ratio_gpus": "memory calls per 1000 tokens, all GPUs at once over one alone, budget 20% above the live tokens",
+    "calls_ratio_gpus": "memory calls per 1000 tokens, all GPUs at once over one alone, budget live + 20%",
     "calls_ratio_gpus_full": "the same with the budget full",
     "memory_over_tokens_32x8192": "memory mapped over the bytes of the tokens, 32 x 8192 + 64",
     "memory_over_tokens_32x8192_at_once": "memory mapped over the bytes of the tokens, 32 x 8192 + 64",
