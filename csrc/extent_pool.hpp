@@ -14,8 +14,8 @@ namespace vattn {
 
 class ExtentPool {
  public:
-  // Size class c is 2^c granules: 1, 2, 4 ... 32.
-  static constexpr std::size_t kClasses = 6;
+  // Size class c is 2^c granules: 1, 2, 4 ... 64.
+  static constexpr std::size_t kClasses = 7;
 
   ExtentPool(std::shared_ptr<Driver> driver, std::size_t budget);
 

@@ -45,7 +45,7 @@ def test_a_known_length_takes_the_largest_extents_that_fit():
     a = arena()
     a.acquire()
     a.grow([0], 800, 0)  # 100 granules
-    assert extents(a) == [32, 32, 32, 4]
+    assert extents(a) == [64, 32, 4]
     a.check()
 
 
@@ -350,7 +350,7 @@ def test_a_long_prompt_keeps_little_more_than_the_window():
     a.acquire()
     a.grow([0], 4000, 0)
     assert max(extents(a, plane=0)) == 4  # an eighth of the window
-    assert max(extents(a, plane=1)) == 32
+    assert max(extents(a, plane=1)) == 64
     a.grow([0], 4001, 4000)
     run = a.map()[0]["runs"][0]
     assert run["tail"] - run["head"] <= (256 + 2 * 32) * ROW

@@ -37,7 +37,7 @@ def driver_of(device: str) -> _core.Driver:
 def call_latency(device: str, *, rounds: int = 100) -> list[dict[str, Any]]:
     """Microseconds of each call by handle size, through our driver and, where it is installed, cuda-python."""
     rows = []
-    for size in (1, 2, 4, 8, 16, 32):
+    for size in (1, 2, 4, 8, 16, 32, 64):
         driver = driver_of(device)
         nbytes = size * driver.granularity
         base = driver.reserve(nbytes)
