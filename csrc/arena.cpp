@@ -1,6 +1,7 @@
 #include "arena.hpp"
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <tuple>
 #include <utility>
@@ -16,8 +17,8 @@ constexpr std::size_t kLookahead = 64;
 // For sequences that were told how far they will come. No extent is more than 1/kServed of what is needed at first, and
 // the first rows' end is rounded up to 1/kRounded of it; growth takes up to 1/kTold of what there is. Chosen by replays
 // of served traces: fewer driver calls with less memory unused, see docs/design.md.
-constexpr std::size_t kServed = 8;
-constexpr std::size_t kRounded = 16;
+constexpr std::size_t kServed = 14;
+constexpr std::size_t kRounded = 28;
 constexpr std::size_t kTold = 12;
 
 // Extents of the class that growth takes that are kept created for the next ones.
@@ -42,8 +43,9 @@ bool passed(const Fences& fences) {
   return std::all_of(fences.begin(), fences.end(), [](const auto& fence) { return fence->passed(); });
 }
 
-bool uses(const std::vector<Stream>& streams, Stream stream) {
-  return std::find(streams.begin(), streams.end(), stream) != streams.end();
+template <typename Values, typename Value>
+bool holds(const Values& values, Value value) {
+  return std::find(values.begin(), values.end(), value) != values.end();
 }
 
 std::size_t checked_reservation(const ArenaOptions& options, const std::vector<Plane>& planes,
@@ -166,10 +168,11 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
         const std::size_t tail = slot.runs[plane].tail;
         (tail < end ? lacking : beyond) += tail < end ? end - tail : tail - end;
       }
-      // What is beyond is kept from those who come later, as what is lacking is now: by replays of served traces they
-      // weigh the same, and a bare slot may be the better one. Who is told nothing takes what is parked.
+      // What is beyond is kept from those who come later, and may be taken back; what is lacking is asked of the driver
+      // now, and weighs twice by replays of served traces. A bare slot may be the better one, but who is told nothing
+      // takes what is parked.
       const bool bare = slot.state == State::bare;
-      const auto rank = std::make_tuple(bare && expected == 0, lacking + beyond, bare ? 1 : 0);
+      const auto rank = std::make_tuple(bare && expected == 0, 2 * lacking + beyond, bare ? 1 : 0);
       if (chosen == kNever || rank < best) {
         best = rank;
         chosen = index;
@@ -252,20 +255,19 @@ void Arena::grow_with_driver(Slots slots, std::size_t positions, Stream stream) 
 // need soon, and then is false: nothing has changed.
 bool Arena::map_up_to(Slots slots, std::size_t positions, Urgency urgency, Lock& lock) {
   const bool demand = urgency == Urgency::demand;
+  // At first as much as serves later growth too, from what nobody needs; then only what is asked for, from everybody.
   bool exact = false;
+  const Keep least = demand ? Keep::rows : Keep::ahead;
   for (;;) {
     if (!clear_the_way(slots, urgency, lock)) return false;
-    auto steps = plan(slots, positions, exact);
-    if (bytes_of(steps) > pool_.usage().available()) {
-      steps = plan(slots, positions, true);
-      const std::size_t needed = bytes_of(steps);
-      const std::size_t available = pool_.usage().available();
-      if (needed > available) {
-        const auto only = steps.size() == 1 ? std::optional(steps.front().size_class) : std::nullopt;
-        if (reclaim(needed - available, slots, urgency, lock, only)) continue;
-        if (!demand) return false;
-        throw OutOfPages(needed, pool_.usage().available());
-      }
+    const auto steps = plan(slots, positions, exact);
+    const std::size_t needed = bytes_of(steps);
+    if (const std::size_t available = pool_.usage().available(); needed > available) {
+      if (reclaim(needed - available, steps, slots, exact ? least : Keep::expected, urgency, lock)) continue;
+      if (exact && !demand) return false;
+      if (exact) throw OutOfPages(needed, pool_.usage().available());
+      exact = true;
+      continue;
     }
     lock.unlock();
     std::vector<Loose> built;
@@ -277,7 +279,7 @@ bool Arena::map_up_to(Slots slots, std::size_t positions, Urgency urgency, Lock&
     } catch (const OutOfDeviceMemory&) {
       // Less than was planned may do, and others may have what they do not need.
       lock.lock();
-      const bool reclaimed = reclaim(bytes_of(steps), slots, urgency, lock);
+      const bool reclaimed = reclaim(needed, steps, slots, least, urgency, lock);
       if (!reclaimed && exact) throw;
       exact = true;
       continue;
@@ -325,7 +327,7 @@ bool Arena::grow_in_place(Slots slots, std::size_t positions, std::size_t keep, 
 void Arena::advance(std::size_t index, std::size_t positions, Stream stream) {
   Slot& slot = slots_[index];
   slot.length = std::max(slot.length, positions);
-  if (!uses(slot.streams, stream)) slot.streams.push_back(stream);
+  if (!holds(slot.streams, stream)) slot.streams.push_back(stream);
   if (slot.length <= slot.quiet) return;
   if (slot.length > slot.hit_at) {
     ++hits_;
@@ -358,7 +360,7 @@ void Arena::use(std::size_t index, Stream stream) {
   const Lock lock = locked();
   require_open();
   Slot& slot = running(index, "use");
-  if (!uses(slot.streams, stream)) slot.streams.push_back(stream);
+  if (!holds(slot.streams, stream)) slot.streams.push_back(stream);
 }
 
 void Arena::truncate(Slots slots, std::size_t positions, Stream stream) {
@@ -425,7 +427,7 @@ void Arena::trim() {
   on_mapper([this] {
     Lock lock = locked();
     require_open();
-    while (reclaim(kNever, {}, Urgency::demand, lock)) {
+    while (reclaim(kNever, {}, {}, Keep::rows, Urgency::demand, lock)) {
     }
     stocked_class_.reset();
     lock.unlock();
@@ -447,7 +449,7 @@ void Arena::set_budget(std::size_t bytes) {
       for (;;) {
         const std::size_t in_use = pool_.usage().in_use();
         if (in_use <= bytes) break;
-        if (!reclaim(in_use - bytes, {}, Urgency::demand, lock)) throw OutOfPages(pool_.usage().in_use(), bytes);
+        if (!reclaim(in_use - bytes, {}, {}, Keep::rows, Urgency::demand, lock)) throw OutOfPages(pool_.usage().in_use(), bytes);
       }
       lock.unlock();
       pool_.shrink(bytes);
@@ -484,7 +486,7 @@ void Arena::close() {
   lock.unlock();
   driver_->synchronize();
   lock.lock();
-  while (reclaim(kNever, {}, Urgency::demand, lock)) {
+  while (reclaim(kNever, {}, {}, Keep::rows, Urgency::demand, lock)) {
   }
   lock.unlock();
   pool_.shrink(0);
@@ -775,7 +777,7 @@ Fences Arena::fences_of(Slots slots, Stream stream, Lock& lock) {
   std::vector<Stream> streams{stream};
   for (const std::size_t index : slots)
     for (const Stream used : slots_[index].streams)
-      if (!uses(streams, used)) streams.push_back(used);
+      if (!holds(streams, used)) streams.push_back(used);
   lock.unlock();
   Fences fences;
   for (const Stream used : streams) fences.push_back(std::make_shared<const Fence>(driver_, used));
@@ -786,7 +788,7 @@ Fences Arena::fences_of(Slots slots, Stream stream, Lock& lock) {
 // Those of the new fences that concern a slot become its own.
 void Arena::cover(Slot& slot, Stream stream, const Fences& fresh) {
   for (const auto& fence : fresh)
-    if (fence->stream() == stream || uses(slot.streams, fence->stream())) note(slot.fences, fence);
+    if (fence->stream() == stream || holds(slot.streams, fence->stream())) note(slot.fences, fence);
 }
 
 void Arena::discard_before_windows(Slots slots, std::size_t keep, const Fences& fresh) {
@@ -856,13 +858,14 @@ void Arena::retire_run(Slot& slot, std::size_t index, std::size_t plane) {
   run = Run{};
 }
 
-// Brings about `bytes` back to the pool from whoever needs them least: what is retired, then parked slots from the
-// longest parked on, then what running slots have mapped past their length (past their lookahead, if nobody waits).
-// Of the slots the caller holds, `mine`, only what is retired. False when there was nothing.
-bool Arena::reclaim(std::size_t bytes, Slots mine, Urgency urgency, Lock& lock, std::optional<std::size_t> size_class) {
+// Brings about `bytes` back to the pool from whoever needs them least: what is retired, then what running slots have
+// mapped past what they expect, from who has most of it on, and parked slots from the longest parked on; of those
+// extents first such as `wanted` can map as they are. What running slots keep is taken as far as `keep` allows. Of the
+// slots the caller holds, `mine`, only what is retired. False when there was nothing.
+bool Arena::reclaim(std::size_t bytes, const std::vector<Step>& wanted, Slots mine, Keep keep, Urgency urgency,
+                    Lock& lock) {
   std::vector<Loose> loose;
   std::size_t found = 0;
-  std::vector<std::size_t> others;
   const auto take_retired = [&](Slot& slot) {
     while (found < bytes && !slot.retired.empty()) {
       found += slot.retired.back().mapping.bytes();
@@ -871,26 +874,32 @@ bool Arena::reclaim(std::size_t bytes, Slots mine, Urgency urgency, Lock& lock, 
     }
   };
   for (const std::size_t index : mine) take_retired(slots_[index]);
-  for (std::size_t index = 0; index < slots_.size(); ++index)
-    if (!slots_[index].held && (slots_[index].state != State::bare || !slots_[index].retired.empty()))
-      others.push_back(index);
-  for (const std::size_t index : others) take_retired(slots_[index]);
-  std::sort(others.begin(), others.end(), [&](std::size_t a, std::size_t b) {
-    const auto rank = [&](const Slot& slot) { return slot.state == State::parked ? slot.parked_at : kNever; };
-    return rank(slots_[a]) < rank(slots_[b]);
-  });
-  // An extent that can be mapped again as it is saves a release and a create.
-  for (const std::size_t index : others) {
-    if (!size_class || found != 0 || slots_[index].state != State::parked) continue;
-    const auto fits = [&](const Run& run) {
-      return !run.mappings.empty() && run.mappings.back().bytes() == pool_.bytes_of(*size_class);
-    };
-    const auto& runs = slots_[index].runs;
-    // With several planes another's last extent may go first; it is as little needed.
-    if (std::any_of(runs.begin(), runs.end(), fits)) strip(slots_[index], index, Keep::rows, bytes, found, loose);
+  std::vector<std::pair<std::size_t, std::size_t>> ranked;  // by rank: the less, the earlier its memory goes
+  for (std::size_t index = 0; index < slots_.size(); ++index) {
+    Slot& slot = slots_[index];
+    if (slot.held || has_nothing(slot)) continue;
+    take_retired(slot);
+    std::size_t kept = kNever / 2;
+    for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+      const std::size_t needed = needed_end(slot, plane, Keep::expected);
+      kept -= std::max(slot.runs[plane].tail, needed) - needed;
+    }
+    ranked.emplace_back(slot.state == State::parked ? kNever / 2 + slot.parked_at : kept, index);
   }
-  for (const Keep keep : {Keep::expected, urgency == Urgency::demand ? Keep::rows : Keep::ahead})
-    for (const std::size_t index : others) strip(slots_[index], index, keep, bytes, found, loose);
+  std::sort(ranked.begin(), ranked.end());
+  std::array<std::size_t, ExtentPool::kClasses> counts{};
+  for (const Step& step : wanted) ++counts[step.size_class];
+  for (std::size_t size_class = 0; size_class < counts.size(); ++size_class)
+    counts[size_class] -= std::min(counts[size_class], pool_.pooled(size_class));
+  const auto fits = [&](const Mapping& mapping) {
+    std::size_t& count = counts[pool_.class_of(mapping.bytes())];
+    return count != 0 && count-- != 0;
+  };
+  const auto any = [](const Mapping&) { return true; };
+  for (const auto& [rank, index] : ranked) strip(index, Keep::expected, fits, bytes, found, loose);
+  for (const auto& [rank, index] : ranked) strip(index, Keep::expected, any, bytes, found, loose);
+  if (keep != Keep::expected)
+    for (const auto& [rank, index] : ranked) strip(index, keep, any, bytes, found, loose);
   if (loose.empty()) {
     if (reclaiming_ == 0 || urgency != Urgency::demand) return false;
     // Somebody else has it in hand, and will not wait for us.
@@ -898,9 +907,9 @@ bool Arena::reclaim(std::size_t bytes, Slots mine, Urgency urgency, Lock& lock, 
     return true;
   }
 
-  std::erase_if(others, [&](std::size_t index) {
-    return std::none_of(loose.begin(), loose.end(), [&](const Loose& one) { return one.slot == index; });
-  });
+  std::vector<std::size_t> others;
+  for (const Loose& one : loose)
+    if (!holds(mine, one.slot) && !holds(others, one.slot)) others.push_back(one.slot);
   const Hold hold(*this, others, lock);
   ++reclaiming_;
   bool some = false;
@@ -920,14 +929,16 @@ bool Arena::reclaim(std::size_t bytes, Slots mine, Urgency urgency, Lock& lock, 
   return some;
 }
 
-// Takes mappings that a slot does not need off the ends of its runs until `found` reaches `bytes`.
-void Arena::strip(Slot& slot, std::size_t index, Keep keep, std::size_t bytes, std::size_t& found,
-                  std::vector<Loose>& out) {
+// Takes mappings that a slot does not need off the ends of its runs, while they are `wanted` and until `found` reaches
+// `bytes`.
+void Arena::strip(std::size_t index, Keep keep, const std::function<bool(const Mapping&)>& wanted, std::size_t bytes,
+                  std::size_t& found, std::vector<Loose>& out) {
+  Slot& slot = slots_[index];
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
     Run& run = slot.runs[plane];
-    const std::size_t needed = needed_end(slot, plane, keep);
-    while (found < bytes && !run.mappings.empty() &&
-           run.tail - run.mappings.back().bytes() >= std::max(needed, run.head)) {
+    const std::size_t needed = std::max(needed_end(slot, plane, keep), run.head);
+    while (found < bytes && !run.mappings.empty() && run.tail - run.mappings.back().bytes() >= needed &&
+           wanted(run.mappings.back())) {
       found += run.mappings.back().bytes();
       run.tail -= run.mappings.back().bytes();
       out.push_back({index, plane, std::move(run.mappings.back()), slot.fences});

@@ -229,9 +229,9 @@ class Arena {
   void discard_before_windows(Slots slots, std::size_t keep, const Fences& fresh);
   bool clear_the_way(Slots slots, Urgency urgency, Lock& lock);
   void retire_run(Slot& slot, std::size_t index, std::size_t plane);
-  bool reclaim(std::size_t bytes, Slots mine, Urgency urgency, Lock& lock,
-               std::optional<std::size_t> size_class = std::nullopt);
-  void strip(Slot& slot, std::size_t index, Keep keep, std::size_t bytes, std::size_t& found, std::vector<Loose>& out);
+  bool reclaim(std::size_t bytes, const std::vector<Step>& wanted, Slots mine, Keep keep, Urgency urgency, Lock& lock);
+  void strip(std::size_t slot, Keep keep, const std::function<bool(const Mapping&)>& wanted, std::size_t bytes,
+             std::size_t& found, std::vector<Loose>& out);
   void unmap_last(std::vector<Loose>& loose);
   void unmap(std::vector<Loose>& loose);
   bool unmap_outside(std::vector<Loose> loose, Urgency urgency, Lock& lock);

@@ -111,6 +111,11 @@ ExtentPool::Usage ExtentPool::usage() const {
   return usage_;
 }
 
+std::size_t ExtentPool::pooled(std::size_t size_class) const {
+  const std::lock_guard lock(mutex_);
+  return free_[size_class].size();
+}
+
 bool ExtentPool::release_largest() {
   std::unique_lock lock(mutex_);
   const auto largest = std::find_if(free_.rbegin(), free_.rend(), [](const auto& pooled) { return !pooled.empty(); });

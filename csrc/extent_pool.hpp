@@ -47,6 +47,8 @@ class ExtentPool {
     std::size_t in_use() const noexcept { return charged - pooled; }
   };
   Usage usage() const;
+  // Extents of a class in the pool.
+  std::size_t pooled(std::size_t size_class) const;
 
  private:
   void charge(std::size_t bytes) noexcept;
