@@ -449,7 +449,8 @@ void Arena::set_budget(std::size_t bytes) {
       for (;;) {
         const std::size_t in_use = pool_.usage().in_use();
         if (in_use <= bytes) break;
-        if (!reclaim(in_use - bytes, {}, {}, Keep::rows, Urgency::demand, lock)) throw OutOfPages(pool_.usage().in_use(), bytes);
+        if (!reclaim(in_use - bytes, {}, {}, Keep::rows, Urgency::demand, lock))
+          throw OutOfPages(pool_.usage().in_use(), bytes);
       }
       lock.unlock();
       pool_.shrink(bytes);

@@ -11,7 +11,6 @@ import time
 import pytest
 import torch
 
-import vattn
 from vattn import DriverError, KVCache, KVLayout, OutOfPages, VirtualCache, _core
 
 PAGE = 4096
@@ -35,6 +34,16 @@ def arena(*, slots=4, max_len=1000, budget=UNLIMITED, planes=((ROW, 0),), lookah
 def cache(**options):
     layout = KVLayout.uniform(layers=1, kv_heads=1, head_dim=32, max_len=500, dtype="float32", granularity=PAGE)
     return KVCache(layout, slots=4, **options)
+
+
+def two_running(granules):
+    """An arena of so many granules, the first of two slots with a granule of rows."""
+    a = arena(budget=granules * PAGE)
+    a.acquire()
+    a.acquire()
+    a.grow([0], 8, 0)
+    a.settle()
+    return a
 
 
 def grow_by_one(a, to, slot=0):
@@ -110,11 +119,7 @@ def test_what_the_driver_refuses_ahead_is_told_to_who_needs_it():
 
 
 def test_who_found_no_memory_gets_it_when_another_closes():
-    a = arena(budget=4 * PAGE)
-    a.acquire()
-    a.acquire()
-    a.grow([0], 8, 0)
-    a.settle()
+    a = two_running(4)
     a.grow([1], 16, 0)
     a.settle()
     held = a.capacity(0)
@@ -129,11 +134,7 @@ def test_who_found_no_memory_gets_it_when_another_closes():
 
 
 def test_prefetch_maps_in_the_background_and_takes_nothing_that_others_will_need():
-    a = arena(budget=8 * PAGE)
-    a.acquire()
-    a.acquire()
-    a.grow([0], 8, 0)
-    a.settle()
+    a = two_running(8)
     kept = a.capacity(0)
     assert a.prefetch(1, 40) is False
     a.settle()
@@ -271,7 +272,7 @@ def test_a_forked_child_has_a_mapper_of_its_own():
                 other = own.open()
                 for _ in range(100):
                     other.grow()
-                own._arena.settle()
+                own.settle()
                 os._exit(0 if own.stats().misses == 1 or own.stats().hits > 0 else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         sequence.grow(100)
@@ -294,7 +295,7 @@ def test_an_operation_out_of_memory_is_tried_again_after_a_trim():
             sequence.grow(100)
         failures = [True]
 
-        @torch.library.custom_op("vattn_test::needs_memory", mutates_args=())
+        @torch.library.custom_op("checks::needs_memory", mutates_args=())
         def needs_memory(x: torch.Tensor) -> torch.Tensor:
             if failures:
                 failures.pop()
@@ -325,4 +326,3 @@ def test_the_arguments_reach_the_caches_of_a_virtual_cache():
         VirtualCache(config, max_len=300, lookahead=-1)
     with pytest.raises(ValueError, match="lookahead must not be negative"):
         cache(lookahead=-1)
-    assert vattn.VirtualCache is VirtualCache

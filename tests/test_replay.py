@@ -90,7 +90,7 @@ def test_a_warm_up_beyond_the_trace_is_refused():
 
 def test_bench_map_prints_and_reads_a_trace(capsys, tmp_path, monkeypatch):
     # The two other parts take seconds and gigabytes of the host.
-    monkeypatch.setattr(bench, "call_latency", lambda device: bench_rows(device))
+    monkeypatch.setattr(bench, "call_latency", lambda device: [{"call": "create"}])
     monkeypatch.setattr(bench, "prompts", lambda device: [{"tokens": 128, "vattn ms": 0.1}])
     trace = tmp_path / "trace.jsonl"
     write(trace, [Request(0.0, 200, 30)] * 40)
@@ -101,11 +101,6 @@ def test_bench_map_prints_and_reads_a_trace(capsys, tmp_path, monkeypatch):
     ]  # fmt: skip
     assert all(row["thousand tokens"] > 1 for row in rows)
     assert cli.main(["bench", "map", "--trace", str(tmp_path / "none"), "--json"]) == 1
-
-
-def bench_rows(device):
-    driver = bench.driver_of(device)
-    return [{"call": "create", "device": driver.kind}]
 
 
 def test_what_a_call_costs():

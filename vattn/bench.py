@@ -13,13 +13,12 @@ import torch
 from vattn import _core
 from vattn.cache import KVCache, resolve_device
 from vattn.layout import GRANULARITY, KVLayout
-from vattn.replay import Result, replay
+from vattn.replay import MEMORY_CALLS, Result, replay
 from vattn.trace import Request
 
 ROW_BYTES = 128 * 1024  # a token of Llama-3-8B in bfloat16: 32 layers of K and V, 8 heads of 128
 # Microseconds a call takes on an H100, for the host to charge; see docs/design.md.
 CHARGES = {"create": 13.0, "map": 1.0, "set_access": 30.0, "unmap": 20.0, "release": 15.0}
-_CALLS = ("create", "map", "set_access", "unmap", "release")
 
 
 def driver_of(device: str) -> _core.Driver:
@@ -29,9 +28,14 @@ def driver_of(device: str) -> _core.Driver:
         torch.zeros(1, device=where)  # the context is torch's
         return _core.cuda_driver(where.index)
     driver = _core.host_driver(GRANULARITY)
-    for call, microseconds in CHARGES.items():
-        driver.charge(call, round(1000 * microseconds))
+    charge(driver)
     return driver
+
+
+def charge(driver: _core.Driver) -> None:
+    """On the host, makes every call take what it does on an H100."""
+    for call, microseconds in CHARGES.items() if driver.kind == "cpu" else ():
+        driver.charge(call, round(1000 * microseconds))
 
 
 def call_latency(device: str, *, rounds: int = 100) -> list[dict[str, Any]]:
@@ -41,7 +45,7 @@ def call_latency(device: str, *, rounds: int = 100) -> list[dict[str, Any]]:
         driver = driver_of(device)
         nbytes = size * driver.granularity
         base = driver.reserve(nbytes)
-        times: dict[str, list[float]] = {call: [] for call in _CALLS}
+        times: dict[str, list[float]] = {call: [] for call in MEMORY_CALLS}
 
         def timed(call: str, work: Callable[..., Any], *args: Any, times: dict[str, list[float]] = times) -> Any:
             start = time.perf_counter()
@@ -56,7 +60,7 @@ def call_latency(device: str, *, rounds: int = 100) -> list[dict[str, Any]]:
             timed("unmap", driver.unmap, base, nbytes)
             timed("release", driver.release, handle)
         driver.free_address(base, nbytes)
-        rows += [_percentiles("vattn", call, nbytes, times[call]) for call in _CALLS]
+        rows += [_percentiles("vattn", call, nbytes, times[call]) for call in MEMORY_CALLS]
         if driver.kind == "cuda":
             rows += _cuda_python(nbytes, driver.device, rounds)
     return rows
@@ -80,7 +84,7 @@ def _cuda_python(nbytes: int, device: int, rounds: int) -> list[dict[str, Any]]:
     access = cu.CUmemAccessDesc()
     access.location = prop.location
     access.flags = cu.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-    times: dict[str, list[float]] = {call: [] for call in _CALLS}
+    times: dict[str, list[float]] = {call: [] for call in MEMORY_CALLS}
 
     def timed(call: str, work: Callable[..., Any], *args: Any) -> Any:
         start = time.perf_counter()
@@ -100,7 +104,7 @@ def _cuda_python(nbytes: int, device: int, rounds: int) -> list[dict[str, Any]]:
         timed("unmap", cu.cuMemUnmap, base, nbytes)
         timed("release", cu.cuMemRelease, handle)
     cu.cuMemAddressFree(base, nbytes)
-    return [_percentiles("cuda-python", call, nbytes, times[call]) for call in _CALLS]
+    return [_percentiles("cuda-python", call, nbytes, times[call]) for call in MEMORY_CALLS]
 
 
 def layout(max_len: int = 16384, *, scale: int = 1) -> KVLayout:
@@ -117,9 +121,7 @@ def prompts(device: str, *, tokens: Sequence[int] = (128, 1024, 8192), rounds: i
     for n in tokens:
         ours = []
         with KVCache(layout(), slots=1, device=device) as cache:
-            if cache.device.type == "cpu":
-                for call, microseconds in CHARGES.items():
-                    cache._arena.driver.charge(call, round(1000 * microseconds))
+            charge(cache._arena.driver)
             for _ in range(rounds):
                 with cache.open() as sequence:
                     start = time.perf_counter()
@@ -223,9 +225,7 @@ def replays(
             longest = max(request.prompt + request.output for request in requests)
             described = layout(longest + 1, scale=scale)
             with KVCache(described, slots=2 * concurrency, device=device, budget=nbytes, mapper=mapper) as cache:
-                if scale != 1:
-                    for call, microseconds in CHARGES.items():
-                        cache._arena.driver.charge(call, round(1000 * microseconds))
+                charge(cache._arena.driver)
                 result = replay(
                     cache,
                     requests,
@@ -244,7 +244,7 @@ def _summary(budget: str, mapper: bool, result: Result) -> dict[str, Any]:
         "budget": budget,
         "mapper": "on" if mapper else "off",
         "calls / 1000 tokens": result.calls_per_1000_tokens,
-        "in the caller": sum(result.caller_calls[call] for call in _CALLS),
+        "in the caller": sum(result.caller_calls[call] for call in MEMORY_CALLS),
         "waited": result.wait_fraction,
         "waste": result.waste_mean,
         "unused": result.unused_mean,

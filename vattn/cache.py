@@ -48,6 +48,7 @@ class CacheStats:
         background_failures: work ahead that the driver refused; who needs the memory tries again and is told.
         lookahead: positions past its length that the sequence mapped furthest ahead is kept mapped.
         driver_calls: calls made so far, by name.
+        background_calls: of those, the ones that the mapper made.
     """
 
     budget: int | None
@@ -69,6 +70,7 @@ class CacheStats:
     background_failures: int
     lookahead: int
     driver_calls: dict[str, int]
+    background_calls: dict[str, int]
 
 
 class KVCache:
@@ -251,6 +253,10 @@ class KVCache:
         with TrimOnOOM(self.trim):
             yield
 
+    def settle(self) -> None:
+        """Waits until the mapper has nothing more to do for this cache than to wait for kernels."""
+        self._arena.settle()
+
     def close(self) -> None:
         """Unmaps everything. Views of K and V must not be read any more; their addresses stay reserved."""
         self._closed = True
@@ -258,7 +264,12 @@ class KVCache:
 
     def stats(self) -> CacheStats:
         """A snapshot of the memory and of the driver calls made so far."""
-        stats: dict[str, Any] = {**self._arena.stats(), "driver_calls": self._arena.driver.counts()}
+        driver = self._arena.driver
+        stats: dict[str, Any] = {
+            **self._arena.stats(),
+            "driver_calls": driver.counts(),
+            "background_calls": driver.counts(background=True),
+        }
         if stats["budget"] == _UNLIMITED:
             stats["budget"] = None
         return CacheStats(**stats)

@@ -94,48 +94,31 @@ def _write(new: Any, key_states: torch.Tensor, value_states: torch.Tensor) -> No
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    """The arguments of ``VirtualCache``, checked."""
+    """The arguments of ``VirtualCache``, checked, and as what they stand for."""
 
     max_len: int
-    slots: int | None
-    device: torch.device | None
-    dtype: torch.dtype | None
-    budget: int | float | None
-    layout: Kind
-    lookahead: int | None
-    mapper: bool
+    slots: int | None = None
+    device: str | torch.device | None = None
+    dtype: str | torch.dtype | None = None
+    budget: int | float | None = None
+    layout: Kind = "interleaved"
+    lookahead: int | None = None
+    mapper: bool = True
 
-    @classmethod
-    def checked(
-        cls,
-        *,
-        max_len: int,
-        slots: int | None,
-        device: str | torch.device | None,
-        dtype: str | torch.dtype | None,
-        budget: int | float | None,
-        layout: Kind,
-        lookahead: int | None,
-        mapper: bool,
-    ) -> _Options:
-        for name, value, least in (("max_len", max_len, 1), ("slots", slots, 1), ("lookahead", lookahead, 0)):
+    def __post_init__(self) -> None:
+        for name, least in (("max_len", 1), ("slots", 1), ("lookahead", 0)):
+            value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, not {value}")
-        if layout not in ("interleaved", "compact"):
-            raise ValueError(f"layout must be 'interleaved' or 'compact', not {layout!r}")
-        name = str(dtype).removeprefix("torch.")
-        if dtype is not None and name not in ITEMSIZES:
-            raise ValueError(f"dtype {name!r} is not supported: use one of {', '.join(ITEMSIZES)}")
-        return cls(
-            max_len=max_len,
-            slots=slots,
-            device=None if device is None else resolve_device(device),
-            dtype=None if dtype is None else getattr(torch, name),
-            budget=budget,
-            layout=layout,
-            lookahead=lookahead,
-            mapper=mapper,
-        )
+        if self.layout not in ("interleaved", "compact"):
+            raise ValueError(f"layout must be 'interleaved' or 'compact', not {self.layout!r}")
+        if self.dtype is not None:
+            name = str(self.dtype).removeprefix("torch.")
+            if name not in ITEMSIZES:
+                raise ValueError(f"dtype {name!r} is not supported: use one of {', '.join(ITEMSIZES)}")
+            object.__setattr__(self, "dtype", getattr(torch, name))
+        if self.device is not None:
+            object.__setattr__(self, "device", resolve_device(self.device))
 
 
 class _Store:
@@ -636,7 +619,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         lookahead: int | None = None,
         mapper: bool = True,
     ) -> None:
-        options = _Options.checked(
+        options = _Options(
             max_len=max_len,
             slots=slots,
             device=device,
@@ -734,11 +717,11 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
     def stats(self) -> CacheStats:
         """Memory and driver calls, summed over ``kv_caches`` (the longest lookahead); see ``CacheStats``."""
         total: dict[str, Any] = {field.name: 0 for field in fields(CacheStats)}
-        total["driver_calls"], total["budget"] = {}, None
+        total |= {"driver_calls": {}, "background_calls": {}, "budget": None}
         for cache in self.kv_caches:
             stats = cache.stats()
             for name, value in vars(stats).items():
-                if name == "driver_calls":
+                if isinstance(value, dict):
                     for call, count in value.items():
                         total[name][call] = total[name].get(call, 0) + count
                 elif name == "lookahead":
@@ -792,32 +775,15 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
 
 
 @contextlib.contextmanager
-def install(
-    *,
-    max_len: int,
-    slots: int | None = None,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-    budget: int | float | None = None,
-    layout: Kind = "interleaved",
-    lookahead: int | None = None,
-    mapper: bool = True,
-) -> Iterator[None]:
+def install(**options: Any) -> Iterator[None]:
     """While it lasts, every ``DynamicCache`` that is made in this process is a ``VirtualCache``.
 
-    Arguments as in ``VirtualCache``. Caches with ``offloading=True`` stay what they are, and those made before or
-    inside live on after it.
+    Args:
+        options: as in ``VirtualCache``; ``max_len`` is needed.
+
+    Caches with ``offloading=True`` stay what they are, and those made before or inside live on after it.
     """
-    options = _Options.checked(
-        max_len=max_len,
-        slots=slots,
-        device=device,
-        dtype=dtype,
-        budget=budget,
-        layout=layout,
-        lookahead=lookahead,
-        mapper=mapper,
-    )
+    checked = _Options(**options)
     original: Callable[..., None] = DynamicCache.__init__
     if hasattr(original, "_vattn"):
         raise RuntimeError("vattn.install is active already: leave the outer one first")
@@ -827,7 +793,7 @@ def install(
         original(self, *args, **kwargs)
         if type(self) is DynamicCache and not self.offloading:
             self.__class__ = VirtualCache
-            _virtualize(self, options)
+            _virtualize(self, checked)
 
     init._vattn = True  # type: ignore[attr-defined]
     DynamicCache.__init__ = init

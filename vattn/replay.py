@@ -7,19 +7,21 @@ token, and what is done is closed.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from vattn.cache import KVCache, Sequence
 from vattn.errors import OutOfPages
 from vattn.trace import Request
 
-_MEMORY_CALLS = ("create", "map", "set_access", "unmap", "release")
+# Calls that make, map, open, unmap and release memory.
+MEMORY_CALLS = ("create", "map", "set_access", "unmap", "release")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Result:
     """What a replay has measured, from the end of its warm-up on.
 
@@ -41,25 +43,25 @@ class Result:
         running_mean: sequences running, mean over the steps.
     """
 
-    steps: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    finished: int = 0
-    preempted: int = 0
-    calls: dict[str, int] = field(default_factory=dict)
-    caller_calls: dict[str, int] = field(default_factory=dict)
-    waited_seconds: float = 0.0
-    waste_mean: float = 0.0
-    unused_mean: float = 0.0
-    rows_peak: int = 0
-    needed_peak: int = 0
-    physical_peak: int = 0
-    running_mean: float = 0.0
+    steps: int
+    seconds: float
+    tokens: int
+    finished: int
+    preempted: int
+    calls: dict[str, int]
+    caller_calls: dict[str, int]
+    waited_seconds: float
+    waste_mean: float
+    unused_mean: float
+    rows_peak: int
+    needed_peak: int
+    physical_peak: int
+    running_mean: float
 
     @property
     def calls_per_1000_tokens(self) -> float:
-        """Calls that make, map, open, unmap and release memory; fences and zeroing are in ``calls``."""
-        return 1000 * sum(self.calls.get(name, 0) for name in _MEMORY_CALLS) / max(1, self.tokens)
+        """``MEMORY_CALLS``; fences and zeroing are in ``calls`` only."""
+        return 1000 * sum(self.calls.get(name, 0) for name in MEMORY_CALLS) / max(1, self.tokens)
 
     @property
     def wait_fraction(self) -> float:
@@ -67,16 +69,128 @@ class Result:
         return self.waited_seconds / self.seconds if self.seconds else 0.0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Running:
     request: Request
     sequence: Sequence
     made: int = 0  # tokens of the output
 
 
-def _ask(sequence: Sequence, request: Request) -> None:
-    with contextlib.suppress(OutOfPages):  # without a mapper it is said at once
-        sequence.prefetch(request.prompt + 1)
+class _Server:
+    """Sequences that run, requests that wait for one of so many places or for memory, and what has become of others."""
+
+    def __init__(self, cache: KVCache, requests: SequenceOf[Request], concurrency: int, output_guess: int) -> None:
+        self.cache = cache
+        self.waiting = deque(requests)
+        self.coming: list[_Running] = []  # memory is asked for; they run when it is there
+        self.running: list[_Running] = []
+        self.concurrency = concurrency
+        self.output_guess = output_guess
+        self.tokens = self.finished = self.preempted = 0
+
+    def admit(self, now: float) -> None:
+        """Starts what has arrived, as far as there are places and memory."""
+        while self.waiting and self.waiting[0].arrival <= now:
+            if len(self.running) + len(self.coming) >= self.concurrency:
+                break
+            if self.coming and not self._ready(self.coming[-1]):
+                break  # one after the other, so that none takes the memory another waits for
+            request = self.waiting.popleft()
+            sequence = self.cache.open(expected=request.prompt + self.output_guess)
+            self.coming.append(_Running(request, sequence))
+            self._ask(self.coming[-1])
+        still = []
+        for one in self.coming:
+            if self._ready(one) or not self.running:  # where nothing else is to be done, it is waited for
+                one.sequence.grow(one.request.prompt)
+                self.tokens += one.request.prompt
+                self.running.append(one)
+            else:
+                self._ask(one)
+                still.append(one)
+        self.coming = still
+
+    def step(self) -> None:
+        """A token for each that runs; where there is no memory for it, the last to come waits again."""
+        position = 0
+        while position < len(self.running):
+            one = self.running[position]
+            try:
+                one.sequence.grow(1)
+            except OutOfPages:
+                if len(self.running) == 1:
+                    raise
+                last = self.running.pop()
+                last.sequence.close()
+                self.waiting.appendleft(last.request)
+                self.preempted += 1
+                continue
+            one.made += 1
+            self.tokens += 1
+            position += 1
+
+    def end(self) -> None:
+        """Closes what is done."""
+        for one in self.running:
+            if one.made >= one.request.output:
+                one.sequence.close()
+                self.finished += 1
+        self.running = [one for one in self.running if one.made < one.request.output]
+
+    @staticmethod
+    def _ask(one: _Running) -> None:
+        with contextlib.suppress(OutOfPages):  # without a mapper it is said at once
+            one.sequence.prefetch(one.request.prompt + 1)
+
+    @staticmethod
+    def _ready(one: _Running) -> bool:
+        return one.sequence.capacity >= one.request.prompt
+
+
+class _Measured:
+    """A server from a moment on, looked at after each step."""
+
+    def __init__(self, server: _Server) -> None:
+        self.server = server
+        self.before = server.cache.stats()
+        self.tokens, self.finished, self.preempted = server.tokens, server.finished, server.preempted
+        self.since = time.perf_counter()
+        self.steps = self.rows_peak = self.needed_peak = self.physical_peak = 0
+        self.waste = self.unused = self.running = 0.0  # sums over the steps
+
+    def look(self) -> None:
+        stats = self.server.cache.stats()
+        unused = stats.mapped - stats.parked - stats.rows
+        self.steps += 1
+        self.waste += (unused - stats.spare) / max(1, stats.rows)
+        self.unused += unused / max(1, stats.rows)
+        self.running += len(self.server.running)
+        self.rows_peak = max(self.rows_peak, stats.rows)
+        self.needed_peak = max(self.needed_peak, stats.mapped - stats.parked - stats.spare)
+        self.physical_peak = max(self.physical_peak, stats.physical)
+
+    def result(self) -> Result:
+        seconds = time.perf_counter() - self.since
+        before, after = self.before, self.server.cache.stats()
+        calls = {name: count - before.driver_calls[name] for name, count in after.driver_calls.items()}
+        background = {name: count - before.background_calls[name] for name, count in after.background_calls.items()}
+        steps = max(1, self.steps)
+        return Result(
+            steps=self.steps,
+            seconds=seconds,
+            tokens=self.server.tokens - self.tokens,
+            finished=self.server.finished - self.finished,
+            preempted=self.server.preempted - self.preempted,
+            calls=calls,
+            caller_calls={name: count - background[name] for name, count in calls.items()},
+            waited_seconds=after.waited_seconds - before.waited_seconds,
+            waste_mean=self.waste / steps,
+            unused_mean=self.unused / steps,
+            rows_peak=self.rows_peak,
+            needed_peak=self.needed_peak,
+            physical_peak=self.physical_peak,
+            running_mean=self.running / steps,
+        )
 
 
 def replay(
@@ -102,96 +216,28 @@ def replay(
 
     Raises:
         ValueError: the requests end before the warm-up does.
+        OutOfPages: the budget does not hold a request that runs alone.
     """
-    running: list[_Running] = []
-    waiting = deque(requests)
-    coming: list[_Running] = []
-    result = Result()
-    finished = 0
-    started: float | None = None
-    before = None
-    step = 0
-    sums = [0.0, 0.0, 0.0]
-    begin = time.perf_counter()
-    clock = begin
-    while waiting:  # to the last admission: what drains after it is not a steady state
-        if started is not None and max_steps is not None and result.steps >= max_steps:
-            break
-        paced = steps_per_second is not None and started is not None
-        now = time.perf_counter() - begin if paced else float("inf")
-        if started is None and finished >= warm_up:
-            before = cache.stats(), cache._arena.driver.counts(background=True), time.perf_counter()
-            result = Result()
-            started = begin = clock = before[2]
-            sums = [0.0, 0.0, 0.0]
-        # Admission: memory is asked for, and the request joins when it is there.
-        while waiting and waiting[0].arrival <= now and len(running) + len(coming) < concurrency:
-            if coming and coming[-1].sequence.capacity < coming[-1].request.prompt:
-                break  # one after the other, so that none takes the memory another waits for
-            request = waiting.popleft()
-            sequence = cache.open(expected=request.prompt + output_guess)
-            _ask(sequence, request)
-            coming.append(_Running(request, sequence))
-        still = []
-        for one in coming:
-            if one.sequence.capacity >= one.request.prompt:
-                one.sequence.grow(one.request.prompt)
-                result.tokens += one.request.prompt
-                running.append(one)
-            else:
-                _ask(one.sequence, one.request)
-                still.append(one)
-        coming = still
-        # A step.
-        done = []
-        for one in list(running):
-            if one not in running:
-                continue
-            while True:
-                try:
-                    one.sequence.grow(1)
-                    break
-                except OutOfPages:
-                    victim = running.pop()
-                    result.preempted += 1
-                    victim.sequence.close()
-                    waiting.appendleft(victim.request)
-                    if victim is one:
-                        break
-            if one.sequence._open:
-                result.tokens += 1
-                one.made += 1
-                if one.made >= one.request.output:
-                    done.append(one)
-        result.steps += 1
-        step += 1
-        stats = cache.stats()
-        if stats.rows:
-            unused = stats.mapped - stats.parked - stats.rows
-            sums[0] += (unused - stats.spare) / stats.rows
-            sums[1] += unused / stats.rows
-        sums[2] += len(running)
-        result.rows_peak = max(result.rows_peak, stats.rows)
-        result.needed_peak = max(result.needed_peak, stats.mapped - stats.parked - stats.spare)
-        result.physical_peak = max(result.physical_peak, stats.physical)
-        for one in done:
-            one.sequence.close()
-            running.remove(one)
-            finished += 1
-            result.finished += 1
-        if steps_per_second and started is not None:
-            clock += 1 / steps_per_second
-            time.sleep(max(0.0, clock - time.perf_counter()))
+    server = _Server(cache, requests, concurrency, output_guess)
+    measured: _Measured | None = None
+    while server.waiting:  # to the last admission: what drains after it is not a steady state
+        if measured is None and server.finished >= warm_up:
+            measured = _Measured(server)
+        paced = steps_per_second if measured else None
+        server.admit(time.perf_counter() - measured.since if measured and paced else math.inf)
+        server.step()
+        if measured:
+            measured.look()
+        server.end()
+        if measured and paced:
+            time.sleep(max(0.0, measured.since + measured.steps / paced - time.perf_counter()))
         else:
-            cache._arena.settle()
-    if before is None:
+            cache.settle()
+        if measured and measured.steps == max_steps:
+            break
+    if measured is None:
         raise ValueError(f"the requests end before {warm_up} have finished: take more, or a lower warm_up")
-    stats, background = cache.stats(), cache._arena.driver.counts(background=True)
-    result.seconds = time.perf_counter() - before[2]
-    result.calls = {n: c - before[0].driver_calls[n] for n, c in stats.driver_calls.items()}
-    result.caller_calls = {n: c - (background[n] - before[1][n]) for n, c in result.calls.items()}
-    result.waited_seconds = stats.waited_seconds - before[0].waited_seconds
-    result.waste_mean, result.unused_mean, result.running_mean = (s / max(1, result.steps) for s in sums)
-    for one in [*running, *coming]:
+    result = measured.result()
+    for one in [*server.running, *server.coming]:
         one.sequence.close()
     return result
