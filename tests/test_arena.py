@@ -246,6 +246,36 @@ def test_parked_memory_is_taken_from_the_longest_parked_one_extent_at_a_time():
     a.check()
 
 
+def test_extents_that_can_be_mapped_as_they_are_are_taken_first():
+    a = arena(budget=13 * PAGE)
+    for slot, rows in ((0, 32), (1, 16), (2, 48)):
+        a.acquire(slot)
+        a.grow([slot], rows, 0)
+    assert [extents(a, slot) for slot in range(3)] == [[4], [2], [4, 2]]
+    a.release([0])
+    a.release([1])
+    a.release([2])
+    a.acquire(3)
+    a.grow([3], 24, 0)  # 2 + 1 granules, one of which is free
+    assert [extents(a, slot) for slot in range(4)] == [[4], [], [4, 2], [2, 1]]
+    assert a.driver.counts()["release"] == 0
+    a.check()
+
+
+def test_memory_goes_first_where_most_is_mapped_past_what_is_expected():
+    a = arena(budget=14 * PAGE, slots=5)
+    for slot, lengths in enumerate(([8, 16], [8, 16, 24, 32], [8, 16, 24, 32, 40], [8, 16, 24])):
+        a.acquire(slot)
+        for length in lengths:
+            a.grow([slot], length, 0)
+    a.truncate([0, 1, 2], 8)
+    a.release([3])
+    a.acquire(4)
+    a.grow([4], 40, 0)  # in pieces of 4 and 1
+    assert [len(extents(a, slot)) for slot in range(4)] == [2, 3, 1, 3]
+    a.check()
+
+
 def test_pooled_extents_of_another_class_make_room():
     a = arena(budget=8 * PAGE)
     a.acquire(0)
