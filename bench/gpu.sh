@@ -20,7 +20,6 @@ run() { # a name, then a command: keeps going, remembers failure, shows the end 
 pytest="python3 -m pytest -q -p no:benchmark -m 'not model'"
 run build python3 setup.py build_ext --inplace
 if [ "${2:-}" = map ]; then
-  run core timeout 200 bash -c "$pytest tests/test_mapper.py tests/test_arena.py tests/test_cache.py tests/test_driver_contract.py"
   run map timeout 540 python3 bench/map.py --device cuda --out "$out"
   exit $failed
 fi

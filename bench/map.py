@@ -9,13 +9,15 @@
 Sarathi-Serve prints its moments, at 40 steps/s after a warm-up, with a budget 20% above the live tokens and with one
 that every admission waits for. Waste is what is mapped under running sequences and neither rows nor free for others;
 the peak is that of the memory that is mapped and not free for others, over the peak of the rows.
-``launch_p99_ratio``: the 99th percentile of a kernel's launch with the mapper busy over that with it idle.
+``launch_p99_ratio``: the 99th percentile of a kernel's launch with the mapper busy over that with it idle, medians of
+ten rounds by turns; ``launch_p99_noise``: the highest over the lowest of the idle rounds.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import statistics
 import time
 from typing import Any
 
@@ -84,39 +86,94 @@ def together(device: str, sequences: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def launches(device: str, busy: bool, count: int = 20000) -> list[float]:
-    """Microseconds of launching a small kernel; when busy, while the mapper maps and unmaps without pause."""
+def launches(device: str, *, rounds: int = 10, count: int = 4000) -> list[dict[str, Any]]:
+    """Percentiles of launching a small kernel, by turns with the mapper idle and while it maps and unmaps."""
     value = torch.zeros(1, device=device)
-    times = []
+    rows = []
     with KVCache(bench.layout(), slots=8, device=device) as cache, cache.open() as sequence:
-        sequence.grow(1)
-        for number in range(count):
-            if busy and number % 50 == 0:
-                sequence.prefetch(2048 + number % 8192)
-                if number % 1000 == 0:
-                    sequence.truncate(0)
-                    cache.trim()
-                    sequence.grow(1)
+        for number in range(2 * rounds):
+            busy = number % 2 == 1
+            sequence.truncate(0)
+            cache.trim()
+            sequence.grow(1)
+            torch.cuda.synchronize()
+            times = []
+            for launch in range(count):
+                if busy and launch % 50 == 0:
+                    sequence.prefetch(2048 + launch % 8192)
+                    if launch % 1000 == 0:
+                        sequence.truncate(0)
+                        cache.trim()
+                        sequence.grow(1)
+                start = time.perf_counter()
+                value.add_(1)
+                times.append((time.perf_counter() - start) * 1e6)
+                if launch % 500 == 0:
+                    torch.cuda.synchronize()
+            times.sort()
+            rows.append(
+                {
+                    "mapper": "busy" if busy else "idle",
+                    "launch p50 us": times[count // 2],
+                    "p99 us": times[count * 99 // 100],
+                }
+            )
+    return rows
+
+
+def fragmented(device: str) -> list[dict[str, Any]]:
+    """What an extent and a prompt of 1 GiB take to map, with all memory free and with every other granule taken."""
+    driver = bench.driver_of(device)
+    size = driver.granularity
+    fresh, prompt = _extents(driver), bench.prompts(device, tokens=(8192,))[0]["vattn ms"]
+    count = (driver.memory_info()[0] - 2**30) // size
+    handles = [driver.create(size) for _ in range(count)]
+    for handle in handles[::2]:
+        driver.release(handle)
+    rows = [
+        {"extent MiB": mib, "fresh us": before, "fragmented us": after}
+        for (mib, before), after in zip(fresh.items(), _extents(driver).values(), strict=True)
+    ]
+    rows.append(
+        {"prompt": 8192, "fresh ms": prompt, "fragmented ms": bench.prompts(device, tokens=(8192,))[0]["vattn ms"]}
+    )
+    for handle in handles[1::2]:
+        driver.release(handle)
+    return rows
+
+
+def _extents(driver: Any, rounds: int = 20) -> dict[float, float]:
+    medians = {}
+    for granules in (1, 2, 4, 8, 16, 32, 64):
+        nbytes = granules * driver.granularity
+        base = driver.reserve(nbytes)
+        times = []
+        for _ in range(rounds):
             start = time.perf_counter()
-            value.add_(1)
+            handle = driver.create(nbytes)
+            driver.map(base, nbytes, handle)
+            driver.set_access(base, nbytes)
             times.append((time.perf_counter() - start) * 1e6)
-            if number % 500 == 0:
-                torch.cuda.synchronize()
-    return sorted(times)
+            driver.unmap(base, nbytes)
+            driver.release(handle)
+        driver.free_address(base, nbytes)
+        medians[nbytes / 2**20] = statistics.median(times)
+    return medians
 
 
 def main() -> None:
     parser = report.options(__doc__.splitlines()[0])
-    parser.add_argument("--requests", type=int, default=2000, help="of the replay, half of them its warm-up")
+    parser.add_argument("--requests", type=int, default=8000, help="of the replay")
+    parser.add_argument("--warm-up", type=int, default=6000, help="of the requests, the ones served before measuring")
     parser.add_argument("--concurrency", type=int, default=128, help="sequences at once in the replay")
-    parser.add_argument("--steps", type=int, default=1000, help="steps to measure of each replay")
+    parser.add_argument("--steps", type=int, default=2000, help="steps to measure of each replay")
     options = parser.parse_args()
     device, on_gpu = options.device, options.device.startswith("cuda")
     rows: list[dict[str, Any]] = bench.call_latency(device)
     native = [json.loads(line) for line in report.native("map_latency", "cuda" if on_gpu else "cpu").splitlines()]
     rows += native
     prompts = bench.prompts(device)
-    rows += prompts
+    rows += [*prompts, *bench.growth(device)]
     slow, fast = waits(device, 100, 8192 if on_gpu else 1024), waits(device, 5000, 8192)
     crowd = together(device, 64, 30)
     rows += [slow, fast, crowd]
@@ -129,20 +186,30 @@ def main() -> None:
     }
     if on_gpu:
         bars["overhead_ratio_cpp"] = native[0]["vattn_us"] / native[0]["bare_us"]
-        idle, busy = launches(device, False), launches(device, True)
-        for name, times in (("idle", idle), ("busy", busy)):
-            launch = {"mapper": name, "launch p50 us": times[len(times) // 2], "p99 us": times[len(times) * 99 // 100]}
-            rows.append(launch)
-        bars["launch_p99_ratio"] = busy[len(busy) * 99 // 100] / idle[len(idle) * 99 // 100]
+        launched = launches(device)
+        rows += [*launched, *fragmented(device)]
+        idle, busy = ([row["p99 us"] for row in launched if row["mapper"] == state] for state in ("idle", "busy"))
+        bars["launch_p99_ratio"] = statistics.median(busy) / statistics.median(idle)
+        bars["launch_p99_noise"] = max(idle) / min(idle)
     replays = bench.replays(
         device,
         generate("sharegpt", options.requests),
         concurrency=options.concurrency,
+        warm_up=options.warm_up,
         steps_per_second=40,
         max_steps=options.steps,
-        mappers=(True,),
+        policies=bench.POLICIES[:1],
     )
-    rows += replays
+    # Others come to a steady state sooner, having no slots to choose from.
+    peers = bench.replays(
+        device,
+        generate("sharegpt", 1000),
+        concurrency=options.concurrency,
+        steps_per_second=40,
+        max_steps=options.steps // 5,
+        policies=bench.POLICIES[1:],
+    )
+    rows += [*replays, *peers]
     spare, full = replays
     bars |= {
         "calls_per_1000_tokens": spare["calls / 1000 tokens"],

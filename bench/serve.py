@@ -23,7 +23,7 @@ def serve(device: int, requests: int, steps: int) -> list[dict[str, Any]]:
         concurrency=128,
         steps_per_second=40,
         max_steps=steps,
-        mappers=(True,),
+        policies=("vattn",),
     )
     return [{"gpu": device, **row} for row in rows]
 

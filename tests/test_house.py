@@ -36,7 +36,8 @@ PYTHON = {
     "demo.py": {"hf", "layout"},
     "trace.py": set(),
     "replay.py": {"cache", "errors", "trace"},
-    "bench.py": {"_core", "cache", "layout", "replay", "trace"},
+    "pages.py": {"_core", "cache", "errors"},
+    "bench.py": {"_core", "cache", "errors", "layout", "pages", "replay", "trace"},
     "cli.py": {"_core", "bench", "cache", "demo", "errors", "layout", "trace"},
     "__init__.py": {"cache", "errors", "hf", "layout"},
 }

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from vattn import _core
 from vattn.cache import KVCache, resolve_device
+from vattn.errors import OutOfPages
 from vattn.layout import GRANULARITY, KVLayout
-from vattn.replay import MEMORY_CALLS, Result, replay
+from vattn.pages import Pages
+from vattn.replay import MEMORY_CALLS, Result, Served, replay
 from vattn.trace import Request
 
+_UNLIMITED = 1 << 62  # bytes
 ROW_BYTES = 128 * 1024  # a token of Llama-3-8B in bfloat16: 32 layers of K and V, 8 heads of 128
 # Microseconds a call takes on an H100, for the host to charge; see docs/design.md.
 CHARGES = {"create": 13.0, "map": 1.0, "set_access": 30.0, "unmap": 20.0, "release": 15.0}
 
 
-def driver_of(device: str) -> _core.Driver:
-    """A driver of its own: the device's, or the host's with an H100's costs charged."""
+def driver_of(device: str, *, scale: int = 1) -> _core.Driver:
+    """A driver of its own: the device's, or the host's with an H100's costs charged and granules by scale smaller."""
     where = resolve_device(device)
     if where.type == "cuda":
         torch.zeros(1, device=where)  # the context is torch's
         return _core.cuda_driver(where.index)
-    driver = _core.host_driver(GRANULARITY)
+    driver = _core.host_driver(GRANULARITY // scale)
     charge(driver)
     return driver
 
@@ -115,60 +120,100 @@ def layout(max_len: int = 16384, *, scale: int = 1) -> KVLayout:
     )  # fmt: skip
 
 
+# Ways to serve requests. A zero page under every slot would take more mappings than a host has.
+POLICIES = ("vattn", "vattn, mapper off", "2 MiB pages", "a page for each layer's K and V")
+# Other ways to map K/V memory, by name: planes, and whether unmapped addresses read a page of zeros.
+PAGES = {
+    "2 MiB pages": (1, False),
+    "a page for each layer's K and V": (64, False),
+    "2 MiB pages over a zero page": (1, True),
+}
+
+
+@contextlib.contextmanager
+def _pages(device: str, policy: str, *, scale: int = 1, **options: Any) -> Iterator[Pages]:
+    planes, zero_page = PAGES[policy]
+    pages = Pages(driver_of(device, scale=scale), planes=planes, row_bytes=ROW_BYTES // scale // planes,
+                  zero_page=zero_page, **options)  # fmt: skip
+    try:
+        yield pages
+    finally:
+        pages.close()
+
+
 def prompts(device: str, *, tokens: Sequence[int] = (128, 1024, 8192), rounds: int = 5) -> list[dict[str, Any]]:
     """Milliseconds to map a prompt on fresh memory, by policy; medians."""
-    rows = []
-    for n in tokens:
-        ours = []
+
+    def ours(n: int) -> float:
         with KVCache(layout(), slots=1, device=device) as cache:
             charge(cache._arena.driver)
-            for _ in range(rounds):
-                with cache.open() as sequence:
-                    start = time.perf_counter()
-                    sequence.grow(n)
-                    ours.append((time.perf_counter() - start) * 1e3)
-                cache.trim()
-        handles = -(-n * ROW_BYTES // GRANULARITY)
-        # A granule for each layer's K and V holds 1024 tokens.
-        by_layer = 64 * -(-n * ROW_BYTES // (64 * GRANULARITY))
-        row: dict[str, Any] = {"tokens": n, "vattn ms": statistics.median(ours)}
-        for name, count, zero_page in (
-            ("2 MiB handles ms", handles, False),
-            ("a handle for each layer's K and V ms", by_layer, False),
-            ("2 MiB handles over a zero page ms", handles, True),
-        ):
-            row[name] = statistics.median(_handles(device, count, zero_page) for _ in range(rounds))
-        row["cudaMalloc ms"] = statistics.median(_torch(device, n * ROW_BYTES) for _ in range(rounds))
-        rows.append(row)
-    return rows
+            return _milliseconds(cache.open().grow, n)
+
+    def pages(policy: str, n: int) -> float:
+        with _pages(device, policy, slots=1, max_len=n, budget=_UNLIMITED) as cache:
+            return _milliseconds(cache.open().grow, n)
+
+    ways: dict[str, Callable[[int], float]] = {"vattn": ours}
+    ways |= {policy: functools.partial(pages, policy) for policy in PAGES}
+    ways["cudaMalloc"] = lambda n: _torch(device, n * ROW_BYTES)
+    return [
+        {"tokens": n} | {f"{name} ms": statistics.median(way(n) for _ in range(rounds)) for name, way in ways.items()}
+        for n in tokens
+    ]
 
 
-def _handles(device: str, count: int, zero_page: bool) -> float:
-    """Milliseconds to create, map and open so many granules one by one; not zeroed."""
-    driver = driver_of(device)
-    size = driver.granularity
-    base = driver.reserve(count * size)
-    places = [base + number * size for number in range(count)]
-    zero = driver.create(size) if zero_page else None
-    if zero is not None:
-        for at in places:
-            driver.map(at, size, zero)
-            driver.set_access(at, size)
-    handles = []
+def _milliseconds(work: Callable[..., Any], *args: Any) -> float:
     start = time.perf_counter()
-    for at in places:
-        if zero is not None:
-            driver.unmap(at, size)
-        handles.append(driver.create(size))
-        driver.map(at, size, handles[-1])
-        driver.set_access(at, size)
-    took = (time.perf_counter() - start) * 1e3
-    for at in places:
-        driver.unmap(at, size)
-    for handle in [*handles, *([] if zero is None else [zero])]:
-        driver.release(handle)
-    driver.free_address(base, count * size)
-    return took
+    work(*args)
+    return (time.perf_counter() - start) * 1e3
+
+
+def growth(device: str, *, tokens: int = 2100, rate: float = 1000.0) -> list[dict[str, Any]]:
+    """One sequence that grows token by token at a rate: microseconds of the caller for each token, by policy."""
+
+    def measured(name: str, grow: Callable[[], Any], calls: Callable[[], dict[str, int]]) -> dict[str, Any]:
+        grow()
+        before, times = calls(), []
+        clock = time.perf_counter()
+        for _ in range(tokens - 1):
+            times.append(_milliseconds(grow) * 1e3)
+            clock += 1 / rate
+            time.sleep(max(0.0, clock - time.perf_counter()))
+        after = calls()
+        cuts = statistics.quantiles(times, n=1000, method="inclusive")
+        return {
+            "growing by": name,
+            "tokens": tokens,
+            "p50 us": cuts[499],
+            "p99 us": cuts[989],
+            "p99.9 us": cuts[998],
+            "max us": max(times),
+            "mean us": statistics.fmean(times),
+            "calls of the caller": sum(after[call] - before[call] for call in MEMORY_CALLS if after),
+        }
+
+    def made_by_caller(cache: KVCache) -> dict[str, int]:
+        stats = cache.stats()
+        return {call: count - stats.background_calls[call] for call, count in stats.driver_calls.items()}
+
+    rows = []
+    for mapper in (True, False):
+        with KVCache(layout(), slots=1, device=device, mapper=mapper) as cache, cache.open() as sequence:
+            charge(cache._arena.driver)
+            name = "vattn" if mapper else "vattn, mapper off"
+            rows.append(measured(name, sequence.grow, functools.partial(made_by_caller, cache)))
+    for policy in PAGES:
+        with _pages(device, policy, slots=1, max_len=tokens, budget=_UNLIMITED) as pages:
+            rows.append(measured(policy, pages.open().grow, pages.driver.counts))
+    if resolve_device(device).type == "cuda":
+        memory = [torch.empty(0, ROW_BYTES, dtype=torch.uint8, device=device)]
+
+        def concatenate() -> None:
+            memory[0] = torch.cat((memory[0], memory[0].new_empty(1, ROW_BYTES)))
+            torch.cuda.synchronize()
+
+        rows.append(measured("torch.cat", concatenate, dict))
+    return rows
 
 
 def _torch(device: str, nbytes: int) -> float:
@@ -208,25 +253,38 @@ def replays(
     warm_up: int | None = None,
     steps_per_second: float | None = None,
     max_steps: int | None = None,
-    mappers: Sequence[bool] = (True, False),
+    policies: Sequence[str] = POLICIES,
 ) -> list[dict[str, Any]]:
-    """Served requests with a budget 20% above the live tokens and with a full one, with each of ``mappers``: on, off.
+    """Served requests by policy, with a budget 20% above the live tokens and with a full one.
 
     On the host rows and granules are 1/128 of their size, and a call costs what it does on an H100. A server expects
     the 90th percentile of the outputs.
     """
     scale = 1 if resolve_device(device).type == "cuda" else 128
-    row_bytes = ROW_BYTES // scale
+    live = live_tokens(requests, concurrency) * (ROW_BYTES // scale)
     outputs = sorted(request.output for request in requests)
+    max_len = max(request.prompt + request.output for request in requests) + 1
     rows = []
-    for mapper in mappers:
+    for policy in policies:
         for budget, factor in (("live + 20%", 1.2), ("full", 0.8)):
-            nbytes = int(factor * live_tokens(requests, concurrency) * row_bytes)
-            longest = max(request.prompt + request.output for request in requests)
-            described = layout(longest + 1, scale=scale)
-            with KVCache(described, slots=2 * concurrency, device=device, budget=nbytes, mapper=mapper) as cache:
-                charge(cache._arena.driver)
-                result = replay(
+            nbytes = int(factor * live)
+            with contextlib.ExitStack() as stack:
+                cache: Served
+                if policy in PAGES:
+                    options = {"slots": 2 * concurrency, "max_len": max_len, "budget": nbytes}
+                    cache = stack.enter_context(_pages(device, policy, scale=scale, **options))
+                else:
+                    ours = KVCache(
+                        layout(max_len, scale=scale),
+                        slots=2 * concurrency,
+                        device=device,
+                        budget=nbytes,
+                        mapper=policy == POLICIES[0],
+                    )
+                    charge(ours._arena.driver)
+                    cache = stack.enter_context(ours)
+                served = functools.partial(
+                    replay,
                     cache,
                     requests,
                     concurrency=concurrency,
@@ -235,14 +293,16 @@ def replays(
                     output_guess=outputs[len(outputs) * 9 // 10],
                     max_steps=max_steps,
                 )
-            rows.append(_summary(budget, mapper, result))
+                row: dict[str, Any] = {"policy": policy, "budget": budget}
+                try:
+                    rows.append(row | _summary(served()))
+                except OutOfPages as error:
+                    rows.append(row | {"not served": str(error)})
     return rows
 
 
-def _summary(budget: str, mapper: bool, result: Result) -> dict[str, Any]:
+def _summary(result: Result) -> dict[str, Any]:
     return {
-        "budget": budget,
-        "mapper": "on" if mapper else "off",
         "calls / 1000 tokens": result.calls_per_1000_tokens,
         "in the caller": sum(result.caller_calls[call] for call in MEMORY_CALLS),
         "waited": result.wait_fraction,

@@ -248,12 +248,15 @@ def _bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     result = {
         "calls": bench.call_latency(options.device),
         "prompts": bench.prompts(options.device),
+        "growth": bench.growth(options.device),
         "replay": bench.replays(options.device, requests, concurrency=options.concurrency),
     }
     parts = []
     for name, rows in result.items():
-        cells = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
-        parts += [name, _table([list(rows[0]), *cells]), ""]
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        values = [[row.get(column, "") for column in columns] for row in rows]
+        cells = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row] for row in values]
+        parts += [name, _table([columns, *cells]), ""]
     return result, "\n".join(parts).rstrip()
 
 

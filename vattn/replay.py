@@ -10,15 +10,34 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from vattn.cache import KVCache, Sequence
+from vattn.cache import CacheStats
 from vattn.errors import OutOfPages
 from vattn.trace import Request
 
 # Calls that make, map, open, unmap and release memory.
 MEMORY_CALLS = ("create", "map", "set_access", "unmap", "release")
+
+
+class ServedSequence(Protocol):
+    """What a server needs of a sequence; see ``vattn.cache.Sequence``."""
+
+    @property
+    def capacity(self) -> int: ...
+    def grow(self, n: int = 1) -> int: ...
+    def prefetch(self, length: int) -> bool: ...
+    def close(self) -> None: ...
+
+
+class Served(Protocol):
+    """What a server needs of a cache; see ``KVCache``."""
+
+    def open(self, *, expected: int = 0) -> ServedSequence: ...
+    def stats(self) -> CacheStats: ...
+    def settle(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -72,14 +91,14 @@ class Result:
 @dataclass(eq=False)
 class _Running:
     request: Request
-    sequence: Sequence
+    sequence: ServedSequence
     made: int = 0  # tokens of the output
 
 
 class _Server:
     """Sequences that run, requests that wait for one of so many places or for memory, and what has become of others."""
 
-    def __init__(self, cache: KVCache, requests: SequenceOf[Request], concurrency: int, output_guess: int) -> None:
+    def __init__(self, cache: Served, requests: Sequence[Request], concurrency: int, output_guess: int) -> None:
         self.cache = cache
         self.waiting = deque(requests)
         self.coming: list[_Running] = []  # memory is asked for; they run when it is there
@@ -194,8 +213,8 @@ class _Measured:
 
 
 def replay(
-    cache: KVCache,
-    requests: SequenceOf[Request],
+    cache: Served,
+    requests: Sequence[Request],
     *,
     concurrency: int,
     warm_up: int = 0,
