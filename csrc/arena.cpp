@@ -383,13 +383,14 @@ void Arena::truncate(Slots slots, std::size_t positions, Stream stream) {
                                     std::to_string(window) + " has moved on and the rows before it are given back");
     }
   }
-  if (!shorter) return;
-  const Fences fresh = fences_of(slots, stream, lock);
+  Fences fresh;
+  if (shorter) fresh = fences_of(slots, stream, lock);
   for (const std::size_t index : slots) {
     Slot& slot = slots_[index];
     cover(slot, stream, fresh);
-    slot.length = positions;
     slot.wanted = 0;
+    if (!shorter) continue;
+    slot.length = positions;
     slot.asked_since = {};
     // A run that starts behind the first row is of no use to what is to come.
     for (std::size_t plane = 0; plane < geometry_.size() && positions == 0; ++plane)
@@ -641,7 +642,7 @@ std::size_t Arena::end_of(const Geometry& plane, std::size_t positions) const no
 // Where a slot's run must reach to for its sequence: for its rows, or as it is kept by what is mapped ahead.
 std::size_t Arena::needed_end(const Slot& slot, std::size_t plane, Keep keep) const noexcept {
   if (slot.state != State::running) return 0;
-  if (keep == Keep::rows) return end_of(geometry_[plane], slot.length);
+  if (keep == Keep::rows) return end_of(geometry_[plane], std::max(slot.length, slot.wanted));
   // Who has adopted memory for its first rows has not come to write them yet.
   const bool expected = keep == Keep::expected || slot.length == 0;
   return end_of(geometry_[plane],
@@ -1011,8 +1012,10 @@ void Arena::ask(std::size_t index) {
   if (!options_.lookahead && slot.asked_since != Clock::time_point{} && slot.length > slot.asked_length) {
     const std::chrono::duration<double> since = now - slot.asked_since;
     const double rate = static_cast<double>(slot.length - slot.asked_length) / since.count();
-    const auto first = static_cast<double>(first_lookahead());
-    slot.lookahead = static_cast<std::size_t>(std::clamp(2 * map_seconds_ * rate, first, kLookahead * first));
+    const std::size_t first = first_lookahead();
+    const std::size_t most = std::min(kLookahead * first, slot.length / options_.growth_divisor);
+    const auto positions = static_cast<std::size_t>(2 * map_seconds_ * rate);
+    slot.lookahead = std::max(first, std::min(positions, most));
   }
   slot.asked_since = now;
   slot.asked_length = slot.length;

@@ -149,6 +149,32 @@ def test_prefetch_maps_in_the_background_and_takes_nothing_that_others_will_need
     a.check()
 
 
+def test_what_was_prefetched_is_not_given_to_others():
+    a = two_running(8)
+    a.prefetch(1, 40)
+    a.settle()
+    kept = a.capacity(1)
+    with pytest.raises(OutOfPages):
+        a.grow([0], 32, 8)
+    assert a.capacity(1) == kept >= 40
+    a.truncate([1], 0)
+    a.grow([0], 32, 8)
+    assert a.capacity(1) < 40
+    a.check()
+
+
+def test_the_lookahead_is_a_part_of_the_length_at_most():
+    a = arena(lookahead=None, slots=1, max_len=40_000)
+    a.driver.charge("map", 2_000_000)
+    a.acquire()
+    a.grow([0], 1000, 0)
+    for length in range(1001, 20_000):
+        a.grow([0], length, length - 1)
+    a.settle()
+    assert 8 < a.stats()["lookahead"] <= 20_000 // 32
+    a.check()
+
+
 def test_retired_memory_comes_back_without_being_asked_for():
     a = arena(planes=((ROW, 8),))
     a.acquire()

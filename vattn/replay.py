@@ -130,16 +130,16 @@ class _Server:
         self.coming = still
 
     def step(self) -> None:
-        """A token for each that runs; where there is no memory for it, the last to come waits again."""
+        """A token for each that runs; where there is no memory for it, the last that came waits again."""
         position = 0
         while position < len(self.running):
             one = self.running[position]
             try:
                 one.sequence.grow(1)
             except OutOfPages:
-                if len(self.running) == 1:
+                if len(self.running) + len(self.coming) == 1:
                     raise
-                last = self.running.pop()
+                last = (self.coming or self.running).pop()
                 last.sequence.close()
                 self.waiting.appendleft(last.request)
                 self.preempted += 1
