@@ -1,4 +1,7 @@
-"""Makes docs/benchmarks.md from the JSON files in bench/results; with --check only says whether it is current."""
+"""Makes docs/benchmarks.md and its figures from the JSON files in bench/results.
+
+With --check it only says whether the page is current and its figures are there.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ This page is made by `make docs` from the files in `bench/results`, which name t
 Measure again with `bench/gpu.sh` on a machine with a GPU, or with a single script, e.g.
 `python bench/latency.py --device cpu --out bench/results`.
 """
+# Benchmarks with figures.
+DRAWN = ("map",)
 # Which benchmark, in what order, and what is to be said of it; a row's keys are its columns.
 SECTIONS = {
     "latency": "Latency of growing and updating",
@@ -56,16 +61,24 @@ def page() -> str:
     parts = [INTRODUCTION]
     for name, title in SECTIONS.items():
         for path in sorted((ROOT / "bench" / "results").glob(f"{name}-*.json")):
-            parts.append(section(title, json.loads(path.read_text())))
+            parts.append(section(title, json.loads(path.read_text()), figures().get(path)))
     return "\n".join(parts)
 
 
-def section(title: str, result: dict[str, Any]) -> str:
+def figures() -> dict[Path, Path]:
+    """The figure of each result that has one."""
+    results = (ROOT / "bench" / "results").glob("*.json")
+    return {path: ROOT / "docs" / "plots" / f"{path.stem}.svg" for path in results if path.stem.split("-")[0] in DRAWN}
+
+
+def section(title: str, result: dict[str, Any], drawn: Path | None) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     driver = f", driver {result['driver']}" if result["driver"] else ""
     where = f"{result['hardware']}{driver}; {versions}; commit {result['commit'][:12]}; {result['date'][:10]}"
     lines = [f"## {title}: {result['hardware']}", "", where, "", "| measure | value |", "|---|---|"]
     lines += [f"| {BARS[name]} | {shown(value)} |" for name, value in result["bars"].items()]
+    if drawn:
+        lines += ["", f"![the tables below as figures](plots/{drawn.name})"]
     for keys in dict.fromkeys(tuple(row) for row in result["rows"]):
         lines += ["", f"| {' | '.join(keys)} |", "|" + "---|" * len(keys)]
         lines += [
@@ -87,11 +100,15 @@ def shown(value: Any) -> str:
 def main() -> int:
     current = PAGE.read_text() if PAGE.exists() else ""
     if "--check" in sys.argv:
-        if current != page():
+        if current != page() or not all(figure.exists() for figure in figures().values()):
             print(f"{PAGE} is not what bench/results says: run make docs", file=sys.stderr)
             return 1
         return 0
     PAGE.write_text(page())
+    from plots import mapping
+
+    for path, figure in figures().items():
+        mapping(json.loads(path.read_text()), figure)
     return 0
 
 

@@ -336,6 +336,22 @@ def test_an_operation_out_of_memory_is_tried_again_after_a_trim():
             needs_memory(torch.ones(2))
 
 
+@pytest.mark.gpu
+def test_torch_gets_on_a_full_device_what_is_parked():
+    layout = KVLayout.uniform(layers=32, kv_heads=8, head_dim=128, max_len=1 << 20, dtype="bfloat16")
+    row = sum(plane.row_bytes for plane in layout.planes)
+    free = torch.cuda.mem_get_info()[0]
+    with KVCache(layout, slots=1, device="cuda") as c:
+        with c.open() as sequence:
+            sequence.grow(int(0.7 * free) // row)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(free // 2, dtype=torch.uint8, device="cuda")
+        with c.trim_on_oom():
+            assert torch.empty(free // 2, dtype=torch.uint8, device="cuda").numel() == free // 2
+        assert c.stats().physical == 0
+    torch.cuda.empty_cache()
+
+
 def test_the_arguments_reach_the_caches_of_a_virtual_cache():
     from transformers import LlamaConfig
 
