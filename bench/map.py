@@ -197,6 +197,7 @@ def main() -> None:
         generate("sharegpt", options.requests),
         concurrency=options.concurrency,
         warm_up=options.warm_up,
+        settling=options.concurrency,
         steps_per_second=40,
         max_steps=options.steps,
         policies=bench.POLICIES[:1],

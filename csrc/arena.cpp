@@ -1013,9 +1013,8 @@ void Arena::ask(std::size_t index) {
     const std::chrono::duration<double> since = now - slot.asked_since;
     const double rate = static_cast<double>(slot.length - slot.asked_length) / since.count();
     const std::size_t first = first_lookahead();
-    const std::size_t most = std::min(kLookahead * first, slot.length / options_.growth_divisor);
-    const auto positions = static_cast<std::size_t>(2 * map_seconds_ * rate);
-    slot.lookahead = std::max(first, std::min(positions, most));
+    const std::size_t most = std::clamp(slot.length / options_.growth_divisor, 4 * first, kLookahead * first);
+    slot.lookahead = std::clamp(static_cast<std::size_t>(2 * map_seconds_ * rate), first, most);
   }
   slot.asked_since = now;
   slot.asked_length = slot.length;

@@ -50,8 +50,8 @@ struct ArenaOptions {
   // A growing run takes extents of up to 1/growth_divisor of what it has, so that at most that part is unused.
   std::size_t growth_divisor = 32;
   // Positions past its length that a running sequence is kept mapped, where there is a mapper. None: what the time to
-  // map and the rate of growth ask for, but no more than 1/growth_divisor of its length nor 64 granules, and at least
-  // one granule of the widest plane, or 64 positions of it.
+  // map and the rate of growth ask for, at least a granule of the widest plane (or 64 positions of it) and at most
+  // 64 of those, nor more than 1/growth_divisor of its length and 4 of those.
   std::optional<std::size_t> lookahead = std::nullopt;
 };
 

@@ -218,6 +218,7 @@ def replay(
     *,
     concurrency: int,
     warm_up: int = 0,
+    settling: int = 0,
     steps_per_second: float | None = None,
     output_guess: int = 0,
     max_steps: int | None = None,
@@ -228,7 +229,8 @@ def replay(
         cache: whose slots and budget are those of the server.
         requests: by arrival.
         concurrency: the most sequences at once.
-        warm_up: requests that finish before measuring begins; they are served without a pause.
+        warm_up: requests that finish at first; they are served without a pause.
+        settling: requests that finish then, at the server's pace, before measuring begins.
         steps_per_second: the server's pace; None: as fast as it goes, and each step waits for the mapper.
         output_guess: tokens of output that a request is expected to have, see ``KVCache.open``.
         max_steps: steps to measure at most.
@@ -239,23 +241,29 @@ def replay(
     """
     server = _Server(cache, requests, concurrency, output_guess)
     measured: _Measured | None = None
+    began = 0.0
+    clock: float | None = None  # when the next step begins, once there is a pace
     while server.waiting:  # to the last admission: what drains after it is not a steady state
-        if measured is None and server.finished >= warm_up:
+        if steps_per_second and clock is None and server.finished >= warm_up:
+            began = clock = time.perf_counter()
+        if measured is None and server.finished >= warm_up + settling:
             measured = _Measured(server)
-        paced = steps_per_second if measured else None
-        server.admit(time.perf_counter() - measured.since if measured and paced else math.inf)
+        server.admit(math.inf if clock is None else time.perf_counter() - began)
         server.step()
         if measured:
             measured.look()
         server.end()
-        if measured and paced:
-            time.sleep(max(0.0, measured.since + measured.steps / paced - time.perf_counter()))
+        if steps_per_second and clock is not None:
+            clock += 1 / steps_per_second
+            time.sleep(max(0.0, clock - time.perf_counter()))
         else:
             cache.settle()
         if measured and measured.steps == max_steps:
             break
     if measured is None:
-        raise ValueError(f"the requests end before {warm_up} have finished: take more, or a lower warm_up")
+        raise ValueError(
+            f"the requests end before {warm_up + settling} have finished: take more, or a lower warm_up or settling"
+        )
     result = measured.result()
     for one in [*server.running, *server.coming]:
         one.sequence.close()
