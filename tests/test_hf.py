@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, pipeline
 
 import vattn
-from vattn import BackendUnavailable, DriverError, KVCache, OutOfPages, SequenceTooLong, VirtualCache, hf
+from vattn import BackendUnavailable, DriverError, KVCache, OutOfPages, SequenceTooLong, VirtualCache, store
 
 PAGE = 4096
 CONFIG = LlamaConfig(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, hidden_size=64)
@@ -23,7 +23,7 @@ CONFIG = LlamaConfig(num_hidden_layers=4, num_attention_heads=4, num_key_value_h
 @pytest.fixture(autouse=True)
 def small_granules(request, monkeypatch):
     if not request.node.get_closest_marker("gpu"):
-        monkeypatch.setattr(hf._Store, "granularity", PAGE)
+        monkeypatch.setattr(store.Store, "granularity", PAGE)
 
 
 @pytest.fixture(scope="module")
@@ -470,8 +470,8 @@ def test_enormous_models_reserve_fewer_slots():
 
 
 def test_install_does_not_nest():
-    with hf.install(max_len=10):
-        with pytest.raises(RuntimeError, match="active already"), hf.install(max_len=20):
+    with vattn.install(max_len=10):
+        with pytest.raises(RuntimeError, match="active already"), vattn.install(max_len=20):
             pass
         assert type(DynamicCache(config=CONFIG)) is VirtualCache
     assert type(DynamicCache(config=CONFIG)) is DynamicCache

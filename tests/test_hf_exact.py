@@ -7,7 +7,8 @@ import torch
 from models import CASES, MODES, SPECULATIVE, attentions, build
 from transformers import DynamicCache, EncoderDecoderCache
 
-from vattn import VirtualCache, hf
+import vattn
+from vattn import VirtualCache, store
 
 MAX_LEN = 160
 
@@ -49,7 +50,7 @@ def outcome(run, model, make):
 def test_exact(models, name, attention, device, mode, monkeypatch):
     model = models(name, attention, device)
     if device == "cpu":  # small granules, so that growth, windows and parked slots are met
-        monkeypatch.setattr(hf._Store, "granularity", 4096)
+        monkeypatch.setattr(store.Store, "granularity", 4096)
     made = []
 
     def make(model):
@@ -80,7 +81,7 @@ def test_exact(models, name, attention, device, mode, monkeypatch):
 @pytest.mark.parametrize("name", ["llama-gqa", "gemma3", "deepseek_v3"])
 def test_exact_compact(models, name, mode, device, monkeypatch):
     if device == "cpu":
-        monkeypatch.setattr(hf._Store, "granularity", 4096)
+        monkeypatch.setattr(store.Store, "granularity", 4096)
     model = models(name, "sdpa", device)
     got = MODES[mode](model, lambda model: virtual(model, layout="compact"))
     for a, b in zip(MODES[mode](model, dynamic), got, strict=True):
@@ -92,7 +93,7 @@ def test_installed_for_a_whole_process(models, name):
     model = models(name, attentions(name)[0], "cpu")
     before = DynamicCache.__init__
     expected = MODES["greedy"](model, lambda model: None)
-    with hf.install(max_len=MAX_LEN):
+    with vattn.install(max_len=MAX_LEN):
         assert type(DynamicCache(config=model.config)) is VirtualCache
         got = MODES["greedy"](model, lambda model: None)
         made = DynamicCache()

@@ -321,7 +321,7 @@ def test_an_operation_out_of_memory_is_tried_again_after_a_trim():
             sequence.grow(100)
         failures = [True]
 
-        @torch.library.custom_op("checks::needs_memory", mutates_args=())
+        @torch.library.custom_op("custom::needs_memory", mutates_args=())
         def needs_memory(x: torch.Tensor) -> torch.Tensor:
             if failures:
                 failures.pop()

@@ -1,0 +1,430 @@
+"""``Store``: what the layers of a model share, over one ``KVCache`` for each device; no transformers in it.
+
+Row ``i`` of the batch is slot ``i``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import repeat
+from typing import Any
+
+import torch
+
+from vattn.cache import KVCache, Sequence, resolve_device
+from vattn.layout import GRANULARITY, ITEMSIZES, Group, Kind, KVLayout, LayerShape
+
+_SPARE_SLOTS = 64  # slots reserved when their number is left open: addresses cost nothing
+_SPARE_ADDRESSES = 1 << 45  # but there is an end to them
+
+Place = tuple[torch.device, int]  # which KVCache: its device, and the layer it is for alone, or -1
+
+
+# What one layer needs for one update: the place for its new K and V, as one tensor of all heads where the group is
+# fused; the views to return; for the whole step the shape of the new K, the elements of the new V, the length left.
+Step = tuple[torch.Size, int, int]
+Ready = tuple[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor, Step]
+
+
+class Lane:
+    """The layers of one group of one ``KVCache``, as ``[layers, slots, kv_heads, max_len, dim]`` tensors."""
+
+    def __init__(self, cache: KVCache, index: int, group: Group) -> None:
+        k, v, heads = cache.grouped(index)
+        # Where the group is not fused, what is written are K and V themselves.
+        written = (k, v) if heads is None else (heads,)
+        self._k, self._v, *self._written = (t.permute(2, 0, 3, 1, 4) for t in (k, v, *written))
+        self._batch = -1
+        self.layers = group.layers
+        self.window = group.shape.window
+        self.device = cache.device
+
+    def prepare(self, batch: int, start: int, n: int, step: Step) -> Iterator[Ready]:
+        """What each layer needs to append ``n`` positions behind ``start``."""
+        first = 0 if self.window is None else max(start - self.window + 1, 0)
+        seen = start + n - first
+        # Views made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            if batch != self._batch:
+                self._batch = batch
+                self._rows = [t[:, :batch] for t in (self._k, self._v, *self._written)]
+            k, v, *written = self._rows
+            new: list[Any] = [t.narrow(3, start, n).unbind(0) for t in written]
+            places = new[0] if len(new) == 1 else zip(*new, strict=True)
+            k, v = k.narrow(3, first, seen), v.narrow(3, first, seen)
+            return zip(places, k.unbind(0), v.unbind(0), repeat(step, len(self.layers)), strict=True)
+
+    def rows(self, layer: int, batch: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of one layer at positions [first, end), ``[batch, kv_heads, end - first, dim]``."""
+        position = self.layers.index(layer)
+        return self._k[position, :batch, :, first:end], self._v[position, :batch, :, first:end]
+
+
+def write(new: Any, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    """Writes one layer's new K and V to their place, see ``Ready``."""
+    if type(new) is tuple:
+        torch._foreach_copy_(new, (key_states, value_states))
+    else:
+        torch.cat((key_states, value_states), 1, out=new)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The arguments of ``VirtualCache``, checked, and as what they stand for."""
+
+    max_len: int
+    slots: int | None = None
+    device: str | torch.device | None = None
+    dtype: str | torch.dtype | None = None
+    budget: int | float | None = None
+    layout: Kind = "interleaved"
+    lookahead: int | None = None
+    mapper: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_len", 1), ("slots", 1), ("lookahead", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
+        if self.layout not in ("interleaved", "compact"):
+            raise ValueError(f"layout must be 'interleaved' or 'compact', not {self.layout!r}")
+        if self.dtype is not None:
+            name = str(self.dtype).removeprefix("torch.")
+            if name not in ITEMSIZES:
+                raise ValueError(f"dtype {name!r} is not supported: use one of {', '.join(ITEMSIZES)}")
+            object.__setattr__(self, "dtype", getattr(torch, name))
+        if self.device is not None:
+            object.__setattr__(self, "device", resolve_device(self.device))
+
+
+class Store:
+    """What the layers of one cache share: the ``KVCache``s, the rows in use and the length of each layer.
+
+    A layer's shape, dtype and device are known from its first update. Until then it is guessed to be like the last
+    layer seen; when a guess proves wrong, the ``KVCache`` it was made for is rebuilt around what is known.
+    """
+
+    granularity = GRANULARITY  # bytes; tests on the host make it smaller
+
+    def __init__(self, windows: list[int | None], cached: list[bool], options: Options) -> None:
+        self.windows = windows
+        self.cached = cached
+        self.open_ended = not windows  # no configuration: layers come as they come, each with a KVCache of its own
+        self.options = options
+        self.lengths = [0] * len(windows)
+        self.seen: dict[int, tuple[Place, LayerShape]] = {}
+        self.signatures: dict[int, tuple[Any, ...]] = {}  # of the seen layers, what is compared at each step
+        self.placed: dict[int, tuple[Place, LayerShape]] = {}
+        self.caches: dict[Place, KVCache] = {}
+        self.rows: dict[Place, list[Sequence]] = {}
+        self.lanes: dict[int, Lane] = {}  # of each layer
+        self.ready: dict[int, Ready] = {}  # the layers that the step at hand is prepared for
+        self.recording = False
+        self.floor = 0  # while recording: the length at the last crop, which must stay reachable
+        self.closed = False
+
+    def add_layer(self) -> int:
+        """One more layer of an open-ended cache; returns its index."""
+        self.windows.append(None)
+        self.cached.append(True)
+        self.lengths.append(0)
+        return len(self.windows) - 1
+
+    def take(self, index: int, key_states: torch.Tensor, value_states: torch.Tensor) -> Ready:
+        """What an update of one layer needs, prepared for the whole group if it is not yet."""
+        ready = self.ready.pop(index, None)
+        if ready and (key_states.shape, value_states.numel()) == ready[3][:2]:
+            return ready
+        return self._prepare(index, key_states, value_states)
+
+    def _prepare(self, index: int, k: torch.Tensor, v: torch.Tensor) -> Ready:
+        """Checks an update, grows the rows for it, and makes the views that serve all layers of its group."""
+        self._require_open()
+        if k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3]:
+            raise ValueError(
+                f"key_states and value_states must be [batch, kv_heads, tokens, head_dim] with equal batch, heads "
+                f"and tokens, not {tuple(k.shape)} and {tuple(v.shape)}"
+            )
+        batch, _, n, _ = k.shape
+        self._require_slots(batch)
+        self._learn(index, k, v)
+        place, start = self.placed[index][0], self.lengths[index]
+        try:
+            self._set_rows(place, batch)
+            self.caches[place].grow_all(self.rows[place], start + n, keep=self._keep(place))
+        except BaseException:
+            if start == 0:  # it has seen nothing yet, and may come in another shape
+                self.unlearn(index)
+            raise
+
+        lane, step = self.lanes[index], (k.shape, v.numel(), start + n)
+        ready = zip(lane.layers, lane.prepare(batch, start, n, step), strict=True)
+        if len(self.seen) == len(self.placed) and self.lengths.count(start) == len(self.lengths):
+            self.ready.update(ready)
+        else:  # the first pass, or a layer that skips steps
+            self.ready.update((layer, r) for layer, r in ready if layer in self.seen and self.lengths[layer] == start)
+        return self.ready.pop(index)
+
+    def _require_slots(self, batch: int) -> None:
+        if (slots := self.options.slots) is not None and batch > slots:
+            raise ValueError(f"a batch of {batch} rows does not fit {slots} slots: make it with slots={batch}")
+
+    def _require_open(self) -> None:
+        if self.closed:
+            raise ValueError("the cache is closed: make a new VirtualCache")
+
+    def _keep(self, place: Place) -> int:
+        """The shortest length that a layer of a place has, or may be cropped to: its windows must stay."""
+        if self.recording:
+            return self.floor
+        return min(self.lengths[layer] for layer in self._layers_of(place) if layer in self.seen)
+
+    def view(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What a layer holds, ``[batch, kv_heads, length, head_dim]``; of a window only what it still needs."""
+        if index not in self.lanes or not self.rows[self.placed[index][0]]:
+            return None
+        lane, length = self.lanes[index], self.lengths[index]
+        first = 0 if lane.window is None else max(length - lane.window + 1, 0)
+        return lane.rows(index, len(self.rows[self.placed[index][0]]), first, length)
+
+    def truncate(self, lengths: list[int]) -> None:
+        """Shortens the layers to ``lengths``; what no layer needs any more may be given away."""
+        self._require_open()
+        for place, rows in self.rows.items():
+            longest = max(lengths[layer] for layer in self._layers_of(place))
+            if rows and longest < rows[0].length:
+                self.caches[place].truncate_all(rows, longest)
+        self.lengths = lengths
+        self.floor = max(lengths, default=0)
+        self.ready.clear()
+
+    def reset(self) -> None:
+        """Ends every row; their memory is parked for the next batch. What layers looked like is forgotten."""
+        self._require_open()
+        self.ready.clear()
+        self.seen.clear()
+        self.signatures.clear()
+        for place in self.rows:
+            self._close_rows(place, 0)
+        self.lengths = [0] * len(self.lengths)
+        self.floor = 0
+
+    def gather(self, indices: torch.Tensor) -> None:
+        """Makes row ``i`` what row ``indices[i]`` was, for every layer."""
+        self._require_open()
+        before = max((len(rows) for place, rows in self.rows.items() if self._filled(place)), default=0)
+        if before == 0:
+            return
+        everyone = torch.arange(before)
+        indices = everyone[torch.as_tensor(indices).cpu()]
+        if torch.equal(indices, everyone):
+            return
+        batch = len(indices)
+        if batch == 0:
+            self.reset()
+            return
+        self._require_slots(batch)
+        self.ready.clear()
+        self._rebuild({place: 2 * batch for place, cache in self.caches.items() if cache.slots < batch})
+        places = [place for place in self.caches if self._filled(place)]
+        try:
+            for place in places:
+                self._open_rows(place, batch)
+            for place in places:
+                first, chosen = self._first_rows(place), indices.to(place[0])
+                for layer in self._filled(place):
+                    span = first[layer], self.lengths[layer]
+                    old = self.lanes[layer].rows(layer, before, *span)
+                    new = self.lanes[layer].rows(layer, batch, *span)
+                    for source, target in zip(old, new, strict=True):
+                        target.copy_(source.index_select(0, chosen))
+        except BaseException:
+            for place in places:
+                self._close_rows(place, before)
+            raise
+        for place in places:
+            self._close_rows(place, batch)
+
+    def clone(self) -> Store:
+        """A copy with memory of its own."""
+        self._require_open()
+        other = Store(list(self.windows), list(self.cached), self.options)
+        other.open_ended = self.open_ended
+        other.seen, other.signatures, other.placed = dict(self.seen), dict(self.signatures), dict(self.placed)
+        other.lengths, other.floor, other.recording = list(self.lengths), self.floor, self.recording
+        for place, cache in self.caches.items():
+            other._build(place, cache.slots)
+            other._copy_from(self, place)
+        return other
+
+    def close(self) -> None:
+        self.closed = True
+        self.ready.clear()
+        self.lanes.clear()
+        for place, cache in self.caches.items():
+            self.rows[place].clear()
+            cache.close()
+        self.lengths = [0] * len(self.lengths)
+
+    def _learn(self, index: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Checks that a layer is what it was, or takes note of what it is."""
+        signature = (k.shape[1], k.shape[3], v.shape[3], k.dtype, v.dtype, k.device, v.device)
+        if signature == self.signatures.get(index):
+            return
+        shape = LayerShape(
+            kv_heads=k.shape[1],
+            head_dim=k.shape[3],
+            v_head_dim=v.shape[3],
+            # Under autocast the two may differ; writing converts, and nothing is lost.
+            dtype=str(torch.promote_types(k.dtype, v.dtype)).removeprefix("torch."),
+            window=self.windows[index],
+        )
+        found = ((k.device, index if self.open_ended else -1), shape)
+        if index in self.seen:
+            raise ValueError(
+                f"layer {index} holds {_described(self.seen[index])} and was given {_described(found)}: use one "
+                "VirtualCache for each model"
+            )
+        for name, want, got in (
+            ("dtype", self.options.dtype, getattr(torch, shape.dtype)),
+            ("device", self.options.device, k.device),
+        ):
+            if want is not None and want != got:
+                raise ValueError(f"the cache was made with {name}={want} and layer {index} computes in {got}")
+        if v.device != k.device:
+            raise ValueError(f"keys are on {k.device} but values are on {v.device}")
+        if self.placed.get(index) == found:
+            self.seen[index], self.signatures[index] = found, signature
+            return
+        self.seen[index] = found
+        # The guess for what is still to come: as the last layer seen, of the same window where there is one.
+        before = dict(self.placed)
+        like = {self.windows[layer]: self.seen[layer] for layer in sorted(self.seen)}
+        for layer, window in enumerate(self.windows):
+            if self.cached[layer] and layer not in self.seen and not self.open_ended:
+                (device, _), shape = like.get(window, found)
+                self.placed[layer] = ((device, -1), replace(shape, window=window))
+        self.placed[index] = found
+        slots = self.options.slots or max(_SPARE_SLOTS, 2 * k.shape[0])
+        places = {place for place, _ in [*before.values(), *self.placed.values()]}
+        try:
+            self._rebuild({p: slots for p in places if self._at(before, p) != self._at(self.placed, p)})
+        except BaseException:
+            self.placed = before
+            self.unlearn(index)
+            raise
+        self.signatures[index] = signature
+
+    def unlearn(self, index: int) -> None:
+        self.seen.pop(index, None)
+        self.signatures.pop(index, None)
+
+    @staticmethod
+    def _at(placed: dict[int, tuple[Place, LayerShape]], place: Place) -> dict[int, LayerShape]:
+        return {layer: shape for layer, (where, shape) in placed.items() if where == place}
+
+    def _layers_of(self, place: Place) -> list[int]:
+        return [layer for layer, (where, _) in self.placed.items() if where == place]
+
+    def _filled(self, place: Place) -> list[int]:
+        return [layer for layer in self._layers_of(place) if self.lengths[layer] > 0 and layer in self.lanes]
+
+    def _build(self, place: Place, slots: int) -> None:
+        layers = self._at(self.placed, place)
+        layout = KVLayout(
+            [layers.get(index) for index in range(len(self.windows))],
+            max_len=self.options.max_len,
+            kind=self.options.layout,
+            granularity=self.granularity,
+        )
+        if self.options.slots is None:
+            slots = max(1, min(slots, _SPARE_ADDRESSES // layout.slot_bytes))
+        cache = KVCache(
+            layout,
+            slots=slots,
+            device=place[0],
+            budget=self.options.budget,
+            lookahead=self.options.lookahead,
+            mapper=self.options.mapper,
+        )
+        self.caches[place], self.rows[place] = cache, []
+        for number, group in enumerate(layout.groups):
+            self.lanes.update(dict.fromkeys(group.layers, Lane(cache, number, group)))
+
+    def _rebuild(self, slots: dict[Place, int]) -> None:
+        """Makes the ``KVCache`` of each place anew with so many slots, and what it holds, after its layers changed."""
+        self.ready.clear()
+        old = copy.copy(self)
+        self.caches, self.rows, self.lanes = dict(old.caches), dict(old.rows), dict(old.lanes)
+        try:
+            for place, count in slots.items():
+                self.caches.pop(place, None)
+                self.rows.pop(place, None)
+                if self._layers_of(place):
+                    self._build(place, count)
+                    if place in old.caches:
+                        self._copy_from(old, place)
+        except BaseException:
+            self.caches, self.rows, self.lanes = old.caches, old.rows, old.lanes
+            raise
+        # What was replaced is not closed: the model may hold views of it, and its memory goes with the last of them.
+
+    def _copy_from(self, other: Store, place: Place) -> None:
+        layers = [layer for layer in other._filled(place) if layer in self._layers_of(place)]
+        if not layers:
+            return
+        batch = len(other.rows[place])
+        self._open_rows(place, batch, max(self.lengths[layer] for layer in layers))
+        first = other._first_rows(place)
+        for layer in layers:
+            span = layer, batch, first[layer], self.lengths[layer]
+            for old, new in zip(other.lanes[layer].rows(*span), self.lanes[layer].rows(*span), strict=True):
+                new.copy_(old)
+
+    def _set_rows(self, place: Place, batch: int) -> None:
+        rows = self.rows[place]
+        if len(rows) == batch:
+            return
+        if any(self.lengths[layer] for layer in self._layers_of(place)):
+            raise ValueError(
+                f"the cache holds {len(rows)} rows and was given a batch of {batch}: call reset(), "
+                "batch_repeat_interleave() or batch_select_indices() first"
+            )
+        if batch > self.caches[place].slots:
+            self._rebuild({place: 2 * batch})
+        self._close_rows(place, batch)
+        self._open_rows(place, batch)
+
+    def _open_rows(self, place: Place, batch: int, length: int | None = None) -> None:
+        """Opens rows up to ``batch`` and brings the new ones to the length of the others."""
+        cache, rows = self.caches[place], self.rows[place]
+        if length is None:
+            length = rows[0].length if rows else 0
+        before = len(rows)
+        try:
+            for slot in range(before, batch):
+                rows.append(cache.open(slot=slot))
+            if length and batch > before:
+                cache.grow_all(rows[before:], length, keep=0)
+        except BaseException:
+            self._close_rows(place, before)
+            raise
+
+    def _close_rows(self, place: Place, batch: int) -> None:
+        """Ends the rows from ``batch`` on."""
+        if surplus := self.rows[place][batch:]:
+            self.caches[place].close_all(surplus)
+            del self.rows[place][batch:]
+
+    def _first_rows(self, place: Place) -> dict[int, int]:
+        """For each layer of a place, the first position that its window has not given back."""
+        cache = self.caches[place]
+        return {layer: cache.first_row(0, group.k_planes[0]) for group in cache.layout.groups for layer in group.layers}
+
+
+def _described(found: tuple[Place, LayerShape]) -> str:
+    (device, _), shape = found
+    dims = str(shape.head_dim) if shape.v_head_dim == shape.head_dim else f"{shape.head_dim}/{shape.v_head_dim}"
+    return f"{shape.kv_heads} heads of {dims} in {shape.dtype} on {device}"
