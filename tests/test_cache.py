@@ -110,6 +110,23 @@ def test_a_batch_grows_together():
     assert [row.length for row in rows] == [3, 3, 3]
 
 
+def test_a_batch_is_of_running_sequences_of_the_cache():
+    cache, other = small(), small()
+    closed = cache.open()
+    closed.close()
+    running, stranger = cache.open(slot=closed.slot), other.open(slot=closed.slot)
+    running.grow(5)
+    for sequence, message in ((closed, "the sequence is closed"), (stranger, "sequences holds one of another cache")):
+        for use in (
+            lambda batch: cache.grow_all(batch, 9, keep=0),
+            lambda batch: cache.truncate_all(batch, 2),
+            cache.close_all,
+        ):
+            with pytest.raises(ValueError, match=message):
+                use([sequence])
+    assert (running.length, cache.map()[running.slot]["length"], stranger.length) == (5, 5, 0)
+
+
 def test_misuse_is_told():
     cache = small(max_len=10)
     sequence = cache.open()
@@ -117,6 +134,12 @@ def test_misuse_is_told():
         sequence.grow(-1)
     with pytest.raises(ValueError, match="length must not be negative"):
         sequence.truncate(-1)
+    with pytest.raises(ValueError, match="length must not be negative"):
+        cache.grow_all([sequence], -1, keep=0)
+    with pytest.raises(ValueError, match="expected must not be negative"):
+        cache.open(expected=-1)
+    with pytest.raises(ValueError, match="slot must not be negative"):
+        cache.open(slot=-1)
     with pytest.raises(ValueError, match="cannot truncate to 5"):
         sequence.truncate(5)
     with pytest.raises(SequenceTooLong, match="11 positions are more than max_len, 10"):
@@ -131,6 +154,9 @@ def test_misuse_is_told():
         ({"budget": -1}, "budget must not be negative"),
         ({"budget": 1.5}, r"budget as a part of the free memory must be in \(0, 1\]"),
         ({"budget": 0.0}, "budget as a part"),
+        ({"budget": "4GiB"}, "budget must be bytes, a part"),
+        ({"growth_divisor": -1}, "growth_divisor must be at least 1"),
+        ({"capacity": -1}, "capacity must not be negative"),
     ]:
         with pytest.raises(ValueError, match=message):
             small(**options)

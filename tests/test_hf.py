@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import build, prompt
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, LlamaConfig, pipeline
+from transformers import DynamicCache, LlamaConfig, MistralConfig, pipeline
 
 import vattn
 from vattn import BackendUnavailable, DriverError, KVCache, OutOfPages, SequenceTooLong, VirtualCache, store
@@ -519,6 +519,85 @@ def test_a_crop_that_a_window_forbids_changes_nothing(gemma):
     assert [cache.get_seq_length(layer) for layer in range(4)] == [length] * 4
     fill(cache, 1, dim=16)
     cache.check()
+
+
+@pytest.mark.parametrize(("layout", "v_dim"), [("interleaved", 16), ("compact", 64)])
+def test_copied_rows_of_a_window_are_those_that_every_row_still_has(layout, v_dim):
+    config = MistralConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=256)
+
+    def append(batch, n):
+        for layer in range(2):
+            cache.update(kv(n, batch=batch)[0], kv(n, batch=batch, dim=v_dim)[1], layer)
+
+    cache = VirtualCache(config, max_len=2000, layout=layout)
+    append(1, 200)  # slot 0 has extents of a prompt, slot 1 those of tokens
+    cache.reset()
+    heads = {0}
+    while len(heads) == 1:
+        append(2, 1)
+        heads = {run["head"] for slot in cache.kv_caches[0].map()[:2] for run in slot["runs"]}
+    length = cache.get_seq_length()
+
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+    copied = copy.deepcopy(cache)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    for (k, v), layer, other in zip(before, cache.layers, copied.layers, strict=True):
+        assert torch.equal(layer.keys, k[[1, 0]])
+        assert torch.equal(layer.values, v[[1, 0]])
+        assert torch.equal(other.keys, k)
+        assert torch.equal(other.values, v)
+    for one in (cache, copied):
+        with pytest.raises(ValueError, match="cannot truncate to 100 positions: the window of 256 has moved on"):
+            one.crop(100 - length)
+        assert one.get_seq_length() == length
+        one.reset()
+
+
+def test_what_a_window_has_forgotten_cannot_be_installed():
+    config = MistralConfig(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, sliding_window=16)
+    with vattn.install(max_len=100), pytest.raises(ValueError, match="layer 0 has seen 50 positions and keeps 15"):
+        DynamicCache([kv(50)], config=config)
+
+
+def test_a_step_is_prepared_once_also_where_gradients_are_on(monkeypatch):
+    grown = []
+    original = KVCache.grow_all
+    monkeypatch.setattr(
+        KVCache, "grow_all", lambda self, *args, **options: (grown.append(1), original(self, *args, **options))
+    )
+    with contextlib.closing(VirtualCache(CONFIG, max_len=10)) as cache:
+        fill(cache)
+        grown.clear()
+        for layer in range(4):
+            k, v = kv()
+            cache.update(k.requires_grad_(), v, layer)
+        assert grown == [1]
+
+
+def test_another_dtype_in_the_middle_of_a_step_is_told():
+    with contextlib.closing(VirtualCache(CONFIG, max_len=10, dtype="bfloat16")) as cache:
+        fill(cache, dtype=torch.bfloat16)
+        cache.update(*kv(dtype=torch.bfloat16), 0)
+        with pytest.raises(ValueError, match=r"layer 1 holds 2 heads of 16 in bfloat16 .* given .* float32"):
+            cache.update(*kv(), 1)
+        cache.update(*kv(dtype=torch.bfloat16), 1)
+        assert [layer.get_seq_length() for layer in cache.layers] == [2, 2, 1, 1]
+
+
+def test_a_budget_is_one_for_all_layers():
+    cache = VirtualCache(None, max_len=10)
+    with pytest.raises(ValueError, match="budget needs a cache that is made with the model's config"):
+        cache.set_budget(1 << 20)
+    for budget in (-3, 7.5, "4GiB"):
+        with pytest.raises(ValueError, match="budget"):
+            VirtualCache(CONFIG, max_len=10, budget=budget)
+    cache = VirtualCache(CONFIG, max_len=1000, budget=0.5)
+    fill(cache, 500)
+    (before,) = cache.kv_caches
+    cache.batch_repeat_interleave(100)  # more rows than were reserved
+    (after,) = cache.kv_caches
+    assert after is not before
+    assert after.stats().budget == before.stats().budget
 
 
 def test_gradients_are_refused_not_lost(llama):

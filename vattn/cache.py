@@ -6,7 +6,7 @@ import atexit
 import contextlib
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -106,10 +106,13 @@ class KVCache:
         mapper: bool = True,
         capacity: int = 0,
     ) -> None:
-        if slots < 1:
-            raise ValueError(f"slots must be at least 1, not {slots}")
-        if lookahead is not None and lookahead < 0:
-            raise ValueError(f"lookahead must not be negative, not {lookahead}")
+        for name, value, least in (
+            ("slots", slots, 1),
+            ("growth_divisor", growth_divisor, 1),
+            ("lookahead", lookahead or 0, 0),
+            ("capacity", capacity, 0),
+        ):
+            _require_at_least(name, value, least)
         self.layout = layout
         self.slots = slots
         self.device = resolve_device(device)
@@ -195,6 +198,8 @@ class KVCache:
         Raises:
             ValueError: the slot, or every slot, is in use.
         """
+        _require_at_least("slot", slot or 0, 0)
+        _require_at_least("expected", expected, 0)
         return Sequence(self, self._arena.acquire(slot, expected=expected, stream=self._stream()))
 
     def grow_all(self, sequences: list[Sequence], length: int, *, keep: int) -> None:
@@ -205,20 +210,26 @@ class KVCache:
             length: positions each shall have at least.
             keep: the shortest length that they may still be truncated to; see ``Sequence.grow``.
         """
-        self._grow([sequence.slot for sequence in sequences], length, keep)
+        slots = self._slots_of(sequences)
+        _require_at_least("length", length, 0)
+        _require_at_least("keep", keep, 0)
+        self._grow(slots, length, keep)
         for sequence in sequences:
             sequence.length = max(sequence.length, length)
 
     def truncate_all(self, sequences: list[Sequence], length: int) -> None:
         """Keeps the first ``length`` positions of several sequences: of all of them, or of none when it raises."""
-        self._arena.truncate([sequence.slot for sequence in sequences], length, self._stream())
+        slots = self._slots_of(sequences)
+        _require_at_least("length", length, 0)
+        self._arena.truncate(slots, length, self._stream())
         for sequence in sequences:
             sequence.length = length
 
     def close_all(self, sequences: list[Sequence]) -> None:
         """Ends several running sequences and parks their slots: all of them, or none when it raises."""
+        slots = self._slots_of(sequences)
         if not self._closed:
-            self._arena.release([sequence.slot for sequence in sequences], self._stream())
+            self._arena.release(slots, self._stream())
         for sequence in sequences:
             sequence._open = False
             sequence.length = 0
@@ -243,15 +254,13 @@ class KVCache:
         held = self.stats().physical if isinstance(budget, float) else 0
         self._arena.set_budget(_budget_bytes(budget, self._arena.driver, held))
 
-    @contextlib.contextmanager
-    def trim_on_oom(self) -> Iterator[None]:
+    def trim_on_oom(self) -> TrimOnOOM:
         """While it lasts, a torch operation of this thread that runs out of device memory is tried again after a trim.
 
         The operation gets what no running sequence needs. Every operation in the context passes through Python once
         more, some microseconds each: meant for prefills that fill the device.
         """
-        with TrimOnOOM(self.trim):
-            yield
+        return TrimOnOOM(self.trim)
 
     def settle(self) -> None:
         """Waits until the mapper has nothing more to do for this cache than to wait for kernels."""
@@ -322,6 +331,13 @@ class KVCache:
                 raise
             torch.cuda.empty_cache()  # what torch has freed and kept may do
             self._arena.grow(slots, length, keep, stream)
+
+    def _slots_of(self, sequences: list[Sequence]) -> list[int]:
+        for sequence in sequences:
+            sequence._require_open()
+            if sequence.cache is not self:
+                raise ValueError("sequences holds one of another cache")
+        return [sequence.slot for sequence in sequences]
 
     def _known(self, layer: int) -> int:
         if layer not in self._k:
@@ -413,8 +429,7 @@ class Sequence:
             OutOfPages, OutOfDeviceMemory: as in ``grow``, without a mapper only.
         """
         self._require_open()
-        if length < 0:
-            raise ValueError(f"length must not be negative, not {length}")
+        _require_at_least("length", length, 0)
         return self.cache._arena.prefetch(self.slot, length)
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
@@ -432,11 +447,7 @@ class Sequence:
         Raises:
             ValueError: the sequence is closed or shorter than that, or a sliding window has moved past ``length``.
         """
-        self._require_open()
-        if length < 0:
-            raise ValueError(f"length must not be negative, not {length}")
-        self.cache._arena.truncate(self._slots, length, self.cache._stream())
-        self.length = length
+        self.cache.truncate_all([self], length)
 
     def k(self, layer: int) -> torch.Tensor:
         """This sequence's K, ``[length, kv_heads, head_dim]``, a view."""
@@ -524,13 +535,26 @@ def _stop_mappers() -> None:
             mapper.stop()
 
 
-def _budget_bytes(budget: int | float | None, driver: _core.Driver, held: int = 0) -> int:
+def check_budget(budget: int | float | None) -> None:
+    """Raises ValueError unless it is bytes, a part of what is free, or None."""
     if budget is None:
-        return _UNLIMITED
-    if isinstance(budget, float):
-        if not 0 < budget <= 1:
-            raise ValueError(f"budget as a part of the free memory must be in (0, 1], not {budget}")
-        return int(budget * (driver.memory_info()[0] + held))
+        return
+    if not isinstance(budget, int | float):
+        raise ValueError(f"budget must be bytes, a part of the free memory as a float, or None, not {budget!r}")
+    if isinstance(budget, float) and not 0 < budget <= 1:
+        raise ValueError(f"budget as a part of the free memory must be in (0, 1], not {budget}")
     if budget < 0:
         raise ValueError(f"budget must not be negative, not {budget}")
-    return budget
+
+
+def _budget_bytes(budget: int | float | None, driver: _core.Driver, held: int = 0) -> int:
+    check_budget(budget)
+    if isinstance(budget, float):
+        return int(budget * (driver.memory_info()[0] + held))
+    return _UNLIMITED if budget is None else min(budget, _UNLIMITED)
+
+
+def _require_at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        bound = f"be at least {least}" if least else "not be negative"
+        raise ValueError(f"{name} must {bound}, not {value}")

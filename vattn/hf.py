@@ -11,7 +11,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -226,18 +226,18 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         """Appends one layer's new K and V, ``[batch, kv_heads, n, head_dim]``, and returns views of all of them."""
         # This runs for every layer of every token; the way through the layer is for what is out of the ordinary.
         store = self._store
-        if ready := store.ready.pop(layer_idx, None):
+        if ready := store.ready.get(layer_idx):
             new, k, v, (k_shape, v_numel, end) = ready
             if (
                 key_states.shape == k_shape  # a copy would broadcast
                 and value_states.numel() == v_numel
+                and key_states.dtype == value_states.dtype == k.dtype  # and convert
+                and key_states.device == value_states.device == k.device
                 and not key_states.requires_grad
                 and not value_states.requires_grad
             ):
-                if type(new) is tuple:
-                    torch._foreach_copy_(new, (key_states, value_states))
-                else:
-                    torch.cat((key_states, value_states), 1, out=new)
+                write(new, key_states, value_states)
+                del store.ready[layer_idx]
                 store.lengths[layer_idx] = end
                 return k, v
         if layer_idx >= len(self.layers) and not store.open_ended:
@@ -278,8 +278,8 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row ``repeats`` times."""
-        if (batch := self._rows()) > 0:
-            self._store.gather(torch.arange(batch).repeat_interleave(repeats))
+        rows = max((len(rows) for rows in self._store.rows.values()), default=0)
+        self._store.gather(torch.arange(rows).repeat_interleave(repeats))
         self._each_other("batch_repeat_interleave", repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -328,18 +328,14 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
 
         When it raises OutOfPages for one device, the devices before it have the new budget.
         """
-        for cache in self.kv_caches:
-            cache.set_budget(budget)
-        self._store.options = replace(self._store.options, budget=budget)
+        self._store.set_budget(budget)
 
-    @contextlib.contextmanager
-    def trim_on_oom(self) -> Iterator[None]:
+    def trim_on_oom(self) -> TrimOnOOM:
         """While it lasts, torch operations that run out of device memory are tried again after a trim.
 
         See ``KVCache.trim_on_oom``.
         """
-        with TrimOnOOM(self.trim):
-            yield
+        return TrimOnOOM(self.trim)
 
     def check(self) -> None:
         """Recounts everything; raises ``vattn.Error`` where an invariant is broken."""
@@ -352,9 +348,6 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
 
     def _own(self) -> Iterator[_VirtualLayer]:
         return (layer for layer in self.layers if isinstance(layer, _VirtualLayer))
-
-    def _rows(self) -> int:
-        return max((len(rows) for rows in self._store.rows.values()), default=0)
 
     def _each_other(self, name: str, *args: Any) -> None:
         for layer in self.layers:
@@ -394,8 +387,6 @@ def install(**options: Any) -> Iterator[None]:
 def _virtualize(cache: Any, options: Options) -> None:
     """Replaces the attention layers of a DynamicCache by ours; layers of other kinds stay transformers' own."""
     layers = cache.layers
-    if not layers and options.budget is not None:
-        raise ValueError("budget needs a cache that is made with the model's config")
     store = cache._store = Store(
         [getattr(layer, "sliding_window", None) for layer in layers],
         [type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers],
@@ -410,4 +401,9 @@ def _virtualize(cache: Any, options: Options) -> None:
         else:
             continue
         if layer.is_initialized and layer.keys is not None:
+            if layer.get_seq_length() > layer.keys.shape[-2]:
+                raise ValueError(
+                    f"layer {index} has seen {layer.get_seq_length()} positions and keeps {layer.keys.shape[-2]} of "
+                    "them: make the cache empty, and update it"
+                )
             cache.update(layer.keys, layer.values, index)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vattn.cache import KVCache, Sequence, resolve_device
+from vattn.cache import KVCache, Sequence, check_budget, resolve_device
 from vattn.layout import GRANULARITY, ITEMSIZES, Group, Kind, KVLayout, LayerShape
 
 _SPARE_SLOTS = 64  # slots reserved when their number is left open: addresses cost nothing
@@ -95,6 +95,7 @@ class Options:
             if name not in ITEMSIZES:
                 raise ValueError(f"dtype {name!r} is not supported: use one of {', '.join(ITEMSIZES)}")
             object.__setattr__(self, "dtype", getattr(torch, name))
+        check_budget(self.budget)
         if self.device is not None:
             object.__setattr__(self, "device", resolve_device(self.device))
 
@@ -112,6 +113,7 @@ class Store:
         self.windows = windows
         self.cached = cached
         self.open_ended = not windows  # no configuration: layers come as they come, each with a KVCache of its own
+        self._require_divisible(options.budget)
         self.options = options
         self.lengths = [0] * len(windows)
         self.seen: dict[int, tuple[Place, LayerShape]] = {}
@@ -121,9 +123,22 @@ class Store:
         self.rows: dict[Place, list[Sequence]] = {}
         self.lanes: dict[int, Lane] = {}  # of each layer
         self.ready: dict[int, Ready] = {}  # the layers that the step at hand is prepared for
+        self.moved: dict[int, int] = {}  # of layers whose rows were copied: the first position that came along
         self.recording = False
         self.floor = 0  # while recording: the length at the last crop, which must stay reachable
         self.closed = False
+
+    def set_budget(self, budget: int | float | None) -> None:
+        """Sets the budget of every ``KVCache``, also of those to come."""
+        self._require_divisible(budget)
+        options = replace(self.options, budget=budget)
+        for cache in self.caches.values():
+            cache.set_budget(budget)
+        self.options = options
+
+    def _require_divisible(self, budget: int | float | None) -> None:
+        if self.open_ended and budget is not None:
+            raise ValueError("budget needs a cache that is made with the model's config: else each layer has its own")
 
     def add_layer(self) -> int:
         """One more layer of an open-ended cache; returns its index."""
@@ -135,7 +150,11 @@ class Store:
     def take(self, index: int, key_states: torch.Tensor, value_states: torch.Tensor) -> Ready:
         """What an update of one layer needs, prepared for the whole group if it is not yet."""
         ready = self.ready.pop(index, None)
-        if ready and (key_states.shape, value_states.numel()) == ready[3][:2]:
+        if (
+            ready
+            and (key_states.shape, value_states.numel()) == ready[3][:2]
+            and _signature(key_states, value_states) == self.signatures[index]
+        ):
             return ready
         return self._prepare(index, key_states, value_states)
 
@@ -151,9 +170,11 @@ class Store:
         self._require_slots(batch)
         self._learn(index, k, v)
         place, start = self.placed[index][0], self.lengths[index]
+        in_step = len(self.seen) == len(self.placed) and self.lengths.count(start) == len(self.lengths)
         try:
             self._set_rows(place, batch)
-            self.caches[place].grow_all(self.rows[place], start + n, keep=self._keep(place))
+            keep = start if in_step and not self.recording else self._keep(place)
+            self.caches[place].grow_all(self.rows[place], start + n, keep=keep)
         except BaseException:
             if start == 0:  # it has seen nothing yet, and may come in another shape
                 self.unlearn(index)
@@ -161,7 +182,7 @@ class Store:
 
         lane, step = self.lanes[index], (k.shape, v.numel(), start + n)
         ready = zip(lane.layers, lane.prepare(batch, start, n, step), strict=True)
-        if len(self.seen) == len(self.placed) and self.lengths.count(start) == len(self.lengths):
+        if in_step:
             self.ready.update(ready)
         else:  # the first pass, or a layer that skips steps
             self.ready.update((layer, r) for layer, r in ready if layer in self.seen and self.lengths[layer] == start)
@@ -192,11 +213,19 @@ class Store:
     def truncate(self, lengths: list[int]) -> None:
         """Shortens the layers to ``lengths``; what no layer needs any more may be given away."""
         self._require_open()
+        for layer, first in self.moved.items():
+            window, length = self.windows[layer] or 0, lengths[layer]
+            if length and max(length - window + 1, 0) < first:
+                raise ValueError(
+                    f"cannot truncate to {length} positions: the window of {window} has moved on and the rows before "
+                    "it are given back"
+                )
         for place, rows in self.rows.items():
             longest = max(lengths[layer] for layer in self._layers_of(place))
             if rows and longest < rows[0].length:
                 self.caches[place].truncate_all(rows, longest)
         self.lengths = lengths
+        self.moved = {layer: first for layer, first in self.moved.items() if lengths[layer]}
         self.floor = max(lengths, default=0)
         self.ready.clear()
 
@@ -206,6 +235,7 @@ class Store:
         self.ready.clear()
         self.seen.clear()
         self.signatures.clear()
+        self.moved.clear()
         for place in self.rows:
             self._close_rows(place, 0)
         self.lengths = [0] * len(self.lengths)
@@ -235,6 +265,7 @@ class Store:
             for place in places:
                 first, chosen = self._first_rows(place), indices.to(place[0])
                 for layer in self._filled(place):
+                    self.moved[layer] = first[layer]
                     span = first[layer], self.lengths[layer]
                     old = self.lanes[layer].rows(layer, before, *span)
                     new = self.lanes[layer].rows(layer, batch, *span)
@@ -255,7 +286,7 @@ class Store:
         other.seen, other.signatures, other.placed = dict(self.seen), dict(self.signatures), dict(self.placed)
         other.lengths, other.floor, other.recording = list(self.lengths), self.floor, self.recording
         for place, cache in self.caches.items():
-            other._build(place, cache.slots)
+            other._build(place, cache.slots, self.options.budget)
             other._copy_from(self, place)
         return other
 
@@ -270,7 +301,7 @@ class Store:
 
     def _learn(self, index: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Checks that a layer is what it was, or takes note of what it is."""
-        signature = (k.shape[1], k.shape[3], v.shape[3], k.dtype, v.dtype, k.device, v.device)
+        signature = _signature(k, v)
         if signature == self.signatures.get(index):
             return
         shape = LayerShape(
@@ -331,7 +362,7 @@ class Store:
     def _filled(self, place: Place) -> list[int]:
         return [layer for layer in self._layers_of(place) if self.lengths[layer] > 0 and layer in self.lanes]
 
-    def _build(self, place: Place, slots: int) -> None:
+    def _build(self, place: Place, slots: int, budget: int | float | None) -> None:
         layers = self._at(self.placed, place)
         layout = KVLayout(
             [layers.get(index) for index in range(len(self.windows))],
@@ -345,7 +376,7 @@ class Store:
             layout,
             slots=slots,
             device=place[0],
-            budget=self.options.budget,
+            budget=budget,
             lookahead=self.options.lookahead,
             mapper=self.options.mapper,
         )
@@ -362,10 +393,13 @@ class Store:
             for place, count in slots.items():
                 self.caches.pop(place, None)
                 self.rows.pop(place, None)
-                if self._layers_of(place):
-                    self._build(place, count)
-                    if place in old.caches:
-                        self._copy_from(old, place)
+                if not self._layers_of(place):
+                    continue
+                before = old.caches.get(place)
+                # A part of what is free was meant of what was free at first.
+                self._build(place, count, self.options.budget if before is None else before.stats().budget)
+                if before is not None:
+                    self._copy_from(old, place)
         except BaseException:
             self.caches, self.rows, self.lanes = old.caches, old.rows, old.lanes
             raise
@@ -379,6 +413,7 @@ class Store:
         self._open_rows(place, batch, max(self.lengths[layer] for layer in layers))
         first = other._first_rows(place)
         for layer in layers:
+            self.moved[layer] = first[layer]
             span = layer, batch, first[layer], self.lengths[layer]
             for old, new in zip(other.lanes[layer].rows(*span), self.lanes[layer].rows(*span), strict=True):
                 new.copy_(old)
@@ -403,6 +438,8 @@ class Store:
         if length is None:
             length = rows[0].length if rows else 0
         before = len(rows)
+        if batch > cache.slots:
+            raise ValueError(f"{batch} rows of max_len {self.options.max_len} need too many addresses: lower max_len")
         try:
             for slot in range(before, batch):
                 rows.append(cache.open(slot=slot))
@@ -419,12 +456,25 @@ class Store:
             del self.rows[place][batch:]
 
     def _first_rows(self, place: Place) -> dict[int, int]:
-        """For each layer of a place, the first position that its window has not given back."""
+        """For each layer of a place, the first position that every row still has: windows give back the others."""
         cache = self.caches[place]
-        return {layer: cache.first_row(0, group.k_planes[0]) for group in cache.layout.groups for layer in group.layers}
+        firsts = {
+            number: max((cache.first_row(row.slot, number) for row in self.rows[place]), default=0)
+            for number, plane in enumerate(cache.layout.planes)
+            if plane.window
+        }
+        return {
+            layer: max(firsts.get(k, 0), firsts.get(v, 0), self.moved.get(layer, 0))
+            for group in cache.layout.groups
+            for layer, k, v in zip(group.layers, group.k_planes, group.v_planes, strict=True)
+        }
 
 
 def _described(found: tuple[Place, LayerShape]) -> str:
     (device, _), shape = found
     dims = str(shape.head_dim) if shape.v_head_dim == shape.head_dim else f"{shape.head_dim}/{shape.v_head_dim}"
     return f"{shape.kv_heads} heads of {dims} in {shape.dtype} on {device}"
+
+
+def _signature(k: torch.Tensor, v: torch.Tensor) -> tuple[Any, ...]:
+    return k.shape[1], k.shape[3], v.shape[3], k.dtype, v.dtype, k.device, v.device
