@@ -56,6 +56,8 @@ def _growth(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def _served(axes: Any, rows: list[dict[str, Any]]) -> None:
+    fewest = min(row["requests"] for row in rows)  # those that all policies served
+    rows = [row for row in rows if row["requests"] == fewest]
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     for number, budget in enumerate(dict.fromkeys(row["budget"] for row in rows)):
         calls = {row["policy"]: row["calls / 1000 tokens"] for row in rows if row["budget"] == budget}

@@ -342,17 +342,24 @@ bool Arena::prefetch(std::size_t index, std::size_t positions) {
   Lock lock = locked();
   require_open();
   Slot& slot = running(index, "prefetch");
-  slot.wanted = positions;
+  const std::size_t before = std::exchange(slot.wanted, positions);
   if (slot.capacity >= positions) return true;
   if (mapper_) {
     ask(index);
     slot.quiet = std::min(slot.hit_at, slot.ahead_at);
     return false;
   }
-  const Hold hold(*this, Slots(&index, 1), lock);
-  require_open();
-  running(index, "prefetch");
-  map_up_to(Slots(&index, 1), positions, Urgency::demand, lock);
+  ++misses_;
+  try {
+    const Hold hold(*this, Slots(&index, 1), lock);
+    require_open();
+    running(index, "prefetch");
+    const Waiting waiting(*this);
+    map_up_to(Slots(&index, 1), positions, Urgency::demand, lock);
+  } catch (...) {
+    slot.wanted = before;
+    throw;
+  }
   return true;
 }
 

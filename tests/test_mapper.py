@@ -149,6 +149,22 @@ def test_prefetch_maps_in_the_background_and_takes_nothing_that_others_will_need
     a.check()
 
 
+def test_prefetch_without_a_mapper_is_a_wait_and_leaves_nothing_when_refused():
+    c = cache(mapper=False, budget=20 * PAGE)  # of 16 rows each
+    c._arena.driver.charge("map", 1_000_000)
+    first = c.open()
+    assert first.prefetch(160) is True
+    assert c.stats().misses == 1
+    assert c.stats().waited_seconds > 0.001
+    first.close()
+    heir, other = c.open(), c.open()
+    assert heir.capacity == 160
+    with pytest.raises(OutOfPages):
+        heir.prefetch(400)
+    other.grow(304)  # nothing is kept for what was refused
+    c.check()
+
+
 def test_what_was_prefetched_is_not_given_to_others():
     a = two_running(8)
     a.prefetch(1, 40)
@@ -168,10 +184,14 @@ def test_the_lookahead_is_a_part_of_the_length_at_most():
     a.driver.charge("map", 2_000_000)
     a.acquire()
     a.grow([0], 1000, 0)
-    for length in range(1001, 20_000):
+    for length in range(1001, 2000):
         a.grow([0], length, length - 1)
     a.settle()
-    assert 8 < a.stats()["lookahead"] <= 20_000 // 32
+    assert 8 < a.stats()["lookahead"] <= 2000 // 32
+    for length in range(2000, 20_000):
+        a.grow([0], length, length - 1)
+    a.settle()
+    assert 2000 // 32 < a.stats()["lookahead"] <= 20_000 // 32
     a.check()
 
 

@@ -62,7 +62,10 @@ def test_every_token_is_served_and_counted(mapper):
     requests = [Request(0.0, 20 + 7 * n % 90, 5 + 3 * n % 20) for n in range(60)]
     with cache(mapper=mapper) as c:
         result = replay(c, [*requests, Request(0.0, 1, 1)], concurrency=4)
-        assert result.finished + result.preempted >= 57
+        assert result.finished >= 57
+        assert result.preempted == 0
+        made = sum(request.prompt + request.output for request in requests)
+        assert made - 3 * (110 + 25) <= result.tokens <= made + 1
         assert result.rows_peak <= result.needed_peak <= result.physical_peak
         assert 0 <= result.waste_mean <= result.unused_mean
         assert c.stats().running_slots == 0
@@ -81,6 +84,13 @@ def test_a_full_budget_holds_requests_back_and_none_is_lost():
         assert result.running_mean < 9
         assert result.finished >= 20
         c.check()
+
+
+def test_arrivals_count_from_the_end_of_the_warm_up():
+    with cache() as c:
+        result = replay(c, [Request(1000.0, 10, 5)] * 9, concurrency=2, warm_up=4, steps_per_second=1000)
+        assert result.running_mean > 1
+        assert result.seconds < 100
 
 
 def test_a_warm_up_beyond_the_trace_is_refused():

@@ -295,7 +295,7 @@ def replays(
                     output_guess=outputs[len(outputs) * 9 // 10],
                     max_steps=max_steps,
                 )
-                row: dict[str, Any] = {"policy": policy, "budget": budget}
+                row: dict[str, Any] = {"policy": policy, "budget": budget, "requests": len(requests)}
                 try:
                     rows.append(row | _summary(served()))
                 except OutOfPages as error:

@@ -139,7 +139,11 @@ class _Server:
             except OutOfPages:
                 if len(self.running) + len(self.coming) == 1:
                     raise
-                last = (self.coming or self.running).pop()
+                if self.coming:
+                    last = self.coming.pop()
+                else:
+                    last = self.running.pop()
+                    self.tokens -= last.request.prompt + last.made  # they will be made again
                 last.sequence.close()
                 self.waiting.appendleft(last.request)
                 self.preempted += 1
@@ -225,13 +229,16 @@ def replay(
 ) -> Result:
     """Serves requests until the last is admitted, and measures from the end of the warm-up on.
 
+    A request that waits for memory to be admitted is not waited for by those that run: it shows in ``running_mean``.
+
     Args:
         cache: whose slots and budget are those of the server.
         requests: by arrival.
         concurrency: the most sequences at once.
         warm_up: requests that finish at first; they are served without a pause.
         settling: requests that finish then, at the server's pace, before measuring begins.
-        steps_per_second: the server's pace; None: as fast as it goes, and each step waits for the mapper.
+        steps_per_second: the server's pace, by which arrivals are kept once it is warm; None: as fast as it goes,
+            arrivals do not matter, and each step waits for the mapper.
         output_guess: tokens of output that a request is expected to have, see ``KVCache.open``.
         max_steps: steps to measure at most.
 
@@ -245,7 +252,8 @@ def replay(
     clock: float | None = None  # when the next step begins, once there is a pace
     while server.waiting:  # to the last admission: what drains after it is not a steady state
         if steps_per_second and clock is None and server.finished >= warm_up:
-            began = clock = time.perf_counter()
+            clock = time.perf_counter()
+            began = clock - server.waiting[0].arrival
         if measured is None and server.finished >= warm_up + settling:
             measured = _Measured(server)
         server.admit(math.inf if clock is None else time.perf_counter() - began)
