@@ -17,9 +17,9 @@ constexpr std::size_t kLookahead = 64;
 // For sequences that were told how far they will come. No extent is more than 1/kServed of what is needed at first, and
 // the first rows' end is rounded up to 1/kRounded of it; growth takes up to 1/kTold of what there is. Chosen by replays
 // of served traces: fewer driver calls with less memory unused, see docs/design.md.
-constexpr std::size_t kServed = 14;
+constexpr std::size_t kServed = 15;
 constexpr std::size_t kRounded = 28;
-constexpr std::size_t kTold = 12;
+constexpr std::size_t kTold = 14;
 
 // Extents of the class that growth takes that are kept created for the next ones.
 constexpr std::size_t kStock = 2;

@@ -259,7 +259,7 @@ def replays(
     """Served requests by policy, with a budget 20% above the live tokens and with a full one.
 
     On the host rows and granules are 1/128 of their size, and a call costs what it does on an H100. A server expects
-    the 90th percentile of the outputs.
+    the 95th percentile of the outputs.
     """
     scale = 1 if resolve_device(device).type == "cuda" else 128
     live = live_tokens(requests, concurrency) * (ROW_BYTES // scale)
@@ -292,7 +292,7 @@ def replays(
                     warm_up=len(requests) // 2 if warm_up is None else warm_up,
                     settling=settling,
                     steps_per_second=steps_per_second,
-                    output_guess=outputs[len(outputs) * 9 // 10],
+                    output_guess=outputs[len(outputs) * 19 // 20],
                     max_steps=max_steps,
                 )
                 row: dict[str, Any] = {"policy": policy, "budget": budget, "requests": len(requests)}
