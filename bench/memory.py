@@ -20,7 +20,7 @@ import report
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 
-from vattn import VirtualCache
+from vattn import CACHE_KEYWORD, VirtualCache
 
 PROMPT, NEW = 8192, 64
 CHUNK = 512
@@ -61,7 +61,7 @@ def prompts(batch: int, length: int) -> dict[str, torch.Tensor]:
 
 def generate(model: Any, cache: Any, batch: int, length: int, new: int, **options: Any) -> torch.Tensor:
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, **options}
-    return model.generate(**prompts(batch, length), past_key_values=cache, **options)
+    return model.generate(**prompts(batch, length), **{CACHE_KEYWORD: cache}, **options)
 
 
 def run_32(model: Any, name: str, cache: Any, weights: int, chunk: int | None) -> tuple[dict[str, Any], torch.Tensor]:
@@ -110,7 +110,7 @@ def fits(model: Any, make: Callable[[int], Any], batch: int) -> bool:
                 for layer in range(LLAMA_3_8B.num_hidden_layers):
                     cache.update(k, k, layer)
             del chunk, k
-            model(prompts(batch, 1)["input_ids"], past_key_values=cache, use_cache=True)
+            model(prompts(batch, 1)["input_ids"], **{CACHE_KEYWORD: cache}, use_cache=True)
         torch.cuda.synchronize()
     except MemoryError:
         return False

@@ -34,7 +34,11 @@ for question in questions():
     prompt = torch.cat([tokens, tokenizer(turn, return_tensors="pt", add_special_tokens=False).input_ids], dim=1)
     known = cache.get_seq_length()
     tokens = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, max_new_tokens=60, do_sample=False
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        **{vattn.CACHE_KEYWORD: cache},
+        max_new_tokens=60,
+        do_sample=False,
     )
     answer = tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True).strip()
     print(f"{answer}\n[{known} of {prompt.shape[1]} prompt tokens were in the cache]\n")

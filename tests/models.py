@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from vattn import VirtualCache
+from vattn import CACHE_KEYWORD, VirtualCache
 
 WINDOW = 12  # shorter than the prompts and outputs below, so that windows move
 
@@ -92,7 +92,7 @@ NEW = 24  # tokens generated
 
 def _generate(model: Any, cache: Any, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
     torch.manual_seed(3)
-    options = {"max_new_tokens": NEW, "do_sample": False, "past_key_values": cache, **options}
+    options = {"max_new_tokens": NEW, "do_sample": False, CACHE_KEYWORD: cache, **options}
     return model.generate(**inputs, **options)
 
 
@@ -130,7 +130,7 @@ def _copied_prefix(model: Any, make: Make) -> list[torch.Tensor]:
     prefix = make(model)
     inputs = prompt(1, 20, model.device.type)
     with torch.no_grad():
-        model(**inputs, past_key_values=prefix, use_cache=True)
+        model(**inputs, **{CACHE_KEYWORD: prefix}, use_cache=True)
     outputs = []
     for more in (3, 6):
         outputs.append(_generate(model, copy.deepcopy(prefix), _extended(inputs["input_ids"], more)))
@@ -141,14 +141,14 @@ def _repeat_and_select(model: Any, make: Make) -> list[torch.Tensor]:
     cache, steps = make(model), []
     inputs = prompt(2, 17, model.device.type)["input_ids"]
     with torch.no_grad():
-        model(inputs, past_key_values=cache, use_cache=True)
+        model(inputs, **{CACHE_KEYWORD: cache}, use_cache=True)
         cache.batch_repeat_interleave(3)
         tokens = prompt(6, 4, model.device.type)["input_ids"]
-        steps.append(model(tokens, past_key_values=cache, use_cache=True).logits)
+        steps.append(model(tokens, **{CACHE_KEYWORD: cache}, use_cache=True).logits)
         cache.batch_select_indices(torch.tensor([5, 0, 3], device=model.device))
-        steps.append(model(tokens[:3], past_key_values=cache, use_cache=True).logits)
+        steps.append(model(tokens[:3], **{CACHE_KEYWORD: cache}, use_cache=True).logits)
         cache.reorder_cache(torch.tensor([2, 2, 0], device=model.device))
-        steps.append(model(tokens[:3, :1], past_key_values=cache, use_cache=True).logits)
+        steps.append(model(tokens[:3, :1], **{CACHE_KEYWORD: cache}, use_cache=True).logits)
     return [step.argmax(-1) for step in steps]
 
 
@@ -169,11 +169,11 @@ def _crop(model: Any, make: Make) -> list[torch.Tensor]:
     if hasattr(cache, "activate_past_recording"):
         cache.activate_past_recording()
     with torch.no_grad():
-        model(tokens[:, :9], past_key_values=cache, use_cache=True)
+        model(tokens[:, :9], **{CACHE_KEYWORD: cache}, use_cache=True)
         cache.crop(-4)
-        steps.append(model(tokens[:, 5:11], past_key_values=cache, use_cache=True).logits)
+        steps.append(model(tokens[:, 5:11], **{CACHE_KEYWORD: cache}, use_cache=True).logits)
         cache.crop(-2)
-        steps.append(model(tokens[:, 9:10], past_key_values=cache, use_cache=True).logits)
+        steps.append(model(tokens[:, 9:10], **{CACHE_KEYWORD: cache}, use_cache=True).logits)
     return [step.argmax(-1) for step in steps]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from vattn import VirtualCache, cli, demo
+from vattn import CACHE_KEYWORD, VirtualCache, cli, demo
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,7 +75,9 @@ def test_the_real_model_is_exact(folder, attention):
         for cache in (DynamicCache(config=model.config), VirtualCache(model.config, max_len=256)):
             torch.manual_seed(0)
             tokens.append(
-                model.generate(**batch, past_key_values=cache, **{"max_new_tokens": 20, "do_sample": False, **options})
+                model.generate(
+                    **batch, **{CACHE_KEYWORD: cache}, **{"max_new_tokens": 20, "do_sample": False, **options}
+                )
             )
         assert torch.equal(*tokens), options
 

