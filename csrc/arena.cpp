@@ -1,15 +1,12 @@
-#include "arena.hpp"
+#include "hold.hpp"
 
-#include <algorithm>
-#include <array>
-#include <limits>
 #include <tuple>
+#include <unordered_map>
+#include <unordered_set>
 #include <utility>
 
 namespace vattn {
 namespace {
-
-constexpr std::size_t kNever = std::numeric_limits<std::size_t>::max();
 
 // Past this many positions a lookahead is a matter of the rate alone: where rows are small a granule holds thousands.
 constexpr std::size_t kLookahead = 64;
@@ -24,29 +21,13 @@ constexpr std::size_t kTold = 14;
 // Extents of the class that growth takes that are kept created for the next ones.
 constexpr std::size_t kStock = 2;
 
-// How long fences are left alone between two looks.
-constexpr std::chrono::milliseconds kPatience{1};
+// How long fences are left alone between two looks, at most.
 constexpr std::chrono::milliseconds kLongPatience{64};
 
 // For products that may not fit 64 bits.
 __extension__ using Wide = unsigned __int128;
 
 std::size_t round_up(std::size_t value, std::size_t unit) { return (value + unit - 1) / unit * unit; }
-
-// Remembers one fence for each stream: a later fence of a stream implies the earlier ones.
-void note(Fences& fences, std::shared_ptr<const Fence> fence) {
-  std::erase_if(fences, [&](const auto& old) { return old->stream() == fence->stream(); });
-  fences.push_back(std::move(fence));
-}
-
-bool passed(const Fences& fences) {
-  return std::all_of(fences.begin(), fences.end(), [](const auto& fence) { return fence->passed(); });
-}
-
-template <typename Values, typename Value>
-bool holds(const Values& values, Value value) {
-  return std::find(values.begin(), values.end(), value) != values.end();
-}
 
 std::size_t checked_reservation(const ArenaOptions& options, const std::vector<Plane>& planes,
                                 std::size_t granularity) {
@@ -63,60 +44,15 @@ std::size_t checked_reservation(const ArenaOptions& options, const std::vector<P
     if (plane.row_bytes == 0) throw std::invalid_argument("a plane's row_bytes must be at least 1");
     const Wide rows = Wide{options.max_len} + options.tail_rows;
     const Wide slot = rows * plane.row_bytes + granularity;
-    if (slot > kAddresses || slot * options.slots + total > kAddresses)
+    const Wide slots = Wide{options.slots} + 1;  // the bench
+    if (slot > kAddresses || slot * slots + total > kAddresses)
       throw std::invalid_argument("slots x max_len needs more than 128 TiB of addresses: lower slots or max_len");
-    total += round_up(static_cast<std::size_t>(rows) * plane.row_bytes, granularity) * options.slots;
+    total += round_up(static_cast<std::size_t>(rows) * plane.row_bytes, granularity) * static_cast<std::size_t>(slots);
   }
   return total;
 }
 
 }  // namespace
-
-// Adds the time until it goes to what callers have waited.
-class Arena::Waiting {
- public:
-  explicit Waiting(Arena& arena) : arena_(arena) {}
-  ~Waiting() {
-    const std::chrono::nanoseconds waited = Clock::now() - since_;
-    arena_.waited_ns_ += static_cast<std::uint64_t>(waited.count());
-  }
-  Waiting(const Waiting&) = delete;
-  Waiting& operator=(const Waiting&) = delete;
-
- private:
-  Arena& arena_;
-  const Clock::time_point since_ = Clock::now();
-};
-
-// The right to call the driver for some slots with the mutex free. Taken when none of them is held by others.
-class Arena::Hold {
- public:
-  Hold(Arena& arena, Slots slots, Lock& lock) : arena_(arena), slots_(slots.begin(), slots.end()), lock_(lock) {
-    std::sort(slots_.begin(), slots_.end());
-    if (std::adjacent_find(slots_.begin(), slots_.end()) != slots_.end())
-      throw std::invalid_argument("a slot is named twice");
-    const auto free = [&] {
-      return std::none_of(slots_.begin(), slots_.end(), [&](std::size_t slot) { return arena_.slots_.at(slot).held; });
-    };
-    if (!free()) {
-      const Waiting waiting(arena_);
-      arena_.released_.wait(lock_, free);
-    }
-    for (const std::size_t slot : slots_) arena_.slots_[slot].held = true;
-  }
-  ~Hold() {
-    if (!lock_.owns_lock()) lock_.lock();
-    for (const std::size_t slot : slots_) arena_.slots_[slot].held = false;
-    arena_.released_.notify_all();
-  }
-  Hold(const Hold&) = delete;
-  Hold& operator=(const Hold&) = delete;
-
- private:
-  Arena& arena_;
-  std::vector<std::size_t> slots_;
-  Lock& lock_;
-};
 
 Arena::Arena(std::shared_ptr<Driver> driver, std::vector<Plane> planes, ArenaOptions options,
              std::shared_ptr<Mapper> mapper)
@@ -125,13 +61,13 @@ Arena::Arena(std::shared_ptr<Driver> driver, std::vector<Plane> planes, ArenaOpt
       options_(options),
       reservation_(driver_, checked_reservation(options, planes, driver_->granularity())),
       pool_(driver_, options.budget),
-      slots_(options.slots) {
+      slots_(options.slots + 1) {
   std::size_t offset = 0;
   for (const Plane& plane : planes) {
     const std::size_t stride =
         round_up((options_.max_len + options_.tail_rows) * plane.row_bytes, driver_->granularity());
     geometry_.push_back({plane.row_bytes, plane.window, offset, stride});
-    offset += stride * options_.slots;
+    offset += stride * slots_.size();
   }
   for (Slot& slot : slots_) slot.runs.resize(geometry_.size());
 }
@@ -145,18 +81,18 @@ Arena::~Arena() {
   }
 }
 
-std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expected, Stream stream) {
-  if (wanted && *wanted >= slots_.size())
+std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expected, Stream stream, bool empty) {
+  if (wanted && *wanted >= options_.slots)
     throw std::invalid_argument("slot " + std::to_string(*wanted) + " does not exist: there are " +
-                                std::to_string(slots_.size()));
+                                std::to_string(options_.slots));
   Lock lock = locked();
   require_open();
   std::size_t chosen = kNever;
   // What is held by others may be free in a moment: looked at again when they are done.
   const auto choose = [&] {
     bool others = false;
-    auto best = std::make_tuple(false, kNever, 1);
-    for (std::size_t index = 0; index < slots_.size(); ++index) {
+    auto best = std::make_tuple(kNever, false, kNever, 0);
+    for (std::size_t index = 0; index < options_.slots; ++index) {
       const Slot& slot = slots_[index];
       if (slot.state == State::running || (wanted && index != *wanted)) continue;
       others = others || slot.held;
@@ -167,12 +103,15 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
         const std::size_t end = end_of(geometry_[plane], std::min(expected, options_.max_len));
         const std::size_t tail = slot.runs[plane].tail;
         (tail < end ? lacking : beyond) += tail < end ? end - tail : tail - end;
+        if (empty) beyond += slot.runs[plane].mappings.size();
       }
       // What is beyond is kept from those who come later, and may be taken back; what is lacking is asked of the driver
       // now, and weighs twice by replays of served traces. A bare slot may be the better one, but who is told nothing
       // takes what is parked.
       const bool bare = slot.state == State::bare;
-      const auto rank = std::make_tuple(bare && expected == 0, 2 * lacking + beyond, bare ? 1 : 0);
+      const int worse = bare ? 1 : slot.retired.empty() ? 0 : 2;  // what is retired there may have to be waited for
+      const auto rank = std::make_tuple(slot.known != 0 ? slot.parked_at : 0, bare && expected == 0 && !empty,
+                                        2 * lacking + beyond, worse);
       if (chosen == kNever || rank < best) {
         best = rank;
         chosen = index;
@@ -188,32 +127,59 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
   if (chosen == kNever && wanted)
     throw std::invalid_argument("slot " + std::to_string(*wanted) + " is in use by another sequence");
   if (chosen == kNever)
-    throw std::invalid_argument("all " + std::to_string(slots_.size()) +
+    throw std::invalid_argument("all " + std::to_string(options_.slots) +
                                 " slots are in use: close a sequence, or make the cache with more slots");
   Slot& slot = slots_[chosen];
   const Hold hold(*this, Slots(&chosen, 1), lock);
-  Fences fences = slot.fences;
-  std::erase_if(fences, [&](const auto& fence) { return fence->stream() == stream; });
-  if (!fences.empty()) {
-    lock.unlock();
-    {
-      const Waiting waiting(*this);
-      for (const auto& fence : fences) fence->wait();
-    }
-    lock.lock();
-  }
+  wait_for_others(slot.fences, stream, lock);
   adopted_ += slot.state == State::parked ? 1 : 0;
-  slot.state = State::running;
-  slot.length = 0;
+  begin(slot, 0, stream);
   slot.expected = expected;
+  slot.lineage = ++clock_;
+  slot.known = 0;
+  drop_unwritable(slot, chosen);
+  refresh(slot);
+  return chosen;
+}
+
+// Makes a slot, whose memory may be used in the stream, run with its first rows.
+void Arena::begin(Slot& slot, std::size_t positions, Stream stream) {
+  slot.state = State::running;
+  slot.length = positions;
+  slot.expected = 0;
   slot.wanted = 0;
   slot.lookahead = first_lookahead();
   slot.asked_since = {};
   slot.starved = false;
   slot.hit_at = kNever;
   slot.streams = {stream};
-  refresh(slot);
-  return chosen;
+}
+
+// Waits for what was queued on other streams than this one.
+void Arena::wait_for_others(Fences fences, Stream stream, Lock& lock) {
+  std::erase_if(fences, [&](const auto& fence) { return fence->stream() == stream; });
+  if (fences.empty()) return;
+  lock.unlock();
+  {
+    const Waiting waiting(*this);
+    for (const auto& fence : fences) fence->wait();
+  }
+  lock.lock();
+}
+
+// Retires what is of no use to a sequence that starts anew: what others map too, and runs that lack their first rows.
+void Arena::drop_unwritable(Slot& slot, std::size_t index) {
+  for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+    Run& run = slot.runs[plane];
+    const auto unusable = std::find_if(run.mappings.begin(), run.mappings.end(),
+                                       [](const Mapping& mapping) { return !mapping.writable(); });
+    if (run.head != 0 || unusable == run.mappings.begin()) {
+      retire_run(slot, index, plane);
+    } else {
+      retire_from(slot, index, plane, static_cast<std::size_t>(unusable - run.mappings.begin()));
+    }
+  }
+  if (!slot.retired.empty()) post_housekeeping({});
 }
 
 void Arena::grow(Slots slots, std::size_t positions, std::size_t keep, Stream stream) {
@@ -259,7 +225,7 @@ bool Arena::map_up_to(Slots slots, std::size_t positions, Urgency urgency, Lock&
   bool exact = false;
   const Keep least = demand ? Keep::rows : Keep::ahead;
   for (;;) {
-    if (!clear_the_way(slots, urgency, lock)) return false;
+    if (!unshare(slots, urgency, lock) || !clear_the_way(slots, urgency, lock)) return false;
     const auto steps = plan(slots, positions, exact);
     const std::size_t needed = bytes_of(steps);
     if (const std::size_t available = pool_.usage().available(); needed > available) {
@@ -286,7 +252,7 @@ bool Arena::map_up_to(Slots slots, std::size_t positions, Urgency urgency, Lock&
     }
     lock.lock();
     if (first_lookahead() != 0 && !steps.empty() && steps.size() <= geometry_.size()) {  // growth, and not a prompt
-      stocked_class_ = steps.back().size_class;
+      stocked_class_ = pool_.class_of(steps.back().bytes);
       post_housekeeping({});
     }
     for (Loose& loose : built) {
@@ -308,7 +274,7 @@ bool Arena::map_up_to(Slots slots, std::size_t positions, Urgency urgency, Lock&
 bool Arena::try_grow(Slots slots, std::size_t positions, std::size_t keep, Stream stream) {
   const Lock lock = locked();
   for (const std::size_t slot : slots)
-    if (slot >= slots_.size() || slots_[slot].state != State::running) return false;
+    if (slot >= options_.slots || slots_[slot].state != State::running) return false;
   return !closed_ && grow_in_place(slots, positions, keep, stream);
 }
 
@@ -396,6 +362,7 @@ void Arena::truncate(Slots slots, std::size_t positions, Stream stream) {
     Slot& slot = slots_[index];
     cover(slot, stream, fresh);
     slot.wanted = 0;
+    slot.known = std::min(slot.known, positions);
     if (!shorter) continue;
     slot.length = positions;
     slot.asked_since = {};
@@ -420,8 +387,7 @@ void Arena::release(Slots slots, Stream stream) {
     Slot& slot = slots_[index];
     const bool empty = has_nothing(slot);
     if (!empty) cover(slot, stream, fresh);
-    for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
-      if (slot.runs[plane].head != 0) retire_run(slot, index, plane);
+    if (slot.known == 0) drop_unwritable(slot, index);
     slot.length = 0;
     slot.state = empty ? State::bare : State::parked;
     slot.parked_at = ++clock_;
@@ -489,7 +455,7 @@ void Arena::close() {
     for (Loose& loose : slots_[index].retired) loose.fences.clear();
     slots_[index].fences.clear();
     slots_[index].state = State::bare;
-    slots_[index].length = 0;
+    slots_[index].length = slots_[index].known = 0;
     refresh(slots_[index]);
   }
   lock.unlock();
@@ -519,15 +485,18 @@ std::size_t Arena::head(std::size_t slot, std::size_t plane) const {
 std::vector<Arena::SlotInfo> Arena::map() const {
   const Lock lock = locked();
   std::vector<SlotInfo> infos;
-  infos.reserve(slots_.size());
-  for (std::size_t index = 0; index < slots_.size(); ++index) {
+  infos.reserve(options_.slots);
+  for (std::size_t index = 0; index < options_.slots; ++index) {
     const Slot& slot = slots_[index];
     SlotInfo info{slot.state, slot.length, 0, {}};
     for (const Loose& loose : slot.retired) info.retired += loose.mapping.bytes();
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
       const Run& run = slot.runs[plane];
-      RunInfo row{address_of(index, plane) + run.head - base(), run.head, run.tail, {}};
-      for (const Mapping& mapping : run.mappings) row.extents.push_back(mapping.bytes());
+      RunInfo row{address_of(index, plane) + run.head - base(), run.head, run.tail, {}, {}};
+      for (const Mapping& mapping : run.mappings) {
+        row.extents.push_back(mapping.bytes());
+        row.shared.push_back(mapping.shared());
+      }
       info.runs.push_back(std::move(row));
     }
     infos.push_back(std::move(info));
@@ -545,12 +514,27 @@ Arena::Stats Arena::stats() const {
   stats.misses = misses_;
   stats.waited_ns = waited_ns_;
   stats.background_failures = background_failures_;
+  stats.aliases = aliases_;
+  stats.copied = copied_;
+  std::unordered_set<const Extent*> seen;  // of the extents that several mappings share
+  const auto first_sight = [&](const Mapping& mapping) {
+    return !mapping.shared() || seen.insert(mapping.extent().get()).second;
+  };
+  for (const State state : {State::running, State::parked, State::bare}) {
+    for (const Slot& slot : slots_) {
+      if (slot.state != state) continue;
+      for (const Run& run : slot.runs) {
+        for (const Mapping& mapping : run.mappings) {
+          const bool first = first_sight(mapping);
+          stats.mapped += first ? mapping.bytes() : 0;
+          stats.parked += first && state == State::parked ? mapping.bytes() : 0;
+          stats.shared += first ? 0 : mapping.bytes();
+        }
+      }
+    }
+  }
   for (const Slot& slot : slots_) {
-    std::size_t mapped = 0;
-    for (const Run& run : slot.runs) mapped += run.tail - run.head;
-    for (const Loose& loose : slot.retired) stats.retired += loose.mapping.bytes();
-    stats.mapped += mapped;
-    stats.parked += slot.state == State::parked ? mapped : 0;
+    for (const Loose& loose : slot.retired) stats.retired += first_sight(loose.mapping) ? loose.mapping.bytes() : 0;
     stats.parked_slots += slot.state == State::parked ? 1 : 0;
     if (slot.state != State::running) continue;
     stats.running_slots += 1;
@@ -560,7 +544,8 @@ Arena::Stats Arena::stats() const {
       stats.rows += std::max(run.head, slot.length * geometry_[plane].row_bytes) - run.head;
       const std::size_t needed = std::max(run.head, needed_end(slot, plane, Keep::ahead));
       std::size_t end = run.tail;
-      for (auto last = run.mappings.rbegin(); last != run.mappings.rend() && end - last->bytes() >= needed; ++last)
+      for (auto last = run.mappings.rbegin();
+           last != run.mappings.rend() && end - last->bytes() >= needed && !last->shared(); ++last)
         end -= last->bytes();
       stats.spare += run.tail - end;
     }
@@ -572,6 +557,10 @@ void Arena::check() const {
   Lock lock = locked();
   wait_until_idle(lock);
   std::size_t total = 0;
+  std::unordered_map<const Extent*, long> mappings;
+  const auto count = [&](const Mapping& mapping) {
+    if (++mappings[mapping.extent().get()] == 1) total += mapping.bytes();
+  };
   const auto broken = [](std::size_t slot, std::size_t plane, const std::string& what) {
     throw InvariantBroken("slot " + std::to_string(slot) + ", plane " + std::to_string(plane) + ": " + what);
   };
@@ -586,7 +575,10 @@ void Arena::check() const {
         if (mapping.range().at != next) broken(index, plane, "a run has a gap");
         if (!mapping.zeroed()) broken(index, plane, "memory in use was never zeroed");
         next += mapping.bytes();
-        total += mapping.bytes();
+        count(mapping);
+        if (slot.state == State::running && !mapping.writable() && slot.capacity > slot.length &&
+            next > start + slot.length * geometry.row_bytes)
+          broken(index, plane, "shared memory may be written (invariant 4)");
       }
       if (next != start + run.tail) broken(index, plane, "the run does not end where it says");
       if (run.tail > geometry.stride) broken(index, plane, "the run leaves its slot");
@@ -594,7 +586,10 @@ void Arena::check() const {
       if (slot.state == State::running && run.tail < end_of(geometry, slot.length))
         broken(index, plane, "rows of a running sequence are not mapped (invariant 1)");
       if (slot.state == State::bare && run.tail != 0) broken(index, plane, "a bare slot has memory");
-      if (slot.state == State::parked && run.head != 0) broken(index, plane, "a parked slot lacks its first rows");
+      if (slot.state == State::parked && slot.known == 0 && run.head != 0)
+        broken(index, plane, "a parked slot lacks its first rows");
+      if (slot.known != 0 && run.tail < slot.known * geometry.row_bytes)
+        broken(index, plane, "rows that are known are not mapped");
     }
     for (const Loose& loose : slot.retired) {
       const Run& run = slot.runs[loose.plane];
@@ -604,8 +599,10 @@ void Arena::check() const {
         broken(index, loose.plane, "a retired mapping is not in its slot");
       if (at < start + run.tail && at + bytes > start + run.head)
         broken(index, loose.plane, "a retired mapping is also in use (invariant 3)");
-      total += bytes;
+      count(loose.mapping);
     }
+    if (slot.known > (slot.state == State::running ? slot.length : options_.max_len))
+      broken(index, 0, "rows are known that were never written");
   }
   const ExtentPool::Usage usage = pool_.usage();
   if (total + usage.pooled != usage.charged)
@@ -617,7 +614,7 @@ void Arena::check() const {
 }
 
 Arena::Slot& Arena::running(std::size_t index, const char* what) {
-  if (index >= slots_.size() || slots_[index].state != State::running)
+  if (index >= options_.slots || slots_[index].state != State::running)
     throw std::invalid_argument(std::string("cannot ") + what + ": slot " + std::to_string(index) + " has no sequence");
   return slots_[index];
 }
@@ -683,10 +680,16 @@ void Arena::refresh(Slot& slot) noexcept {
     const Run& run = slot.runs[plane];
     const std::size_t rows = run.tail / row_bytes;
     slot.capacity = std::min(slot.capacity, rows > options_.tail_rows ? rows - options_.tail_rows : 0);
+    // Behind the rows are those to come, where nothing may be written that others map too.
+    std::size_t end = run.tail;
+    for (auto last = run.mappings.rbegin(); last != run.mappings.rend() && end > slot.length * row_bytes; ++last) {
+      if (!last->writable()) slot.capacity = std::min(slot.capacity, slot.length);
+      end -= last->bytes();
+    }
     if (window != 0 && !run.mappings.empty()) {
       // The first mapping goes when the first row of the window, keep - window + 1, lies behind it.
-      const std::size_t end = run.head + run.mappings.front().bytes();
-      slot.next_discard = std::min(slot.next_discard, (end + row_bytes - 1) / row_bytes + window - 1);
+      const std::size_t behind = run.head + run.mappings.front().bytes();
+      slot.next_discard = std::min(slot.next_discard, (behind + row_bytes - 1) / row_bytes + window - 1);
     }
   }
   const bool content = !mapper_ || slot.state != State::running || slot.asked || slot.starved || slot.lookahead == 0 ||
@@ -708,7 +711,8 @@ std::vector<Arena::Step> Arena::plan(Slots slots, std::size_t positions, bool ex
       const auto& [row_bytes, window, offset, stride] = geometry_[plane];
       std::size_t largest = window == 0 ? ExtentPool::kClasses - 1 : pool_.class_of(window * row_bytes / 8);
       if (!exact) {
-        const std::size_t have = run.tail - run.head;
+        std::size_t have = 0;  // what it shares does not count: a fork is as small as what it added
+        for (const Mapping& mapping : run.mappings) have += mapping.shared() ? 0 : mapping.bytes();
         std::size_t ahead = pool_.bytes_of(pool_.class_of(have / options_.growth_divisor));
         const std::size_t expected = end_of(geometry_[plane], std::min(slots_[index].expected, options_.max_len));
         if (expected > end) {
@@ -725,18 +729,19 @@ std::vector<Arena::Step> Arena::plan(Slots slots, std::size_t positions, bool ex
       Address at = address_of(index, plane) + run.tail;
       while (missing != 0) {
         const std::size_t size_class = std::min(largest, pool_.class_of(missing));
-        steps.push_back({index, plane, at, size_class});
-        at += pool_.bytes_of(size_class);
-        missing -= pool_.bytes_of(size_class);
+        const std::size_t bytes = pool_.bytes_of(size_class);
+        steps.push_back({index, plane, at, bytes});
+        at += bytes;
+        missing -= bytes;
       }
     }
   }
   return steps;
 }
 
-std::size_t Arena::bytes_of(const std::vector<Step>& steps) const noexcept {
+std::size_t Arena::bytes_of(const std::vector<Step>& steps) noexcept {
   std::size_t bytes = 0;
-  for (const Step& step : steps) bytes += pool_.bytes_of(step.size_class);
+  for (const Step& step : steps) bytes += step.bytes;
   return bytes;
 }
 
@@ -747,13 +752,7 @@ std::vector<Arena::Loose> Arena::build(const std::vector<Step>& steps) {
   bool zeroing = false;
   try {
     for (const Step& step : steps) {
-      Extent extent = pool_.take(step.size_class);
-      try {
-        built.push_back({step.slot, step.plane, Mapping(driver_, extent, step.at), {}});
-      } catch (...) {
-        pool_.give(std::move(extent));
-        throw;
-      }
+      built.push_back({step.slot, step.plane, Mapping(driver_, pool_.take(step.bytes), step.at), {}});
       Mapping& mapping = built.back().mapping;
       mapping.allow();
       if (mapping.zeroed()) continue;
@@ -822,177 +821,6 @@ void Arena::discard_before_windows(Slots slots, std::size_t keep, const Fences& 
     refresh(slot);
   }
   post_housekeeping({});
-}
-
-// Unmaps, of what the held slots have retired, whatever has passed its fences or lies where they will grow. False when
-// something lies there that only a demand would wait for.
-bool Arena::clear_the_way(Slots slots, Urgency urgency, Lock& lock) {
-  std::vector<Loose> in_the_way;
-  std::vector<Loose> others;
-  for (const std::size_t index : slots) {
-    for (Loose& loose : slots_[index].retired) {
-      const Address tail = address_of(index, loose.plane) + slots_[index].runs[loose.plane].tail;
-      (loose.mapping.range().at >= tail ? in_the_way : others).push_back(std::move(loose));
-    }
-    slots_[index].retired.clear();
-  }
-  if (in_the_way.empty() && others.empty()) return true;
-  std::size_t done = 0;  // of the others, from the oldest on: those are through first
-  const auto put_back = [&] {
-    others.erase(others.begin(), others.begin() + static_cast<std::ptrdiff_t>(done));
-    for (auto* rest : {&in_the_way, &others})
-      for (Loose& loose : *rest) slots_[loose.slot].retired.push_back(std::move(loose));
-  };
-  lock.unlock();
-  try {
-    while (!in_the_way.empty()) {
-      if (urgency != Urgency::demand && !passed(in_the_way.back().fences)) break;
-      unmap_last(in_the_way);
-    }
-    for (; done < others.size() && passed(others[done].fences); ++done) pool_.give(others[done].mapping.unmap());
-  } catch (...) {
-    lock.lock();
-    put_back();
-    throw;
-  }
-  lock.lock();
-  const bool clear = in_the_way.empty();
-  put_back();
-  return clear;
-}
-
-void Arena::retire_run(Slot& slot, std::size_t index, std::size_t plane) {
-  Run& run = slot.runs[plane];
-  for (Mapping& mapping : run.mappings) slot.retired.push_back({index, plane, std::move(mapping), slot.fences});
-  run = Run{};
-}
-
-// Brings about `bytes` back to the pool from whoever needs them least: what is retired, then what running slots have
-// mapped past what they expect, from who has most of it on, and parked slots from the longest parked on; of those
-// extents first such as `wanted` can map as they are. What running slots keep is taken as far as `keep` allows. Of the
-// slots the caller holds, `mine`, only what is retired. False when there was nothing.
-bool Arena::reclaim(std::size_t bytes, const std::vector<Step>& wanted, Slots mine, Keep keep, Urgency urgency,
-                    Lock& lock) {
-  std::vector<Loose> loose;
-  std::size_t found = 0;
-  const auto take_retired = [&](Slot& slot) {
-    while (found < bytes && !slot.retired.empty()) {
-      found += slot.retired.back().mapping.bytes();
-      loose.push_back(std::move(slot.retired.back()));
-      slot.retired.pop_back();
-    }
-  };
-  for (const std::size_t index : mine) take_retired(slots_[index]);
-  std::vector<std::pair<std::size_t, std::size_t>> ranked;  // by rank: the less, the earlier its memory goes
-  for (std::size_t index = 0; index < slots_.size(); ++index) {
-    Slot& slot = slots_[index];
-    if (slot.held || has_nothing(slot)) continue;
-    take_retired(slot);
-    std::size_t kept = kNever / 2;
-    for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
-      const std::size_t needed = needed_end(slot, plane, Keep::expected);
-      kept -= std::max(slot.runs[plane].tail, needed) - needed;
-    }
-    ranked.emplace_back(slot.state == State::parked ? kNever / 2 + slot.parked_at : kept, index);
-  }
-  std::sort(ranked.begin(), ranked.end());
-  std::array<std::size_t, ExtentPool::kClasses> counts{};
-  for (const Step& step : wanted) ++counts[step.size_class];
-  for (std::size_t size_class = 0; size_class < counts.size(); ++size_class)
-    counts[size_class] -= std::min(counts[size_class], pool_.pooled(size_class));
-  const auto fits = [&](const Mapping& mapping) {
-    std::size_t& count = counts[pool_.class_of(mapping.bytes())];
-    return count != 0 && count-- != 0;
-  };
-  const auto any = [](const Mapping&) { return true; };
-  for (const auto& [rank, index] : ranked) strip(index, Keep::expected, fits, bytes, found, loose);
-  for (const auto& [rank, index] : ranked) strip(index, Keep::expected, any, bytes, found, loose);
-  if (keep != Keep::expected)
-    for (const auto& [rank, index] : ranked) strip(index, keep, any, bytes, found, loose);
-  if (loose.empty()) {
-    if (reclaiming_ == 0 || urgency != Urgency::demand) return false;
-    // Somebody else has it in hand, and will not wait for us.
-    released_.wait(lock, [this] { return reclaiming_ == 0; });
-    return true;
-  }
-
-  std::vector<std::size_t> others;
-  for (const Loose& one : loose)
-    if (!holds(mine, one.slot) && !holds(others, one.slot)) others.push_back(one.slot);
-  const Hold hold(*this, others, lock);
-  ++reclaiming_;
-  bool some = false;
-  const auto finish = [&] {
-    --reclaiming_;
-    released_.notify_all();
-  };
-  try {
-    some = unmap_outside(std::move(loose), urgency, lock);
-  } catch (...) {
-    finish();
-    throw;
-  }
-  finish();
-  for (const std::size_t index : others)
-    if (slots_[index].state == State::parked && has_nothing(slots_[index])) slots_[index].state = State::bare;
-  return some;
-}
-
-// Takes mappings that a slot does not need off the ends of its runs, while they are `wanted` and until `found` reaches
-// `bytes`.
-void Arena::strip(std::size_t index, Keep keep, const std::function<bool(const Mapping&)>& wanted, std::size_t bytes,
-                  std::size_t& found, std::vector<Loose>& out) {
-  Slot& slot = slots_[index];
-  for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
-    Run& run = slot.runs[plane];
-    const std::size_t needed = std::max(needed_end(slot, plane, keep), run.head);
-    while (found < bytes && !run.mappings.empty() && run.tail - run.mappings.back().bytes() >= needed &&
-           wanted(run.mappings.back())) {
-      found += run.mappings.back().bytes();
-      run.tail -= run.mappings.back().bytes();
-      out.push_back({index, plane, std::move(run.mappings.back()), slot.fences});
-      run.mappings.pop_back();
-    }
-    if (run.mappings.empty() && slot.state != State::running) run.head = run.tail = 0;
-  }
-  refresh(slot);
-}
-
-// Waits for the fences of the last of them, unmaps it and pools its extent. When it throws, it is still mapped.
-void Arena::unmap_last(std::vector<Loose>& loose) {
-  for (const auto& fence : loose.back().fences) fence->wait();
-  pool_.give(loose.back().mapping.unmap());
-  loose.pop_back();
-}
-
-void Arena::unmap(std::vector<Loose>& loose) {
-  while (!loose.empty()) unmap_last(loose);
-}
-
-// The same with the mutex released meanwhile, for mappings of held slots; true when some were unmapped. What the driver
-// refuses, and what only a demand would wait for, stays retired.
-bool Arena::unmap_outside(std::vector<Loose> loose, Urgency urgency, Lock& lock) {
-  const std::size_t before = loose.size();
-  const auto put_back = [&] {
-    for (Loose& one : loose) slots_[one.slot].retired.push_back(std::move(one));
-  };
-  lock.unlock();
-  try {
-    const auto ready =
-        urgency == Urgency::demand
-            ? loose.begin()
-            : std::partition(loose.begin(), loose.end(), [](const Loose& one) { return !passed(one.fences); });
-    for (auto left = loose.end() - ready; left > 0; --left) unmap_last(loose);
-  } catch (...) {
-    lock.lock();
-    put_back();
-    throw;
-  }
-  lock.lock();
-  const bool some = loose.size() < before;
-  if (!loose.empty()) post_housekeeping(kPatience);
-  put_back();
-  return some;
 }
 
 void Arena::wait_until_idle(Lock& lock) const {

@@ -11,6 +11,11 @@
 // adopted without a driver call). A mapping that no sequence needs any more but that a kernel may still read is
 // retired: it waits for its fences and then goes back to the pool.
 //
+// Slots can share: a fork maps the extents that lie wholly within its first rows a second time, and copies the rows
+// behind them. An extent that is mapped more than once is never written (invariant 4): a slot that was truncated into
+// one gets its own before it grows. A parked slot may still be known to hold the first rows of its last sequence; then
+// a new sequence can go on behind them, in this slot or in a fork of it.
+//
 // Locking: the mutex guards all state and is never held during a driver call. Who needs the driver holds the slots
 // concerned (Slot::held) while the mutex is free; others wait for them, and reclaiming passes them by. Growing within
 // what is mapped holds nothing and waits for nobody.
@@ -53,7 +58,14 @@ struct ArenaOptions {
   // map and the rate of growth ask for, at least a granule of the widest plane (or 64 positions of it) and at most
   // 64 of those, nor more than 1/growth_divisor of its length and 4 of those.
   std::optional<std::size_t> lookahead = std::nullopt;
+  // Mappings on the device beyond which forks copy. None: three quarters of what it takes.
+  std::optional<std::size_t> alias_limit = std::nullopt;
+  // Maps what is shared read-only, so that a write to it faults: for debugging.
+  bool protect_shared = false;
 };
+
+// How a fork comes to its rows: by mapping their extents again, or by copying them into memory of its own.
+enum class Share { cheapest, alias, copy };
 
 class Arena {
  public:
@@ -66,9 +78,10 @@ class Arena {
   Arena& operator=(const Arena&) = delete;
 
   // Gives a slot to a sequence: `slot` if one is named, else the one whose memory is nearest to `expected` positions;
-  // when nothing is expected, a parked one before a bare one. What was queued on other streams than `stream` with the
+  // when nothing is expected, a parked one before a bare one; with `empty`, the one with the least memory. Slots that are
+  // known to hold rows come last, the longest parked first. What was queued on other streams than `stream` with the
   // slot's memory is waited for.
-  std::size_t acquire(std::optional<std::size_t> slot, std::size_t expected, Stream stream);
+  std::size_t acquire(std::optional<std::size_t> slot, std::size_t expected, Stream stream, bool empty = false);
 
   // Makes `positions` rows (and the tail rows) of every named slot usable: all of them or, when it throws, none.
   // `keep` (at most a slot's length) is the earliest length that truncate will still be asked for, a promise even when
@@ -90,6 +103,31 @@ class Arena {
   // Parks every named slot: all of them or, when it throws, none. Before another stream uses their memory, and before
   // it is unmapped, the work queued so far in `stream` and in all streams that used the slot is waited for.
   void release(Slots slots, Stream stream);
+
+  // What a slot holds that others may go on from.
+  struct Known {
+    std::uint64_t lineage;  // names the sequence that wrote the rows: another one that starts there has another
+    std::size_t positions;
+    bool parked;
+  };
+  // Declares that a running slot's first rows are written, as far as its streams have come, and stay what they are
+  // until it is truncated: they may be forked, also when it is parked, until somebody needs the memory.
+  Known publish(std::size_t slot, std::size_t positions);
+  Known known(std::size_t slot) const;
+  // Forgets what is known of a slot of that lineage.
+  void forget(std::size_t slot, std::uint64_t lineage);
+  // Lets a new sequence go on behind the first rows of a parked slot, with the rest of its memory to grow into, without
+  // a driver call. False when they are not there any more.
+  bool resume(std::size_t slot, std::uint64_t lineage, std::size_t positions, Stream stream);
+  // Gives every target, running and of length 0, the first rows of a slot: of a running one, or of one of the lineage
+  // that is known to hold them. Whole extents are shared, what lies behind the last of them is copied in `stream`: all
+  // or, when it throws, none. False when the rows are not there any more.
+  bool fork(std::size_t source, std::optional<std::uint64_t> lineage, std::size_t positions, Slots targets, Share share,
+            Stream stream);
+  // Puts the rows of each plane that forks would share into one extent of just their size, so that a fork shares them
+  // in one call. Planes with a window are left as they are. The slot must be running, or parked and of the lineage.
+  // False when the latter holds no more.
+  bool compact(std::size_t slot, std::optional<std::uint64_t> lineage);
 
   // Returns every byte to the driver that no running sequence needs.
   void trim();
@@ -120,6 +158,7 @@ class Arena {
     std::size_t head;    // in bytes from the slot's start
     std::size_t tail;
     std::vector<std::size_t> extents;  // bytes of each, in address order
+    std::vector<bool> shared;          // whether others map it too
   };
   struct SlotInfo {
     State state;
@@ -132,14 +171,17 @@ class Arena {
   struct Stats {
     ExtentPool::Usage pool;
     std::size_t reserved;
-    std::size_t mapped;  // in runs of running and parked slots
-    std::size_t parked;  // of those, in parked slots
+    std::size_t mapped;  // bytes of the extents in runs of running and parked slots
+    std::size_t parked;  // of those, in parked slots only
+    std::size_t shared;  // bytes that would be mapped too if every run had its own
     std::size_t retired;
     std::size_t running_slots;
     std::size_t parked_slots;
     std::size_t rows;         // bytes of the rows of running sequences
     std::size_t spare;        // bytes of whole extents past what running sequences need, lookahead included
     std::uint64_t adopted;    // times a parked slot was taken over
+    std::uint64_t aliases;    // extents mapped again by forks
+    std::uint64_t copied;     // bytes copied by forks, by compacting and before writing behind shared rows
     std::uint64_t hits;       // growths into memory that was mapped ahead
     std::uint64_t misses;     // growths that had to wait for memory
     std::uint64_t waited_ns;  // time that callers waited: for memory, for fences, for the mapper to let go of a slot
@@ -186,7 +228,9 @@ class Arena {
     bool starved = false;          // there was no memory; asked again when there may be
     std::size_t asked_length = 0;
     Mapper::Clock::time_point asked_since{};
-    std::uint64_t parked_at = 0;
+    std::uint64_t parked_at = 0;   // or last forked from
+    std::uint64_t lineage = 0;     // of the last sequence that began here
+    std::size_t known = 0;         // positions of it that others may go on from
     std::vector<Stream> streams;  // that used it since it was acquired
     Fences fences;
     std::vector<Run> runs;
@@ -196,7 +240,7 @@ class Arena {
     std::size_t slot;
     std::size_t plane;
     Address at;
-    std::size_t size_class;
+    std::size_t bytes;
   };
   // How much a running slot keeps when others look for memory.
   enum class Keep { rows, ahead, expected };
@@ -204,8 +248,12 @@ class Arena {
   using Clock = Mapper::Clock;
   class Hold;
   class Waiting;
+  class Harvest;
 
   Slot& running(std::size_t slot, const char* what);
+  void begin(Slot& slot, std::size_t positions, Stream stream);
+  void wait_for_others(Fences fences, Stream stream, Lock& lock);
+  void drop_unwritable(Slot& slot, std::size_t index);
   static bool has_nothing(const Slot& slot) noexcept;
   Lock locked() const;
   void require_open() const;
@@ -222,16 +270,27 @@ class Arena {
   void grow_with_driver(Slots slots, std::size_t positions, Stream stream);
   bool map_up_to(Slots slots, std::size_t positions, Urgency urgency, Lock& lock);
   std::vector<Step> plan(Slots slots, std::size_t positions, bool exact) const;
-  std::size_t bytes_of(const std::vector<Step>& steps) const noexcept;
+  static std::size_t bytes_of(const std::vector<Step>& steps) noexcept;
   std::vector<Loose> build(const std::vector<Step>& steps);
   Fences fences_of(Slots slots, Stream stream, Lock& lock);
   static void cover(Slot& slot, Stream stream, const Fences& fresh);
   void discard_before_windows(Slots slots, std::size_t keep, const Fences& fresh);
   bool clear_the_way(Slots slots, Urgency urgency, Lock& lock);
+  bool fork_with_driver(std::size_t source, std::optional<std::uint64_t> lineage, std::size_t positions, Slots targets,
+                        Share share, Stream stream);
+  bool has_rows(const Slot& slot, std::optional<std::uint64_t> lineage, std::size_t positions) const noexcept;
+  std::size_t sharable(const Slot& slot, std::size_t plane, std::size_t positions) const noexcept;
+  bool better_aliased(const Slot& source, const Slot& target, std::size_t positions) const;
+  void share_runs(std::size_t source, std::size_t positions, Slots targets, Lock& lock);
+  void copy_rows(std::size_t source, std::size_t positions, Slots targets, Stream stream, Lock& lock);
+  bool compact_with_driver(std::size_t slot, std::optional<std::uint64_t> lineage);
+  bool unshare(Slots slots, Urgency urgency, Lock& lock);
+  void replace(std::size_t index, std::size_t plane, std::size_t first, std::size_t count,
+               const std::vector<std::size_t>& sizes, std::size_t bytes, Slots mine, Lock& lock);
   void retire_run(Slot& slot, std::size_t index, std::size_t plane);
+  static void retire_from(Slot& slot, std::size_t index, std::size_t plane, std::size_t first);
   bool reclaim(std::size_t bytes, const std::vector<Step>& wanted, Slots mine, Keep keep, Urgency urgency, Lock& lock);
-  void strip(std::size_t slot, Keep keep, const std::function<bool(const Mapping&)>& wanted, std::size_t bytes,
-             std::size_t& found, std::vector<Loose>& out);
+  void strip(std::size_t slot, Keep keep, const std::function<bool(const Mapping&)>& wanted, Harvest& harvest);
   void unmap_last(std::vector<Loose>& loose);
   void unmap(std::vector<Loose>& loose);
   bool unmap_outside(std::vector<Loose> loose, Urgency urgency, Lock& lock);
@@ -253,7 +312,7 @@ class Arena {
   ExtentPool pool_;
   mutable std::mutex mutex_;
   mutable std::condition_variable released_;
-  std::vector<Slot> slots_;
+  std::vector<Slot> slots_;  // and one more, the bench: addresses at which extents are filled before they replace others
   bool closed_ = false;
   int reclaiming_ = 0;  // calls of reclaim() that are with the driver
   std::uint64_t clock_ = 0;
@@ -264,6 +323,8 @@ class Arena {
   std::optional<std::size_t> stocked_class_;  // of the extents that growth has just taken
   double map_seconds_ = 0;                    // from asking the mapper to having the memory, lately
   std::uint64_t adopted_ = 0;
+  std::uint64_t aliases_ = 0;
+  std::uint64_t copied_ = 0;
   std::uint64_t hits_ = 0;
   std::uint64_t background_failures_ = 0;
   std::atomic<std::uint64_t> misses_{0};

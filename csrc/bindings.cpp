@@ -89,6 +89,15 @@ Call call_named(const std::string& name) {
   throw std::invalid_argument("no driver call is named " + name);
 }
 
+Share share_named(const std::string& name) {
+  if (name == "auto") return Share::cheapest;
+  if (name == "alias") return Share::alias;
+  if (name == "copy") return Share::copy;
+  throw std::invalid_argument("share must be 'auto', 'alias' or 'copy', not '" + name + "'");
+}
+
+py::tuple as_tuple(const Arena::Known& known) { return py::make_tuple(known.lineage, known.positions, known.parked); }
+
 const char* name_of(Arena::State state) {
   switch (state) {
     case Arena::State::running:
@@ -109,6 +118,8 @@ void bind_driver(py::module_& module) {
       .def_property_readonly("granularity", &Driver::granularity)
       .def_property_readonly("description", &Driver::description)
       .def_property_readonly("reports", &Driver::reports)
+      .def_property_readonly("mappings", &Driver::mappings)
+      .def_property_readonly("mapping_limit", &Driver::mapping_limit)
       .def("memory_info",
            [](Driver& self) {
              const MemoryInfo info = [&self] {
@@ -150,7 +161,12 @@ void bind_driver(py::module_& module) {
             self.map(at, bytes, Handle{handle});
           },
           py::arg("address"), py::arg("nbytes"), py::arg("handle"), Unlocked())
-      .def("set_access", &Driver::set_access, py::arg("address"), py::arg("nbytes"), Unlocked())
+      .def(
+          "set_access",
+          [](Driver& self, Address at, std::size_t bytes, bool read_only) {
+            self.set_access(at, bytes, read_only ? Access::read : Access::write);
+          },
+          py::arg("address"), py::arg("nbytes"), py::kw_only(), py::arg("read_only") = false, Unlocked())
       .def("unmap", &Driver::unmap, py::arg("address"), py::arg("nbytes"), Unlocked())
       .def(
           "zero", [](Driver& self, Address at, std::size_t bytes) { self.zero({at, bytes}); }, py::arg("address"),
@@ -209,7 +225,7 @@ void bind_arena(py::module_& module) {
       .def(py::init([](std::shared_ptr<Driver> driver, const std::vector<std::pair<std::size_t, std::size_t>>& planes,
                        std::size_t slots, std::size_t max_len, std::size_t budget, std::size_t tail_rows,
                        std::size_t growth_divisor, std::optional<std::size_t> lookahead,
-                       std::shared_ptr<Mapper> mapper) {
+                       std::shared_ptr<Mapper> mapper, std::optional<std::size_t> alias_limit, bool protect_shared) {
              std::vector<Plane> described;
              for (const auto& [row_bytes, window] : planes) described.push_back({row_bytes, window});
              const ArenaOptions options{.slots = slots,
@@ -217,7 +233,9 @@ void bind_arena(py::module_& module) {
                                         .budget = budget,
                                         .tail_rows = tail_rows,
                                         .growth_divisor = growth_divisor,
-                                        .lookahead = lookahead};
+                                        .lookahead = lookahead,
+                                        .alias_limit = alias_limit,
+                                        .protect_shared = protect_shared};
              // Only here: pybind11 registers the new object after this, which takes the interpreter lock.
              const py::gil_scoped_release unlocked;
              return std::shared_ptr<Arena>(
@@ -225,13 +243,15 @@ void bind_arena(py::module_& module) {
            }),
            py::arg("driver"), py::arg("planes"), py::kw_only(), py::arg("slots"), py::arg("max_len"), py::arg("budget"),
            py::arg("tail_rows") = 0, py::arg("growth_divisor") = ArenaOptions{}.growth_divisor,
-           py::arg("lookahead") = std::nullopt, py::arg("mapper") = nullptr)
+           py::arg("lookahead") = std::nullopt, py::arg("mapper") = nullptr, py::arg("alias_limit") = std::nullopt,
+           py::arg("protect_shared") = false)
       .def(
           "acquire",
-          [](Arena& self, std::optional<std::size_t> slot, std::size_t expected, std::uintptr_t stream) {
-            return self.acquire(slot, expected, Stream{stream});
+          [](Arena& self, std::optional<std::size_t> slot, std::size_t expected, std::uintptr_t stream, bool empty) {
+            return self.acquire(slot, expected, Stream{stream}, empty);
           },
-          py::arg("slot") = std::nullopt, py::kw_only(), py::arg("expected") = 0, py::arg("stream") = 0, Unlocked())
+          py::arg("slot") = std::nullopt, py::kw_only(), py::arg("expected") = 0, py::arg("stream") = 0,
+          py::arg("empty") = false, Unlocked())
       .def(
           "grow",
           [](Arena& self, const Slots& slots, std::size_t positions, std::size_t keep, std::uintptr_t stream) {
@@ -254,6 +274,30 @@ void bind_arena(py::module_& module) {
       .def(
           "use", [](Arena& self, std::size_t slot, std::uintptr_t stream) { self.use(slot, Stream{stream}); },
           py::arg("slot"), py::arg("stream"))
+      .def(
+          "publish",
+          [](Arena& self, std::size_t slot, std::size_t positions) { return as_tuple(self.publish(slot, positions)); },
+          py::arg("slot"), py::arg("positions"))
+      .def(
+          "known", [](const Arena& self, std::size_t slot) { return as_tuple(self.known(slot)); }, py::arg("slot"))
+      .def("forget", &Arena::forget, py::arg("slot"), py::arg("lineage"), Unlocked())
+      .def(
+          "resume",
+          [](Arena& self, std::size_t slot, std::uint64_t lineage, std::size_t positions, std::uintptr_t stream) {
+            return self.resume(slot, lineage, positions, Stream{stream});
+          },
+          py::arg("slot"), py::arg("lineage"), py::arg("positions"), py::arg("stream") = 0, Unlocked())
+      .def(
+          "fork",
+          [](Arena& self, std::size_t source, std::size_t positions, const Slots& targets,
+             std::optional<std::uint64_t> lineage, const std::string& share, std::uintptr_t stream) {
+            const Share chosen = share_named(share);
+            const py::gil_scoped_release release;
+            return self.fork(source, lineage, positions, targets, chosen, Stream{stream});
+          },
+          py::arg("source"), py::arg("positions"), py::arg("targets"), py::kw_only(), py::arg("lineage") = std::nullopt,
+          py::arg("share") = "auto", py::arg("stream") = 0)
+      .def("compact", &Arena::compact, py::arg("slot"), py::kw_only(), py::arg("lineage") = std::nullopt, Unlocked())
       .def("trim", &Arena::trim, Unlocked())
       .def("set_budget", &Arena::set_budget, py::arg("budget"), Unlocked())
       .def("settle", &Arena::settle, Unlocked())
@@ -285,6 +329,7 @@ void bind_arena(py::module_& module) {
                  row["head"] = run.head;
                  row["tail"] = run.tail;
                  row["extents"] = run.extents;
+                 row["shared"] = run.shared;
                  runs.append(row);
                }
                py::dict slot;
@@ -306,12 +351,15 @@ void bind_arena(py::module_& module) {
         result["pooled"] = stats.pool.pooled;
         result["mapped"] = stats.mapped;
         result["parked"] = stats.parked;
+        result["shared"] = stats.shared;
         result["retired"] = stats.retired;
         result["running_slots"] = stats.running_slots;
         result["parked_slots"] = stats.parked_slots;
         result["rows"] = stats.rows;
         result["spare"] = stats.spare;
         result["adopted"] = stats.adopted;
+        result["aliases"] = stats.aliases;
+        result["copied"] = stats.copied;
         result["hits"] = stats.hits;
         result["misses"] = stats.misses;
         result["waited_seconds"] = static_cast<double>(stats.waited_ns) * 1e-9;

@@ -91,16 +91,18 @@ void Driver::release(Handle handle) {
 void Driver::map(Address at, std::size_t bytes, Handle handle) {
   enter(Call::map);
   do_map(at, bytes, handle);
+  ++mappings_;
 }
 
-void Driver::set_access(Address at, std::size_t bytes) {
+void Driver::set_access(Address at, std::size_t bytes, Access access) {
   enter(Call::set_access);
-  do_set_access(at, bytes);
+  do_set_access(at, bytes, access);
 }
 
 void Driver::unmap(Address at, std::size_t bytes) {
   enter(Call::unmap);
   do_unmap(at, bytes);
+  --mappings_;
 }
 
 void Driver::zero(Range range) {

@@ -5,14 +5,14 @@
 //   create       one handle to `bytes` of physical memory, a multiple of granularity().
 //   map          the whole of one handle at an address inside one reservation where nothing is mapped. A
 //                handle may be mapped at any number of addresses. The memory faults until set_access.
-//   set_access   makes a mapped range readable and writable by the device.
+//   set_access   makes a mapped range readable by the device, and writable unless told otherwise.
 //   unmap        exactly one mapping, by its address and size. Does not wait for kernels.
 //   release      gives the handle up; its memory lives until its last mapping goes, then returns to the system.
 //   free_address gives a reservation back, which must have no mapping left.
 //   zero         queues the zeroing of a mapped range on a stream of the driver's own.
 //   zeroed       waits until what zero has queued is done: it reads as zero to every stream from then on. It waits
 //                also when it fails, since what is queued must not be unmapped.
-//   copy         device to device, ordered in `stream`.
+//   copy         device to device, ordered in `stream`, which may be the driver's own; zeroed waits for that too.
 //   record       a fence that passes when the work queued in `stream` so far is done. On the host, passed at once.
 // A call that fails throws DriverError (OutOfDeviceMemory when memory is short) and changes nothing.
 // Every call may be made from any thread, and from a thread that holds no CUDA context.
@@ -34,6 +34,7 @@ using Address = std::uintptr_t;
 enum class Handle : std::uint64_t {};
 enum class Stream : std::uintptr_t {};
 enum class FenceId : std::uintptr_t {};
+enum class Access { read, write };  // who may write may read
 
 struct Range {
   Address at;
@@ -81,7 +82,7 @@ class Driver {
   Handle create(std::size_t bytes);
   void release(Handle handle);
   void map(Address at, std::size_t bytes, Handle handle);
-  void set_access(Address at, std::size_t bytes);
+  void set_access(Address at, std::size_t bytes, Access access = Access::write);
   void unmap(Address at, std::size_t bytes);
   void zero(Range range);
   void zeroed();
@@ -98,6 +99,11 @@ class Driver {
   std::size_t granularity() const noexcept { return granularity_; }
   MemoryInfo memory_info();
   virtual std::string description() const = 0;
+  // The stream that zero uses.
+  virtual Stream own_stream() const noexcept = 0;
+  // Mappings that exist now, and how many the device takes.
+  std::size_t mappings() const noexcept { return mappings_.load(); }
+  virtual std::size_t mapping_limit() const = 0;
 
   std::uint64_t count(Call call) const noexcept { return counts_[static_cast<std::size_t>(call)].load(); }
   // Of those, the ones made by threads that have called enter_background().
@@ -131,7 +137,7 @@ class Driver {
   virtual Handle do_create(std::size_t bytes) = 0;
   virtual void do_release(Handle handle) = 0;
   virtual void do_map(Address at, std::size_t bytes, Handle handle) = 0;
-  virtual void do_set_access(Address at, std::size_t bytes) = 0;
+  virtual void do_set_access(Address at, std::size_t bytes, Access access) = 0;
   virtual void do_unmap(Address at, std::size_t bytes) = 0;
   virtual void do_zero(Range range) = 0;
   virtual void do_zeroed() = 0;
@@ -150,6 +156,7 @@ class Driver {
   std::array<std::atomic<std::uint64_t>, kCallNames.size()> counts_{};
   std::array<std::atomic<std::uint64_t>, kCallNames.size()> background_counts_{};
   std::array<std::atomic<std::uint64_t>, kCallNames.size()> charges_{};
+  std::atomic<std::size_t> mappings_{0};
   std::atomic<std::int64_t> until_fault_{0};
   std::atomic<std::int64_t> faults_left_{0};
   std::atomic<bool> fault_is_memory_{false};

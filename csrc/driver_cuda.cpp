@@ -137,6 +137,11 @@ class CudaDriver final : public Driver {
     return name.data();
   }
 
+  Stream own_stream() const noexcept override { return Stream{reinterpret_cast<std::uintptr_t>(zeroing_)}; }
+
+  // Measured on an H100: the 524,091st is refused at set access.
+  std::size_t mapping_limit() const override { return 524'090; }
+
  private:
   // The calling thread's context for one scope: threads start without one, and torch's threads keep their own.
   class Current {
@@ -186,10 +191,12 @@ class CudaDriver final : public Driver {
     check(api().p_cuMemMap(at, bytes, 0, static_cast<CUmemGenericAllocationHandle>(handle), 0), "cuMemMap");
   }
 
-  void do_set_access(Address at, std::size_t bytes) override {
+  void do_set_access(Address at, std::size_t bytes, Access access) override {
     const Current current(context_);
-    const CUmemAccessDesc access{.location = properties_.location, .flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
-    check(api().p_cuMemSetAccess(at, bytes, &access, 1), "cuMemSetAccess");
+    const CUmemAccessDesc described{
+        .location = properties_.location,
+        .flags = access == Access::write ? CU_MEM_ACCESS_FLAGS_PROT_READWRITE : CU_MEM_ACCESS_FLAGS_PROT_READ};
+    check(api().p_cuMemSetAccess(at, bytes, &described, 1), "cuMemSetAccess");
   }
 
   void do_unmap(Address at, std::size_t bytes) override {

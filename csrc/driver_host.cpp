@@ -7,6 +7,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <fstream>
 #include <iterator>
 #include <map>
 #include <mutex>
@@ -37,6 +38,15 @@ class HostDriver final : public Driver {
   ~HostDriver() override { ::close(file_); }
 
   std::string description() const override { return "host memory (memfd)"; }
+
+  Stream own_stream() const noexcept override { return Stream{0}; }
+
+  // Each mapping splits the reservation's area of addresses, and the kernel takes so many areas for a process.
+  std::size_t mapping_limit() const override {
+    std::size_t areas = 65530;
+    std::ifstream("/proc/sys/vm/max_map_count") >> areas;
+    return areas / 2;
+  }
 
  private:
   struct Memory {
@@ -132,7 +142,7 @@ class HostDriver final : public Driver {
     ++memory->second.mappings;
   }
 
-  void do_set_access(Address at, std::size_t bytes) override {
+  void do_set_access(Address at, std::size_t bytes, Access access) override {
     const std::lock_guard lock(mutex_);
     // Every byte must be mapped, as the driver demands; the range may span several mappings.
     auto next = mapped_.find(at);
@@ -142,7 +152,7 @@ class HostDriver final : public Driver {
       ++next;
     }
     if (end != at + bytes) refuse("set_access", "the range is not made of whole mappings");
-    if (::mprotect(pointer(at), bytes, PROT_READ | PROT_WRITE) != 0) throw_errno("set_access");
+    if (::mprotect(pointer(at), bytes, access == Access::write ? PROT_READ | PROT_WRITE : PROT_READ) != 0) throw_errno("set_access");
   }
 
   void do_unmap(Address at, std::size_t bytes) override {

@@ -2,6 +2,7 @@
 
 #include <bit>
 #include <new>
+#include <optional>
 #include <thread>
 
 namespace vattn {
@@ -15,16 +16,21 @@ std::size_t ExtentPool::class_of(std::size_t bytes) const noexcept {
   return std::min<std::size_t>(kClasses - 1, static_cast<std::size_t>(std::bit_width(granules)) - 1);
 }
 
-Extent ExtentPool::take(std::size_t size_class) {
-  const std::size_t bytes = bytes_of(size_class);
+std::size_t ExtentPool::shelf_of(std::size_t bytes) const noexcept {
+  const std::size_t size_class = class_of(bytes);
+  return bytes == bytes_of(size_class) ? size_class : kClasses;
+}
+
+std::shared_ptr<Extent> ExtentPool::take(std::size_t bytes) {
   for (;;) {
     {
-      const std::lock_guard lock(mutex_);
-      if (auto& pooled = free_[size_class]; !pooled.empty()) {
+      std::unique_lock lock(mutex_);
+      if (auto& pooled = free_[shelf_of(bytes)]; shelf_of(bytes) != kClasses && !pooled.empty()) {
         Extent extent = std::move(pooled.back());
         pooled.pop_back();
         usage_.pooled -= bytes;
-        return extent;
+        lock.unlock();
+        return lend(std::move(extent));
       }
       if (bytes > usage_.available()) throw OutOfPages(bytes, usage_.available());
       if (usage_.charged + bytes <= usage_.budget) {
@@ -35,10 +41,11 @@ Extent ExtentPool::take(std::size_t size_class) {
     // Nothing to release, yet charged: another thread is releasing it.
     if (!release_largest()) std::this_thread::yield();
   }
+  std::optional<Extent> made;
   try {
-    for (;;) {
+    while (!made) {
       try {
-        return Extent(driver_, bytes);
+        made.emplace(driver_, bytes);
       } catch (const OutOfDeviceMemory&) {
         if (!release_largest()) throw;
       }
@@ -48,6 +55,15 @@ Extent ExtentPool::take(std::size_t size_class) {
     usage_.charged -= bytes;
     throw;
   }
+  return lend(std::move(*made));
+}
+
+std::shared_ptr<Extent> ExtentPool::lend(Extent&& extent) {
+  return {new Extent(std::move(extent)), [this](Extent* lent) {
+            const std::unique_ptr<Extent> owner(lent);
+            // A forked child's pool may be locked for good, and owns nothing.
+            if (!driver_->in_forked_child()) give(std::move(*lent));
+          }};
 }
 
 void ExtentPool::give(Extent&& extent) noexcept {
@@ -59,7 +75,7 @@ void ExtentPool::give(Extent&& extent) noexcept {
 void ExtentPool::keep(Extent&& extent) noexcept {
   const std::size_t bytes = extent.bytes();
   try {
-    free_[class_of(bytes)].push_back(std::move(extent));
+    free_[shelf_of(bytes)].push_back(std::move(extent));
   } catch (const std::bad_alloc& error) {
     // No room to remember it by: it goes back to the driver with its last owner.
     driver_->report(error);

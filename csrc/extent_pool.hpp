@@ -19,10 +19,10 @@ class ExtentPool {
 
   ExtentPool(std::shared_ptr<Driver> driver, std::size_t budget);
 
-  // An extent of the size class: a pooled one, or a new one, for which pooled extents of other classes are
-  // released when the budget or the device is short. Throws OutOfPages or DriverError, and then has lost nothing.
-  Extent take(std::size_t size_class);
-  void give(Extent&& extent) noexcept;
+  // An extent of so many bytes, whole granules: a pooled one where that is a class, or a new one, for which pooled
+  // extents of other sizes are released when the budget or the device is short. It is pooled again with its last owner,
+  // who must not outlive the pool. Throws OutOfPages or DriverError, and then has lost nothing.
+  std::shared_ptr<Extent> take(std::size_t bytes);
   // Creates extents of a class until so many are pooled or an eighth of the budget is left, where one class would be
   // released for another. Throws DriverError.
   void stock(std::size_t size_class, std::size_t count);
@@ -52,14 +52,18 @@ class ExtentPool {
 
  private:
   void charge(std::size_t bytes) noexcept;
+  std::shared_ptr<Extent> lend(Extent&& extent);
+  void give(Extent&& extent) noexcept;
   void keep(Extent&& extent) noexcept;  // under the mutex; it counts as pooled already
-  // Releases one pooled extent, of the largest class that has any; false when none is pooled. Until the driver has
-  // let it go it counts as pooled. When the driver refuses, it is in the pool again.
+  // Where extents of a size are kept: by class, and behind the classes those of any other size.
+  std::size_t shelf_of(std::size_t bytes) const noexcept;
+  // Releases one pooled extent, of the largest class that has any, before that one of no class; false when none is
+  // pooled. Until the driver has let it go it counts as pooled. When the driver refuses, it is in the pool again.
   bool release_largest();
 
   const std::shared_ptr<Driver> driver_;
   mutable std::mutex mutex_;
-  std::array<std::vector<Extent>, kClasses> free_;
+  std::array<std::vector<Extent>, kClasses + 1> free_;
   Usage usage_{};
 };
 

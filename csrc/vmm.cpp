@@ -1,5 +1,7 @@
 #include "vmm.hpp"
 
+#include <atomic>
+
 namespace vattn {
 namespace {
 
@@ -46,31 +48,42 @@ void Extent::release() {
   driver_.reset();
 }
 
-Mapping::Mapping(std::shared_ptr<Driver> driver, Extent& extent, Address at)
-    : driver_((driver->map(at, extent.bytes(), extent.handle()), std::move(driver))),
+Mapping::Mapping(std::shared_ptr<Driver> driver, std::shared_ptr<Extent> extent, Address at)
+    : driver_((driver->map(at, extent->bytes(), extent->handle()), std::move(driver))),
       extent_(std::move(extent)),
       at_(at) {}
 
 Mapping::~Mapping() {
-  if (driver_) undo_quietly(*driver_, [this] { driver_->unmap(at_, extent_.bytes()); });
+  if (driver_) undo_quietly(*driver_, [this] { driver_->unmap(at_, extent_->bytes()); });
 }
 
 Mapping::Mapping(Mapping&& other) noexcept
-    : driver_(std::move(other.driver_)), extent_(std::move(other.extent_)), at_(other.at_) {}
+    : driver_(std::move(other.driver_)), extent_(std::move(other.extent_)), at_(other.at_), access_(other.access_) {}
 
 Mapping& Mapping::operator=(Mapping&& other) noexcept {
   std::swap(driver_, other.driver_);
   std::swap(extent_, other.extent_);
   std::swap(at_, other.at_);
+  std::swap(access_, other.access_);
   return *this;
 }
 
-void Mapping::allow() { driver_->set_access(at_, extent_.bytes()); }
+void Mapping::allow(Access access) {
+  driver_->set_access(at_, extent_->bytes(), access);
+  access_ = access;
+}
 
-Extent Mapping::unmap() {
-  driver_->unmap(at_, extent_.bytes());
+void Mapping::unmap() {
+  driver_->unmap(at_, extent_->bytes());
   driver_.reset();
-  return std::move(extent_);
+  extent_.reset();
+}
+
+bool Mapping::shared() const noexcept {
+  const bool alone = extent_.use_count() == 1;
+  // What the last other owner did before it let go is seen from here on.
+  std::atomic_thread_fence(std::memory_order_acquire);
+  return !alone;
 }
 
 }  // namespace vattn

@@ -55,28 +55,34 @@ class Extent {
   Handle handle_;
 };
 
-// One extent at one address. Move-only.
+// One extent at one address. Move-only; several mappings may share an extent.
 class Mapping {
  public:
-  // Takes the extent only when the driver has mapped it. The memory is not accessible before allow().
-  Mapping(std::shared_ptr<Driver> driver, Extent& extent, Address at);
+  // The memory is not accessible before allow().
+  Mapping(std::shared_ptr<Driver> driver, std::shared_ptr<Extent> extent, Address at);
   ~Mapping();
   Mapping(Mapping&& other) noexcept;
   Mapping& operator=(Mapping&& other) noexcept;
 
-  void allow();
-  // Hands the extent back. When the driver refuses, throws and still is mapped.
-  Extent unmap();
+  void allow(Access access = Access::write);
+  // Lets the extent go. When the driver refuses, throws and still is mapped.
+  void unmap();
 
-  Range range() const noexcept { return {at_, extent_.bytes()}; }
-  std::size_t bytes() const noexcept { return extent_.bytes(); }
-  bool zeroed() const noexcept { return extent_.zeroed; }
-  void set_zeroed() noexcept { extent_.zeroed = true; }
+  Range range() const noexcept { return {at_, extent_->bytes()}; }
+  std::size_t bytes() const noexcept { return extent_->bytes(); }
+  bool zeroed() const noexcept { return extent_->zeroed; }
+  void set_zeroed() noexcept { extent_->zeroed = true; }
+  const std::shared_ptr<Extent>& extent() const noexcept { return extent_; }
+  // Others can come only through this mapping, so that who holds it and finds it alone stays alone.
+  bool shared() const noexcept;
+  // Whether rows may be written here: nobody else has the extent mapped (invariant 4).
+  bool writable() const noexcept { return access_ == Access::write && !shared(); }
 
  private:
   std::shared_ptr<Driver> driver_;  // empty when moved from or unmapped
-  Extent extent_;
+  std::shared_ptr<Extent> extent_;
   Address at_;
+  Access access_ = Access::write;
 };
 
 class Fence {

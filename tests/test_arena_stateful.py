@@ -23,8 +23,18 @@ class ArenaMachine(RuleBasedStateMachine):
         divisor=st.sampled_from([1, 4, 32]),
         tail_rows=st.sampled_from([0, 3]),
         lookahead=st.sampled_from([None, 0, 5]),
+        protect_shared=st.booleans(),
+        alias_limit=st.sampled_from([None, 20]),
     )
-    def start(self, budget: int, divisor: int, tail_rows: int, lookahead: int | None) -> None:
+    def start(
+        self,
+        budget: int,
+        divisor: int,
+        tail_rows: int,
+        lookahead: int | None,
+        protect_shared: bool,
+        alias_limit: int | None,
+    ) -> None:
         self.driver = _core.host_driver(PAGE, capacity=CAPACITY)
         self.arena = _core.Arena(
             self.driver,
@@ -36,6 +46,8 @@ class ArenaMachine(RuleBasedStateMachine):
             tail_rows=tail_rows,
             lookahead=lookahead,
             mapper=_core.Mapper() if lookahead is not None else None,
+            protect_shared=protect_shared,
+            alias_limit=alias_limit,
         )
         self.planes = []
         for plane in range(2):
@@ -47,6 +59,7 @@ class ArenaMachine(RuleBasedStateMachine):
         self.addresses = [plane.data_ptr() for plane in self.planes]
         self.written: dict[int, list[int]] = {}  # slot -> what each of its rows holds
         self.kept: dict[int, int] = {}  # slot -> the first position that a truncated window may still need
+        self.known: dict[int, tuple[int, list[int], int]] = {}  # parked slot -> lineage, rows, what is kept of windows
         self.next_value = 1
 
     def attempt(self, operation) -> bool:
@@ -60,7 +73,11 @@ class ArenaMachine(RuleBasedStateMachine):
     @rule(slot=st.integers(0, SLOTS - 1))
     def acquire(self, slot: int) -> None:
         if slot not in self.written and self.attempt(lambda: self.arena.acquire(slot)):
-            self.written[slot], self.kept[slot] = [], 0
+            self.begin(slot)
+
+    def begin(self, slot: int) -> None:
+        self.written[slot], self.kept[slot] = [], 0
+        self.known.pop(slot, None)
 
     @precondition(lambda self: len(self.written) < SLOTS)
     @rule(expected=st.integers(0, MAX_LEN))
@@ -68,7 +85,7 @@ class ArenaMachine(RuleBasedStateMachine):
         chosen: list[int] = []
         if self.attempt(lambda: chosen.append(self.arena.acquire(expected=expected))):
             assert chosen[0] not in self.written
-            self.written[chosen[0]], self.kept[chosen[0]] = [], 0
+            self.begin(chosen[0])
 
     @precondition(lambda self: self.written)
     @rule(data=st.data(), by=st.integers(0, 20))
@@ -101,6 +118,84 @@ class ArenaMachine(RuleBasedStateMachine):
             del rows[length:]
             if length == 0:
                 self.kept[slot] = 0
+
+    @precondition(lambda self: 0 < len(self.written) < SLOTS)
+    @rule(data=st.data(), fraction=st.floats(0, 1), share=st.sampled_from(["auto", "alias", "copy"]))
+    def fork(self, data: st.DataObject, fraction: float, share: str) -> None:
+        source = data.draw(st.sampled_from(sorted(self.written)))
+        rows = self.written[source]
+        length = int(len(rows) * fraction)
+        if length < len(rows) and length - WINDOW + 1 < self.kept[source]:
+            return  # a window may have passed
+        self.fork_into_new(source, None, length, rows, self.kept[source], share)
+
+    @precondition(lambda self: self.known and len(self.written) < SLOTS - 1)
+    @rule(data=st.data(), fraction=st.floats(0, 1), share=st.sampled_from(["auto", "alias", "copy"]))
+    def fork_from_known(self, data: st.DataObject, fraction: float, share: str) -> None:
+        source = data.draw(st.sampled_from(sorted(self.known)))
+        lineage, rows, kept = self.known[source]
+        length = int(len(rows) * fraction)
+        if length - WINDOW + 1 >= kept or length == len(rows):
+            self.fork_into_new(source, lineage, length, rows, kept, share)
+
+    def fork_into_new(
+        self, source: int, lineage: int | None, length: int, rows: list[int], kept: int, share: str
+    ) -> None:
+        target = min(
+            (slot for slot in range(SLOTS) if slot not in self.written and slot != source),
+            key=self.known.__contains__,
+        )
+        if not self.attempt(lambda: self.arena.acquire(target, empty=True)):
+            return
+        self.begin(target)
+        done: list[bool] = []
+        if self.attempt(
+            lambda: done.append(self.arena.fork(source, length, [target], lineage=lineage, share=share))
+        ) and (done[0] or lineage is None):
+            assert done[0]
+            self.written[target], self.kept[target] = rows[:length], kept
+
+    @precondition(lambda self: self.known)
+    @rule(data=st.data(), fraction=st.floats(0, 1))
+    def resume(self, data: st.DataObject, fraction: float) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.known)))
+        lineage, rows, kept = self.known[slot]
+        length = int(len(rows) * fraction)
+        done: list[bool] = []
+        if self.attempt(lambda: done.append(self.arena.resume(slot, lineage, length))) and done[0]:
+            del self.known[slot]
+            self.written[slot], self.kept[slot] = rows[:length], kept
+
+    @precondition(lambda self: self.written)
+    @rule(data=st.data())
+    def compact(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.written)))
+        self.attempt(lambda: self.arena.compact(slot))
+
+    @precondition(lambda self: self.known)
+    @rule(data=st.data())
+    def compact_known(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.known)))
+        self.attempt(lambda: self.arena.compact(slot, lineage=self.known[slot][0]))
+
+    @precondition(lambda self: self.known)
+    @rule(data=st.data())
+    def forget(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.known)))
+        self.arena.forget(slot, self.known.pop(slot)[0])
+
+    @precondition(lambda self: self.written)
+    @rule(data=st.data())
+    def publish_and_release(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.written)))
+        rows = self.written[slot]
+        lineage = self.arena.publish(slot, len(rows))[0]
+        if self.attempt(lambda: self.arena.release([slot])):
+            del self.written[slot]
+            if rows:
+                self.known[slot] = lineage, rows, self.kept[slot]
+        else:
+            self.arena.publish(slot, 0)
 
     @precondition(lambda self: self.written)
     @rule(data=st.data())
@@ -142,6 +237,16 @@ class ArenaMachine(RuleBasedStateMachine):
         slots = self.arena.map()
         assert {i for i, slot in enumerate(slots) if slot["state"] == "running"} == set(self.written)
         assert [plane.data_ptr() for plane in self.planes] == self.addresses
+        for slot, (lineage, rows, kept) in list(self.known.items()):
+            now, positions, parked = self.arena.known(slot)
+            assert now == lineage
+            assert slots[slot]["state"] == "parked" if positions else slots[slot]["state"] != "running"
+            # What was taken back is gone from the end on.
+            del rows[positions:]
+            if not rows or not parked:
+                del self.known[slot]
+                continue
+            assert torch.equal(self.planes[0][slot, :positions, 0], torch.tensor(rows))
         for slot, rows in self.written.items():
             assert slots[slot]["length"] == len(rows)
             expected = torch.tensor(rows, dtype=torch.int64).reshape(-1, 1).expand(-1, 2)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +20,8 @@ from vattn.errors import BackendUnavailable, OutOfDeviceMemory
 from vattn.layout import GRANULARITY, Group, Kind, KVLayout
 
 _UNLIMITED = 1 << 62  # bytes; more than any machine has
+
+Share = Literal["auto", "alias", "copy"]
 
 # The background thread of each device of this process; a cache keeps its own alive.
 _mappers: weakref.WeakValueDictionary[tuple[int, str], _core.Mapper] = weakref.WeakValueDictionary()
@@ -33,8 +36,9 @@ class CacheStats:
         reserved: addresses, which cost nothing.
         physical: memory taken from the driver, which is mapped + pooled + retired.
         peak: the most that ``physical`` has been.
-        mapped: memory under slots; ``parked`` is the part under slots that no sequence has.
+        mapped: memory under slots; ``parked`` is the part that is under no sequence's.
         parked: see ``mapped``.
+        shared: what would be mapped beside it if sequences did not share.
         pooled: memory kept for the next growth.
         retired: memory that waits for kernels to finish.
         running_slots: slots with a sequence.
@@ -42,6 +46,8 @@ class CacheStats:
         rows: bytes of the rows of running sequences.
         spare: mapped under running slots past what their sequences need; given to others when asked for.
         adopted: how often a new sequence took over a parked slot.
+        aliases: extents that forks have mapped again.
+        copied: bytes copied by forks, by ``compact``, and before a sequence wrote behind rows that it shares.
         hits: how often a sequence grew into memory that was mapped ahead.
         misses: how often it had to wait for memory.
         waited_seconds: time that callers waited for memory, for kernels on other streams, or for the mapper.
@@ -57,6 +63,7 @@ class CacheStats:
     peak: int
     mapped: int
     parked: int
+    shared: int
     pooled: int
     retired: int
     running_slots: int
@@ -64,6 +71,8 @@ class CacheStats:
     rows: int
     spare: int
     adopted: int
+    aliases: int
+    copied: int
     hits: int
     misses: int
     waited_seconds: float
@@ -87,6 +96,9 @@ class KVCache:
         lookahead: positions past its length that a running sequence is kept mapped by the device's mapper, a
             background thread. None: as many as the time to map and the rate of growth ask for, at least a granule.
         mapper: False makes every driver call in the thread of who needs it, and maps nothing ahead.
+        alias_limit: mappings on the device beyond which forks copy instead of sharing; by default three quarters of
+            what the device takes.
+        protect_shared: maps what sequences share read-only, so that a write to it faults: for debugging.
         capacity: bytes of a simulated device of fixed size (host only), for tests; by default the machine's memory.
 
     Raises:
@@ -104,12 +116,15 @@ class KVCache:
         growth_divisor: int = 32,
         lookahead: int | None = None,
         mapper: bool = True,
+        alias_limit: int | None = None,
+        protect_shared: bool = False,
         capacity: int = 0,
     ) -> None:
         for name, value, least in (
             ("slots", slots, 1),
             ("growth_divisor", growth_divisor, 1),
             ("lookahead", lookahead or 0, 0),
+            ("alias_limit", alias_limit or 0, 0),
             ("capacity", capacity, 0),
         ):
             _require_at_least(name, value, least)
@@ -127,6 +142,8 @@ class KVCache:
             growth_divisor=growth_divisor,
             lookahead=lookahead,
             mapper=self._mapper,
+            alias_limit=alias_limit,
+            protect_shared=protect_shared,
         )
         self._closed = False
         self._k: dict[int, torch.Tensor] = {}
@@ -201,6 +218,21 @@ class KVCache:
         _require_at_least("slot", slot or 0, 0)
         _require_at_least("expected", expected, 0)
         return Sequence(self, self._arena.acquire(slot, expected=expected, stream=self._stream()))
+
+    def fork_all(self, source: Sequence, targets: list[Sequence], length: int, *, share: Share = "auto") -> None:
+        """Gives empty sequences the first ``length`` positions of another: all of them, or none when it raises.
+
+        See ``Sequence.fork``, which opens them.
+        """
+        slots = self._slots_of(targets)
+        [slot] = self._slots_of([source])
+        _require_at_least("length", length, 0)
+        self._fork(slot, length, slots, share=share)
+        for target in targets:
+            target.length = length
+
+    def _open_empty(self) -> Sequence:
+        return Sequence(self, self._arena.acquire(stream=self._stream(), empty=True))
 
     def grow_all(self, sequences: list[Sequence], length: int, *, keep: int) -> None:
         """Brings several sequences to ``length`` positions at once: all of them, or none when it raises.
@@ -327,10 +359,24 @@ class KVCache:
         try:
             self._arena.grow(slots, length, keep, stream)
         except OutOfDeviceMemory:
-            if self.device.type != "cuda":
-                raise
-            torch.cuda.empty_cache()  # what torch has freed and kept may do
+            self._ask_torch()
             self._arena.grow(slots, length, keep, stream)
+
+    def _fork(self, slot: int, length: int, targets: list[int], *, lineage: int | None = None, share: Share) -> bool:
+        fork = functools.partial(
+            self._arena.fork, slot, length, targets, lineage=lineage, share=share, stream=self._stream()
+        )
+        try:
+            return fork()
+        except OutOfDeviceMemory:
+            self._ask_torch()
+            return fork()
+
+    def _ask_torch(self) -> None:
+        """Within the handling of an error, which is raised again where it is of no use."""
+        if self.device.type != "cuda":
+            raise
+        torch.cuda.empty_cache()  # what torch has freed and kept may do
 
     def _slots_of(self, sequences: list[Sequence]) -> list[int]:
         for sequence in sequences:
@@ -448,6 +494,48 @@ class Sequence:
             ValueError: the sequence is closed or shorter than that, or a sliding window has moved past ``length``.
         """
         self.cache.truncate_all([self], length)
+
+    def fork(self, length: int | None = None, n: int = 1, *, share: Share = "auto") -> list[Sequence]:
+        """Makes ``n`` sequences that start with the first ``length`` positions of this one; by default all of them.
+
+        Whole extents of memory are shared, and what lies behind the last of them is copied on the device. Each sequence
+        goes on by itself: who is truncated into what it shares gets its own before it grows.
+
+        Args:
+            length: positions to take over, at most ``self.length``.
+            n: sequences to make.
+            share: ``"alias"`` shares, ``"copy"`` copies everything, ``"auto"`` does what costs less time and memory.
+                When the device has nearly as many mappings as it takes, all of them copy.
+
+        Raises:
+            ValueError: the sequence is closed or shorter than that, a sliding window has moved past ``length``, or
+                there are not so many slots.
+            OutOfPages, OutOfDeviceMemory: as in ``grow``; nothing has changed then.
+        """
+        self._require_open()
+        _require_at_least("n", n, 1)
+        made: list[Sequence] = []
+        try:
+            for _ in range(n):
+                made.append(self.cache._open_empty())
+            self.cache.fork_all(self, made, self.length if length is None else length, share=share)
+        except BaseException:
+            self.cache.close_all(made)
+            raise
+        return made
+
+    def compact(self) -> None:
+        """Moves what forks would share into one extent of just its size, so that each fork shares it in one driver call.
+
+        The address stays what it is; the rows are copied on the device, and what is queued on the sequence's streams is
+        waited for. Forks made before keep what they share. Layers with a sliding window are left as they are. Until it
+        is done, the memory is taken twice.
+
+        Raises:
+            OutOfPages, OutOfDeviceMemory: there is not so much memory; nothing has changed then.
+        """
+        self._require_open()
+        self.cache._arena.compact(self.slot)
 
     def k(self, layer: int) -> torch.Tensor:
         """This sequence's K, ``[length, kv_heads, head_dim]``, a view."""

@@ -1,0 +1,78 @@
+// What the parts of the arena share: the right to call the driver for some slots, the time callers wait, fences.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+
+#include "arena.hpp"
+
+namespace vattn {
+
+inline constexpr std::size_t kNever = std::numeric_limits<std::size_t>::max();
+
+// How long fences are left alone before they are looked at.
+inline constexpr std::chrono::milliseconds kPatience{1};
+
+// Remembers one fence for each stream: a later fence of a stream implies the earlier ones.
+inline void note(Fences& fences, std::shared_ptr<const Fence> fence) {
+  std::erase_if(fences, [&](const auto& old) { return old->stream() == fence->stream(); });
+  fences.push_back(std::move(fence));
+}
+
+inline bool passed(const Fences& fences) {
+  return std::all_of(fences.begin(), fences.end(), [](const auto& fence) { return fence->passed(); });
+}
+
+template <typename Values, typename Value>
+bool holds(const Values& values, Value value) {
+  return std::find(values.begin(), values.end(), value) != values.end();
+}
+
+// Adds the time until it goes to what callers have waited.
+class Arena::Waiting {
+ public:
+  explicit Waiting(Arena& arena) : arena_(arena) {}
+  ~Waiting() {
+    const std::chrono::nanoseconds waited = Clock::now() - since_;
+    arena_.waited_ns_ += static_cast<std::uint64_t>(waited.count());
+  }
+  Waiting(const Waiting&) = delete;
+  Waiting& operator=(const Waiting&) = delete;
+
+ private:
+  Arena& arena_;
+  const Clock::time_point since_ = Clock::now();
+};
+
+// The right to call the driver for some slots with the mutex free. Taken when none of them is held by others.
+class Arena::Hold {
+ public:
+  Hold(Arena& arena, Slots slots, Lock& lock) : arena_(arena), slots_(slots.begin(), slots.end()), lock_(lock) {
+    std::sort(slots_.begin(), slots_.end());
+    if (std::adjacent_find(slots_.begin(), slots_.end()) != slots_.end())
+      throw std::invalid_argument("a slot is named twice");
+    const auto free = [&] {
+      return std::none_of(slots_.begin(), slots_.end(), [&](std::size_t slot) { return arena_.slots_.at(slot).held; });
+    };
+    if (!free()) {
+      const Waiting waiting(arena_);
+      arena_.released_.wait(lock_, free);
+    }
+    for (const std::size_t slot : slots_) arena_.slots_[slot].held = true;
+  }
+  ~Hold() {
+    if (!lock_.owns_lock()) lock_.lock();
+    for (const std::size_t slot : slots_) arena_.slots_[slot].held = false;
+    arena_.released_.notify_all();
+  }
+  Hold(const Hold&) = delete;
+  Hold& operator=(const Hold&) = delete;
+
+ private:
+  Arena& arena_;
+  std::vector<std::size_t> slots_;
+  Lock& lock_;
+};
+
+}  // namespace vattn

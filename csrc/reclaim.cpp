@@ -1,0 +1,227 @@
+// How an arena takes memory back: what is retired, and from slots that need it least.
+#include <array>
+#include <unordered_map>
+#include <utility>
+
+#include "hold.hpp"
+
+namespace vattn {
+
+// Unmaps, of what the held slots have retired, whatever has passed its fences or lies where they will grow. False when
+// something lies there that only a demand would wait for.
+bool Arena::clear_the_way(Slots slots, Urgency urgency, Lock& lock) {
+  std::vector<Loose> in_the_way;
+  std::vector<Loose> others;
+  for (const std::size_t index : slots) {
+    for (Loose& loose : slots_[index].retired) {
+      const Address tail = address_of(index, loose.plane) + slots_[index].runs[loose.plane].tail;
+      (loose.mapping.range().at >= tail ? in_the_way : others).push_back(std::move(loose));
+    }
+    slots_[index].retired.clear();
+  }
+  if (in_the_way.empty() && others.empty()) return true;
+  std::size_t done = 0;  // of the others, from the oldest on: those are through first
+  const auto put_back = [&] {
+    others.erase(others.begin(), others.begin() + static_cast<std::ptrdiff_t>(done));
+    for (auto* rest : {&in_the_way, &others})
+      for (Loose& loose : *rest) slots_[loose.slot].retired.push_back(std::move(loose));
+  };
+  lock.unlock();
+  try {
+    while (!in_the_way.empty()) {
+      if (urgency != Urgency::demand && !passed(in_the_way.back().fences)) break;
+      unmap_last(in_the_way);
+    }
+    for (; done < others.size() && passed(others[done].fences); ++done) others[done].mapping.unmap();
+  } catch (...) {
+    lock.lock();
+    put_back();
+    throw;
+  }
+  lock.lock();
+  const bool clear = in_the_way.empty();
+  put_back();
+  return clear;
+}
+
+void Arena::retire_run(Slot& slot, std::size_t index, std::size_t plane) {
+  Run& run = slot.runs[plane];
+  retire_from(slot, index, plane, 0);
+  run = Run{};
+}
+
+// Takes a run's mappings from the given one on out of it.
+void Arena::retire_from(Slot& slot, std::size_t index, std::size_t plane, std::size_t first) {
+  Run& run = slot.runs[plane];
+  for (std::size_t i = first; i < run.mappings.size(); ++i) {
+    run.tail -= run.mappings[i].bytes();
+    slot.retired.push_back({index, plane, std::move(run.mappings[i]), slot.fences});
+  }
+  run.mappings.erase(run.mappings.begin() + static_cast<std::ptrdiff_t>(std::min(first, run.mappings.size())),
+                     run.mappings.end());
+}
+
+// Mappings that are taken out of their runs, and the bytes that come free with them: those of a shared extent once all
+// its mappings are among them.
+class Arena::Harvest {
+ public:
+  explicit Harvest(std::size_t wanted) : wanted_(wanted) {}
+
+  bool enough() const noexcept { return found_ >= wanted_; }
+  void add(Loose&& loose) {
+    const auto& extent = loose.mapping.extent();
+    if (++taken_[extent.get()] == extent.use_count()) found_ += extent->bytes();
+    loose_.push_back(std::move(loose));
+  }
+  std::vector<Loose>& loose() noexcept { return loose_; }
+
+ private:
+  const std::size_t wanted_;
+  std::size_t found_ = 0;
+  std::vector<Loose> loose_;
+  std::unordered_map<const Extent*, long> taken_;
+};
+
+// Brings about `bytes` back to the pool from whoever needs them least: what is retired, then what running slots have
+// mapped past what they expect, from who has most of it on, and parked slots from the longest parked on, and then those
+// of them that are known to hold rows; of those extents first such as `wanted` can map as they are, and such as nobody
+// else has mapped. What running slots keep is taken as far as `keep` allows. Of the slots the caller holds, `mine`, only
+// what is retired. False when there was nothing.
+bool Arena::reclaim(std::size_t bytes, const std::vector<Step>& wanted, Slots mine, Keep keep, Urgency urgency,
+                    Lock& lock) {
+  Harvest harvest(bytes);
+  const auto take_retired = [&](Slot& slot) {
+    while (!harvest.enough() && !slot.retired.empty()) {
+      harvest.add(std::move(slot.retired.back()));
+      slot.retired.pop_back();
+    }
+  };
+  for (const std::size_t index : mine) take_retired(slots_[index]);
+  using Ranked = std::vector<std::pair<std::size_t, std::size_t>>;  // by rank: the less, the earlier its memory goes
+  Ranked ranked;
+  Ranked remembered;
+  for (std::size_t index = 0; index < slots_.size(); ++index) {
+    Slot& slot = slots_[index];
+    if (slot.held || has_nothing(slot)) continue;
+    take_retired(slot);
+    if (slot.state == State::parked && slot.known != 0) {
+      remembered.emplace_back(slot.parked_at, index);
+      continue;
+    }
+    std::size_t kept = kNever / 2;
+    for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+      const std::size_t needed = needed_end(slot, plane, Keep::expected);
+      kept -= std::max(slot.runs[plane].tail, needed) - needed;
+    }
+    ranked.emplace_back(slot.state == State::parked ? kNever / 2 + slot.parked_at : kept, index);
+  }
+  std::sort(ranked.begin(), ranked.end());
+  std::sort(remembered.begin(), remembered.end());
+  std::array<std::size_t, ExtentPool::kClasses> counts{};
+  for (const Step& step : wanted) ++counts[pool_.class_of(step.bytes)];
+  for (std::size_t size_class = 0; size_class < counts.size(); ++size_class)
+    counts[size_class] -= std::min(counts[size_class], pool_.pooled(size_class));
+  const auto fits = [&](const Mapping& mapping) {
+    if (mapping.shared()) return false;
+    std::size_t& count = counts[pool_.class_of(mapping.bytes())];
+    return count != 0 && count-- != 0;
+  };
+  const auto alone = [](const Mapping& mapping) { return !mapping.shared(); };
+  const auto any = [](const Mapping&) { return true; };
+  const auto strip_all = [&](const Ranked& slots, Keep kept, const std::function<bool(const Mapping&)>& such) {
+    for (const auto& [rank, index] : slots) strip(index, kept, such, harvest);
+  };
+  strip_all(ranked, Keep::expected, fits);
+  strip_all(ranked, Keep::expected, any);
+  strip_all(remembered, Keep::expected, alone);
+  strip_all(remembered, Keep::expected, any);
+  if (keep != Keep::expected) strip_all(ranked, keep, any);
+  std::vector<Loose>& loose = harvest.loose();
+  if (loose.empty()) {
+    if (reclaiming_ == 0 || urgency != Urgency::demand) return false;
+    // Somebody else has it in hand, and will not wait for us.
+    released_.wait(lock, [this] { return reclaiming_ == 0; });
+    return true;
+  }
+
+  std::vector<std::size_t> others;
+  for (const Loose& one : loose)
+    if (!holds(mine, one.slot) && !holds(others, one.slot)) others.push_back(one.slot);
+  const Hold hold(*this, others, lock);
+  ++reclaiming_;
+  bool some = false;
+  const auto finish = [&] {
+    --reclaiming_;
+    released_.notify_all();
+  };
+  try {
+    some = unmap_outside(std::move(loose), urgency, lock);
+  } catch (...) {
+    finish();
+    throw;
+  }
+  finish();
+  for (const std::size_t index : others)
+    if (slots_[index].state == State::parked && has_nothing(slots_[index])) slots_[index].state = State::bare;
+  return some;
+}
+
+// Takes mappings that a slot does not need off the ends of its runs, while they are `wanted` and not enough.
+void Arena::strip(std::size_t index, Keep keep, const std::function<bool(const Mapping&)>& wanted, Harvest& harvest) {
+  Slot& slot = slots_[index];
+  const bool remembered = slot.known != 0;
+  for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+    Run& run = slot.runs[plane];
+    const std::size_t needed = std::max(needed_end(slot, plane, keep), run.head);
+    while (!harvest.enough() && !run.mappings.empty() && run.tail - run.mappings.back().bytes() >= needed &&
+           wanted(run.mappings.back())) {
+      run.tail -= run.mappings.back().bytes();
+      harvest.add({index, plane, std::move(run.mappings.back()), slot.fences});
+      run.mappings.pop_back();
+    }
+    if (slot.state == State::running) continue;
+    if (run.mappings.empty()) run.head = run.tail = 0;
+    slot.known = std::min(slot.known, run.tail / geometry_[plane].row_bytes);
+  }
+  if (remembered && slot.known == 0 && slot.state == State::parked) drop_unwritable(slot, index);
+  refresh(slot);
+}
+
+// Waits for the fences of the last of them, unmaps it and pools its extent. When it throws, it is still mapped.
+void Arena::unmap_last(std::vector<Loose>& loose) {
+  for (const auto& fence : loose.back().fences) fence->wait();
+  loose.back().mapping.unmap();
+  loose.pop_back();
+}
+
+void Arena::unmap(std::vector<Loose>& loose) {
+  while (!loose.empty()) unmap_last(loose);
+}
+
+// The same with the mutex released meanwhile, for mappings of held slots; true when some were unmapped. What the driver
+// refuses, and what only a demand would wait for, stays retired.
+bool Arena::unmap_outside(std::vector<Loose> loose, Urgency urgency, Lock& lock) {
+  const std::size_t before = loose.size();
+  const auto put_back = [&] {
+    for (Loose& one : loose) slots_[one.slot].retired.push_back(std::move(one));
+  };
+  lock.unlock();
+  try {
+    const auto ready =
+        urgency == Urgency::demand
+            ? loose.begin()
+            : std::partition(loose.begin(), loose.end(), [](const Loose& one) { return !passed(one.fences); });
+    for (auto left = loose.end() - ready; left > 0; --left) unmap_last(loose);
+  } catch (...) {
+    lock.lock();
+    put_back();
+    throw;
+  }
+  lock.lock();
+  const bool some = loose.size() < before;
+  if (!loose.empty()) post_housekeeping(kPatience);
+  put_back();
+  return some;
+}
+
+}  // namespace vattn

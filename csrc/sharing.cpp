@@ -1,0 +1,474 @@
+// How the slots of an arena share extents, and come to their own where they may not.
+#include <utility>
+
+#include "hold.hpp"
+
+namespace vattn {
+namespace {
+
+// What a fork costs, in microseconds on an H100; see docs/design.md.
+constexpr double kAliasCost = 31;                // map and set access of an extent that exists
+constexpr double kUnmapCost = 20;                // of each extent that is in the way
+constexpr double kExtentCost = 44;               // create, map and set access
+constexpr double kCopyCost = 1.0 / (1.5 * 1e6);  // a byte, read and written at 3 TB/s
+constexpr double kMemoryCost = 20;               // a granule taken twice: about what taking it from others costs
+
+// How often the driver is asked for what it had already given.
+constexpr int kAttempts = 8;
+
+// Takes the mappings of a run from the given one on out of it.
+template <typename Run>
+std::vector<Mapping> take_from(Run& run, std::size_t first) {
+  const auto from = run.mappings.begin() + static_cast<std::ptrdiff_t>(first);
+  std::vector<Mapping> taken(std::make_move_iterator(from), std::make_move_iterator(run.mappings.end()));
+  run.mappings.erase(from, run.mappings.end());
+  for (const Mapping& mapping : taken) run.tail -= mapping.bytes();
+  return taken;
+}
+
+}  // namespace
+
+Arena::Known Arena::publish(std::size_t index, std::size_t positions) {
+  const Lock lock = locked();
+  require_open();
+  Slot& slot = running(index, "publish");
+  if (positions > slot.length)
+    throw std::invalid_argument("cannot publish " + std::to_string(positions) + " positions: the sequence has " +
+                                std::to_string(slot.length));
+  slot.known = positions;
+  return {slot.lineage, slot.known, false};
+}
+
+Arena::Known Arena::known(std::size_t index) const {
+  const Lock lock = locked();
+  const Slot& slot = slots_.at(index);
+  return {slot.lineage, slot.known, slot.state == State::parked};
+}
+
+void Arena::forget(std::size_t index, std::uint64_t lineage) {
+  Lock lock = locked();
+  require_open();
+  if (index >= options_.slots) return;
+  const Hold hold(*this, Slots(&index, 1), lock);
+  Slot& slot = slots_[index];
+  if (slot.lineage != lineage) return;
+  slot.known = 0;
+  if (slot.state == State::parked) drop_unwritable(slot, index);
+  refresh(slot);
+}
+
+bool Arena::resume(std::size_t index, std::uint64_t lineage, std::size_t positions, Stream stream) {
+  Lock lock = locked();
+  require_open();
+  if (index >= options_.slots) return false;
+  const Hold hold(*this, Slots(&index, 1), lock);
+  require_open();
+  Slot& slot = slots_[index];
+  if (slot.state != State::parked || !has_rows(slot, lineage, positions)) return false;
+  wait_for_others(slot.fences, stream, lock);
+  ++adopted_;
+  begin(slot, positions, stream);
+  slot.known = std::min(slot.known, positions);
+  refresh(slot);
+  return true;
+}
+
+bool Arena::fork(std::size_t source, std::optional<std::uint64_t> lineage, std::size_t positions, Slots targets,
+                 Share share, Stream stream) {
+  bool done = false;
+  on_mapper([&] { done = fork_with_driver(source, lineage, positions, targets, share, stream); });
+  return done;
+}
+
+bool Arena::fork_with_driver(std::size_t source, std::optional<std::uint64_t> lineage, std::size_t positions,
+                             Slots targets, Share share, Stream stream) {
+  Lock lock = locked();
+  require_open();
+  if (!lineage) running(source, "fork");
+  if (source >= options_.slots) return false;
+  for (const std::size_t target : targets) running(target, "fork into");
+  std::vector<std::size_t> all(targets.begin(), targets.end());
+  all.push_back(source);
+  const Hold hold(*this, all, lock);
+  require_open();
+  Slot& from = slots_[source];
+  if (!lineage) {
+    running(source, "fork");
+    if (positions > from.length)
+      throw std::invalid_argument("cannot fork at " + std::to_string(positions) + " positions: the sequence has " +
+                                  std::to_string(from.length));
+    if (!has_rows(from, lineage, positions))
+      throw std::invalid_argument("cannot fork at " + std::to_string(positions) +
+                                  " positions: a window has moved on and the rows before it are given back");
+  } else if (!has_rows(from, lineage, positions)) {
+    return false;
+  }
+  for (const std::size_t target : targets)
+    if (running(target, "fork into").length != 0)
+      throw std::invalid_argument("cannot fork into slot " + std::to_string(target) + ": it is not empty");
+
+  // What has written the rows on other streams.
+  const bool parked = from.state == State::parked;
+  wait_for_others(parked ? from.fences : fences_of(Slots(&source, 1), stream, lock), stream, lock);
+  std::vector<std::size_t> aliased;
+  std::size_t mappings = driver_->mappings();
+  const std::size_t limit = options_.alias_limit.value_or(driver_->mapping_limit() / 4 * 3);
+  for (const std::size_t target : targets) {
+    std::size_t count = 0;
+    for (std::size_t plane = 0; plane < geometry_.size(); ++plane) count += sharable(from, plane, positions);
+    const bool cheaper = share == Share::alias || better_aliased(from, slots_[target], positions);
+    if (share == Share::copy || !cheaper || mappings + count > limit) continue;
+    mappings += count;
+    aliased.push_back(target);
+  }
+  // Copies read the source and write the targets until these have passed.
+  const auto fences_after = [&]() -> Fences {
+    try {
+      return fences_of(targets, stream, lock);
+    } catch (const std::exception&) {
+      driver_->synchronize();
+      if (!lock.owns_lock()) lock.lock();
+      return {};
+    }
+  };
+  try {
+    share_runs(source, positions, aliased, lock);
+    map_up_to(targets, positions, Urgency::demand, lock);
+    copy_rows(source, positions, targets, stream, lock);
+  } catch (...) {
+    if (!lock.owns_lock()) lock.lock();
+    const Fences after = fences_after();
+    if (parked) cover(from, stream, after);
+    for (const std::size_t target : aliased) {
+      Slot& slot = slots_[target];
+      cover(slot, stream, after);
+      for (std::size_t plane = 0; plane < geometry_.size(); ++plane) retire_run(slot, target, plane);
+      slot.length = 0;
+      refresh(slot);
+    }
+    post_housekeeping({});
+    throw;
+  }
+  if (parked) cover(from, stream, fences_after());
+  if (parked) {
+    from.parked_at = ++clock_;  // who was of use goes later
+  } else if (!holds(from.streams, stream)) {
+    from.streams.push_back(stream);
+  }
+  for (const std::size_t target : targets) {
+    advance(target, positions, stream);
+    refresh(slots_[target]);
+  }
+  return true;
+}
+
+// Whether a slot holds its first rows: as a running one, or with a lineage as what is known of it.
+bool Arena::has_rows(const Slot& slot, std::optional<std::uint64_t> lineage, std::size_t positions) const noexcept {
+  if (lineage && (slot.lineage != *lineage || slot.known < positions)) return false;
+  if (slot.state == State::bare || (slot.state == State::running && slot.length < positions)) return false;
+  for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+    const auto& [row_bytes, window, offset, stride] = geometry_[plane];
+    const std::size_t first = window == 0 || positions < window ? 0 : positions - window + 1;
+    if (slot.runs[plane].head > first * row_bytes || slot.runs[plane].tail < positions * row_bytes) return false;
+  }
+  return true;
+}
+
+// Mappings of a run that lie wholly within its first rows.
+std::size_t Arena::sharable(const Slot& slot, std::size_t plane, std::size_t positions) const noexcept {
+  const Run& run = slot.runs[plane];
+  std::size_t end = run.head;
+  std::size_t count = 0;
+  while (count < run.mappings.size() && end + run.mappings[count].bytes() <= positions * geometry_[plane].row_bytes)
+    end += run.mappings[count++].bytes();
+  return count;
+}
+
+bool Arena::better_aliased(const Slot& source, const Slot& target, std::size_t positions) const {
+  double aliasing = 0;
+  double copying = 0;
+  std::size_t more = 0;
+  for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+    const Run& run = source.runs[plane];
+    const std::size_t count = sharable(source, plane, positions);
+    std::size_t bytes = 0;
+    for (std::size_t index = 0; index < count; ++index) bytes += run.mappings[index].bytes();
+    const std::size_t has = target.runs[plane].tail;
+    const std::size_t lacks = bytes - std::min(bytes, has);
+    aliasing += kAliasCost * static_cast<double>(count) +
+                kUnmapCost * static_cast<double>(target.runs[plane].mappings.size());
+    copying += kCopyCost * static_cast<double>(bytes) +
+               kMemoryCost * static_cast<double>(lacks / driver_->granularity()) + (lacks != 0 ? kExtentCost : 0);
+    more += lacks;
+  }
+  return aliasing <= copying || more > pool_.usage().available();
+}
+
+// Maps the sharable extents of a held slot under held slots that have nothing they would keep. When it throws, the
+// targets have no memory.
+void Arena::share_runs(std::size_t source, std::size_t positions, Slots targets, Lock& lock) {
+  if (targets.empty()) return;
+  for (const std::size_t target : targets)
+    for (std::size_t plane = 0; plane < geometry_.size(); ++plane) retire_run(slots_[target], target, plane);
+  clear_the_way(targets, Urgency::demand, lock);
+  const Access access = options_.protect_shared ? Access::read : Access::write;
+  Slot& from = slots_[source];
+  for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+    const std::size_t count = sharable(from, plane, positions);
+    const std::size_t head = from.runs[plane].head;
+    std::vector<std::shared_ptr<Extent>> extents;
+    for (std::size_t index = 0; index < count; ++index) extents.push_back(from.runs[plane].mappings[index].extent());
+    for (const std::size_t target : targets) {
+      std::vector<Mapping> mappings;
+      std::size_t tail = head;
+      lock.unlock();
+      try {
+        for (const auto& extent : extents) {
+          mappings.emplace_back(driver_, extent, address_of(target, plane) + tail);
+          mappings.back().allow(access);
+          tail += extent->bytes();
+        }
+      } catch (...) {
+        lock.lock();
+        for (Mapping& mapping : mappings) slots_[target].retired.push_back({target, plane, std::move(mapping), {}});
+        throw;
+      }
+      lock.lock();
+      Run& run = slots_[target].runs[plane];
+      run.mappings = std::move(mappings);
+      run.head = head;
+      run.tail = tail;
+      slots_[target].length = positions;  // what is shared lies before it
+      aliases_ += count;
+    }
+    if (options_.protect_shared) {
+      lock.unlock();
+      // The holder's alone to change; who reads the run meanwhile does not look at the access.
+      for (std::size_t index = 0; index < count; ++index) from.runs[plane].mappings[index].allow(access);
+      lock.lock();
+    }
+  }
+}
+
+// Copies to each held target what of a held slot's first rows it does not share with it.
+void Arena::copy_rows(std::size_t source, std::size_t positions, Slots targets, Stream stream, Lock& lock) {
+  struct Part {
+    Address to;
+    Address from;
+    std::size_t bytes;
+  };
+  std::vector<Part> parts;
+  for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+    const Run& run = slots_[source].runs[plane];
+    const std::size_t end = positions * geometry_[plane].row_bytes;
+    for (const std::size_t target : targets) {
+      const auto& theirs = slots_[target].runs[plane].mappings;
+      std::size_t at = run.head;
+      for (std::size_t index = 0; index < std::min(run.mappings.size(), theirs.size()) &&
+                                  run.mappings[index].extent() == theirs[index].extent();
+           ++index)
+        at += run.mappings[index].bytes();
+      if (at < end) parts.push_back({address_of(target, plane) + at, address_of(source, plane) + at, end - at});
+    }
+  }
+  lock.unlock();
+  for (const Part& part : parts) driver_->copy(part.to, part.from, part.bytes, stream);
+  lock.lock();
+  for (const Part& part : parts) copied_ += part.bytes;
+}
+
+// Sees to it that held slots may write behind their rows: what is shared there is let go, and of an extent that holds
+// the last rows too they get their own copy. False when there is something that only a demand would do.
+bool Arena::unshare(Slots slots, Urgency urgency, Lock& lock) {
+  for (const std::size_t index : slots) {
+    Slot& slot = slots_[index];
+    for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+      Run& run = slot.runs[plane];
+      const std::size_t rows_end = slot.length * geometry_[plane].row_bytes;
+      std::size_t end = run.head;
+      std::size_t first = 0;  // mapping that reaches behind the rows
+      while (first < run.mappings.size() && end + run.mappings[first].bytes() <= rows_end)
+        end += run.mappings[first++].bytes();
+      const auto from = run.mappings.begin() + static_cast<std::ptrdiff_t>(first);
+      if (std::all_of(from, run.mappings.end(), [](const Mapping& mapping) { return mapping.writable(); })) continue;
+      if (urgency != Urgency::demand) return false;
+      const bool straddles = end < rows_end;
+      auto shared = std::find_if(from + (straddles ? 1 : 0), run.mappings.end(),
+                                 [](const Mapping& mapping) { return mapping.shared(); });
+      if (shared != run.mappings.end() || (straddles && from->shared()))
+        cover(slot, slot.streams.front(), fences_of(Slots(&index, 1), slot.streams.front(), lock));
+      retire_from(slot, index, plane, static_cast<std::size_t>(shared - run.mappings.begin()));
+      if (straddles && run.mappings[first].shared()) {
+        const bool last = first + 1 == run.mappings.size();
+        std::size_t left = last ? end_of(geometry_[plane], slot.length) - end : run.mappings[first].bytes();
+        left = std::min(left, run.mappings[first].bytes());
+        std::vector<std::size_t> sizes;
+        for (; left != 0; left -= sizes.back()) sizes.push_back(pool_.bytes_of(pool_.class_of(left)));
+        replace(index, plane, first, 1, sizes, rows_end - end, slots, lock);
+      }
+      // What others have let go of was mapped read-only where that is watched.
+      lock.unlock();
+      try {
+        for (std::size_t behind = first; behind < run.mappings.size(); ++behind)
+          if (!run.mappings[behind].writable()) run.mappings[behind].allow();
+      } catch (...) {
+        lock.lock();
+        refresh(slot);
+        throw;
+      }
+      lock.lock();
+    }
+    refresh(slot);
+  }
+  return true;
+}
+
+bool Arena::compact(std::size_t slot, std::optional<std::uint64_t> lineage) {
+  bool done = false;
+  on_mapper([&] { done = compact_with_driver(slot, lineage); });
+  return done;
+}
+
+bool Arena::compact_with_driver(std::size_t index, std::optional<std::uint64_t> lineage) {
+  Lock lock = locked();
+  require_open();
+  if (!lineage) running(index, "compact");
+  if (index >= options_.slots) return false;
+  const Hold hold(*this, Slots(&index, 1), lock);
+  require_open();
+  Slot& slot = slots_[index];
+  if (!lineage) {
+    running(index, "compact");
+  } else if (slot.state != State::parked || slot.lineage != *lineage || slot.known == 0) {
+    return false;
+  }
+  if (slot.state == State::running)
+    cover(slot, slot.streams.front(), fences_of(Slots(&index, 1), slot.streams.front(), lock));
+  const std::size_t positions = slot.state == State::running ? slot.length : slot.known;
+  for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+    const std::size_t count = geometry_[plane].window == 0 ? sharable(slot, plane, positions) : 0;
+    if (count < 2) continue;
+    std::size_t bytes = 0;
+    for (std::size_t i = 0; i < count; ++i) bytes += slot.runs[plane].mappings[i].bytes();
+    replace(index, plane, 0, count, {bytes}, bytes, Slots(&index, 1), lock);
+  }
+  refresh(slot);
+  return true;
+}
+
+// Puts new extents of the sizes in the place of some mappings of a held slot's run, with the first bytes as they were,
+// once the slot's fences have passed. When it throws, everything is as it was.
+void Arena::replace(std::size_t index, std::size_t plane, std::size_t first, std::size_t count,
+                    const std::vector<std::size_t>& sizes, std::size_t bytes, Slots mine, Lock& lock) {
+  Run& run = slots_[index].runs[plane];
+  std::size_t start = run.head;
+  for (std::size_t i = 0; i < first; ++i) start += run.mappings[i].bytes();
+  const std::size_t bench = options_.slots;
+  const Fences fences = slots_[index].fences;
+  std::vector<Step> steps;
+  for (std::size_t at = start; const std::size_t size : sizes) {
+    steps.push_back({bench, plane, address_of(bench, plane) + at, size});
+    at += size;
+  }
+  const Hold hold(*this, Slots(&bench, 1), lock);
+  clear_the_way(Slots(&bench, 1), Urgency::demand, lock);
+  std::vector<Loose> filled;
+  for (;;) {
+    const std::size_t needed = bytes_of(steps);
+    if (const std::size_t available = pool_.usage().available(); needed > available) {
+      if (reclaim(needed - available, steps, mine, Keep::rows, Urgency::demand, lock)) continue;
+      throw OutOfPages(needed, pool_.usage().available());
+    }
+    lock.unlock();
+    try {
+      filled = build(steps);
+      break;
+    } catch (const OutOfPages&) {
+      lock.lock();  // another caller was quicker
+    } catch (const OutOfDeviceMemory&) {
+      lock.lock();
+      if (!reclaim(needed, steps, mine, Keep::rows, Urgency::demand, lock)) throw;
+    }
+  }
+  // The mutex is free.
+  const auto clear_bench = [&] {
+    try {
+      while (!filled.empty()) unmap_last(filled);
+    } catch (const std::exception&) {  // tried again when it is in the way
+    }
+    lock.lock();
+    for (Loose& loose : filled) slots_[bench].retired.push_back(std::move(loose));
+  };
+  try {
+    for (const auto& fence : fences) fence->wait();
+    driver_->copy(address_of(bench, plane) + start, address_of(index, plane) + start, bytes, driver_->own_stream());
+    driver_->zeroed();
+  } catch (...) {
+    clear_bench();
+    throw;
+  }
+
+  lock.lock();
+  std::vector<Mapping> behind = take_from(run, first + count);
+  std::vector<Mapping> old = take_from(run, first);
+  lock.unlock();
+  std::vector<std::shared_ptr<Extent>> before;
+  for (const Mapping& mapping : old) before.push_back(mapping.extent());
+  std::vector<Mapping> fresh;
+  std::exception_ptr failure;
+  const auto end_of_run = [&](const std::vector<Mapping>& mappings) {
+    Address at = address_of(index, plane) + start;
+    for (const Mapping& mapping : mappings) at += mapping.bytes();
+    return at;
+  };
+  std::size_t whole = old.size();  // of the old ones
+  try {
+    for (; !old.empty(); --whole) {
+      old.back().unmap();
+      old.pop_back();
+    }
+    for (const Loose& loose : filled) {
+      fresh.emplace_back(driver_, loose.mapping.extent(), end_of_run(fresh));
+      fresh.back().allow();
+    }
+  } catch (...) {
+    failure = std::current_exception();
+    const Access access = options_.protect_shared ? Access::read : Access::write;
+    // The rows are lost where the driver does not take back what it had.
+    for (int attempt = 1; attempt <= kAttempts && whole < before.size(); ++attempt) {
+      try {
+        for (; !fresh.empty(); fresh.pop_back()) fresh.back().unmap();
+        for (; whole < before.size(); ++whole) {
+          if (old.size() == whole) old.emplace_back(driver_, before[whole], end_of_run(old));
+          old.back().allow(access);
+        }
+      } catch (const std::exception& error) {
+        if (attempt == kAttempts) driver_->report(error);
+      }
+    }
+  }
+  before.clear();
+  clear_bench();
+  Slot& slot = slots_[index];
+  const auto put_back = [&](std::vector<Mapping>& mappings, std::size_t first_lost) {
+    for (std::size_t i = 0; i < mappings.size(); ++i) {
+      if (i >= first_lost) {
+        slot.retired.push_back({index, plane, std::move(mappings[i]), fences});
+        continue;
+      }
+      run.tail += mappings[i].bytes();
+      run.mappings.push_back(std::move(mappings[i]));
+    }
+  };
+  put_back(old, whole);
+  put_back(fresh, failure ? 0 : kNever);
+  put_back(behind, failure && whole < count ? 0 : kNever);
+  if (failure) {
+    slot.length = std::min(slot.length, run.tail / geometry_[plane].row_bytes);
+    slot.known = std::min(slot.known, run.tail / geometry_[plane].row_bytes);
+    std::rethrow_exception(failure);
+  }
+  copied_ += bytes;
+}
+
+}  // namespace vattn
