@@ -86,8 +86,7 @@ void sizes(const std::shared_ptr<Driver>& driver, int rounds) {
         Bare::check(bare.release(handle));
       }
       const auto start = Clock::now();
-      Extent extent(driver, bytes);
-      Mapping mapping(driver, extent, at.base());
+      Mapping mapping(driver, std::make_shared<Extent>(driver, bytes), at.base());
       mapping.allow();
       ours.push_back(since(start));
     }

@@ -557,7 +557,7 @@ void Arena::check() const {
   Lock lock = locked();
   wait_until_idle(lock);
   std::size_t total = 0;
-  std::unordered_map<const Extent*, long> mappings;
+  std::unordered_map<const Extent*, std::size_t> mappings;
   const auto count = [&](const Mapping& mapping) {
     if (++mappings[mapping.extent().get()] == 1) total += mapping.bytes();
   };
@@ -604,6 +604,10 @@ void Arena::check() const {
     if (slot.known > (slot.state == State::running ? slot.length : options_.max_len))
       broken(index, 0, "rows are known that were never written");
   }
+  for (const auto& [extent, counted] : mappings)
+    if (counted != extent->mappings.load())
+      throw InvariantBroken("an extent has " + std::to_string(counted) + " mappings and counts " +
+                            std::to_string(extent->mappings.load()) + " (invariant 3)");
   const ExtentPool::Usage usage = pool_.usage();
   if (total + usage.pooled != usage.charged)
     throw InvariantBroken("mapped and retired " + std::to_string(total) + " + pooled " + std::to_string(usage.pooled) +
@@ -643,6 +647,12 @@ std::size_t Arena::end_of(const Geometry& plane, std::size_t positions) const no
   return positions == 0 ? 0 : round_up((positions + options_.tail_rows) * plane.row_bytes, driver_->granularity());
 }
 
+// Positions whose rows, and the tail rows behind them, end before so many bytes.
+std::size_t Arena::usable_rows(std::size_t plane, std::size_t bytes) const noexcept {
+  const std::size_t rows = bytes / geometry_[plane].row_bytes;
+  return rows > options_.tail_rows ? rows - options_.tail_rows : 0;
+}
+
 // Where a slot's run must reach to for its sequence: for its rows, or as it is kept by what is mapped ahead.
 std::size_t Arena::needed_end(const Slot& slot, std::size_t plane, Keep keep) const noexcept {
   if (slot.state != State::running) return 0;
@@ -678,8 +688,7 @@ void Arena::refresh(Slot& slot) noexcept {
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
     const auto& [row_bytes, window, offset, stride] = geometry_[plane];
     const Run& run = slot.runs[plane];
-    const std::size_t rows = run.tail / row_bytes;
-    slot.capacity = std::min(slot.capacity, rows > options_.tail_rows ? rows - options_.tail_rows : 0);
+    slot.capacity = std::min(slot.capacity, usable_rows(plane, run.tail));
     // Behind the rows are those to come, where nothing may be written that others map too.
     std::size_t end = run.tail;
     for (auto last = run.mappings.rbegin(); last != run.mappings.rend() && end > slot.length * row_bytes; ++last) {

@@ -260,6 +260,7 @@ class Arena {
   void require_possible(std::size_t positions) const;
   Address address_of(std::size_t slot, std::size_t plane) const noexcept;
   std::size_t end_of(const Geometry& plane, std::size_t positions) const noexcept;
+  std::size_t usable_rows(std::size_t plane, std::size_t bytes) const noexcept;
   std::size_t needed_end(const Slot& slot, std::size_t plane, Keep keep) const noexcept;
   std::size_t goal_of(const Slot& slot) const noexcept;
   std::size_t first_lookahead() const noexcept;

@@ -70,7 +70,7 @@ class Arena::Harvest {
   bool enough() const noexcept { return found_ >= wanted_; }
   void add(Loose&& loose) {
     const auto& extent = loose.mapping.extent();
-    if (++taken_[extent.get()] == extent.use_count()) found_ += extent->bytes();
+    if (++taken_[extent.get()] == extent->mappings.load()) found_ += extent->bytes();
     loose_.push_back(std::move(loose));
   }
   std::vector<Loose>& loose() noexcept { return loose_; }
@@ -79,7 +79,7 @@ class Arena::Harvest {
   const std::size_t wanted_;
   std::size_t found_ = 0;
   std::vector<Loose> loose_;
-  std::unordered_map<const Extent*, long> taken_;
+  std::unordered_map<const Extent*, std::size_t> taken_;
 };
 
 // Brings about `bytes` back to the pool from whoever needs them least: what is retired, then what running slots have
@@ -181,7 +181,7 @@ void Arena::strip(std::size_t index, Keep keep, const std::function<bool(const M
     }
     if (slot.state == State::running) continue;
     if (run.mappings.empty()) run.head = run.tail = 0;
-    slot.known = std::min(slot.known, run.tail / geometry_[plane].row_bytes);
+    slot.known = std::min(slot.known, usable_rows(plane, run.tail));
   }
   if (remembered && slot.known == 0 && slot.state == State::parked) drop_unwritable(slot, index);
   refresh(slot);

@@ -169,7 +169,8 @@ bool Arena::has_rows(const Slot& slot, std::optional<std::uint64_t> lineage, std
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
     const auto& [row_bytes, window, offset, stride] = geometry_[plane];
     const std::size_t first = window == 0 || positions < window ? 0 : positions - window + 1;
-    if (slot.runs[plane].head > first * row_bytes || slot.runs[plane].tail < positions * row_bytes) return false;
+    if (slot.runs[plane].head > first * row_bytes || slot.runs[plane].tail < end_of(geometry_[plane], positions))
+      return false;
   }
   return true;
 }
@@ -464,8 +465,9 @@ void Arena::replace(std::size_t index, std::size_t plane, std::size_t first, std
   put_back(fresh, failure ? 0 : kNever);
   put_back(behind, failure && whole < count ? 0 : kNever);
   if (failure) {
-    slot.length = std::min(slot.length, run.tail / geometry_[plane].row_bytes);
-    slot.known = std::min(slot.known, run.tail / geometry_[plane].row_bytes);
+    const std::size_t left = usable_rows(plane, run.tail);
+    slot.length = std::min(slot.length, left);
+    slot.known = std::min(slot.known, left);
     std::rethrow_exception(failure);
   }
   copied_ += bytes;

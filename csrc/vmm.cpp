@@ -1,7 +1,5 @@
 #include "vmm.hpp"
 
-#include <atomic>
-
 namespace vattn {
 namespace {
 
@@ -51,10 +49,14 @@ void Extent::release() {
 Mapping::Mapping(std::shared_ptr<Driver> driver, std::shared_ptr<Extent> extent, Address at)
     : driver_((driver->map(at, extent->bytes(), extent->handle()), std::move(driver))),
       extent_(std::move(extent)),
-      at_(at) {}
+      at_(at) {
+  ++extent_->mappings;
+}
 
 Mapping::~Mapping() {
-  if (driver_) undo_quietly(*driver_, [this] { driver_->unmap(at_, extent_->bytes()); });
+  if (!driver_) return;
+  undo_quietly(*driver_, [this] { unmap(); });
+  if (driver_) --extent_->mappings;  // refused: nobody looks there any more
 }
 
 Mapping::Mapping(Mapping&& other) noexcept
@@ -75,15 +77,9 @@ void Mapping::allow(Access access) {
 
 void Mapping::unmap() {
   driver_->unmap(at_, extent_->bytes());
+  --extent_->mappings;
   driver_.reset();
   extent_.reset();
-}
-
-bool Mapping::shared() const noexcept {
-  const bool alone = extent_.use_count() == 1;
-  // What the last other owner did before it let go is seen from here on.
-  std::atomic_thread_fence(std::memory_order_acquire);
-  return !alone;
 }
 
 }  // namespace vattn

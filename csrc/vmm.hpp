@@ -9,6 +9,7 @@
 // Destructors do not throw: what the driver refuses is reported, see Driver::report.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -45,6 +46,8 @@ class Extent {
   std::size_t bytes() const noexcept { return bytes_; }
   // Whether the memory has been zeroed since the driver gave it, which happens once, at the first mapping.
   bool zeroed = false;
+  // Mappings of it that exist.
+  std::atomic<std::size_t> mappings{0};
 
   // Gives the memory up now. When the driver refuses, throws and still owns it.
   void release();
@@ -74,7 +77,7 @@ class Mapping {
   void set_zeroed() noexcept { extent_->zeroed = true; }
   const std::shared_ptr<Extent>& extent() const noexcept { return extent_; }
   // Others can come only through this mapping, so that who holds it and finds it alone stays alone.
-  bool shared() const noexcept;
+  bool shared() const noexcept { return extent_->mappings.load() > 1; }
   // Whether rows may be written here: nobody else has the extent mapped (invariant 4).
   bool writable() const noexcept { return access_ == Access::write && !shared(); }
 

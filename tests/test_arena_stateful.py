@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from vattn import DriverError, OutOfPages, _core
 
@@ -15,6 +15,13 @@ SLOTS = 4
 MAX_LEN = 64
 WINDOW = 6
 CAPACITY = 60 * PAGE
+
+
+INDEX = st.integers(0, 63)  # what is drawn must not depend on what happened: a mapper's timing may
+
+
+def pick(slots: dict[int, object], index: int) -> int | None:
+    return sorted(slots)[index % len(slots)] if slots else None
 
 
 class ArenaMachine(RuleBasedStateMachine):
@@ -79,18 +86,20 @@ class ArenaMachine(RuleBasedStateMachine):
         self.written[slot], self.kept[slot] = [], 0
         self.known.pop(slot, None)
 
-    @precondition(lambda self: len(self.written) < SLOTS)
     @rule(expected=st.integers(0, MAX_LEN))
     def acquire_any(self, expected: int) -> None:
+        if len(self.written) == SLOTS:
+            return
         chosen: list[int] = []
         if self.attempt(lambda: chosen.append(self.arena.acquire(expected=expected))):
             assert chosen[0] not in self.written
             self.begin(chosen[0])
 
-    @precondition(lambda self: self.written)
-    @rule(data=st.data(), by=st.integers(0, 20))
-    def grow(self, data: st.DataObject, by: int) -> None:
-        slots = data.draw(st.lists(st.sampled_from(sorted(self.written)), min_size=1, unique=True))
+    @rule(indices=st.lists(INDEX, min_size=1, max_size=SLOTS), by=st.integers(0, 20))
+    def grow(self, indices: list[int], by: int) -> None:
+        if not self.written:
+            return
+        slots = list(dict.fromkeys(pick(self.written, index) for index in indices))
         lengths = [len(self.written[slot]) for slot in slots]
         goal = min(max(lengths) + by, MAX_LEN)
         keep = min(lengths)
@@ -106,10 +115,10 @@ class ArenaMachine(RuleBasedStateMachine):
                 rows.append(self.next_value)
                 self.next_value += 1
 
-    @precondition(lambda self: self.written)
-    @rule(data=st.data(), fraction=st.floats(0, 1))
-    def truncate(self, data: st.DataObject, fraction: float) -> None:
-        slot = data.draw(st.sampled_from(sorted(self.written)))
+    @rule(index=INDEX, fraction=st.floats(0, 1))
+    def truncate(self, index: int, fraction: float) -> None:
+        if (slot := pick(self.written, index)) is None:
+            return
         rows = self.written[slot]
         length = int(len(rows) * fraction)
         if 0 < length < len(rows) and length - WINDOW + 1 < self.kept[slot]:
@@ -119,20 +128,20 @@ class ArenaMachine(RuleBasedStateMachine):
             if length == 0:
                 self.kept[slot] = 0
 
-    @precondition(lambda self: 0 < len(self.written) < SLOTS)
-    @rule(data=st.data(), fraction=st.floats(0, 1), share=st.sampled_from(["auto", "alias", "copy"]))
-    def fork(self, data: st.DataObject, fraction: float, share: str) -> None:
-        source = data.draw(st.sampled_from(sorted(self.written)))
+    @rule(index=INDEX, fraction=st.floats(0, 1), share=st.sampled_from(["auto", "alias", "copy"]))
+    def fork(self, index: int, fraction: float, share: str) -> None:
+        if (source := pick(self.written, index)) is None:
+            return
         rows = self.written[source]
         length = int(len(rows) * fraction)
         if length < len(rows) and length - WINDOW + 1 < self.kept[source]:
             return  # a window may have passed
         self.fork_into_new(source, None, length, rows, self.kept[source], share)
 
-    @precondition(lambda self: self.known and len(self.written) < SLOTS - 1)
-    @rule(data=st.data(), fraction=st.floats(0, 1), share=st.sampled_from(["auto", "alias", "copy"]))
-    def fork_from_known(self, data: st.DataObject, fraction: float, share: str) -> None:
-        source = data.draw(st.sampled_from(sorted(self.known)))
+    @rule(index=INDEX, fraction=st.floats(0, 1), share=st.sampled_from(["auto", "alias", "copy"]))
+    def fork_from_known(self, index: int, fraction: float, share: str) -> None:
+        if (source := pick(self.known, index)) is None:
+            return
         lineage, rows, kept = self.known[source]
         length = int(len(rows) * fraction)
         if length - WINDOW + 1 >= kept or length == len(rows):
@@ -141,6 +150,8 @@ class ArenaMachine(RuleBasedStateMachine):
     def fork_into_new(
         self, source: int, lineage: int | None, length: int, rows: list[int], kept: int, share: str
     ) -> None:
+        if len(self.written.keys() | {source}) == SLOTS:
+            return
         target = min(
             (slot for slot in range(SLOTS) if slot not in self.written and slot != source),
             key=self.known.__contains__,
@@ -155,10 +166,10 @@ class ArenaMachine(RuleBasedStateMachine):
             assert done[0]
             self.written[target], self.kept[target] = rows[:length], kept
 
-    @precondition(lambda self: self.known)
-    @rule(data=st.data(), fraction=st.floats(0, 1))
-    def resume(self, data: st.DataObject, fraction: float) -> None:
-        slot = data.draw(st.sampled_from(sorted(self.known)))
+    @rule(index=INDEX, fraction=st.floats(0, 1))
+    def resume(self, index: int, fraction: float) -> None:
+        if (slot := pick(self.known, index)) is None:
+            return
         lineage, rows, kept = self.known[slot]
         length = int(len(rows) * fraction)
         done: list[bool] = []
@@ -166,28 +177,28 @@ class ArenaMachine(RuleBasedStateMachine):
             del self.known[slot]
             self.written[slot], self.kept[slot] = rows[:length], kept
 
-    @precondition(lambda self: self.written)
-    @rule(data=st.data())
-    def compact(self, data: st.DataObject) -> None:
-        slot = data.draw(st.sampled_from(sorted(self.written)))
+    @rule(index=INDEX)
+    def compact(self, index: int) -> None:
+        if (slot := pick(self.written, index)) is None:
+            return
         self.attempt(lambda: self.arena.compact(slot))
 
-    @precondition(lambda self: self.known)
-    @rule(data=st.data())
-    def compact_known(self, data: st.DataObject) -> None:
-        slot = data.draw(st.sampled_from(sorted(self.known)))
+    @rule(index=INDEX)
+    def compact_known(self, index: int) -> None:
+        if (slot := pick(self.known, index)) is None:
+            return
         self.attempt(lambda: self.arena.compact(slot, lineage=self.known[slot][0]))
 
-    @precondition(lambda self: self.known)
-    @rule(data=st.data())
-    def forget(self, data: st.DataObject) -> None:
-        slot = data.draw(st.sampled_from(sorted(self.known)))
+    @rule(index=INDEX)
+    def forget(self, index: int) -> None:
+        if (slot := pick(self.known, index)) is None:
+            return
         self.arena.forget(slot, self.known.pop(slot)[0])
 
-    @precondition(lambda self: self.written)
-    @rule(data=st.data())
-    def publish_and_release(self, data: st.DataObject) -> None:
-        slot = data.draw(st.sampled_from(sorted(self.written)))
+    @rule(index=INDEX)
+    def publish_and_release(self, index: int) -> None:
+        if (slot := pick(self.written, index)) is None:
+            return
         rows = self.written[slot]
         lineage = self.arena.publish(slot, len(rows))[0]
         if self.attempt(lambda: self.arena.release([slot])):
@@ -197,17 +208,17 @@ class ArenaMachine(RuleBasedStateMachine):
         else:
             self.arena.publish(slot, 0)
 
-    @precondition(lambda self: self.written)
-    @rule(data=st.data())
-    def release(self, data: st.DataObject) -> None:
-        slot = data.draw(st.sampled_from(sorted(self.written)))
+    @rule(index=INDEX)
+    def release(self, index: int) -> None:
+        if (slot := pick(self.written, index)) is None:
+            return
         if self.attempt(lambda: self.arena.release([slot])):
             del self.written[slot]
 
-    @precondition(lambda self: self.written)
-    @rule(data=st.data(), positions=st.integers(0, MAX_LEN))
-    def prefetch(self, data: st.DataObject, positions: int) -> None:
-        slot = data.draw(st.sampled_from(sorted(self.written)))
+    @rule(index=INDEX, positions=st.integers(0, MAX_LEN))
+    def prefetch(self, index: int, positions: int) -> None:
+        if (slot := pick(self.written, index)) is None:
+            return
         self.attempt(lambda: self.arena.prefetch(slot, positions))
 
     @rule(budget=st.integers(1, 50))
@@ -237,7 +248,7 @@ class ArenaMachine(RuleBasedStateMachine):
         slots = self.arena.map()
         assert {i for i, slot in enumerate(slots) if slot["state"] == "running"} == set(self.written)
         assert [plane.data_ptr() for plane in self.planes] == self.addresses
-        for slot, (lineage, rows, kept) in list(self.known.items()):
+        for slot, (lineage, rows, _) in list(self.known.items()):
             now, positions, parked = self.arena.known(slot)
             assert now == lineage
             assert slots[slot]["state"] == "parked" if positions else slots[slot]["state"] != "running"

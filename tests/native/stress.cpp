@@ -1,9 +1,10 @@
-// Growers, closers, somebody who trims and changes the budget, and a checker on one arena with a tight budget and a
+// Growers, forkers, closers, somebody who trims and changes the budget, and a checker on one arena with a tight budget and a
 // driver that sometimes refuses; without a mapper, and with one, whose process forks meanwhile.
 // Every row carries its owner's mark, so that memory given to two owners shows. Built to run under sanitizers.
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <array>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -19,7 +20,7 @@ namespace {
 constexpr std::size_t kPage = 4096;
 constexpr std::size_t kRow = 512;
 constexpr std::size_t kWindow = 20;
-constexpr std::size_t kSlots = 6;
+constexpr std::size_t kSlots = 10;
 constexpr std::size_t kMaxLen = 200;
 
 void require(bool condition, const char* what) {
@@ -30,6 +31,7 @@ void require(bool condition, const char* what) {
 
 struct Totals {
   std::atomic<long> grown{0};
+  std::atomic<long> forked{0};
   std::atomic<long> out_of_pages{0};
   std::atomic<long> refused{0};
 };
@@ -37,6 +39,49 @@ struct Totals {
 std::uint64_t* row_of(const Arena& arena, std::size_t plane, std::size_t slot, std::size_t position) {
   const Address at = arena.base() + arena.plane_offset(plane) + slot * arena.slot_stride(plane) + position * kRow;
   return reinterpret_cast<std::uint64_t*>(at);
+}
+
+void release(Arena& arena, Totals& totals, std::size_t slot) {
+  for (;;) {
+    try {
+      arena.release(std::span(&slot, 1), Stream{0});
+      return;
+    } catch (const DriverError&) {
+      ++totals.refused;
+    }
+  }
+}
+
+// Forks a sequence, goes on in the fork, and looks whether the rows of both are what they were.
+void fork_from(Arena& arena, Totals& totals, std::mt19937& random, std::size_t slot, std::size_t length,
+               std::uint64_t mark) {
+  const auto below = [&](std::size_t n) { return std::uniform_int_distribution<std::size_t>(0, n - 1)(random); };
+  const auto require_rows = [&](std::size_t of, std::size_t count) {
+    for (std::size_t position = 0; position < count; ++position)
+      require(*row_of(arena, 0, of, position) == mark + position, "a shared row was overwritten");
+  };
+  const std::size_t target = arena.acquire(std::nullopt, 0, Stream{0}, true);
+  try {
+    const std::array shares{Share::cheapest, Share::alias, Share::copy};
+    require(arena.fork(slot, std::nullopt, length, std::span(&target, 1), shares[below(3)], Stream{0}), "no fork");
+    ++totals.forked;
+    require_rows(target, length);
+    if (below(2) == 0) arena.compact(below(2) == 0 ? slot : target, std::nullopt);
+    const std::size_t kept = below(2) == 0 && length < kWindow ? below(length + 1) : length;
+    arena.truncate(std::span(&target, 1), kept, Stream{0});
+    const std::size_t goal = std::min(kMaxLen, kept + 1 + below(20));
+    arena.grow(std::span(&target, 1), goal, kept, Stream{0});
+    for (std::size_t position = kept; position < goal; ++position)
+      for (std::size_t plane = 0; plane < 2; ++plane) *row_of(arena, plane, target, position) = ~mark;
+    require_rows(target, kept);
+    if (below(2) == 0) arena.publish(target, goal);
+  } catch (const OutOfPages&) {
+    ++totals.out_of_pages;
+  } catch (const DriverError&) {
+    ++totals.refused;
+  }
+  require_rows(slot, length);
+  release(arena, totals, target);
 }
 
 void live(Arena& arena, Totals& totals, unsigned seed, std::size_t lives) {
@@ -69,20 +114,14 @@ void live(Arena& arena, Totals& totals, unsigned seed, std::size_t lives) {
         require(*row_of(arena, 0, slot, position) == mark + position, "a row was overwritten");
         if (position >= kept) require(*row_of(arena, 1, slot, position) == mark + position, "a windowed row was lost");
       }
+      if (below(6) == 0) fork_from(arena, totals, random, slot, length, mark);
     }
     try {
       if (below(2) == 0 && length > kept + kWindow) arena.truncate(std::span(&slot, 1), length - 1, Stream{0});
     } catch (const DriverError&) {
       ++totals.refused;
     }
-    for (;;) {
-      try {
-        arena.release(std::span(&slot, 1), Stream{0});
-        break;
-      } catch (const DriverError&) {
-        ++totals.refused;
-      }
-    }
+    release(arena, totals, slot);
   }
 }
 
@@ -130,9 +169,10 @@ void stress(std::size_t lives, const std::shared_ptr<Mapper>& mapper) {
     require(arena.stats().pool.charged == 0, "trim left memory behind");
   }
   require(driver->memory_info().free == 130 * kPage, "memory was lost");
-  std::printf("stress %s a mapper: %ld growths, %ld out of pages, %ld refused\n", mapper ? "with" : "without",
-              totals.grown.load(), totals.out_of_pages.load(), totals.refused.load());
-  require(totals.grown > 0 && totals.refused > 0, "the stress met no fault");
+  std::printf("stress %s a mapper: %ld growths, %ld forks, %ld out of pages, %ld refused\n",
+              mapper ? "with" : "without", totals.grown.load(), totals.forked.load(), totals.out_of_pages.load(),
+              totals.refused.load());
+  require(totals.grown > 0 && totals.forked > 0 && totals.refused > 0, "the stress met no fault");
 }
 
 }  // namespace
