@@ -282,7 +282,7 @@ class Arena {
   bool has_rows(const Slot& slot, std::optional<std::uint64_t> lineage, std::size_t positions) const noexcept;
   std::size_t sharable(const Slot& slot, std::size_t plane, std::size_t positions) const noexcept;
   bool better_aliased(const Slot& source, const Slot& target, std::size_t positions) const;
-  void share_runs(std::size_t source, std::size_t positions, Slots targets, Lock& lock);
+  void share_runs(std::size_t source, std::size_t positions, Slots targets, Slots aliased, Lock& lock);
   void copy_rows(std::size_t source, std::size_t positions, Slots targets, Stream stream, Lock& lock);
   bool compact_with_driver(std::size_t slot, std::optional<std::uint64_t> lineage);
   bool unshare(Slots slots, Urgency urgency, Lock& lock);

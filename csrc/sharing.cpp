@@ -132,18 +132,19 @@ bool Arena::fork_with_driver(std::size_t source, std::optional<std::uint64_t> li
     }
   };
   try {
-    share_runs(source, positions, aliased, lock);
+    share_runs(source, positions, targets, aliased, lock);
     map_up_to(targets, positions, Urgency::demand, lock);
     copy_rows(source, positions, targets, stream, lock);
   } catch (...) {
     if (!lock.owns_lock()) lock.lock();
     const Fences after = fences_after();
     if (parked) cover(from, stream, after);
-    for (const std::size_t target : aliased) {
+    for (const std::size_t target : targets) {
       Slot& slot = slots_[target];
       cover(slot, stream, after);
-      for (std::size_t plane = 0; plane < geometry_.size(); ++plane) retire_run(slot, target, plane);
       slot.length = 0;
+      for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
+        if (slot.runs[plane].head != 0 || holds(aliased, target)) retire_run(slot, target, plane);
       refresh(slot);
     }
     post_housekeeping({});
@@ -205,23 +206,26 @@ bool Arena::better_aliased(const Slot& source, const Slot& target, std::size_t p
   return aliasing <= copying || more > pool_.usage().available();
 }
 
-// Maps the sharable extents of a held slot under held slots that have nothing they would keep. When it throws, the
-// targets have no memory.
-void Arena::share_runs(std::size_t source, std::size_t positions, Slots targets, Lock& lock) {
-  if (targets.empty()) return;
+// Brings the runs of held slots to where a held slot's begin, and maps its sharable extents under those that are to share
+// them, which lose what they have.
+void Arena::share_runs(std::size_t source, std::size_t positions, Slots targets, Slots aliased, Lock& lock) {
+  const Slot& from = slots_[source];
   for (const std::size_t target : targets)
-    for (std::size_t plane = 0; plane < geometry_.size(); ++plane) retire_run(slots_[target], target, plane);
+    for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
+      if (from.runs[plane].head != 0 || holds(aliased, target)) retire_run(slots_[target], target, plane);
   clear_the_way(targets, Urgency::demand, lock);
+  for (const std::size_t target : targets)
+    for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
+      if (Run& run = slots_[target].runs[plane]; run.mappings.empty()) run.head = run.tail = from.runs[plane].head;
+  if (aliased.empty()) return;
   const Access access = options_.protect_shared ? Access::read : Access::write;
-  Slot& from = slots_[source];
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
     const std::size_t count = sharable(from, plane, positions);
-    const std::size_t head = from.runs[plane].head;
     std::vector<std::shared_ptr<Extent>> extents;
     for (std::size_t index = 0; index < count; ++index) extents.push_back(from.runs[plane].mappings[index].extent());
-    for (const std::size_t target : targets) {
+    for (const std::size_t target : aliased) {
       std::vector<Mapping> mappings;
-      std::size_t tail = head;
+      std::size_t tail = from.runs[plane].head;
       lock.unlock();
       try {
         for (const auto& extent : extents) {
@@ -237,7 +241,6 @@ void Arena::share_runs(std::size_t source, std::size_t positions, Slots targets,
       lock.lock();
       Run& run = slots_[target].runs[plane];
       run.mappings = std::move(mappings);
-      run.head = head;
       run.tail = tail;
       slots_[target].length = positions;  // what is shared lies before it
       aliases_ += count;
@@ -245,7 +248,7 @@ void Arena::share_runs(std::size_t source, std::size_t positions, Slots targets,
     if (options_.protect_shared) {
       lock.unlock();
       // The holder's alone to change; who reads the run meanwhile does not look at the access.
-      for (std::size_t index = 0; index < count; ++index) from.runs[plane].mappings[index].allow(access);
+      for (std::size_t index = 0; index < count; ++index) slots_[source].runs[plane].mappings[index].allow(access);
       lock.lock();
     }
   }

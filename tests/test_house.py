@@ -24,7 +24,10 @@ CSRC = {
     "mapper.hpp": set(),
     "mapper.cpp": {"mapper", "driver"},
     "arena.hpp": {"extent_pool", "mapper"},
-    "arena.cpp": {"arena"},
+    "hold.hpp": {"arena"},
+    "arena.cpp": {"hold"},
+    "reclaim.cpp": {"hold"},
+    "sharing.cpp": {"hold"},
     "dlpack.hpp": set(),
     "bindings.cpp": {"arena", "dlpack"},
 }

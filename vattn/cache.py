@@ -266,6 +266,29 @@ class KVCache:
             sequence._open = False
             sequence.length = 0
 
+    def free_slots(self, n: int) -> int | None:
+        """The first of ``n`` slots side by side without a sequence, as far up as possible, or None."""
+        states = [slot["state"] for slot in self.map()]
+        starts = range(self.slots - n, -1, -1)
+        return next((at for at in starts if "running" not in states[at : at + n]), None)
+
+    def free_slots_from(self, slot: int) -> int:
+        """How many slots side by side, from ``slot`` on, have no sequence."""
+        states = [info["state"] for info in self.map()][slot:]
+        return states.index("running") if "running" in states else len(states)
+
+    def owned(self, sequences: list[Sequence], length: int) -> bool:
+        """Whether nothing that sequences have mapped behind their first ``length`` positions is shared."""
+        slots, planes = self.map(), self.layout.planes
+        for sequence in sequences:
+            for plane, run in zip(planes, slots[sequence.slot]["runs"], strict=True):
+                end = run["head"]
+                for extent, shared in zip(run["extents"], run["shared"], strict=True):
+                    end += extent
+                    if shared and end > length * plane.row_bytes:
+                        return False
+        return True
+
     def first_row(self, slot: int, plane: int) -> int:
         """The first position whose whole row in a ``layout.planes`` entry a window has not given back."""
         return -(-self._arena.head(slot, plane) // self.layout.planes[plane].row_bytes)
@@ -525,7 +548,7 @@ class Sequence:
         return made
 
     def compact(self) -> None:
-        """Moves what forks would share into one extent of just its size, so that each fork shares it in one driver call.
+        """Moves what forks would share into one extent of just its size: each fork then shares it in one driver call.
 
         The address stays what it is; the rows are copied on the device, and what is queued on the sequence's streams is
         waited for. Forks made before keep what they share. Layers with a sliding window are left as they are. Until it

@@ -62,7 +62,7 @@ class _VirtualLayer(DynamicLayer):  # type: ignore[misc]
         """Appends ``[batch, kv_heads, n, head_dim]`` and returns views of all that a query may see."""
         new, k, v, (_, _, end) = self._store.take(self._index, key_states, value_states)
         with torch.no_grad():
-            write(new, key_states, value_states)
+            write(new, *self._store.leading(key_states, value_states))
         self._store.lengths[self._index] = end
         if not self.is_initialized:
             self.lazy_initialization(key_states)

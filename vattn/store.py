@@ -1,11 +1,14 @@
 """``Store``: what the layers of a model share, over one ``KVCache`` for each device; no transformers in it.
 
-Row ``i`` of the batch is slot ``i``.
+Row ``i`` of the batch is slot ``base + i``: stores that were copied from each other share a ``KVCache``, where the base
+of the first is 0. Rows that hold the same positions share memory: copies are forks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import repeat
@@ -13,7 +16,7 @@ from typing import Any
 
 import torch
 
-from vattn.cache import KVCache, Sequence, check_budget, resolve_device
+from vattn.cache import KVCache, Sequence, Share, check_budget, resolve_device
 from vattn.layout import GRANULARITY, ITEMSIZES, Group, Kind, KVLayout, LayerShape
 
 _SPARE_SLOTS = 64  # slots reserved when their number is left open: addresses cost nothing
@@ -31,11 +34,11 @@ Ready = tuple[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor, torch.Tenso
 class Lane:
     """The layers of one group of one ``KVCache``, as ``[layers, slots, kv_heads, max_len, dim]`` tensors."""
 
-    def __init__(self, cache: KVCache, index: int, group: Group) -> None:
+    def __init__(self, cache: KVCache, index: int, group: Group, base: int) -> None:
         k, v, heads = cache.grouped(index)
         # Where the group is not fused, what is written are K and V themselves.
         written = (k, v) if heads is None else (heads,)
-        self._k, self._v, *self._written = (t.permute(2, 0, 3, 1, 4) for t in (k, v, *written))
+        self._k, self._v, *self._written = (t[base:].permute(2, 0, 3, 1, 4) for t in (k, v, *written))
         self._batch = -1
         self.layers = group.layers
         self.window = group.shape.window
@@ -55,6 +58,19 @@ class Lane:
             places = new[0] if len(new) == 1 else zip(*new, strict=True)
             k, v = k.narrow(3, first, seen), v.narrow(3, first, seen)
             return zip(places, k.unbind(0), v.unbind(0), repeat(step, len(self.layers)), strict=True)
+
+    def lead(self, layer: int, batch: int, twins: int, start: int, n: int) -> Any:
+        """The place of ``n`` new positions of one layer behind ``start`` in every so many-th row; see ``write``."""
+        position = self.layers.index(layer)
+        with torch.inference_mode(False):
+            written = [t[position, :batch:twins].narrow(2, start, n) for t in self._written]
+        return written[0] if len(written) == 1 else tuple(written)
+
+    def move(self, sources: torch.Tensor, targets: torch.Tensor, batch: int, first: int, end: int) -> None:
+        """Makes positions [first, end) of some rows, in all layers, what they are in others."""
+        for t in self._written:
+            rows = t[:, :batch, :, first:end]
+            rows.index_copy_(1, targets, rows.index_select(1, sources))
 
     def rows(self, layer: int, batch: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one layer at positions [first, end), ``[batch, kv_heads, end - first, dim]``."""
@@ -123,6 +139,13 @@ class Store:
         self.rows: dict[Place, list[Sequence]] = {}
         self.lanes: dict[int, Lane] = {}  # of each layer
         self.ready: dict[int, Ready] = {}  # the layers that the step at hand is prepared for
+        self.bases: dict[Place, int] = {}
+        self.sharers: dict[Place, weakref.WeakSet[Store]] = {}  # the stores with rows in each KVCache
+        # How many positions, from the first on, two rows hold alike. Rows of one prompt, as beams, part late.
+        self.common: list[list[int]] = []
+        # While not 1: so many rows each hold the same, and only the first of them has memory; the others share it
+        # once they go on by themselves.
+        self.twins = 1
         self.moved: dict[int, int] = {}  # of layers whose rows were copied: the first position that came along
         self.recording = False
         self.floor = 0  # while recording: the length at the last crop, which must stay reachable
@@ -173,20 +196,73 @@ class Store:
         in_step = len(self.seen) == len(self.placed) and self.lengths.count(start) == len(self.lengths)
         try:
             self._set_rows(place, batch)
+            self._find_twins(place, k, v, start)
             keep = start if in_step and not self.recording else self._keep(place)
-            self.caches[place].grow_all(self.rows[place], start + n, keep=keep)
+            self.caches[place].grow_all(self.rows[place][:: self.twins], start + n, keep=keep)
         except BaseException:
             if start == 0:  # it has seen nothing yet, and may come in another shape
                 self.unlearn(index)
             raise
 
         lane, step = self.lanes[index], (k.shape, v.numel(), start + n)
+        if self.twins > 1:
+            new = lane.lead(index, batch, self.twins, start, n)
+            if start == 0:
+                return new, k, v, step
+            seen = lane.rows(index, 1, 0 if lane.window is None else max(start - lane.window + 1, 0), start + n)
+            k, v = (t.expand(batch, -1, -1, -1) for t in seen)
+            return new, k, v, step
         ready = zip(lane.layers, lane.prepare(batch, start, n, step), strict=True)
         if in_step:
             self.ready.update(ready)
         else:  # the first pass, or a layer that skips steps
             self.ready.update((layer, r) for layer, r in ready if layer in self.seen and self.lengths[layer] == start)
         return self.ready.pop(index)
+
+    def _find_twins(self, place: Place, k: torch.Tensor, v: torch.Tensor, start: int) -> None:
+        """Notes whether the rows of a prompt are the same in groups, as beams and return sequences begin."""
+        batch, n = k.shape[0], k.shape[2]
+        layout = self.caches[place].layout
+        large = n * layout.bytes_per_token >= layout.granularity
+        differ = k.requires_grad or v.requires_grad or batch == 1 or not large
+        first = not any(self.lengths)  # layer of a new prompt
+        if first:
+            self.twins = 1
+            self.common = [[0] * batch for _ in range(batch)]
+        elif self.twins == 1:
+            return
+        if start and batch != self.twins:
+            differ = True  # what a later chunk sees is no view of rows of several prompts
+        if differ:
+            self.settle()
+            return
+        same = ((k[1:] == k[:-1]).flatten(1).all(1) & (v[1:] == v[:-1]).flatten(1).all(1)).tolist()
+        if first:
+            groups = (size for size in range(batch, 0, -1) if batch % size == 0)
+            self.twins = next(g for g in groups if all(same[i - 1] for i in range(1, batch) if i % g))
+        elif not all(same[i - 1] for i in range(1, batch) if i % self.twins):
+            # Later layers of this step will write where all layers have their rows: nothing may be shared.
+            self.settle(share="copy")
+
+    def settle(self, share: Share = "auto") -> None:
+        """Gives rows that were the same so far a memory, shared or their own."""
+        if self.twins == 1:
+            return
+        for place, rows in self.rows.items():
+            for leader in range(0, len(rows), self.twins):
+                missing = [row for row in rows[leader + 1 : leader + self.twins] if row.length < rows[leader].length]
+                if missing:
+                    self.caches[place].fork_all(rows[leader], missing, rows[leader].length, share=share)
+        # Where they get their own, it is because they have parted, in a layer that is still to come.
+        alike = 0 if share == "copy" else min((length for length in self.lengths if length), default=0)
+        for leader in range(0, len(self.common), self.twins):
+            for i in range(leader, leader + self.twins):
+                self.common[i][leader : leader + self.twins] = [alike] * self.twins
+        self.twins = 1
+
+    def leading(self, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Of the rows of new K or V those that have memory."""
+        return states if self.twins == 1 else tuple(t[:: self.twins] for t in states)
 
     def _require_slots(self, batch: int) -> None:
         if (slots := self.options.slots) is not None and batch > slots:
@@ -206,6 +282,7 @@ class Store:
         """What a layer holds, ``[batch, kv_heads, length, head_dim]``; of a window only what it still needs."""
         if index not in self.lanes or not self.rows[self.placed[index][0]]:
             return None
+        self.settle()
         lane, length = self.lanes[index], self.lengths[index]
         first = 0 if lane.window is None else max(length - lane.window + 1, 0)
         return lane.rows(index, len(self.rows[self.placed[index][0]]), first, length)
@@ -220,6 +297,11 @@ class Store:
                     f"cannot truncate to {length} positions: the window of {window} has moved on and the rows before "
                     "it are given back"
                 )
+        if any(lengths):
+            self.settle()
+        self.twins = 1
+        shortest = min((lengths[layer] for layer in self.seen), default=0)
+        self.common = [[min(alike, shortest) for alike in row] for row in self.common]
         for place, rows in self.rows.items():
             longest = max(lengths[layer] for layer in self._layers_of(place))
             if rows and longest < rows[0].length:
@@ -232,6 +314,7 @@ class Store:
     def reset(self) -> None:
         """Ends every row; their memory is parked for the next batch. What layers looked like is forgotten."""
         self._require_open()
+        self.twins = 1
         self.ready.clear()
         self.seen.clear()
         self.signatures.clear()
@@ -256,27 +339,75 @@ class Store:
             self.reset()
             return
         self._require_slots(batch)
+        self.settle()
         self.ready.clear()
-        self._rebuild({place: 2 * batch for place, cache in self.caches.items() if cache.slots < batch})
+        self._rebuild({place: 2 * batch for place in self.caches if self._room(place) < batch})
+        chosen = indices.tolist()
         places = [place for place in self.caches if self._filled(place)]
         try:
             for place in places:
-                self._open_rows(place, batch)
+                self._open_rows(place, batch, 0)
             for place in places:
-                first, chosen = self._first_rows(place), indices.to(place[0])
-                for layer in self._filled(place):
-                    self.moved[layer] = first[layer]
-                    span = first[layer], self.lengths[layer]
-                    old = self.lanes[layer].rows(layer, before, *span)
-                    new = self.lanes[layer].rows(layer, batch, *span)
-                    for source, target in zip(old, new, strict=True):
-                        target.copy_(source.index_select(0, chosen))
+                self._gather_rows(place, chosen, before)
         except BaseException:
             for place in places:
                 self._close_rows(place, before)
             raise
         for place in places:
             self._close_rows(place, batch)
+        longest = max(self.lengths)
+        self.common = [[longest if a == b else self.common[a][b] for b in chosen] for a in chosen]
+
+    def _gather_rows(self, place: Place, chosen: list[int], before: int) -> None:
+        """Rows that are new become forks; of rows that part late from what they shall be the rest is copied."""
+        cache, rows = self.caches[place], self.rows[place]
+        length = rows[0].length
+        for source in set(chosen[before:]):
+            cache.fork_all(rows[source], [rows[i] for i in range(before, len(chosen)) if chosen[i] == source], length)
+        changed = [i for i, source in enumerate(chosen[:before]) if source != i]
+        if not changed:
+            return
+        alike = min(self.common[i][chosen[i]] for i in changed)
+        if alike <= length // 2:
+            self._move_rows(place, chosen, changed, before)
+            return
+        targets = [rows[i] for i in changed]
+        lanes = {id(lane): lane for layer in self._filled(place) if (lane := self.lanes[layer])}.values()
+        first = self._first_rows(place)
+        if not cache.owned(targets, alike):
+            try:
+                cache.truncate_all(targets, alike)
+            except ValueError:  # a window has moved on
+                self._move_rows(place, chosen, changed, before)
+                return
+            cache.grow_all(targets, length, keep=alike)
+        index = torch.tensor([[chosen[i] for i in changed], changed], device=place[0])
+        for lane in lanes:
+            lane.move(index[0], index[1], before, max(alike, first[lane.layers[0]]), length)
+
+    def _move_rows(self, place: Place, chosen: list[int], changed: list[int], before: int) -> None:
+        """Makes each changed row a fork of the row it shall be, by way of spare slots where rows change places."""
+        cache, rows = self.caches[place], self.rows[place]
+        length = rows[0].length
+        holds = {i: [rows[i]] for i in range(before)}  # what was in each row, and where it is now
+        for i in range(before, len(chosen)):
+            holds[chosen[i]].append(rows[i])
+        pending, spare = list(changed), []
+        try:
+            while pending:
+                free = [i for i in pending if len(holds[i]) > 1 or all(chosen[j] != i for j in pending if j != i)]
+                if not free:
+                    spare += rows[pending[0]].fork()
+                    holds[pending[0]].append(spare[-1])
+                    continue
+                i = free[0]
+                pending.remove(i)
+                holds[i].remove(rows[i])
+                cache.truncate_all([rows[i]], 0)
+                cache.fork_all(holds[chosen[i]][0], [rows[i]], length)
+                holds[chosen[i]].append(rows[i])
+        finally:
+            cache.close_all(spare)
 
     def clone(self) -> Store:
         """A copy with memory of its own."""
@@ -285,19 +416,44 @@ class Store:
         other.open_ended = self.open_ended
         other.seen, other.signatures, other.placed = dict(self.seen), dict(self.signatures), dict(self.placed)
         other.lengths, other.floor, other.recording = list(self.lengths), self.floor, self.recording
+        self.settle()
+        other.common = [list(row) for row in self.common]
+        other.moved = dict(self.moved)
         for place, cache in self.caches.items():
-            other._build(place, cache.slots, self.options.budget)
-            other._copy_from(self, place)
+            rows = self.rows[place]
+            base = cache.free_slots(len(rows)) if rows else None
+            if base is None:
+                other._build(place, cache.slots, self.options.budget)
+                other._copy_from(self, place)
+                continue
+            other._join(place, cache, base, self.sharers[place])
+            other._open_rows(place, len(rows), 0)
+            for mine, theirs in zip(rows, other.rows[place], strict=True):
+                cache.fork_all(mine, [theirs], mine.length)
         return other
 
     def close(self) -> None:
         self.closed = True
         self.ready.clear()
         self.lanes.clear()
-        for place, cache in self.caches.items():
-            self.rows[place].clear()
-            cache.close()
+        self._leave()
         self.lengths = [0] * len(self.lengths)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # at the end of the interpreter anything may be gone
+            self._leave(only_rows=True)
+
+    def _leave(self, *, only_rows: bool = False) -> None:
+        """Closes what is its alone: the ``KVCache``s, or its rows of those that others share."""
+        for place, sharers in self.sharers.items():
+            sharers.discard(self)
+            cache, rows = self.caches[place], self.rows[place]
+            if sharers and rows:
+                cache.close_all(rows)
+            elif not sharers and not only_rows:
+                cache.close()
+            rows.clear()
+        self.sharers = {}
 
     def _learn(self, index: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Checks that a layer is what it was, or takes note of what it is."""
@@ -338,7 +494,7 @@ class Store:
                 (device, _), shape = like.get(window, found)
                 self.placed[layer] = ((device, -1), replace(shape, window=window))
         self.placed[index] = found
-        slots = self.options.slots or max(_SPARE_SLOTS, 2 * k.shape[0])
+        slots = max(self.options.slots or 0, 2 * k.shape[0]) + _SPARE_SLOTS
         places = {place for place, _ in [*before.values(), *self.placed.values()]}
         try:
             self._rebuild({p: slots for p in places if self._at(before, p) != self._at(self.placed, p)})
@@ -370,8 +526,7 @@ class Store:
             kind=self.options.layout,
             granularity=self.granularity,
         )
-        if self.options.slots is None:
-            slots = max(1, min(slots, _SPARE_ADDRESSES // layout.slot_bytes))
+        slots = max(self.options.slots or 1, min(slots, _SPARE_ADDRESSES // layout.slot_bytes))
         cache = KVCache(
             layout,
             slots=slots,
@@ -380,19 +535,34 @@ class Store:
             lookahead=self.options.lookahead,
             mapper=self.options.mapper,
         )
-        self.caches[place], self.rows[place] = cache, []
-        for number, group in enumerate(layout.groups):
-            self.lanes.update(dict.fromkeys(group.layers, Lane(cache, number, group)))
+        self._join(place, cache, 0, weakref.WeakSet())
+
+    def _join(self, place: Place, cache: KVCache, base: int, sharers: weakref.WeakSet[Store]) -> None:
+        self.caches[place], self.rows[place], self.bases[place], self.sharers[place] = cache, [], base, sharers
+        sharers.add(self)
+        for number, group in enumerate(cache.layout.groups):
+            self.lanes.update(dict.fromkeys(group.layers, Lane(cache, number, group, base)))
+
+    def _room(self, place: Place) -> int:
+        """Rows that the store can have in its part of a ``KVCache``."""
+        base, have = self.bases[place], len(self.rows[place])
+        return have + self.caches[place].free_slots_from(base + have)
 
     def _rebuild(self, slots: dict[Place, int]) -> None:
         """Makes the ``KVCache`` of each place anew with so many slots, and what it holds, after its layers changed."""
+        if not slots:
+            return
+        # What is written next may be where others have their rows.
+        self.settle(share="copy")
         self.ready.clear()
         old = copy.copy(self)
+        bases, sharers, old.sharers = self.bases, self.sharers, {}
+        self.bases, self.sharers = dict(bases), dict(sharers)
         self.caches, self.rows, self.lanes = dict(old.caches), dict(old.rows), dict(old.lanes)
         try:
             for place, count in slots.items():
-                self.caches.pop(place, None)
-                self.rows.pop(place, None)
+                for parts in (self.caches, self.rows, self.bases, self.sharers):
+                    parts.pop(place, None)
                 if not self._layers_of(place):
                     continue
                 before = old.caches.get(place)
@@ -402,7 +572,13 @@ class Store:
                     self._copy_from(old, place)
         except BaseException:
             self.caches, self.rows, self.lanes = old.caches, old.rows, old.lanes
+            self.bases, self.sharers = bases, sharers
             raise
+        for place in slots:
+            if place in sharers:
+                sharers[place].discard(self)
+                if sharers[place]:
+                    old.caches[place].close_all(old.rows[place])
         # What was replaced is not closed: the model may hold views of it, and its memory goes with the last of them.
 
     def _copy_from(self, other: Store, place: Place) -> None:
@@ -427,7 +603,7 @@ class Store:
                 f"the cache holds {len(rows)} rows and was given a batch of {batch}: call reset(), "
                 "batch_repeat_interleave() or batch_select_indices() first"
             )
-        if batch > self.caches[place].slots:
+        if batch > self._room(place):
             self._rebuild({place: 2 * batch})
         self._close_rows(place, batch)
         self._open_rows(place, batch)
@@ -438,11 +614,11 @@ class Store:
         if length is None:
             length = rows[0].length if rows else 0
         before = len(rows)
-        if batch > cache.slots:
+        if batch > self._room(place):
             raise ValueError(f"{batch} rows of max_len {self.options.max_len} need too many addresses: lower max_len")
         try:
             for slot in range(before, batch):
-                rows.append(cache.open(slot=slot))
+                rows.append(cache.open(slot=self.bases[place] + slot))
             if length and batch > before:
                 cache.grow_all(rows[before:], length, keep=0)
         except BaseException:

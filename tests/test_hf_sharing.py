@@ -1,0 +1,249 @@
+"""Rows of a VirtualCache that share: beams and return sequences of one prompt, copies, and rows that change places."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import build, prompt
+from transformers import DynamicCache, LlamaConfig
+
+from vattn import CACHE_KEYWORD, OutOfPages, VirtualCache, store
+
+PAGE = 4096
+CONFIG = LlamaConfig(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, hidden_size=64)
+TOKEN = 4 * 2 * 2 * 16 * 4  # bytes of a row: layers, K and V, heads, dim, float32
+
+
+@pytest.fixture(autouse=True)
+def small_granules(request, monkeypatch):
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(store.Store, "granularity", PAGE)
+
+
+@pytest.fixture
+def llama(device):
+    return build("llama-gqa", "sdpa", device)
+
+
+def kv(n, batch):
+    return torch.randn(batch, 2, n, 16), torch.randn(batch, 2, n, 16)
+
+
+def append(cache, n, *, batch=1, repeats=1, like=None):
+    """Appends random rows, each ``repeats`` times; also to a DynamicCache ``like``."""
+    for layer in range(4):
+        pair = [t.repeat_interleave(repeats, 0) for t in kv(n, batch)]
+        got = cache.update(*pair, layer)
+        if like is not None:
+            for one, other in zip(got, like.update(*pair, layer), strict=True):
+                assert torch.equal(one, other)
+
+
+def same(cache, like):
+    for ours, theirs in zip(cache.layers, like.layers, strict=True):
+        assert torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values)
+
+
+def generate(model, cache, inputs, **options):
+    return model.generate(**inputs, **{CACHE_KEYWORD: cache}, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 4, "num_return_sequences": 4},
+        {"num_return_sequences": 4, "do_sample": True},
+        {"num_beams": 4, "prefill_chunk_size": 40},
+    ],
+    ids=["beams", "samples", "beams in chunks"],
+)
+def test_rows_of_one_prompt_share_it(llama, device, options):
+    inputs = prompt(1, 120, device)
+    options = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, **options}
+    alone = VirtualCache(llama.config, max_len=200)
+    generate(llama, alone, inputs, max_new_tokens=16, min_new_tokens=16, do_sample=False)
+    cache = VirtualCache(llama.config, max_len=200)
+    torch.manual_seed(0)
+    got = generate(llama, cache, inputs, **options)
+    torch.manual_seed(0)
+    assert torch.equal(got, generate(llama, DynamicCache(config=llama.config), inputs, **options))
+    if device == "cpu":
+        # Each has its own last rows, what it has added, and what is mapped ahead.
+        row = cache.kv_caches[0].layout.bytes_per_token
+        own = -(-(16 + PAGE // row) * row // PAGE) * PAGE + 4 * PAGE
+        assert cache.stats().peak <= alone.stats().peak + 4 * own
+        assert cache.stats().shared > 0
+    cache.check()
+
+
+def test_beams_of_several_prompts(llama, device):
+    inputs = prompt(3, 60, device)
+    options = {"num_beams": 3, "max_new_tokens": 12, "do_sample": False}
+    cache = VirtualCache(llama.config, max_len=200)
+    for _ in range(2):
+        expected = generate(llama, DynamicCache(config=llama.config), inputs, **options)
+        assert torch.equal(generate(llama, cache, inputs, **options), expected)
+        cache.check()
+        cache.reset()
+
+
+def test_a_beam_step_copies_what_the_rows_have_added():
+    cache, like = VirtualCache(CONFIG, max_len=500), DynamicCache(config=CONFIG)
+    append(cache, 200, repeats=4, like=like)
+    for order in ([0, 0, 0, 0], [1, 0, 3, 3], [2, 2, 1, 0], [0, 1, 2, 3], [3, 3, 3, 0]):
+        append(cache, 1, batch=4, like=like)
+        moved = []
+        original = store.Lane.move
+
+        def move(self, sources, targets, batch, first, end, original=original, moved=moved):
+            moved.append(end - first)
+            original(self, sources, targets, batch, first, end)
+
+        before = cache.stats()
+        store.Lane.move = move
+        try:
+            cache.reorder_cache(torch.tensor(order))
+        finally:
+            store.Lane.move = original
+        like.reorder_cache(torch.tensor(order))
+        same(cache, like)
+        assert cache.stats().copied == before.copied
+        assert all(count <= cache.get_seq_length() - 200 for count in moved)
+        cache.check()
+
+
+@pytest.mark.parametrize(
+    "order", [[1, 0, 2], [2, 0, 1], [1, 1, 1], [2, 2, 0], [1, 2], [2], [0, 0, 1, 1, 2, 2], [2, 1, 0, 2]]
+)
+def test_rows_of_different_prompts_change_places(order):
+    cache, like = VirtualCache(CONFIG, max_len=500), DynamicCache(config=CONFIG)
+    append(cache, 50, batch=3, like=like)
+    cache.batch_select_indices(torch.tensor(order))
+    like.batch_select_indices(torch.tensor(order))
+    same(cache, like)
+    append(cache, 30, batch=len(order), like=like)
+    same(cache, like)
+    cache.check()
+    cache.crop(-40)
+    like.crop(-40)
+    append(cache, 10, batch=len(order), like=like)
+    same(cache, like)
+    cache.check()
+
+
+def test_rows_that_only_look_the_same_at_first_go_their_own_way():
+    cache, like = VirtualCache(CONFIG, max_len=500), DynamicCache(config=CONFIG)
+    for layer in range(4):
+        k, v = kv(50, 1)
+        pair = k.repeat_interleave(3, 0), v.repeat_interleave(3, 0)
+        if layer == 2:  # as a mask may make it
+            pair[1][1, 0, 7, 3] += 1
+        for one, other in zip(cache.update(*pair, layer), like.update(*pair, layer), strict=True):
+            assert torch.equal(one, other)
+    same(cache, like)
+    append(cache, 1, batch=3, like=like)
+    cache.reorder_cache(torch.tensor([2, 0, 1]))
+    like.reorder_cache(torch.tensor([2, 0, 1]))
+    same(cache, like)
+    cache.check()
+
+
+@pytest.mark.parametrize("then", ["look", "crop", "repeat", "copy", "reorder", "chunk", "reset"])
+def test_whatever_follows_a_prompt_of_equal_rows(then):
+    cache, like = VirtualCache(CONFIG, max_len=500), DynamicCache(config=CONFIG)
+    append(cache, 50, batch=2, repeats=3, like=like)
+    if then == "crop":
+        cache.crop(-20)
+        like.crop(-20)
+    elif then == "repeat":
+        cache.batch_repeat_interleave(2)
+        like.batch_repeat_interleave(2)
+    elif then == "copy":
+        other = copy.deepcopy(cache)
+        append(cache, 1, batch=6)
+        cache = other
+    elif then == "reorder":
+        cache.reorder_cache(torch.tensor([5, 4, 3, 2, 1, 0]))
+        like.reorder_cache(torch.tensor([5, 4, 3, 2, 1, 0]))
+    elif then == "chunk":
+        append(cache, 30, batch=2, repeats=3, like=like)
+    elif then == "reset":
+        cache.reset()
+        like = DynamicCache(config=CONFIG)
+        append(cache, 40, batch=2, like=like)
+    same(cache, like)
+    append(cache, 3, batch=like.layers[0].keys.shape[0], like=like)
+    same(cache, like)
+    cache.check()
+
+
+def test_a_copy_is_a_fork():
+    cache = VirtualCache(CONFIG, max_len=500)
+    like = DynamicCache(config=CONFIG)
+    append(cache, 200, batch=2, like=like)
+    before = cache.stats()
+    other, also = copy.deepcopy(cache), copy.deepcopy(like)
+    assert other.kv_caches == cache.kv_caches
+    assert cache.stats().shared >= 2 * 190 * TOKEN
+    assert cache.stats().physical - before.physical <= 4 * PAGE
+    append(other, 10, batch=2, like=also)
+    append(cache, 5, batch=2, like=like)
+    same(other, also)
+    same(cache, like)
+    cache.check()
+    cache.close()
+    same(other, also)
+    append(other, 40, batch=2, like=also)
+    same(other, also)
+    kv_cache = other.kv_caches[0]
+    other.close()
+    kv_cache.settle()
+    assert kv_cache.stats().physical == 0
+
+
+def test_a_copy_that_is_dropped_leaves_nothing():
+    cache = VirtualCache(CONFIG, max_len=500)
+    append(cache, 200)
+    for _ in range(200):  # more than there are slots
+        other = copy.deepcopy(cache)
+        append(other, 1)
+        assert cache.stats().running_slots == 2
+        del other
+        assert cache.stats().running_slots == 1
+    first = copy.deepcopy(cache)
+    del cache
+    assert first.get_seq_length() == 200
+    append(first, 1)
+    assert first.stats().running_slots == 1
+    first.check()
+
+
+def test_a_copy_for_which_there_is_no_memory_is_told():
+    cache = VirtualCache(CONFIG, max_len=500, budget=52 * PAGE, lookahead=0)
+    like = DynamicCache(config=CONFIG)
+    append(cache, 199, like=like)  # 50 pages
+    held = [copy.deepcopy(cache) for _ in range(2)]
+    with pytest.raises(OutOfPages):
+        copy.deepcopy(cache)
+    same(cache, like)
+    held.clear()
+    copy.deepcopy(cache)
+    cache.check()
+
+
+def test_a_batch_that_grows_where_a_copy_is_in_the_way_moves():
+    cache, like = VirtualCache(CONFIG, max_len=500), DynamicCache(config=CONFIG)
+    append(cache, 20, batch=2, like=like)
+    copies = [copy.deepcopy(cache) for _ in range(33)]
+    cache.batch_repeat_interleave(8)
+    like.batch_repeat_interleave(8)
+    same(cache, like)
+    for one in copies:
+        assert one.get_seq_length() == 20
+        one.check()
+    append(cache, 3, batch=16, like=like)
+    same(cache, like)
+    cache.check()
