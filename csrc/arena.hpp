@@ -129,6 +129,9 @@ class Arena {
   // False when the latter holds no more.
   bool compact(std::size_t slot, std::optional<std::uint64_t> lineage);
 
+  // The same of a parked slot in the mapper's time, where there is memory to spare; without a mapper nothing.
+  void compact_later(std::size_t slot, std::uint64_t lineage);
+
   // Returns every byte to the driver that no running sequence needs.
   void trim();
 
@@ -284,7 +287,7 @@ class Arena {
   bool better_aliased(const Slot& source, const Slot& target, std::size_t positions) const;
   void share_runs(std::size_t source, std::size_t positions, Slots targets, Slots aliased, Lock& lock);
   void copy_rows(std::size_t source, std::size_t positions, Slots targets, Stream stream, Lock& lock);
-  bool compact_with_driver(std::size_t slot, std::optional<std::uint64_t> lineage);
+  bool compact_with_driver(std::size_t slot, std::optional<std::uint64_t> lineage, Urgency urgency);
   bool unshare(Slots slots, Urgency urgency, Lock& lock);
   void replace(std::size_t index, std::size_t plane, std::size_t first, std::size_t count,
                const std::vector<std::size_t>& sizes, std::size_t bytes, Slots mine, Lock& lock);

@@ -298,6 +298,7 @@ void bind_arena(py::module_& module) {
           py::arg("source"), py::arg("positions"), py::arg("targets"), py::kw_only(), py::arg("lineage") = std::nullopt,
           py::arg("share") = "auto", py::arg("stream") = 0)
       .def("compact", &Arena::compact, py::arg("slot"), py::kw_only(), py::arg("lineage") = std::nullopt, Unlocked())
+      .def("compact_later", &Arena::compact_later, py::arg("slot"), py::arg("lineage"))
       .def("trim", &Arena::trim, Unlocked())
       .def("set_budget", &Arena::set_budget, py::arg("budget"), Unlocked())
       .def("settle", &Arena::settle, Unlocked())

@@ -329,11 +329,24 @@ bool Arena::unshare(Slots slots, Urgency urgency, Lock& lock) {
 
 bool Arena::compact(std::size_t slot, std::optional<std::uint64_t> lineage) {
   bool done = false;
-  on_mapper([&] { done = compact_with_driver(slot, lineage); });
+  on_mapper([&] { done = compact_with_driver(slot, lineage, Urgency::demand); });
   return done;
 }
 
-bool Arena::compact_with_driver(std::size_t index, std::optional<std::uint64_t> lineage) {
+void Arena::compact_later(std::size_t slot, std::uint64_t lineage) {
+  const Lock lock = locked();
+  if (!mapper_ || closed_) return;
+  mapper_->post(Urgency::housekeeping, this, [this, slot, lineage] {
+    try {
+      compact_with_driver(slot, lineage, Urgency::housekeeping);
+    } catch (const std::exception&) {
+      const Lock again(mutex_);
+      ++background_failures_;
+    }
+  });
+}
+
+bool Arena::compact_with_driver(std::size_t index, std::optional<std::uint64_t> lineage, Urgency urgency) {
   Lock lock = locked();
   require_open();
   if (!lineage) running(index, "compact");
@@ -348,12 +361,19 @@ bool Arena::compact_with_driver(std::size_t index, std::optional<std::uint64_t> 
   }
   if (slot.state == State::running)
     cover(slot, slot.streams.front(), fences_of(Slots(&index, 1), slot.streams.front(), lock));
+  if (urgency != Urgency::demand) {
+    lock.unlock();
+    const bool done = passed(slot.fences);
+    lock.lock();
+    if (!done) return false;
+  }
   const std::size_t positions = slot.state == State::running ? slot.length : slot.known;
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
     const std::size_t count = geometry_[plane].window == 0 ? sharable(slot, plane, positions) : 0;
     if (count < 2) continue;
     std::size_t bytes = 0;
     for (std::size_t i = 0; i < count; ++i) bytes += slot.runs[plane].mappings[i].bytes();
+    if (urgency != Urgency::demand && bytes > pool_.usage().available()) continue;
     replace(index, plane, 0, count, {bytes}, bytes, Slots(&index, 1), lock);
   }
   refresh(slot);

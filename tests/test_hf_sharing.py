@@ -222,7 +222,7 @@ def test_a_copy_that_is_dropped_leaves_nothing():
 
 
 def test_a_copy_for_which_there_is_no_memory_is_told():
-    cache = VirtualCache(CONFIG, max_len=500, budget=52 * PAGE, lookahead=0)
+    cache = VirtualCache(CONFIG, max_len=500, budget=54 * PAGE, lookahead=0)
     like = DynamicCache(config=CONFIG)
     append(cache, 199, like=like)  # 50 pages
     held = [copy.deepcopy(cache) for _ in range(2)]

@@ -34,7 +34,8 @@ CSRC = {
 PYTHON = {
     "errors.py": set(),
     "layout.py": set(),
-    "cache.py": {"_core", "errors", "layout"},
+    "prefix.py": set(),
+    "cache.py": {"_core", "errors", "layout", "prefix"},
     "store.py": {"cache", "layout"},
     "hf.py": {"cache", "layout", "store"},
     "demo.py": {"hf", "layout"},
@@ -45,7 +46,7 @@ PYTHON = {
     "cli.py": {"_core", "bench", "cache", "demo", "errors", "layout", "trace"},
     "__init__.py": {"cache", "errors", "hf", "layout"},
 }
-TORCHLESS = {"errors.py", "layout.py", "trace.py"}
+TORCHLESS = {"errors.py", "layout.py", "prefix.py", "trace.py"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "csrc").iterdir()), ids=lambda path: path.name)

@@ -6,8 +6,9 @@ import atexit
 import contextlib
 import functools
 import os
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -16,10 +17,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vattn import _core
-from vattn.errors import BackendUnavailable, OutOfDeviceMemory
+from vattn.errors import BackendUnavailable, OutOfDeviceMemory, OutOfPages
 from vattn.layout import GRANULARITY, Group, Kind, KVLayout
+from vattn.prefix import PrefixTree
 
 _UNLIMITED = 1 << 62  # bytes; more than any machine has
+_HOT = 2  # forks of known rows after which they are compacted
 
 Share = Literal["auto", "alias", "copy"]
 
@@ -146,6 +149,10 @@ class KVCache:
             protect_shared=protect_shared,
         )
         self._closed = False
+        self._prefixes = PrefixTree()  # of slots with their lineages
+        self._lineages: dict[int, int] = {}  # of the slots in it
+        self._forks: dict[int, int] = {}  # how often those were forked
+        self._prefix_lock = threading.Lock()
         self._k: dict[int, torch.Tensor] = {}
         self._v: dict[int, torch.Tensor] = {}
         self._grouped: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
@@ -202,22 +209,108 @@ class KVCache:
         """
         return self._grouped[group]
 
-    def open(self, *, slot: int | None = None, expected: int = 0) -> Sequence:
-        """Starts an empty sequence.
+    def open(self, *, slot: int | None = None, expected: int = 0, tokens: Iterable[int] | None = None) -> Sequence:
+        """Starts a sequence: an empty one, or one behind the longest known prefix of its tokens.
 
         Args:
             slot: the slot to take; by default the parked one that best fits ``expected``, or else a bare one.
             expected: positions it is likely to need, to choose a parked slot by. What the parked slot has of them
                 stays with the sequence until its first ``grow``.
+            tokens: ids of the tokens that are to come, e.g. of the prompt. Where sequences have been told to
+                ``remember`` some of the first of them, the new one begins with their rows: its ``length`` says with how
+                many, at most all but the last token, which is to be computed for what follows. A closed sequence that
+                ends there goes on in its slot, without a driver call; otherwise the rows are forked.
 
         A slot whose memory was last used on another stream is waited for.
 
         Raises:
-            ValueError: the slot, or every slot, is in use.
+            ValueError: the slot, or every slot, is in use; or ``tokens`` are given for a model with recurrent layers,
+                whose state is no row.
         """
         _require_at_least("slot", slot or 0, 0)
         _require_at_least("expected", expected, 0)
+        if tokens is not None:
+            if slot is not None:
+                raise ValueError("slot cannot be chosen where tokens are given: they choose it")
+            self._require_rows_only()
+            if known := self._open_known(_ids(tokens)[:-1]):
+                return known
         return Sequence(self, self._arena.acquire(slot, expected=expected, stream=self._stream()))
+
+    def pin(self, tokens: Iterable[int]) -> Sequence:
+        """Keeps the rows of known tokens, e.g. of a system prompt, for as long as the sequence it returns is open.
+
+        Do not write to it; ``compact`` makes forks of it cheap.
+
+        Raises:
+            ValueError: not all of the tokens are known, see ``Sequence.remember``; or every slot is in use.
+            OutOfPages, OutOfDeviceMemory: as in ``Sequence.fork``.
+        """
+        ids = _ids(tokens)
+        self._require_rows_only()
+        pinned = self._open_known(ids, whole=True)
+        if pinned is None:
+            raise ValueError(f"the rows of these {len(ids)} tokens are not known: remember them first")
+        pinned.remember(ids)
+        return pinned
+
+    def _open_known(self, ids: tuple[int, ...], *, whole: bool = False) -> Sequence | None:
+        """A sequence behind the longest prefix whose rows are there; with ``whole`` a fork of all of them or none."""
+        with self._prefix_lock:
+            while ids and (found := self._prefixes.match(ids)):
+                holder, length = found
+                assert isinstance(holder, tuple)
+                slot, lineage = holder
+                now, known, parked = self._arena.known(slot)
+                if now != lineage or known < length:
+                    self._prefixes.shorten(holder, known if now == lineage else 0)
+                    continue
+                if whole and length < len(ids):
+                    return None
+                # What it holds beyond would be lost.
+                beyond = known - length
+                if parked and not whole and beyond < max(1, self.layout.tokens_per_granule):
+                    if self._arena.resume(slot, lineage, length, self._stream()):
+                        self._prefixes.shorten(holder, length)
+                        return Sequence(self, slot, length)
+                elif (sequence := self._fork_known(slot, lineage, length)) is not None:
+                    self._note_fork(slot, lineage)
+                    return sequence
+                if self._arena.known(slot)[:2] == (now, known):
+                    return None  # a window has moved on, or there is no memory
+        return None
+
+    def _fork_known(self, slot: int, lineage: int, length: int) -> Sequence | None:
+        sequence = self._open_empty()
+        try:
+            if sequence.slot != slot and self._fork(slot, length, [sequence.slot], lineage=lineage, share="auto"):
+                sequence.length = length
+                return sequence
+        except OutOfPages:
+            pass
+        except BaseException:
+            sequence.close()
+            raise
+        sequence.close()
+        return None
+
+    def _remember(self, slot: int, ids: tuple[int, ...]) -> None:
+        with self._prefix_lock:
+            lineage, _, _ = self._arena.publish(slot, len(ids))
+            if (before := self._lineages.get(slot)) != lineage:
+                self._prefixes.remove((slot, before))
+                self._lineages[slot], self._forks[slot] = lineage, 0
+            self._prefixes.insert(ids, (slot, lineage))
+
+    def _note_fork(self, slot: int, lineage: int) -> None:
+        """Has the rows of who was forked again and again put into one extent, in the background."""
+        self._forks[slot] += 1
+        if self._forks[slot] == _HOT:
+            self._arena.compact_later(slot, lineage)
+
+    def _require_rows_only(self) -> None:
+        if self.layout.recurrent:
+            raise ValueError("the model has recurrent layers, whose state is in no row: what tokens left is not known")
 
     def fork_all(self, source: Sequence, targets: list[Sequence], length: int, *, share: Share = "auto") -> None:
         """Gives empty sequences the first ``length`` positions of another: all of them, or none when it raises.
@@ -443,6 +536,10 @@ class KVCache:
             return raw.view(getattr(torch, shape.dtype))
 
 
+def _ids(tokens: Iterable[int]) -> tuple[int, ...]:
+    return tuple(tokens.tolist() if isinstance(tokens, torch.Tensor) else tokens)
+
+
 class Sequence:
     """One sequence of a ``KVCache``: a slot and a length. Close it, or use it in a ``with`` statement.
 
@@ -451,10 +548,10 @@ class Sequence:
         length: positions that are mapped and may be read and written.
     """
 
-    def __init__(self, cache: KVCache, slot: int) -> None:
+    def __init__(self, cache: KVCache, slot: int, length: int = 0) -> None:
         self.cache = cache
         self.slot = slot
-        self.length = 0
+        self.length = length
         self._slots = (slot,)
         self._open = True
 
@@ -547,6 +644,22 @@ class Sequence:
             raise
         return made
 
+    def remember(self, tokens: Iterable[int]) -> None:
+        """Tells whose rows the first of this sequence are, so that others that begin alike start behind them.
+
+        They are known from now on, as far as the work queued on the sequence's streams writes them, and stay known when
+        the sequence is closed, until the memory is needed: who was of use least recently goes first, from the end on.
+
+        Args:
+            tokens: ids of the first tokens of the sequence, at most ``length``.
+
+        Raises:
+            ValueError: the sequence is closed or shorter than that, or the model has recurrent layers.
+        """
+        self._require_open()
+        self.cache._require_rows_only()
+        self.cache._remember(self.slot, _ids(tokens))
+
     def compact(self) -> None:
         """Moves what forks would share into one extent of just its size: each fork then shares it in one driver call.
 
@@ -570,9 +683,15 @@ class Sequence:
         self._require_open()
         return self.cache.v(layer)[self.slot, : self.length]
 
-    def close(self) -> None:
-        """Ends the sequence and parks its slot. Closing twice is allowed."""
+    def close(self, *, tokens: Iterable[int] | None = None) -> None:
+        """Ends the sequence and parks its slot. Closing twice is allowed.
+
+        Args:
+            tokens: what to ``remember`` before.
+        """
         if self._open:
+            if tokens is not None:
+                self.remember(tokens)
             self.cache.close_all([self])
 
     def __enter__(self) -> Sequence:

@@ -32,6 +32,8 @@ ITEMSIZES = {
 
 # Model types all of whose layers have the window of the configuration.
 _UNIFORM_WINDOW = ("mistral", "mixtral", "phi3", "starcoder2")
+# Layers that keep a state and no rows.
+_RECURRENT = ("linear_attention", "conv")
 ALIGNMENT = 16  # what kernels that load by TMA want of every stride, in bytes
 
 Kind = Literal["interleaved", "compact"]
@@ -124,6 +126,8 @@ class KVLayout:
         max_len: positions of the longest sequence.
         kind: ``"interleaved"`` or ``"compact"``.
         granularity: bytes of the smallest physical unit.
+        recurrent: whether there are layers whose state is not in the rows, so that rows alone do not continue a
+            sequence.
     """
 
     def __init__(
@@ -133,6 +137,7 @@ class KVLayout:
         max_len: int,
         kind: Kind = "interleaved",
         granularity: int = GRANULARITY,
+        recurrent: bool = False,
     ) -> None:
         if kind not in ("interleaved", "compact"):
             raise ValueError(f"layout must be 'interleaved' or 'compact', not {kind!r}")
@@ -146,6 +151,7 @@ class KVLayout:
         self.max_len = max_len
         self.kind: Kind = kind
         self.granularity = granularity
+        self.recurrent = recurrent
 
     @classmethod
     def uniform(
@@ -186,7 +192,8 @@ class KVLayout:
         Raises:
             ValueError: the configuration lacks what a layout needs; the message names it.
         """
-        return cls(layer_shapes(config, dtype=dtype), max_len=max_len, kind=kind, granularity=granularity)
+        layers, recurrent = _described(config, dtype)
+        return cls(layers, max_len=max_len, kind=kind, granularity=granularity, recurrent=recurrent)
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
@@ -278,6 +285,11 @@ def layer_shapes(config: Any, *, dtype: str | None = None) -> list[LayerShape | 
     Raises:
         ValueError: a value that is needed is missing; the message names it.
     """
+    return _described(config, dtype)[0]
+
+
+def _described(config: Any, dtype: str | None) -> tuple[list[LayerShape | None], bool]:
+    """The shape of each layer, and whether there are recurrent ones."""
     if hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
     elif isinstance(config, Mapping) and "text_config" in config:
@@ -339,13 +351,13 @@ def layer_shapes(config: Any, *, dtype: str | None = None) -> list[LayerShape | 
         "full_attention": full,
         "sliding_attention": local,
         "chunked_attention": local,
-        "linear_attention": None,
-        "conv": None,
+        **dict.fromkeys(_RECURRENT),
     }
     if unknown := set(types) - set(kinds):
         raise ValueError(f"layer_types has {sorted(unknown)}, whose cache is not known to vattn")
     shared = get("num_kv_shared_layers", default=0)
-    return [kinds[kind] if i < n_layers - shared else None for i, kind in enumerate(types)]
+    shapes = [kinds[kind] if i < n_layers - shared else None for i, kind in enumerate(types)]
+    return shapes, any(kind in _RECURRENT for kind in types)
 
 
 def _aligned(nbytes: int) -> int:

@@ -1,0 +1,239 @@
+"""Known prefixes: the tree of tokens against brute force, and sequences that start behind the rows of others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vattn import KVCache, KVLayout, OutOfPages
+from vattn.layout import LayerShape
+from vattn.prefix import PrefixTree
+
+PAGE = 4096  # 8 tokens
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["insert", "insert", "remove", "shorten"]),
+            st.integers(0, 5),
+            st.lists(st.integers(0, 2), max_size=8),
+        ),
+        max_size=30,
+    ),
+    st.lists(st.integers(0, 2), max_size=8),
+)
+def test_the_tree_finds_who_holds_the_most(operations, query):
+    tree, held = PrefixTree(), {}
+    for operation, holder, tokens in operations:
+        if operation == "insert":
+            tree.insert(tokens, holder)
+            held[holder] = tokens
+        elif operation == "remove":
+            tree.remove(holder)
+            held.pop(holder, None)
+        else:
+            tree.shorten(holder, len(tokens))
+            if holder in held:
+                held[holder] = held[holder][: len(tokens)]
+        held = {holder: tokens for holder, tokens in held.items() if tokens}
+        assert len(tree) == len(held)
+        assert all(tree.tokens(holder) == tuple(tokens) for holder, tokens in held.items())
+
+    def common(tokens):
+        return next(
+            (i for i, (a, b) in enumerate(zip(tokens, query, strict=False)) if a != b), min(len(tokens), len(query))
+        )
+
+    most = max((common(tokens) for tokens in held.values()), default=0)
+    found = tree.match(query)
+    if most == 0:
+        assert found is None
+    else:
+        holder, length = found
+        assert length == most == common(held[holder])
+    for holder in list(held):
+        tree.remove(holder)
+    assert tree.match(query) is None
+
+
+def test_of_several_holders_the_one_used_last_is_found():
+    tree = PrefixTree()
+    tree.insert([1, 2, 3], "a")
+    tree.insert([1, 2, 4], "b")
+    assert tree.match([1, 2]) == ("b", 2)
+    assert tree.match([1, 2, 3, 4]) == ("a", 3)
+    assert tree.match([1, 2]) == ("a", 2)
+    tree.insert([1, 2, 3], "c")
+    assert tree.match([1, 2, 3]) == ("c", 3)
+
+
+def cache(slots=6, **options):
+    layout = KVLayout.uniform(layers=1, kv_heads=1, head_dim=64, max_len=2000, dtype="float32", granularity=PAGE)
+    return KVCache(layout, slots=slots, **{"lookahead": 0, **options})
+
+
+def run(c, tokens, **options):
+    """What a model would do: computes what is not known, and returns the sequence and how much was."""
+    sequence = c.open(tokens=tokens, **options)
+    start = sequence.length
+    assert start < len(tokens)
+    sequence.grow(len(tokens) - start)
+    sequence.k(0)[start:] = torch.tensor(tokens[start:], dtype=torch.float32).reshape(-1, 1, 1)
+    assert sequence.k(0)[:, 0, 0].tolist() == list(tokens)
+    return sequence, start
+
+
+def memory_calls(c):
+    calls = c.stats().driver_calls
+    return [calls[name] for name in ("create", "map", "set_access", "unmap", "release", "copy")]
+
+
+def test_a_chats_next_turn_goes_on_in_its_slot():
+    c = cache()
+    tokens = list(range(100))
+    sequence, start = run(c, tokens)
+    assert start == 0
+    slot = sequence.slot
+    sequence.close(tokens=tokens)
+    run(c, list(range(1000, 1050)))
+    c.settle()
+    calls = memory_calls(c)
+    again = c.open(tokens=[*tokens, 7, 8, 9])
+    assert (again.slot, again.length) == (slot, 100)
+    again.grow(3)
+    assert memory_calls(c) == calls
+    c.check()
+
+
+def test_a_known_prefix_serves_while_its_sequence_runs_and_after_it():
+    c = cache()
+    system = list(range(200))
+    first, _ = run(c, [*system, 1, 2, 3])
+    first.remember([*system, 1, 2, 3])
+    second, start = run(c, [*system, 4, 5, 6])
+    assert start == 200
+    assert c.stats().shared > 0
+    second.close(tokens=[*system, 4, 5, 6])
+    first.close()
+    _, start = run(c, [*system, 4, 5, 9, 9])
+    assert start == 202
+    _, start = run(c, torch.tensor([*system[:150], 9, 9]).tolist())
+    assert start == 150
+    exact = c.open(tokens=torch.tensor(system))
+    assert exact.length == 199  # the last token is to be computed
+    c.check()
+
+
+def test_what_is_needed_is_taken_from_who_was_of_use_least_recently():
+    c = cache(slots=8, budget=80 * PAGE)
+    chats = [[n * 1000 + i for i in range(160)] for n in range(3)]  # 20 granules each
+    for tokens in chats:
+        run(c, tokens)[0].close(tokens=tokens)
+    run(c, [*chats[0][:100], 5])[0].close()  # of use again
+    run(c, list(range(9000, 9000 + 250)))  # 32 granules
+    assert c.open(tokens=[*chats[0], 1]).length == 160
+    assert c.open(tokens=[*chats[2], 1]).length == 160
+    assert c.open(tokens=[*chats[1], 1]).length < 160
+    c.check()
+
+
+def test_a_pinned_prefix_stays():
+    c = cache(slots=8, budget=40 * PAGE)
+    system = list(range(100))
+    run(c, system)[0].close(tokens=system)
+    pinned = c.pin(system)
+    with pytest.raises(OutOfPages):
+        c.open().grow(1000)
+    c.trim()
+    sequence, start = run(c, [*system, 1])
+    assert start == 100
+    sequence.close()
+    pinned.close()
+    c.trim()
+    assert c.open(tokens=[*system, 1]).length == 0
+    with pytest.raises(ValueError, match="these 100 tokens are not known"):
+        c.pin(system)
+    c.check()
+
+
+@pytest.mark.mapper
+def test_a_hot_prefix_is_compacted_in_the_background():
+    c = cache(slots=8)
+    system = list(range(300))
+    sequence = c.open(tokens=system)
+    for token in system:
+        sequence.grow(1)
+        sequence.k(0)[-1] = token
+    slot = sequence.slot
+    sequence.close(tokens=system)
+    assert len(c.map()[slot]["runs"][0]["extents"]) > 10
+    for token in range(3):
+        run(c, [*system[:200], token])
+        c.settle()
+    assert len(c.map()[slot]["runs"][0]["extents"]) <= 2
+    before = c.stats().aliases
+    _, start = run(c, [*system[:290], 5])
+    assert start == 290
+    assert c.stats().aliases - before <= 1
+    c.check()
+
+
+def test_tokens_of_windows_are_known_where_their_rows_are():
+    shapes = [LayerShape(kv_heads=1, head_dim=64, dtype="float32", window=window) for window in (None, 16)]
+    c = KVCache(KVLayout(shapes, max_len=1000, granularity=PAGE), slots=6, lookahead=0)
+    tokens = list(range(120))
+    sequence = c.open(tokens=tokens)
+    for token in tokens:
+        sequence.grow(1)
+        for layer in range(2):
+            sequence.k(layer)[-1] = token
+    sequence.close(tokens=tokens)
+    assert c.open(tokens=[*tokens[:50], 7]).length == 0  # the window before 50 has gone
+    other = c.open(tokens=[*tokens, 7])
+    assert other.length == 120
+    assert other.k(0)[:, 0, 0].tolist() == tokens
+    assert other.k(1)[105:, 0, 0].tolist() == tokens[105:]
+    c.check()
+
+
+def test_recurrent_models_are_refused():
+    config = {
+        "model_type": "x", "num_hidden_layers": 2, "num_attention_heads": 1, "hidden_size": 64,
+        "layer_types": ["linear_attention", "full_attention"],
+    }  # fmt: skip
+    c = KVCache.from_config(config, max_len=100, slots=1, granularity=PAGE)
+    with pytest.raises(ValueError, match="recurrent layers"):
+        c.open(tokens=[1, 2])
+    sequence = c.open()
+    sequence.grow(2)
+    with pytest.raises(ValueError, match="recurrent layers"):
+        sequence.remember([1, 2])
+    with pytest.raises(ValueError, match="recurrent layers"):
+        c.pin([1])
+
+
+def test_misuse_is_told():
+    c = cache()
+    sequence, _ = run(c, [1, 2, 3])
+    with pytest.raises(ValueError, match="cannot publish 4 positions: the sequence has 3"):
+        sequence.remember([1, 2, 3, 4])
+    with pytest.raises(ValueError, match="slot cannot be chosen"):
+        c.open(slot=2, tokens=[1])
+    sequence.remember([1, 2, 3])
+    sequence.truncate(1)
+    assert c.open(tokens=[1, 2, 3, 4]).length == 1
+    sequence.close()
+    with pytest.raises(ValueError, match="closed"):
+        sequence.remember([1])
+
+
+def test_the_tree_holds_no_more_than_there_are_slots():
+    c = cache(slots=3)
+    for n in range(20):
+        tokens = [n, *range(30)]
+        run(c, tokens)[0].close(tokens=tokens)
+    assert len(c._prefixes) <= 3
+    c.check()

@@ -1,0 +1,126 @@
+"""``PrefixTree``: which slot holds the rows of which tokens. Policy only: it knows no memory, no device, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+
+class _Node:
+    """The tokens between two branches, and who ends with them."""
+
+    __slots__ = ("children", "holders", "parent", "tokens", "used")
+
+    def __init__(self, tokens: tuple[int, ...], parent: _Node | None) -> None:
+        self.tokens = tokens
+        self.parent = parent
+        self.children: dict[int, _Node] = {}  # by their first token
+        self.holders: dict[Hashable, None] = {}  # in the order in which they came
+        self.used = 0
+
+
+class PrefixTree:
+    """A radix tree over token ids. A holder is whatever names a place that holds the rows of some tokens, in order."""
+
+    def __init__(self) -> None:
+        self._root = _Node((), None)
+        self._nodes: dict[Hashable, _Node] = {}
+        self._clock = 0
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __contains__(self, holder: Hashable) -> bool:
+        return holder in self._nodes
+
+    def insert(self, tokens: Sequence[int], holder: Hashable) -> None:
+        """Notes that a holder holds the rows of these tokens, whatever it held before; of none: that it is gone."""
+        self.remove(holder)
+        if not tokens:
+            return
+        node, rest = self._root, tuple(tokens)
+        while rest:
+            child = node.children.get(rest[0])
+            if child is None:
+                child = node.children[rest[0]] = _Node(rest, node)
+            elif (shared := _common(child.tokens, rest)) < len(child.tokens):
+                child = self._split(child, shared)
+            node, rest = child, rest[len(child.tokens) :]
+        node.holders[holder] = None
+        self._nodes[holder] = node
+        self._touch(node)
+
+    def remove(self, holder: Hashable) -> None:
+        """Forgets a holder; one that is not known is no error."""
+        node = self._nodes.pop(holder, None)
+        if node is None:
+            return
+        del node.holders[holder]
+        while node.parent is not None and not node.holders and len(node.children) < 2:
+            parent = node.parent
+            if node.children:  # of one branch only: it becomes part of that
+                [child] = node.children.values()
+                child.tokens, child.parent = node.tokens + child.tokens, parent
+                parent.children[node.tokens[0]] = child
+                return
+            del parent.children[node.tokens[0]]
+            node = parent
+
+    def shorten(self, holder: Hashable, length: int) -> None:
+        """Notes that a holder has its first ``length`` rows only."""
+        if holder in self._nodes:
+            self.insert(self.tokens(holder)[:length], holder)
+
+    def tokens(self, holder: Hashable) -> tuple[int, ...]:
+        """What a holder holds the rows of."""
+        parts: list[tuple[int, ...]] = []
+        node: _Node | None = self._nodes[holder]
+        while node is not None:
+            parts.append(node.tokens)
+            node = node.parent
+        return tuple(token for part in reversed(parts) for token in part)
+
+    def match(self, tokens: Sequence[int]) -> tuple[Hashable, int] | None:
+        """Who holds the most of the first tokens, and how many of them; of several, who was used last."""
+        node, rest, length = self._root, tuple(tokens), 0
+        while rest and (child := node.children.get(rest[0])):
+            shared = _common(child.tokens, rest)
+            node, rest, length = child, rest[shared:], length + shared
+            if shared < len(child.tokens):
+                break
+        if length == 0:
+            return None
+        found = node
+        while not found.holders:  # whoever ends below holds it too
+            found = max(found.children.values(), key=lambda child: child.used)
+        self._touch(found)
+        return next(reversed(found.holders)), length
+
+    def _split(self, node: _Node, at: int) -> _Node:
+        """Makes two nodes of one; returns the upper, of ``at`` tokens."""
+        assert node.parent is not None
+        upper = _Node(node.tokens[:at], node.parent)
+        upper.used = node.used
+        node.parent.children[node.tokens[0]] = upper
+        node.tokens, node.parent = node.tokens[at:], upper
+        upper.children[node.tokens[0]] = node
+        return upper
+
+    def _touch(self, node: _Node | None) -> None:
+        self._clock += 1
+        while node is not None:
+            node.used = self._clock
+            node = node.parent
+
+
+def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """How many tokens two sequences begin with alike."""
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    while low + 1 < high:  # alike up to low, not up to high
+        middle = (low + high) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
