@@ -61,6 +61,7 @@ Arena::Arena(std::shared_ptr<Driver> driver, std::vector<Plane> planes, ArenaOpt
       options_(options),
       reservation_(driver_, checked_reservation(options, planes, driver_->granularity())),
       pool_(driver_, options.budget),
+      host_(std::make_shared<HostPool>(driver_, options.host_budget)),
       slots_(options.slots + 1) {
   std::size_t offset = 0;
   for (const Plane& plane : planes) {
@@ -406,6 +407,7 @@ void Arena::trim() {
     stocked_class_.reset();
     lock.unlock();
     pool_.shrink(0);
+    host_->shrink();
   });
 }
 
@@ -465,6 +467,7 @@ void Arena::close() {
   }
   lock.unlock();
   pool_.shrink(0);
+  host_->shrink();
 }
 
 std::size_t Arena::length(std::size_t slot) const {
@@ -508,6 +511,7 @@ Arena::Stats Arena::stats() const {
   const Lock lock = locked();
   Stats stats{};
   stats.pool = pool_.usage();
+  stats.host = host_->usage();
   stats.reserved = reservation_.bytes();
   stats.adopted = adopted_;
   stats.hits = hits_;

@@ -29,6 +29,7 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <limits>
 #include <mutex>
 #include <optional>
 #include <span>
@@ -36,6 +37,7 @@
 #include <vector>
 
 #include "extent_pool.hpp"
+#include "host_pool.hpp"
 #include "mapper.hpp"
 
 namespace vattn {
@@ -60,12 +62,28 @@ struct ArenaOptions {
   std::optional<std::size_t> lookahead = std::nullopt;
   // Mappings on the device beyond which forks copy. None: three quarters of what it takes.
   std::optional<std::size_t> alias_limit = std::nullopt;
+  std::size_t host_budget = std::numeric_limits<std::size_t>::max();  // bytes of host memory to swap to
   // Maps what is shared read-only, so that a write to it faults: for debugging.
   bool protect_shared = false;
 };
 
 // How a fork comes to its rows: by mapping their extents again, or by copying them into memory of its own.
 enum class Share { cheapest, alias, copy };
+
+// A sequence in host memory. Its blocks go back to their pool with it.
+struct Swapped {
+  struct Part {  // of a plane
+    std::size_t head;
+    std::size_t bytes;
+    std::vector<HostBlock> blocks;
+  };
+  ~Swapped();
+
+  std::shared_ptr<HostPool> pool;
+  std::size_t length = 0;
+  std::vector<Part> parts;
+  Fences last;  // of the copies that use the blocks
+};
 
 class Arena {
  public:
@@ -78,8 +96,8 @@ class Arena {
   Arena& operator=(const Arena&) = delete;
 
   // Gives a slot to a sequence: `slot` if one is named, else the one whose memory is nearest to `expected` positions;
-  // when nothing is expected, a parked one before a bare one; with `empty`, the one with the least memory. Slots that are
-  // known to hold rows come last, the longest parked first. What was queued on other streams than `stream` with the
+  // when nothing is expected, a parked one before a bare one; with `empty`, the one with the least memory. Slots that
+  // are known to hold rows come last, the longest parked first. What was queued on other streams than `stream` with the
   // slot's memory is waited for.
   std::size_t acquire(std::optional<std::size_t> slot, std::size_t expected, Stream stream, bool empty = false);
 
@@ -132,7 +150,14 @@ class Arena {
   // The same of a parked slot in the mapper's time, where there is memory to spare; without a mapper nothing.
   void compact_later(std::size_t slot, std::uint64_t lineage);
 
-  // Returns every byte to the driver that no running sequence needs.
+  // Moves a running sequence's rows to host memory, while the caller goes on, and lets its slot go: its memory is free
+  // once the copy is done. What was queued in its streams comes first. When it throws, nothing has changed.
+  std::shared_ptr<Swapped> swap_out(std::size_t slot, Stream stream);
+  // Moves them back, to a slot as acquire() gives it; what is queued in `stream` from now on comes after. When it
+  // throws, they are still swapped out.
+  std::size_t swap_in(Swapped& swapped, std::optional<std::size_t> slot, Stream stream);
+
+  // Returns every byte to the driver that no running sequence needs, and what host memory nobody uses.
   void trim();
 
   // Sets the budget; when it is lower, brings the memory beyond it back to the driver. Throws OutOfPages, and leaves
@@ -190,6 +215,7 @@ class Arena {
     std::uint64_t waited_ns;  // time that callers waited: for memory, for fences, for the mapper to let go of a slot
     std::uint64_t background_failures;  // work of the mapper that the driver refused; who needs it tries again
     std::size_t lookahead;              // positions, the longest of the running sequences
+    HostPool::Usage host;
   };
   Stats stats() const;
 
@@ -231,9 +257,9 @@ class Arena {
     bool starved = false;          // there was no memory; asked again when there may be
     std::size_t asked_length = 0;
     Mapper::Clock::time_point asked_since{};
-    std::uint64_t parked_at = 0;   // or last forked from
-    std::uint64_t lineage = 0;     // of the last sequence that began here
-    std::size_t known = 0;         // positions of it that others may go on from
+    std::uint64_t parked_at = 0;  // or last forked from
+    std::uint64_t lineage = 0;    // of the last sequence that began here
+    std::size_t known = 0;        // positions of it that others may go on from
     std::vector<Stream> streams;  // that used it since it was acquired
     Fences fences;
     std::vector<Run> runs;
@@ -288,6 +314,8 @@ class Arena {
   void share_runs(std::size_t source, std::size_t positions, Slots targets, Slots aliased, Lock& lock);
   void copy_rows(std::size_t source, std::size_t positions, Slots targets, Stream stream, Lock& lock);
   bool compact_with_driver(std::size_t slot, std::optional<std::uint64_t> lineage, Urgency urgency);
+  void swap_in_with_driver(Swapped& swapped, std::size_t slot, Stream stream);
+  void release_quietly(std::size_t slot, Stream stream);
   bool unshare(Slots slots, Urgency urgency, Lock& lock);
   void replace(std::size_t index, std::size_t plane, std::size_t first, std::size_t count,
                const std::vector<std::size_t>& sizes, std::size_t bytes, Slots mine, Lock& lock);
@@ -314,9 +342,11 @@ class Arena {
   // Destroyed from the last to the first: mappings, pooled extents, the addresses.
   Reservation reservation_;
   ExtentPool pool_;
+  const std::shared_ptr<HostPool> host_;
   mutable std::mutex mutex_;
   mutable std::condition_variable released_;
-  std::vector<Slot> slots_;  // and one more, the bench: addresses at which extents are filled before they replace others
+  std::vector<Slot>
+      slots_;  // and one more, the bench: addresses at which extents are filled before they replace others
   bool closed_ = false;
   int reclaiming_ = 0;  // calls of reclaim() that are with the driver
   std::uint64_t clock_ = 0;

@@ -221,11 +221,17 @@ void bind_mapper(py::module_& module) {
 
 void bind_arena(py::module_& module) {
   using Slots = std::vector<std::size_t>;
+  py::class_<Swapped, std::shared_ptr<Swapped>>(module, "Swapped")
+      .def_readonly("length", &Swapped::length)
+      .def_property_readonly("done", [](const Swapped& self) {
+        return std::all_of(self.last.begin(), self.last.end(), [](const auto& fence) { return fence->passed(); });
+      });
   py::class_<Arena, std::shared_ptr<Arena>>(module, "Arena")
       .def(py::init([](std::shared_ptr<Driver> driver, const std::vector<std::pair<std::size_t, std::size_t>>& planes,
                        std::size_t slots, std::size_t max_len, std::size_t budget, std::size_t tail_rows,
-                       std::size_t growth_divisor, std::optional<std::size_t> lookahead,
-                       std::shared_ptr<Mapper> mapper, std::optional<std::size_t> alias_limit, bool protect_shared) {
+                       std::size_t growth_divisor, std::optional<std::size_t> lookahead, std::shared_ptr<Mapper> mapper,
+                       std::optional<std::size_t> alias_limit, std::optional<std::size_t> host_budget,
+                       bool protect_shared) {
              std::vector<Plane> described;
              for (const auto& [row_bytes, window] : planes) described.push_back({row_bytes, window});
              const ArenaOptions options{.slots = slots,
@@ -235,6 +241,7 @@ void bind_arena(py::module_& module) {
                                         .growth_divisor = growth_divisor,
                                         .lookahead = lookahead,
                                         .alias_limit = alias_limit,
+                                        .host_budget = host_budget.value_or(ArenaOptions{}.host_budget),
                                         .protect_shared = protect_shared};
              // Only here: pybind11 registers the new object after this, which takes the interpreter lock.
              const py::gil_scoped_release unlocked;
@@ -244,7 +251,7 @@ void bind_arena(py::module_& module) {
            py::arg("driver"), py::arg("planes"), py::kw_only(), py::arg("slots"), py::arg("max_len"), py::arg("budget"),
            py::arg("tail_rows") = 0, py::arg("growth_divisor") = ArenaOptions{}.growth_divisor,
            py::arg("lookahead") = std::nullopt, py::arg("mapper") = nullptr, py::arg("alias_limit") = std::nullopt,
-           py::arg("protect_shared") = false)
+           py::arg("host_budget") = std::nullopt, py::arg("protect_shared") = false)
       .def(
           "acquire",
           [](Arena& self, std::optional<std::size_t> slot, std::size_t expected, std::uintptr_t stream, bool empty) {
@@ -298,6 +305,16 @@ void bind_arena(py::module_& module) {
           py::arg("source"), py::arg("positions"), py::arg("targets"), py::kw_only(), py::arg("lineage") = std::nullopt,
           py::arg("share") = "auto", py::arg("stream") = 0)
       .def("compact", &Arena::compact, py::arg("slot"), py::kw_only(), py::arg("lineage") = std::nullopt, Unlocked())
+      .def(
+          "swap_out",
+          [](Arena& self, std::size_t slot, std::uintptr_t stream) { return self.swap_out(slot, Stream{stream}); },
+          py::arg("slot"), py::arg("stream") = 0, Unlocked())
+      .def(
+          "swap_in",
+          [](Arena& self, Swapped& swapped, std::optional<std::size_t> slot, std::uintptr_t stream) {
+            return self.swap_in(swapped, slot, Stream{stream});
+          },
+          py::arg("swapped"), py::arg("slot") = std::nullopt, py::arg("stream") = 0, Unlocked())
       .def("compact_later", &Arena::compact_later, py::arg("slot"), py::arg("lineage"))
       .def("trim", &Arena::trim, Unlocked())
       .def("set_budget", &Arena::set_budget, py::arg("budget"), Unlocked())
@@ -366,6 +383,8 @@ void bind_arena(py::module_& module) {
         result["waited_seconds"] = static_cast<double>(stats.waited_ns) * 1e-9;
         result["background_failures"] = stats.background_failures;
         result["lookahead"] = stats.lookahead;
+        result["host"] = stats.host.charged - stats.host.free;
+        result["host_pooled"] = stats.host.free;
         return result;
       });
 }

@@ -136,6 +136,21 @@ bool Driver::passed(FenceId fence) {
   return do_passed(fence);
 }
 
+void Driver::order(Stream stream, FenceId fence) {
+  enter(Call::order);
+  do_order(stream, fence);
+}
+
+Address Driver::create_host(std::size_t bytes) {
+  enter(Call::create_host);
+  return do_create_host(bytes);
+}
+
+void Driver::free_host(Address at, std::size_t bytes) {
+  enter(Call::free_host);
+  do_free_host(at, bytes);
+}
+
 void Driver::drop(FenceId fence) noexcept {
   if (!in_forked_child()) do_drop(fence);
 }

@@ -12,7 +12,11 @@
 //   zero         queues the zeroing of a mapped range on a stream of the driver's own.
 //   zeroed       waits until what zero has queued is done: it reads as zero to every stream from then on. It waits
 //                also when it fails, since what is queued must not be unmapped.
-//   copy         device to device, ordered in `stream`, which may be the driver's own; zeroed waits for that too.
+//   copy         between addresses of the device and of create_host, ordered in `stream`, which may be one of the
+//                driver's own; zeroed waits for what is queued where zero is.
+//   create_host  host memory that copies can read and write while the caller goes on.
+//   free_host    gives it back; no copy may be under way.
+//   order        what is queued in `stream` from now on waits for a fence.
 //   record       a fence that passes when the work queued in `stream` so far is done. On the host, passed at once.
 // A call that fails throws DriverError (OutOfDeviceMemory when memory is short) and changes nothing.
 // Every call may be made from any thread, and from a thread that holds no CUDA context.
@@ -35,6 +39,11 @@ enum class Handle : std::uint64_t {};
 enum class Stream : std::uintptr_t {};
 enum class FenceId : std::uintptr_t {};
 enum class Access { read, write };  // who may write may read
+enum class OwnStream : std::size_t {
+  zeroing,
+  out,
+  in
+};  // a driver's own: for zero, and for copies to the host and back
 
 struct Range {
   Address at;
@@ -60,10 +69,13 @@ enum class Call : std::size_t {
   record,
   query,
   wait,
+  order,
+  create_host,
+  free_host,
 };
-inline constexpr std::array<const char*, 13> kCallNames = {"reserve",    "free_address", "create", "release", "map",
-                                                           "set_access", "unmap",        "zero",   "zeroed",  "copy",
-                                                           "record",     "query",        "wait"};
+inline constexpr std::array<const char*, 16> kCallNames = {
+    "reserve", "free_address", "create", "release", "map",  "set_access", "unmap",       "zero",
+    "zeroed",  "copy",         "record", "query",   "wait", "order",      "create_host", "free_host"};
 
 // How often this process has been forked off another since its start: what was made at another count is the parent's.
 unsigned forks() noexcept;
@@ -87,9 +99,12 @@ class Driver {
   void zero(Range range);
   void zeroed();
   void copy(Address to, Address from, std::size_t bytes, Stream stream);
+  Address create_host(std::size_t bytes);
+  void free_host(Address at, std::size_t bytes);
   FenceId record(Stream stream);
   void wait(FenceId fence);
   bool passed(FenceId fence);
+  void order(Stream stream, FenceId fence);
   void drop(FenceId fence) noexcept;
   // Waits for everything the device has been given, from every stream.
   void synchronize();
@@ -99,8 +114,7 @@ class Driver {
   std::size_t granularity() const noexcept { return granularity_; }
   MemoryInfo memory_info();
   virtual std::string description() const = 0;
-  // The stream that zero uses.
-  virtual Stream own_stream() const noexcept = 0;
+  virtual Stream own_stream(OwnStream which) const noexcept = 0;
   // Mappings that exist now, and how many the device takes.
   std::size_t mappings() const noexcept { return mappings_.load(); }
   virtual std::size_t mapping_limit() const = 0;
@@ -145,6 +159,9 @@ class Driver {
   virtual FenceId do_record(Stream stream) = 0;
   virtual void do_wait(FenceId fence) = 0;
   virtual bool do_passed(FenceId fence) = 0;
+  virtual void do_order(Stream stream, FenceId fence) = 0;
+  virtual Address do_create_host(std::size_t bytes) = 0;
+  virtual void do_free_host(Address at, std::size_t bytes) = 0;
   virtual void do_drop(FenceId fence) noexcept = 0;
   virtual void do_synchronize() = 0;
 

@@ -20,7 +20,8 @@ constexpr int kApiVersion = 12000;
   X(cuCtxPushCurrent) X(cuCtxPopCurrent) X(cuCtxSynchronize) X(cuCtxGetStreamPriorityRange)            \
   X(cuMemGetInfo) X(cuMemGetAllocationGranularity) X(cuMemAddressReserve) X(cuMemAddressFree)          \
   X(cuMemCreate) X(cuMemRelease) X(cuMemMap) X(cuMemSetAccess) X(cuMemUnmap)                           \
-  X(cuMemsetD8Async) X(cuMemcpyDtoDAsync) X(cuStreamCreateWithPriority) X(cuStreamSynchronize)         \
+  X(cuMemsetD8Async) X(cuMemcpyAsync) X(cuMemHostAlloc) X(cuMemFreeHost) X(cuStreamCreateWithPriority) X(cuStreamSynchronize) \
+  X(cuStreamWaitEvent) \
   X(cuStreamDestroy) X(cuStreamIsCapturing) X(cuEventCreate) X(cuEventRecord) X(cuEventQuery) X(cuEventSynchronize)           \
   X(cuEventDestroy) X(cuGetErrorName) X(cuGetErrorString)
 // clang-format on
@@ -108,8 +109,11 @@ class CudaDriver final : public Driver {
       int lowest = 0;
       int highest = 0;
       check(cu.p_cuCtxGetStreamPriorityRange(&lowest, &highest), "cuCtxGetStreamPriorityRange");
-      check(cu.p_cuStreamCreateWithPriority(&zeroing_, CU_STREAM_NON_BLOCKING, highest), "cuStreamCreateWithPriority");
+      for (CUstream& stream : streams_)
+        check(cu.p_cuStreamCreateWithPriority(&stream, CU_STREAM_NON_BLOCKING, highest), "cuStreamCreateWithPriority");
     } catch (...) {
+      for (const CUstream stream : streams_)
+        if (stream != nullptr) cu.p_cuStreamDestroy(stream);
       cu.p_cuDevicePrimaryCtxRelease(cu_device_);
       throw;
     }
@@ -126,7 +130,7 @@ class CudaDriver final : public Driver {
     };
     quietly([this] {
       const Current current(context_);
-      check(api().p_cuStreamDestroy(zeroing_), "cuStreamDestroy");
+      for (const CUstream stream : streams_) check(api().p_cuStreamDestroy(stream), "cuStreamDestroy");
     });
     quietly([this] { check(api().p_cuDevicePrimaryCtxRelease(cu_device_), "cuDevicePrimaryCtxRelease"); });
   }
@@ -137,7 +141,9 @@ class CudaDriver final : public Driver {
     return name.data();
   }
 
-  Stream own_stream() const noexcept override { return Stream{reinterpret_cast<std::uintptr_t>(zeroing_)}; }
+  Stream own_stream(OwnStream which) const noexcept override {
+    return Stream{reinterpret_cast<std::uintptr_t>(streams_[static_cast<std::size_t>(which)])};
+  }
 
   // Measured on an H100: the 524,091st is refused at set access.
   std::size_t mapping_limit() const override { return 524'090; }
@@ -206,17 +212,18 @@ class CudaDriver final : public Driver {
 
   void do_zero(Range range) override {
     const Current current(context_);
-    check(api().p_cuMemsetD8Async(range.at, 0, range.bytes, zeroing_), "cuMemsetD8Async");
+    check(api().p_cuMemsetD8Async(range.at, 0, range.bytes, zeroing()), "cuMemsetD8Async");
   }
 
   void do_zeroed() override {
     const Current current(context_);
-    check(api().p_cuStreamSynchronize(zeroing_), "cuStreamSynchronize");
+    check(api().p_cuStreamSynchronize(zeroing()), "cuStreamSynchronize");
   }
 
   void do_copy(Address to, Address from, std::size_t bytes, Stream stream) override {
     const Current current(context_);
-    check(api().p_cuMemcpyDtoDAsync(to, from, bytes, reinterpret_cast<CUstream>(stream)), "cuMemcpyDtoDAsync");
+    // By unified addressing the driver knows what lies where.
+    check(api().p_cuMemcpyAsync(to, from, bytes, reinterpret_cast<CUstream>(stream)), "cuMemcpyAsync");
   }
 
   FenceId do_record(Stream stream) override {
@@ -257,6 +264,26 @@ class CudaDriver final : public Driver {
     }
   }
 
+  void do_order(Stream stream, FenceId fence) override {
+    const Current current(context_);
+    check(api().p_cuStreamWaitEvent(reinterpret_cast<CUstream>(stream), reinterpret_cast<CUevent>(fence), 0),
+          "cuStreamWaitEvent");
+  }
+
+  Address do_create_host(std::size_t bytes) override {
+    const Current current(context_);
+    void* at = nullptr;
+    check(api().p_cuMemHostAlloc(&at, bytes, CU_MEMHOSTALLOC_PORTABLE), "cuMemHostAlloc");
+    return reinterpret_cast<Address>(at);
+  }
+
+  void do_free_host(Address at, std::size_t) override {
+    const Current current(context_);
+    check(api().p_cuMemFreeHost(reinterpret_cast<void*>(at)), "cuMemFreeHost");
+  }
+
+  CUstream zeroing() const noexcept { return streams_[static_cast<std::size_t>(OwnStream::zeroing)]; }
+
   void do_synchronize() override {
     const Current current(context_);
     check(api().p_cuCtxSynchronize(), "cuCtxSynchronize");
@@ -264,7 +291,7 @@ class CudaDriver final : public Driver {
 
   CUdevice cu_device_ = 0;
   CUcontext context_ = nullptr;
-  CUstream zeroing_ = nullptr;
+  std::array<CUstream, 3> streams_{};  // by OwnStream
   CUmemAllocationProp properties_{};
 };
 

@@ -39,7 +39,7 @@ class HostDriver final : public Driver {
 
   std::string description() const override { return "host memory (memfd)"; }
 
-  Stream own_stream() const noexcept override { return Stream{0}; }
+  Stream own_stream(OwnStream) const noexcept override { return Stream{0}; }
 
   // Each mapping splits the reservation's area of addresses, and the kernel takes so many areas for a process.
   std::size_t mapping_limit() const override {
@@ -152,7 +152,8 @@ class HostDriver final : public Driver {
       ++next;
     }
     if (end != at + bytes) refuse("set_access", "the range is not made of whole mappings");
-    if (::mprotect(pointer(at), bytes, access == Access::write ? PROT_READ | PROT_WRITE : PROT_READ) != 0) throw_errno("set_access");
+    if (::mprotect(pointer(at), bytes, access == Access::write ? PROT_READ | PROT_WRITE : PROT_READ) != 0)
+      throw_errno("set_access");
   }
 
   void do_unmap(Address at, std::size_t bytes) override {
@@ -175,9 +176,20 @@ class HostDriver final : public Driver {
     std::memcpy(pointer(to), pointer(from), bytes);
   }
 
+  Address do_create_host(std::size_t bytes) override {
+    void* const at = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (at == MAP_FAILED) throw_errno("create_host");
+    return reinterpret_cast<Address>(at);
+  }
+
+  void do_free_host(Address at, std::size_t bytes) override {
+    if (::munmap(pointer(at), bytes) != 0) throw_errno("free_host");
+  }
+
   FenceId do_record(Stream) override { return FenceId{1}; }
   void do_wait(FenceId) override {}
   bool do_passed(FenceId) override { return true; }
+  void do_order(Stream, FenceId) override {}
   void do_drop(FenceId) noexcept override {}
   void do_synchronize() override {}
 

@@ -14,6 +14,9 @@ inline constexpr std::size_t kNever = std::numeric_limits<std::size_t>::max();
 // How long fences are left alone before they are looked at.
 inline constexpr std::chrono::milliseconds kPatience{1};
 
+// How often the driver is asked for what it had already given.
+inline constexpr int kAttempts = 8;
+
 // Remembers one fence for each stream: a later fence of a stream implies the earlier ones.
 inline void note(Fences& fences, std::shared_ptr<const Fence> fence) {
   std::erase_if(fences, [&](const auto& old) { return old->stream() == fence->stream(); });

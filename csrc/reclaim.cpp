@@ -85,8 +85,8 @@ class Arena::Harvest {
 // Brings about `bytes` back to the pool from whoever needs them least: what is retired, then what running slots have
 // mapped past what they expect, from who has most of it on, and parked slots from the longest parked on, and then those
 // of them that are known to hold rows; of those extents first such as `wanted` can map as they are, and such as nobody
-// else has mapped. What running slots keep is taken as far as `keep` allows. Of the slots the caller holds, `mine`, only
-// what is retired. False when there was nothing.
+// else has mapped. What running slots keep is taken as far as `keep` allows. Of the slots the caller holds, `mine`,
+// only what is retired. False when there was nothing.
 bool Arena::reclaim(std::size_t bytes, const std::vector<Step>& wanted, Slots mine, Keep keep, Urgency urgency,
                     Lock& lock) {
   Harvest harvest(bytes);

@@ -13,9 +13,6 @@ constexpr double kExtentCost = 44;               // create, map and set access
 constexpr double kCopyCost = 1.0 / (1.5 * 1e6);  // a byte, read and written at 3 TB/s
 constexpr double kMemoryCost = 20;               // a granule taken twice: about what taking it from others costs
 
-// How often the driver is asked for what it had already given.
-constexpr int kAttempts = 8;
-
 // Takes the mappings of a run from the given one on out of it.
 template <typename Run>
 std::vector<Mapping> take_from(Run& run, std::size_t first) {
@@ -197,8 +194,8 @@ bool Arena::better_aliased(const Slot& source, const Slot& target, std::size_t p
     for (std::size_t index = 0; index < count; ++index) bytes += run.mappings[index].bytes();
     const std::size_t has = target.runs[plane].tail;
     const std::size_t lacks = bytes - std::min(bytes, has);
-    aliasing += kAliasCost * static_cast<double>(count) +
-                kUnmapCost * static_cast<double>(target.runs[plane].mappings.size());
+    aliasing +=
+        kAliasCost * static_cast<double>(count) + kUnmapCost * static_cast<double>(target.runs[plane].mappings.size());
     copying += kCopyCost * static_cast<double>(bytes) +
                kMemoryCost * static_cast<double>(lacks / driver_->granularity()) + (lacks != 0 ? kExtentCost : 0);
     more += lacks;
@@ -206,8 +203,8 @@ bool Arena::better_aliased(const Slot& source, const Slot& target, std::size_t p
   return aliasing <= copying || more > pool_.usage().available();
 }
 
-// Brings the runs of held slots to where a held slot's begin, and maps its sharable extents under those that are to share
-// them, which lose what they have.
+// Brings the runs of held slots to where a held slot's begin, and maps its sharable extents under those that are to
+// share them, which lose what they have.
 void Arena::share_runs(std::size_t source, std::size_t positions, Slots targets, Slots aliased, Lock& lock) {
   const Slot& from = slots_[source];
   for (const std::size_t target : targets)
@@ -425,7 +422,8 @@ void Arena::replace(std::size_t index, std::size_t plane, std::size_t first, std
   };
   try {
     for (const auto& fence : fences) fence->wait();
-    driver_->copy(address_of(bench, plane) + start, address_of(index, plane) + start, bytes, driver_->own_stream());
+    driver_->copy(address_of(bench, plane) + start, address_of(index, plane) + start, bytes,
+                  driver_->own_stream(OwnStream::zeroing));
     driver_->zeroed();
   } catch (...) {
     clear_bench();

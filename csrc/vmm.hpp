@@ -101,6 +101,10 @@ class Fence {
   void wait() const {
     if (!passed()) driver_->wait(id_);
   }
+  // What is queued in the stream from now on waits for it.
+  void order(Stream stream) const {
+    if (stream != stream_) driver_->order(stream, id_);
+  }
 
  private:
   std::shared_ptr<Driver> driver_;

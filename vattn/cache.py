@@ -56,6 +56,8 @@ class CacheStats:
         waited_seconds: time that callers waited for memory, for kernels on other streams, or for the mapper.
         background_failures: work ahead that the driver refused; who needs the memory tries again and is told.
         lookahead: positions past its length that the sequence mapped furthest ahead is kept mapped.
+        host: host memory under sequences that are swapped out.
+        host_pooled: host memory kept for the next ones.
         driver_calls: calls made so far, by name.
         background_calls: of those, the ones that the mapper made.
     """
@@ -81,6 +83,8 @@ class CacheStats:
     waited_seconds: float
     background_failures: int
     lookahead: int
+    host: int
+    host_pooled: int
     driver_calls: dict[str, int]
     background_calls: dict[str, int]
 
@@ -101,6 +105,7 @@ class KVCache:
         mapper: False makes every driver call in the thread of who needs it, and maps nothing ahead.
         alias_limit: mappings on the device beyond which forks copy instead of sharing; by default three quarters of
             what the device takes.
+        host_budget: limit on the page-locked host memory that sequences are swapped out to, in bytes; None for none.
         protect_shared: maps what sequences share read-only, so that a write to it faults: for debugging.
         capacity: bytes of a simulated device of fixed size (host only), for tests; by default the machine's memory.
 
@@ -120,6 +125,7 @@ class KVCache:
         lookahead: int | None = None,
         mapper: bool = True,
         alias_limit: int | None = None,
+        host_budget: int | None = None,
         protect_shared: bool = False,
         capacity: int = 0,
     ) -> None:
@@ -128,6 +134,7 @@ class KVCache:
             ("growth_divisor", growth_divisor, 1),
             ("lookahead", lookahead or 0, 0),
             ("alias_limit", alias_limit or 0, 0),
+            ("host_budget", host_budget or 0, 0),
             ("capacity", capacity, 0),
         ):
             _require_at_least(name, value, least)
@@ -146,6 +153,7 @@ class KVCache:
             lookahead=lookahead,
             mapper=self._mapper,
             alias_limit=alias_limit,
+            host_budget=host_budget,
             protect_shared=protect_shared,
         )
         self._closed = False
@@ -488,6 +496,14 @@ class KVCache:
             self._ask_torch()
             return fork()
 
+    def _swap_in(self, swapped: _core.Swapped, slot: int | None) -> int:
+        swap_in = functools.partial(self._arena.swap_in, swapped, slot, self._stream())
+        try:
+            return swap_in()
+        except OutOfDeviceMemory:
+            self._ask_torch()
+            return swap_in()
+
     def _ask_torch(self) -> None:
         """Within the handling of an error, which is raised again where it is of no use."""
         if self.device.type != "cuda":
@@ -544,16 +560,17 @@ class Sequence:
     """One sequence of a ``KVCache``: a slot and a length. Close it, or use it in a ``with`` statement.
 
     Attributes:
-        slot: the row of ``cache.k(layer)`` that is this sequence's.
-        length: positions that are mapped and may be read and written.
+        slot: the row of ``cache.k(layer)`` that is this sequence's; -1 while it has none.
+        length: positions that are mapped and may be read and written, once it has a slot.
     """
 
     def __init__(self, cache: KVCache, slot: int, length: int = 0) -> None:
         self.cache = cache
         self.slot = slot
         self.length = length
-        self._slots = (slot,)
+        self._slots: tuple[int, ...] = (slot,)
         self._open = True
+        self._swapped: _core.Swapped | None = None
 
     def grow(self, n: int = 1) -> int:
         """Makes room for ``n`` more positions and returns the new length.
@@ -660,6 +677,39 @@ class Sequence:
         self.cache._require_rows_only()
         self.cache._remember(self.slot, _ids(tokens))
 
+    def swap_out(self) -> None:
+        """Moves the sequence to page-locked host memory and lets its slot go, without waiting for the copy.
+
+        What was queued on the sequence's streams comes first. Its memory serves others when the copy is done. Rows that
+        it shares stay with who else has them; what ``remember`` was told is forgotten.
+
+        Raises:
+            OutOfPages: ``host_budget`` is spent; nothing has changed.
+            ValueError: the sequence is closed or swapped out.
+        """
+        self._require_open()
+        self._swapped = self.cache._arena.swap_out(self.slot, self.cache._stream())
+        self.slot, self._slots = -1, ()
+
+    def swap_in(self, *, slot: int | None = None) -> None:
+        """Brings the sequence back, to ``slot`` or any, without waiting for the copy.
+
+        What is queued on the current stream from now on comes after it.
+
+        Raises:
+            OutOfPages, OutOfDeviceMemory: as in ``grow``; the sequence is still swapped out.
+            ValueError: the sequence is not swapped out, or the slot, or every slot, is in use.
+        """
+        if self._swapped is None:
+            raise ValueError("the sequence is not swapped out")
+        self.slot = self.cache._swap_in(self._swapped, slot)
+        self._slots, self._swapped = (self.slot,), None
+
+    @property
+    def swapped(self) -> bool:
+        """Whether the sequence is in host memory."""
+        return self._swapped is not None
+
     def compact(self) -> None:
         """Moves what forks would share into one extent of just its size: each fork then shares it in one driver call.
 
@@ -689,9 +739,13 @@ class Sequence:
         Args:
             tokens: what to ``remember`` before.
         """
-        if self._open:
-            if tokens is not None:
-                self.remember(tokens)
+        if not self._open:
+            return
+        if tokens is not None:
+            self.remember(tokens)
+        if self._swapped is not None:
+            self._open, self._swapped, self.length = False, None, 0
+        else:
             self.cache.close_all([self])
 
     def __enter__(self) -> Sequence:
@@ -704,11 +758,15 @@ class Sequence:
 
     def __repr__(self) -> str:
         state = f"length {self.length}" if self._open else "closed"
+        if self.swapped:
+            state += ", swapped out"
         return f"Sequence(slot {self.slot}, {state})"
 
     def _require_open(self) -> None:
         if not self._open:
             raise ValueError("the sequence is closed: open a new one with KVCache.open")
+        if self._swapped is not None:
+            raise ValueError("the sequence is swapped out: swap it in first")
 
 
 class TrimOnOOM(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -97,6 +97,8 @@ class Pages:
             waited_seconds=self.waited,
             background_failures=0,
             lookahead=0,
+            host=0,
+            host_pooled=0,
             driver_calls=counts,
             background_calls=dict.fromkeys(counts, 0),
         )

@@ -1,6 +1,6 @@
-// Growers, forkers, closers, somebody who trims and changes the budget, and a checker on one arena with a tight budget and a
-// driver that sometimes refuses; without a mapper, and with one, whose process forks meanwhile.
-// Every row carries its owner's mark, so that memory given to two owners shows. Built to run under sanitizers.
+// Growers, forkers, closers, somebody who trims and changes the budget, and a checker on one arena with a tight budget
+// and a driver that sometimes refuses; without a mapper, and with one, whose process forks meanwhile. Every row carries
+// its owner's mark, so that memory given to two owners shows. Built to run under sanitizers.
 #include <sys/wait.h>
 #include <unistd.h>
 

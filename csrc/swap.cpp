@@ -1,0 +1,133 @@
+// How a sequence leaves its slot for host memory, and comes back.
+#include <utility>
+
+#include "hold.hpp"
+
+namespace vattn {
+namespace {
+
+// Copies between the rows of a plane and its blocks, the first as large as they come.
+void copy_blocks(Driver& driver, Address device, const std::vector<HostBlock>& blocks, std::size_t block_bytes,
+                 std::size_t bytes, bool out, Stream stream) {
+  for (std::size_t index = 0; index * block_bytes < bytes; ++index) {
+    const Address there = device + index * block_bytes;
+    const Address here = blocks[index].at();
+    const std::size_t size = std::min(block_bytes, bytes - index * block_bytes);
+    driver.copy(out ? here : there, out ? there : here, size, stream);
+  }
+}
+
+}  // namespace
+
+Swapped::~Swapped() {
+  for (Part& part : parts) pool->give(std::move(part.blocks), last);
+}
+
+std::shared_ptr<Swapped> Arena::swap_out(std::size_t index, Stream stream) {
+  Lock lock = locked();
+  require_open();
+  running(index, "swap out");
+  const Hold hold(*this, Slots(&index, 1), lock);
+  require_open();
+  running(index, "swap out");
+  Slot& slot = slots_[index];
+  cover(slot, stream, fences_of(Slots(&index, 1), stream, lock));
+  auto swapped = std::make_shared<Swapped>();
+  swapped->pool = host_;
+  swapped->length = slot.length;
+  for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+    const std::size_t head = slot.runs[plane].head;
+    const std::size_t end = slot.length * geometry_[plane].row_bytes;
+    swapped->parts.push_back({head, end - std::min(head, end), {}});
+  }
+  const Fences before = slot.fences;
+  lock.unlock();
+  for (Swapped::Part& part : swapped->parts) part.blocks = host_->take(part.bytes);
+  const Stream out = driver_->own_stream(OwnStream::out);
+  try {
+    for (const auto& fence : before) fence->order(out);
+    for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+      const Swapped::Part& part = swapped->parts[plane];
+      copy_blocks(*driver_, address_of(index, plane) + part.head, part.blocks, host_->block_bytes(), part.bytes, true,
+                  out);
+    }
+    swapped->last.push_back(std::make_shared<const Fence>(driver_, out));
+  } catch (...) {
+    driver_->synchronize();  // the blocks are given back
+    throw;
+  }
+  lock.lock();
+  note(slot.fences, swapped->last.front());
+  for (std::size_t plane = 0; plane < geometry_.size(); ++plane) retire_run(slot, index, plane);
+  slot.length = slot.known = 0;
+  slot.state = has_nothing(slot) ? State::bare : State::parked;
+  slot.parked_at = ++clock_;
+  slot.streams.clear();
+  refresh(slot);
+  post_housekeeping({});
+  return swapped;
+}
+
+std::size_t Arena::swap_in(Swapped& swapped, std::optional<std::size_t> wanted, Stream stream) {
+  if (swapped.pool != host_) throw std::invalid_argument("the sequence was swapped out of another cache");
+  const std::size_t index = acquire(wanted, swapped.length, stream);
+  try {
+    on_mapper([&] { swap_in_with_driver(swapped, index, stream); });
+  } catch (...) {
+    release_quietly(index, stream);
+    throw;
+  }
+  return index;
+}
+
+void Arena::swap_in_with_driver(Swapped& swapped, std::size_t index, Stream stream) {
+  Lock lock = locked();
+  require_open();
+  const Hold hold(*this, Slots(&index, 1), lock);
+  Slot& slot = slots_[index];
+  for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+    if (swapped.parts[plane].head == 0) continue;
+    retire_run(slot, index, plane);
+    clear_the_way(Slots(&index, 1), Urgency::demand, lock);
+    slot.runs[plane].head = slot.runs[plane].tail = swapped.parts[plane].head;
+  }
+  map_up_to(Slots(&index, 1), swapped.length, Urgency::demand, lock);
+  // What was queued with the slot's memory comes first, and so does the way out.
+  const Fences before = fences_of(Slots(&index, 1), stream, lock);
+  lock.unlock();
+  const Stream in = driver_->own_stream(OwnStream::in);
+  Fences done;
+  try {
+    for (const auto& fence : before) fence->order(in);
+    for (const auto& fence : swapped.last) fence->order(in);
+    for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+      const Swapped::Part& part = swapped.parts[plane];
+      copy_blocks(*driver_, address_of(index, plane) + part.head, part.blocks, host_->block_bytes(), part.bytes, false,
+                  in);
+    }
+    done.push_back(std::make_shared<const Fence>(driver_, in));
+    done.front()->order(stream);
+  } catch (...) {
+    driver_->synchronize();
+    throw;
+  }
+  lock.lock();
+  for (Swapped::Part& part : swapped.parts) host_->give(std::exchange(part.blocks, {}), done);
+  swapped.last = done;
+  advance(index, swapped.length, stream);
+  refresh(slot);
+}
+
+// Lets a slot go that nothing was done with yet.
+void Arena::release_quietly(std::size_t index, Stream stream) {
+  for (int attempt = 0; attempt < kAttempts; ++attempt) {
+    try {
+      release(Slots(&index, 1), stream);
+      return;
+    } catch (const std::exception& error) {
+      if (attempt + 1 == kAttempts) driver_->report(error);
+    }
+  }
+}
+
+}  // namespace vattn

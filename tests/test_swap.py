@@ -1,0 +1,174 @@
+"""Sequences that leave for host memory and come back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vattn import DriverError, KVCache, KVLayout, OutOfPages
+from vattn.layout import LayerShape
+
+PAGE = 4096
+WINDOW = 16
+
+
+def cache(device="cpu", slots=4, **options):
+    shapes = [LayerShape(kv_heads=1, head_dim=64, dtype="float32", window=window) for window in (None, WINDOW)]
+    granularity = PAGE if device == "cpu" else 2 * 1024 * 1024
+    layout = KVLayout(shapes, max_len=200_000, granularity=granularity)
+    return KVCache(layout, slots=slots, device=device, **{"lookahead": 0, **options})
+
+
+def write(sequence, n, value=0):
+    for step in (n - 3, 1, 1, 1):  # windows move
+        start = sequence.length
+        sequence.grow(step)
+        values = torch.arange(start, start + step, dtype=torch.float32) + value
+        for layer in range(2):
+            for rows, sign in ((sequence.k(layer), 1), (sequence.v(layer), -1)):
+                rows[max(start, 0) :] = sign * values.reshape(-1, 1, 1).to(rows.device)
+
+
+def check(sequence, value=0):
+    expected = torch.arange(sequence.length, dtype=torch.float32) + value
+    for layer, first in ((0, 0), (1, max(sequence.length - WINDOW + 1, 0))):
+        assert torch.equal(sequence.k(layer)[first:, 0, 5].cpu(), expected[first:])
+        assert torch.equal(sequence.v(layer)[first:, 0, 7].cpu(), -expected[first:])
+
+
+def test_a_sequence_comes_back_as_it_was(device):
+    c = cache(device)
+    s = c.open()
+    write(s, 10_000)
+    other = c.open()
+    write(other, 500, value=3)
+    s.swap_out()
+    assert (s.slot, s.length, s.swapped) == (-1, 10_000, True)
+    assert c.stats().host > 0
+    write(other, 15_000)  # over what it has left, where it was
+    third = c.open()
+    write(third, 10_000, value=9)
+    s.swap_in()
+    assert not s.swapped
+    check(s)
+    check(third, 9)
+    write(s, 100)
+    check(s)
+    s.close()
+    c.trim()
+    assert c.stats().host == c.stats().host_pooled == 0
+    c.check()
+
+
+def test_the_memory_serves_others_meanwhile():
+    c = cache(budget=110 * PAGE)
+    s = c.open()
+    write(s, 400)
+    s.swap_out()
+    other = c.open()
+    write(other, 400, value=5)
+    write(other, 150, value=5)
+    with pytest.raises(OutOfPages):
+        s.swap_in()
+    assert s.swapped
+    assert c.stats().running_slots == 1
+    check(other, 5)
+    other.close()
+    s.swap_in(slot=3)
+    assert s.slot == 3
+    check(s)
+    c.check()
+
+
+def test_what_it_shared_stays_with_the_others():
+    c = cache()
+    s = c.open()
+    write(s, 400)
+    [fork] = s.fork(share="alias")
+    s.swap_out()
+    c.settle()
+    write(fork, 50)
+    s.swap_in()
+    write(s, 50, value=0)
+    check(s)
+    check(fork)
+    c.check()
+
+
+def test_the_host_has_a_budget_of_its_own():
+    c = cache(host_budget=2 * 16 * PAGE)
+    first, second = c.open(), c.open()
+    write(first, 100)  # a block for each plane
+    write(second, 100)
+    first.swap_out()
+    with pytest.raises(OutOfPages, match="the host_budget is spent"):
+        second.swap_out()
+    check(second)
+    first.close()
+    second.swap_out()
+    second.swap_in()
+    check(second)
+    c.check()
+
+
+def test_misuse_is_told():
+    c = cache()
+    s = c.open()
+    with pytest.raises(ValueError, match="not swapped out"):
+        s.swap_in()
+    s.swap_out()
+    for use in (s.swap_out, s.grow, s.fork, lambda: s.k(0), lambda: s.remember([]), lambda: s.truncate(0)):
+        with pytest.raises(ValueError, match="the sequence is swapped out"):
+            use()
+    assert "swapped out" in repr(s)
+    s.swap_in()
+    assert s.length == 0
+    s.swap_out()
+    s.close()
+    s.close()
+    with pytest.raises(ValueError, match="host_budget must not be negative"):
+        cache(host_budget=-1)
+    other = cache()
+    t = other.open()
+    t.swap_out()
+    t.cache = c
+    with pytest.raises(ValueError, match="swapped out of another cache"):
+        t.swap_in()
+    c.check()
+
+
+@pytest.mark.parametrize("mapper", [False, True])
+@pytest.mark.parametrize("way", ["out", "in"])
+def test_the_kth_call_failing_for_every_k(way, mapper):
+    k = 0
+    while True:
+        k += 1
+        c = cache(mapper=mapper)
+        s = c.open()
+        write(s, 300)
+        if way == "in":
+            s.swap_out()
+            c.trim()
+        c.settle()
+        c._arena.driver.fail_at(k)
+        try:
+            s.swap_out() if way == "out" else s.swap_in()
+            failed = False
+        except DriverError:
+            failed = True
+        c._arena.driver.fail_at(0)
+        c.settle()
+        c.check()
+        if failed:
+            assert s.swapped == (way == "in")
+        if s.swapped:
+            s.swap_in()
+        check(s)
+        s.close()
+        c.trim()
+        assert c.stats().physical == 0
+        assert c.stats().host == c.stats().host_pooled == 0
+        c.check()
+        if not failed:
+            break
+    assert k > 5
