@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: builds in place, tests, checks memory accesses and measures, in under 8 minutes.
-# Usage: bench/gpu.sh [OUT_FOLDER [map | serve]]; with `map` it builds and measures the mapper instead, for as long
-# again; with `serve` it serves a trace on one GPU and on all of them.
+# Usage: bench/gpu.sh [OUT_FOLDER [map | serve | share]]; with `map` it builds and measures the mapper instead, for as
+# long again; with `serve` it serves a trace on one GPU and on all of them; with `share` it tests and measures sharing.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD
@@ -25,6 +25,12 @@ if [ "${2:-}" = map ]; then
 fi
 if [ "${2:-}" = serve ]; then
   run serve timeout 500 python3 bench/serve.py --out "$out"
+  exit $failed
+fi
+if [ "${2:-}" = share ]; then
+  run tests timeout 180 bash -c "$pytest tests -m gpu -k 'sharing or prefix or swap or contract'"
+  run exact timeout 180 bash -c "$pytest tests/test_hf_exact.py -n 8 -k 'cuda and (beam or copied or repeat or return)'"
+  run sharing timeout 300 python3 bench/sharing.py --device cuda --out "$out"
   exit $failed
 fi
 run core timeout 240 bash -c "$pytest tests --ignore tests/test_hf_exact.py"

@@ -142,13 +142,12 @@ class Arena {
   // or, when it throws, none. False when the rows are not there any more.
   bool fork(std::size_t source, std::optional<std::uint64_t> lineage, std::size_t positions, Slots targets, Share share,
             Stream stream);
-  // Puts the rows of each plane that forks would share into one extent of just their size, so that a fork shares them
-  // in one call. Planes with a window are left as they are. The slot must be running, or parked and of the lineage.
-  // False when the latter holds no more.
-  bool compact(std::size_t slot, std::optional<std::uint64_t> lineage);
-
-  // The same of a parked slot in the mapper's time, where there is memory to spare; without a mapper nothing.
-  void compact_later(std::size_t slot, std::uint64_t lineage);
+  // Puts the whole granules of the first rows of a running slot into one extent of just their size in each plane, so
+  // that a fork there shares them in one call. Planes with a window are left as they are.
+  void compact(std::size_t slot, std::size_t positions);
+  // Puts them into few extents, of which one ends there, for a parked slot of the lineage, in the mapper's time and
+  // where there is memory to spare. Without a mapper nothing.
+  void compact_later(std::size_t slot, std::uint64_t lineage, std::size_t positions);
 
   // Moves a running sequence's rows to host memory, while the caller goes on, and lets its slot go: its memory is free
   // once the copy is done. What was queued in its streams comes first. When it throws, nothing has changed.
@@ -313,7 +312,8 @@ class Arena {
   bool better_aliased(const Slot& source, const Slot& target, std::size_t positions) const;
   void share_runs(std::size_t source, std::size_t positions, Slots targets, Slots aliased, Lock& lock);
   void copy_rows(std::size_t source, std::size_t positions, Slots targets, Stream stream, Lock& lock);
-  bool compact_with_driver(std::size_t slot, std::optional<std::uint64_t> lineage, Urgency urgency);
+  void compact_with_driver(std::size_t slot, std::optional<std::uint64_t> lineage, std::size_t positions,
+                           std::size_t most);
   void swap_in_with_driver(Swapped& swapped, std::size_t slot, Stream stream);
   void release_quietly(std::size_t slot, Stream stream);
   bool unshare(Slots slots, Urgency urgency, Lock& lock);

@@ -304,7 +304,7 @@ void bind_arena(py::module_& module) {
           },
           py::arg("source"), py::arg("positions"), py::arg("targets"), py::kw_only(), py::arg("lineage") = std::nullopt,
           py::arg("share") = "auto", py::arg("stream") = 0)
-      .def("compact", &Arena::compact, py::arg("slot"), py::kw_only(), py::arg("lineage") = std::nullopt, Unlocked())
+      .def("compact", &Arena::compact, py::arg("slot"), py::arg("positions"), Unlocked())
       .def(
           "swap_out",
           [](Arena& self, std::size_t slot, std::uintptr_t stream) { return self.swap_out(slot, Stream{stream}); },
@@ -315,7 +315,7 @@ void bind_arena(py::module_& module) {
             return self.swap_in(swapped, slot, Stream{stream});
           },
           py::arg("swapped"), py::arg("slot") = std::nullopt, py::arg("stream") = 0, Unlocked())
-      .def("compact_later", &Arena::compact_later, py::arg("slot"), py::arg("lineage"))
+      .def("compact_later", &Arena::compact_later, py::arg("slot"), py::arg("lineage"), py::arg("positions"))
       .def("trim", &Arena::trim, Unlocked())
       .def("set_budget", &Arena::set_budget, py::arg("budget"), Unlocked())
       .def("settle", &Arena::settle, Unlocked())

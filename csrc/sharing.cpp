@@ -13,6 +13,10 @@ constexpr double kExtentCost = 44;               // create, map and set access
 constexpr double kCopyCost = 1.0 / (1.5 * 1e6);  // a byte, read and written at 3 TB/s
 constexpr double kMemoryCost = 20;               // a granule taken twice: about what taking it from others costs
 
+// With so many extents a fork is cheap enough: what is compacted in the background keeps its boundaries then, at which
+// others may have been forked.
+constexpr std::size_t kFewExtents = 4;
+
 // Takes the mappings of a run from the given one on out of it.
 template <typename Run>
 std::vector<Mapping> take_from(Run& run, std::size_t first) {
@@ -324,18 +328,16 @@ bool Arena::unshare(Slots slots, Urgency urgency, Lock& lock) {
   return true;
 }
 
-bool Arena::compact(std::size_t slot, std::optional<std::uint64_t> lineage) {
-  bool done = false;
-  on_mapper([&] { done = compact_with_driver(slot, lineage, Urgency::demand); });
-  return done;
+void Arena::compact(std::size_t slot, std::size_t positions) {
+  on_mapper([&] { compact_with_driver(slot, std::nullopt, positions, 1); });
 }
 
-void Arena::compact_later(std::size_t slot, std::uint64_t lineage) {
+void Arena::compact_later(std::size_t slot, std::uint64_t lineage, std::size_t positions) {
   const Lock lock = locked();
   if (!mapper_ || closed_) return;
-  mapper_->post(Urgency::housekeeping, this, [this, slot, lineage] {
+  mapper_->post(Urgency::housekeeping, this, [this, slot, lineage, positions] {
     try {
-      compact_with_driver(slot, lineage, Urgency::housekeeping);
+      compact_with_driver(slot, lineage, positions, kFewExtents);
     } catch (const std::exception&) {
       const Lock again(mutex_);
       ++background_failures_;
@@ -343,38 +345,46 @@ void Arena::compact_later(std::size_t slot, std::uint64_t lineage) {
   });
 }
 
-bool Arena::compact_with_driver(std::size_t index, std::optional<std::uint64_t> lineage, Urgency urgency) {
+// Of a running slot at once; of a parked one of the lineage when its fences have passed and there is memory to spare.
+void Arena::compact_with_driver(std::size_t index, std::optional<std::uint64_t> lineage, std::size_t positions,
+                                std::size_t most) {
   Lock lock = locked();
   require_open();
   if (!lineage) running(index, "compact");
-  if (index >= options_.slots) return false;
+  if (index >= options_.slots) return;
   const Hold hold(*this, Slots(&index, 1), lock);
   require_open();
   Slot& slot = slots_[index];
-  if (!lineage) {
-    running(index, "compact");
-  } else if (slot.state != State::parked || slot.lineage != *lineage || slot.known == 0) {
-    return false;
-  }
-  if (slot.state == State::running)
-    cover(slot, slot.streams.front(), fences_of(Slots(&index, 1), slot.streams.front(), lock));
-  if (urgency != Urgency::demand) {
+  if (!lineage && positions > running(index, "compact").length)
+    throw std::invalid_argument("cannot compact " + std::to_string(positions) + " positions: the sequence has " +
+                                std::to_string(slot.length));
+  if (lineage && (slot.state != State::parked || !has_rows(slot, lineage, positions))) return;
+  if (!lineage) cover(slot, slot.streams.front(), fences_of(Slots(&index, 1), slot.streams.front(), lock));
+  if (lineage) {
     lock.unlock();
     const bool done = passed(slot.fences);
     lock.lock();
-    if (!done) return false;
+    if (!done) return;
   }
-  const std::size_t positions = slot.state == State::running ? slot.length : slot.known;
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
-    const std::size_t count = geometry_[plane].window == 0 ? sharable(slot, plane, positions) : 0;
-    if (count < 2) continue;
-    std::size_t bytes = 0;
-    for (std::size_t i = 0; i < count; ++i) bytes += slot.runs[plane].mappings[i].bytes();
-    if (urgency != Urgency::demand && bytes > pool_.usage().available()) continue;
-    replace(index, plane, 0, count, {bytes}, bytes, Slots(&index, 1), lock);
+    const auto& [row_bytes, window, offset, stride] = geometry_[plane];
+    const std::size_t cut = positions * row_bytes / driver_->granularity() * driver_->granularity();
+    if (window != 0 || cut == 0) continue;
+    const std::vector<Mapping>& mappings = slot.runs[plane].mappings;
+    std::size_t count = 0;
+    std::size_t end = 0;
+    while (end < cut) end += mappings[count++].bytes();
+    if (end == cut && count <= most) continue;
+    const std::size_t first = count <= most ? count - 1 : 0;
+    std::size_t start = end;
+    for (std::size_t i = first; i < count; ++i) start -= mappings[i].bytes();
+    if (lineage && end - start > pool_.usage().available()) continue;
+    std::vector<std::size_t> sizes{cut - start};
+    for (std::size_t left = end - cut; left != 0; left -= sizes.back())
+      sizes.push_back(pool_.bytes_of(pool_.class_of(left)));
+    replace(index, plane, first, count - first, sizes, end - start, Slots(&index, 1), lock);
   }
   refresh(slot);
-  return true;
 }
 
 // Puts new extents of the sizes in the place of some mappings of a held slot's run, with the first bytes as they were,

@@ -177,17 +177,18 @@ class ArenaMachine(RuleBasedStateMachine):
             del self.known[slot]
             self.written[slot], self.kept[slot] = rows[:length], kept
 
-    @rule(index=INDEX)
-    def compact(self, index: int) -> None:
+    @rule(index=INDEX, fraction=st.floats(0, 1))
+    def compact(self, index: int, fraction: float) -> None:
         if (slot := pick(self.written, index)) is None:
             return
-        self.attempt(lambda: self.arena.compact(slot))
+        self.attempt(lambda: self.arena.compact(slot, int(len(self.written[slot]) * fraction)))
 
-    @rule(index=INDEX)
-    def compact_known(self, index: int) -> None:
+    @rule(index=INDEX, fraction=st.floats(0, 1))
+    def compact_known(self, index: int, fraction: float) -> None:
         if (slot := pick(self.known, index)) is None:
             return
-        self.attempt(lambda: self.arena.compact(slot, lineage=self.known[slot][0]))
+        lineage, rows, _ = self.known[slot]
+        self.arena.compact_later(slot, lineage, int(len(rows) * fraction))
 
     @rule(index=INDEX)
     def forget(self, index: int) -> None:

@@ -296,6 +296,11 @@ def test_compacting_makes_one_extent_at_the_same_address():
     before = c.stats().aliases
     [fork] = s.fork(share="alias")
     assert c.stats().aliases - before == 1
+    with pytest.raises(ValueError, match="cannot compact 101 positions: the sequence has 100"):
+        s.compact(101)
+    s.compact(44)  # at a boundary of its own
+    assert c.map()[s.slot]["runs"][0]["extents"] == [5 * PAGE, 4 * PAGE, 2 * PAGE, PAGE, PAGE]
+    assert rows(s) == list(range(100))
     write(fork, 1, 7)
     s.truncate(50)
     write(s, 1, 8)

@@ -282,7 +282,7 @@ class KVCache:
                         self._prefixes.shorten(holder, length)
                         return Sequence(self, slot, length)
                 elif (sequence := self._fork_known(slot, lineage, length)) is not None:
-                    self._note_fork(slot, lineage)
+                    self._note_fork(slot, lineage, length)
                     return sequence
                 if self._arena.known(slot)[:2] == (now, known):
                     return None  # a window has moved on, or there is no memory
@@ -310,11 +310,11 @@ class KVCache:
                 self._lineages[slot], self._forks[slot] = lineage, 0
             self._prefixes.insert(ids, (slot, lineage))
 
-    def _note_fork(self, slot: int, lineage: int) -> None:
-        """Has the rows of who was forked again and again put into one extent, in the background."""
+    def _note_fork(self, slot: int, lineage: int, length: int) -> None:
+        """Has the rows of who is forked again and again put into few extents, in the background."""
         self._forks[slot] += 1
-        if self._forks[slot] == _HOT:
-            self._arena.compact_later(slot, lineage)
+        if self._forks[slot] >= _HOT:
+            self._arena.compact_later(slot, lineage, length)
 
     def _require_rows_only(self) -> None:
         if self.layout.recurrent:
@@ -710,18 +710,20 @@ class Sequence:
         """Whether the sequence is in host memory."""
         return self._swapped is not None
 
-    def compact(self) -> None:
-        """Moves what forks would share into one extent of just its size: each fork then shares it in one driver call.
+    def compact(self, length: int | None = None) -> None:
+        """Moves the first ``length`` positions, by default all, into one extent that a fork shares in one driver call.
 
-        The address stays what it is; the rows are copied on the device, and what is queued on the sequence's streams is
-        waited for. Forks made before keep what they share. Layers with a sliding window are left as they are. Until it
-        is done, the memory is taken twice.
+        What does not fill a granule stays where it is. The address stays what it is; the rows are copied on the device,
+        and what is queued on the sequence's streams is waited for. Forks made before keep what they share. Layers with
+        a sliding window are left as they are. Until it is done, the memory is taken twice.
 
         Raises:
             OutOfPages, OutOfDeviceMemory: there is not so much memory; nothing has changed then.
+            ValueError: the sequence is closed, or shorter than that.
         """
         self._require_open()
-        self.cache._arena.compact(self.slot)
+        _require_at_least("length", length or 0, 0)
+        self.cache._arena.compact(self.slot, self.length if length is None else length)
 
     def k(self, layer: int) -> torch.Tensor:
         """This sequence's K, ``[length, kv_heads, head_dim]``, a view."""

@@ -66,7 +66,7 @@ void fork_from(Arena& arena, Totals& totals, std::mt19937& random, std::size_t s
     require(arena.fork(slot, std::nullopt, length, std::span(&target, 1), shares[below(3)], Stream{0}), "no fork");
     ++totals.forked;
     require_rows(target, length);
-    if (below(2) == 0) arena.compact(below(2) == 0 ? slot : target, std::nullopt);
+    if (below(2) == 0) arena.compact(below(2) == 0 ? slot : target, below(length + 1));
     const std::size_t kept = below(2) == 0 && length < kWindow ? below(length + 1) : length;
     arena.truncate(std::span(&target, 1), kept, Stream{0});
     const std::size_t goal = std::min(kMaxLen, kept + 1 + below(20));

@@ -1,0 +1,284 @@
+"""What sharing saves and costs, for the row of Llama-3-8B, 128 KiB a token, and for a model of that shape.
+
+``fork32_memory_ratio``: the most memory while 32 samples of an 8192-token prompt grow by 256 tokens each, over the
+bytes of one prompt and the new tokens.
+``fork32_ms``, ``fork32_compacted_ms``: making the 32 forks of a prompt mapped at once, before and after ``compact``.
+``beam8_memory_ratio_to_dynamic``: the most K/V memory of ``model.generate`` with 8 beams on a prompt of 4096 tokens and
+64 new ones, over what DynamicCache's tensors hold in the end; ``beam8_copied_per_step``: the most bytes that a step's
+reordering copies, over those of the beams' K/V; ``beam8_tokens_equal``: 1 when the tokens are DynamicCache's.
+``prefix_speedup``: prefilling 8192 tokens over opening a sequence behind them where they are known.
+``next_turn_driver_calls``: memory calls and copies when a chat's next turn is opened in its slot.
+``swap_link_fraction``: rate of swapping 1 GiB out and in over that of plain copies from and to page-locked memory, the
+lower of both ways; ``swap_slowdown``: time of a decode step's attention over 16 other sequences of 8192 tokens while a
+sequence is swapped out and in without pause, over that without.
+Without a GPU the parts that need none run.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import report
+import torch
+
+from vattn import KVCache, VirtualCache, bench
+
+PROMPT = 8192
+SAMPLES, NEW = 32, 256
+MEMORY_CALLS = ("create", "map", "set_access", "unmap", "release", "copy")
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def seconds(device: str, work: Any, *args: Any, **options: Any) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    work(*args, **options)
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def forks(device: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    rows: list[dict[str, Any]] = []
+    for how in ("at once", "token by token"):
+        for compacted in (False, True):
+            times, aliases, extents = [], 0, 0
+            for _ in range(5):
+                with KVCache(bench.layout(), slots=SAMPLES + 1, device=device) as cache:
+                    prompt = cache.open()
+                    for step in [PROMPT] if how == "at once" else [1] * PROMPT:
+                        prompt.grow(step)
+                    took = seconds(device, prompt.compact) if compacted else 0.0
+                    extents = len(cache.map()[prompt.slot]["runs"][0]["extents"])
+                    before = cache.stats().aliases
+                    times.append(seconds(device, prompt.fork, n=SAMPLES))
+                    aliases = cache.stats().aliases - before
+            rows.append(
+                {
+                    "prompt mapped": how,
+                    "compacted": compacted,
+                    "compacting ms": took * 1e3,
+                    "extents": extents,
+                    "aliases": aliases,
+                    "32 forks ms": statistics.median(times) * 1e3,
+                }
+            )
+    with KVCache(bench.layout(), slots=SAMPLES + 1, device=device) as cache:
+        prompt = cache.open()
+        prompt.grow(PROMPT)
+        samples = prompt.fork(n=SAMPLES)
+        for _ in range(NEW):
+            cache_length = samples[0].length
+            cache.grow_all(samples, cache_length + 1, keep=cache_length)
+        peak = cache.stats().peak
+        cache.check()
+    tokens = (PROMPT + SAMPLES * NEW) * bench.ROW_BYTES
+    rows.append({"samples": SAMPLES, "new": NEW, "peak": peak, "bytes of prompt and new tokens": tokens})
+    return rows, {
+        "fork32_memory_ratio": peak / tokens,
+        "fork32_ms": rows[0]["32 forks ms"],
+        "fork32_compacted_ms": rows[1]["32 forks ms"],
+    }
+
+
+def prefixes(device: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Opening behind known tokens: in the slot of the last turn, in a fork, in a fork of what is compacted."""
+    ids = list(range(PROMPT))
+    rows: list[dict[str, Any]] = []
+
+    def opened(cache: KVCache, what: str, tokens: list[int]) -> Any:
+        before = cache.stats().driver_calls
+        start = time.perf_counter()
+        sequence = cache.open(tokens=tokens)
+        took = time.perf_counter() - start
+        after = cache.stats().driver_calls
+        calls = sum(after[name] - before[name] for name in MEMORY_CALLS)
+        rows.append({"opened": what, "known": sequence.length, "ms": took * 1e3, "calls and copies": calls})
+        return sequence
+
+    with KVCache(bench.layout(), slots=16, device=device) as cache:
+        chat = cache.open(tokens=ids)
+        chat.grow(PROMPT)
+        chat.close(tokens=ids)
+        cache.settle()
+        turn = opened(cache, "next turn", [*ids, 1, 2, 3])
+        turn.remember(ids)
+        opened(cache, "fork", [*ids[:-100], 1, 2, 3])
+        opened(cache, "fork, again", [*ids[:-100], 1, 2, 4])
+        turn.close()
+        opened(cache, "fork of a closed one", [*ids[:-100], 1, 2, 5])
+        cache.settle()
+        opened(cache, "fork of a compacted one", [*ids[:-100], 1, 2, 6])
+        cache.check()
+    return rows, {"next_turn_driver_calls": float(rows[0]["calls and copies"]), "open ms": rows[1]["ms"]}
+
+
+def link(nbytes: int) -> tuple[float, float]:
+    """Bytes a second of plain copies out and in."""
+    here = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    there = torch.zeros(nbytes, dtype=torch.uint8, device="cuda")
+    out, back = (
+        statistics.median(seconds("cuda", to.copy_, source, non_blocking=True) for _ in range(5))
+        for to, source in ((here, there), (there, here))
+    )
+    return nbytes / out, nbytes / back
+
+
+def swaps(device: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    rows: list[dict[str, Any]] = []
+    ratios, bars = [], {}
+    for tokens in (PROMPT, 2 * PROMPT):
+        nbytes = tokens * bench.ROW_BYTES
+        with KVCache(bench.layout(2 * PROMPT), slots=2, device=device) as cache:
+            sequence = cache.open()
+            sequence.grow(tokens)
+            sequence.swap_out()  # takes the host memory
+            sequence.swap_in()
+            out, back = [], []
+            for _ in range(5):
+                out.append(seconds(device, sequence.swap_out))
+                back.append(seconds(device, sequence.swap_in))
+            sequence.close()
+        row: dict[str, Any] = {
+            "swapped GiB": nbytes / 2**30,
+            "out GB/s": nbytes / statistics.median(out) / 1e9,
+            "in GB/s": nbytes / statistics.median(back) / 1e9,
+        }
+        if device.startswith("cuda"):
+            link_out, link_in = link(nbytes)
+            row |= {"link out GB/s": link_out / 1e9, "link in GB/s": link_in / 1e9}
+            ratios += [row["out GB/s"] * 1e9 / link_out, row["in GB/s"] * 1e9 / link_in]
+        rows.append(row)
+    if ratios:
+        bars["swap_link_fraction"] = min(ratios)
+    return rows, bars
+
+
+def swap_slowdown() -> tuple[list[dict[str, Any]], dict[str, float]]:
+    batch = 16
+    with KVCache(bench.layout(), slots=batch + 2, device="cuda") as cache:
+        others = [cache.open(slot=slot) for slot in range(batch)]
+        cache.grow_all(others, PROMPT, keep=0)
+        k, v = ([get(layer)[:batch, :PROMPT].transpose(1, 2) for layer in range(32)] for get in (cache.k, cache.v))
+        query = torch.randn(batch, 32, 1, 128, dtype=torch.bfloat16, device="cuda")
+        sequence = cache.open()
+        sequence.grow(PROMPT)
+        side = torch.cuda.Stream()
+
+        def step() -> float:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for layer in range(32):
+                torch.nn.functional.scaled_dot_product_attention(query, k[layer], v[layer], enable_gqa=True)
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end)
+
+        def steps(swapping: bool) -> list[float]:
+            times = []
+            for number in range(120):
+                if swapping and number % 4 == 0:
+                    with torch.cuda.stream(side):
+                        (sequence.swap_in if sequence.swapped else sequence.swap_out)()
+                times.append(step())
+            torch.cuda.synchronize()
+            return times
+
+        steps(True)
+        alone, beside = [], []
+        for _ in range(3):
+            alone += steps(False)
+            beside += steps(True)
+    row = {
+        "attention over 16 x 8192": "32 layers",
+        "alone ms": statistics.median(alone),
+        "beside swapping ms": statistics.median(beside),
+        "alone p90 ms": statistics.quantiles(alone, n=10)[8],
+        "beside p90 ms": statistics.quantiles(beside, n=10)[8],
+    }
+    return [row], {"swap_slowdown": row["beside swapping ms"] / row["alone ms"] - 1}
+
+
+def beams() -> tuple[list[dict[str, Any]], dict[str, float]]:
+    import memory
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    with torch.device("cuda"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(
+            memory.LLAMA_3_8B, dtype=torch.bfloat16, attn_implementation="sdpa"
+        ).eval()
+    model.generation_config.eos_token_id = None
+    copied: list[int] = []
+
+    class Watched(VirtualCache):
+        def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+            before = self.stats().copied
+            rows = len(self._store.rows[next(iter(self._store.rows))])
+            alike = min((min(row) for row in self._store.common), default=0)
+            super().reorder_cache(beam_idx)
+            moved = rows * (self.get_seq_length() - alike) * memory.TOKEN_BYTES  # at most
+            copied.append(self.stats().copied - before + moved)
+
+    options: dict[str, Any] = {"num_beams": 8}
+    cache = Watched(memory.LLAMA_3_8B, max_len=8192)
+    start = time.perf_counter()
+    tokens = memory.generate(model, cache, 1, 4096, 64, **options)
+    torch.cuda.synchronize()
+    ours = time.perf_counter() - start
+    peak = cache.stats().peak
+    cache.check()
+    cache.close()
+    memory.clean()
+    dynamic = DynamicCache(config=memory.LLAMA_3_8B)
+    start = time.perf_counter()
+    expected = memory.generate(model, dynamic, 1, 4096, 64, **options)
+    torch.cuda.synchronize()
+    theirs = time.perf_counter() - start
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in dynamic.layers)
+    del dynamic
+    memory.clean()
+    with torch.no_grad():
+        ids = memory.prompts(1, PROMPT)["input_ids"]
+        prefill = statistics.median(seconds("cuda", model, ids, use_cache=True, logits_to_keep=1) for _ in range(3))
+    rows = [
+        {"8 beams on 4096 tokens": "vattn", "K/V bytes": peak, "seconds": ours},
+        {"8 beams on 4096 tokens": "DynamicCache", "K/V bytes": held, "seconds": theirs},
+        {"prefill of 8192 tokens, ms": prefill * 1e3},
+    ]
+    return rows, {
+        "beam8_memory_ratio_to_dynamic": peak / held,
+        "beam8_copied_per_step": max(copied) / held,
+        "beam8_tokens_equal": float(torch.equal(tokens, expected)),
+        "prefill ms": prefill * 1e3,
+    }
+
+
+def main() -> None:
+    options = report.options(__doc__.splitlines()[0]).parse_args()
+    device = options.device
+    rows: list[dict[str, Any]] = []
+    bars: dict[str, float] = {}
+    parts = [lambda: forks(device), lambda: prefixes(device), lambda: swaps(device)]
+    if device.startswith("cuda"):
+        parts += [swap_slowdown, beams]
+    for part in parts:
+        more, found = part()
+        rows += more
+        bars |= found
+        for row in more:
+            print(row, flush=True)
+    opening = bars.pop("open ms")
+    if "prefill ms" in bars:
+        bars["prefix_speedup"] = bars.pop("prefill ms") / opening
+    report.write("sharing", device, rows, bars, options.out)
+
+
+if __name__ == "__main__":
+    main()
