@@ -47,7 +47,7 @@ BARS = {
     "launch_p99_ratio": "a kernel's launch, 99th percentile, mapper busy for 64 sequences over idle, medians of rounds",
     "launch_p99_ratio_flat_out": "the same with twenty times the work",
     "launch_p99_noise": "the highest over the lowest 99th percentile of the rounds with the mapper idle",
-    "fork32_memory_ratio": "most memory of 32 samples of an 8192-token prompt, 256 new tokens each, over one prompt and those",
+    "fork32_memory_ratio": "most memory of 32 samples of an 8192-token prompt, 256 new tokens each, over the bytes",
     "fork32_ms": "making the 32 forks of the prompt (ms)",
     "fork32_compacted_ms": "the same once the prompt is compacted (ms)",
     "beam8_memory_ratio_to_dynamic": "K/V memory of 8 beams on a 4096-token prompt and 64 new ones over DynamicCache's",

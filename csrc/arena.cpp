@@ -21,9 +21,6 @@ constexpr std::size_t kTold = 14;
 // Extents of the class that growth takes that are kept created for the next ones.
 constexpr std::size_t kStock = 2;
 
-// How long fences are left alone between two looks, at most.
-constexpr std::chrono::milliseconds kLongPatience{64};
-
 // For products that may not fit 64 bits.
 __extension__ using Wide = unsigned __int128;
 

@@ -312,7 +312,8 @@ class Arena {
   bool better_aliased(const Slot& source, const Slot& target, std::size_t positions) const;
   void share_runs(std::size_t source, std::size_t positions, Slots targets, Slots aliased, Lock& lock);
   void copy_rows(std::size_t source, std::size_t positions, Slots targets, Stream stream, Lock& lock);
-  void compact_with_driver(std::size_t slot, std::optional<std::uint64_t> lineage, std::size_t positions,
+  void post_compacting(std::size_t slot, std::uint64_t lineage, std::size_t positions, Clock::duration delay);
+  bool compact_with_driver(std::size_t slot, std::optional<std::uint64_t> lineage, std::size_t positions,
                            std::size_t most);
   void swap_in_with_driver(Swapped& swapped, std::size_t slot, Stream stream);
   void release_quietly(std::size_t slot, Stream stream);

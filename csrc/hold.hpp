@@ -11,8 +11,9 @@ namespace vattn {
 
 inline constexpr std::size_t kNever = std::numeric_limits<std::size_t>::max();
 
-// How long fences are left alone before they are looked at.
+// How long fences are left alone between two looks.
 inline constexpr std::chrono::milliseconds kPatience{1};
+inline constexpr std::chrono::milliseconds kLongPatience{64};
 
 // How often the driver is asked for what it had already given.
 inline constexpr int kAttempts = 8;

@@ -334,37 +334,47 @@ void Arena::compact(std::size_t slot, std::size_t positions) {
 
 void Arena::compact_later(std::size_t slot, std::uint64_t lineage, std::size_t positions) {
   const Lock lock = locked();
-  if (!mapper_ || closed_) return;
-  mapper_->post(Urgency::housekeeping, this, [this, slot, lineage, positions] {
+  post_compacting(slot, lineage, positions, {});
+}
+
+// Looks again, with growing patience, while kernels use the slot.
+void Arena::post_compacting(std::size_t slot, std::uint64_t lineage, std::size_t positions, Clock::duration delay) {
+  if (!mapper_ || closed_ || delay > kLongPatience) return;
+  const auto work = [this, slot, lineage, positions, delay] {
+    bool done = true;
     try {
-      compact_with_driver(slot, lineage, positions, kFewExtents);
+      done = compact_with_driver(slot, lineage, positions, kFewExtents);
     } catch (const std::exception&) {
       const Lock again(mutex_);
       ++background_failures_;
     }
-  });
+    const Lock again(mutex_);
+    if (!done) post_compacting(slot, lineage, positions, std::max<Clock::duration>(2 * delay, kPatience));
+  };
+  mapper_->post(Urgency::housekeeping, this, work, delay);
 }
 
-// Of a running slot at once; of a parked one of the lineage when its fences have passed and there is memory to spare.
-void Arena::compact_with_driver(std::size_t index, std::optional<std::uint64_t> lineage, std::size_t positions,
+// Of a running slot at once; of a parked one of the lineage where there is memory to spare, and false while its fences
+// have not passed.
+bool Arena::compact_with_driver(std::size_t index, std::optional<std::uint64_t> lineage, std::size_t positions,
                                 std::size_t most) {
   Lock lock = locked();
   require_open();
   if (!lineage) running(index, "compact");
-  if (index >= options_.slots) return;
+  if (index >= options_.slots) return true;
   const Hold hold(*this, Slots(&index, 1), lock);
   require_open();
   Slot& slot = slots_[index];
   if (!lineage && positions > running(index, "compact").length)
     throw std::invalid_argument("cannot compact " + std::to_string(positions) + " positions: the sequence has " +
                                 std::to_string(slot.length));
-  if (lineage && (slot.state != State::parked || !has_rows(slot, lineage, positions))) return;
+  if (lineage && (slot.state != State::parked || !has_rows(slot, lineage, positions))) return true;
   if (!lineage) cover(slot, slot.streams.front(), fences_of(Slots(&index, 1), slot.streams.front(), lock));
   if (lineage) {
     lock.unlock();
     const bool done = passed(slot.fences);
     lock.lock();
-    if (!done) return;
+    if (!done) return false;
   }
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
     const auto& [row_bytes, window, offset, stride] = geometry_[plane];
@@ -385,6 +395,7 @@ void Arena::compact_with_driver(std::size_t index, std::optional<std::uint64_t> 
     replace(index, plane, first, count - first, sizes, end - start, Slots(&index, 1), lock);
   }
   refresh(slot);
+  return true;
 }
 
 // Puts new extents of the sizes in the place of some mappings of a held slot's run, with the first bytes as they were,
