@@ -156,6 +156,21 @@ class Arena {
   // throws, they are still swapped out.
   std::size_t swap_in(Swapped& swapped, std::optional<std::size_t> slot, Stream stream);
 
+  // The extents under a running slot's rows, with descriptors that are the caller's to close, once what is queued in
+  // its streams is done. They are never written or pooled again.
+  struct ExportedExtent {
+    std::size_t bytes;
+    int descriptor;
+  };
+  struct ExportedRun {
+    std::size_t head;
+    std::vector<ExportedExtent> extents;
+  };
+  std::vector<ExportedRun> export_rows(std::size_t slot, Stream stream);
+  // Maps such extents of another process, read-only, as the first rows of a running slot that has none. The descriptors
+  // may be closed afterwards. When it throws, nothing has changed.
+  void import_rows(std::size_t slot, std::size_t positions, const std::vector<ExportedRun>& runs);
+
   // Returns every byte to the driver that no running sequence needs, and what host memory nobody uses.
   void trim();
 

@@ -118,6 +118,7 @@ void bind_driver(py::module_& module) {
       .def_property_readonly("granularity", &Driver::granularity)
       .def_property_readonly("description", &Driver::description)
       .def_property_readonly("reports", &Driver::reports)
+      .def_property_readonly("exportable", &Driver::exportable)
       .def_property_readonly("mappings", &Driver::mappings)
       .def_property_readonly("mapping_limit", &Driver::mapping_limit)
       .def("memory_info",
@@ -197,8 +198,10 @@ void bind_driver(py::module_& module) {
             return export_tensor(self, *self, at, std::move(shape), std::move(strides), itemsize);
           },
           py::arg("address"), py::arg("shape"), py::arg("strides"), py::arg("itemsize"));
-  module.def("host_driver", &make_host_driver, py::arg("granularity"), py::kw_only(), py::arg("capacity") = 0);
-  module.def("cuda_driver", &make_cuda_driver, py::arg("device"), Unlocked());
+  module.def("host_driver", &make_host_driver, py::arg("granularity"), py::kw_only(), py::arg("capacity") = 0,
+             py::arg("exportable") = false);
+  module.def("cuda_driver", &make_cuda_driver, py::arg("device"), py::kw_only(), py::arg("exportable") = false,
+             Unlocked());
   module.def("probe_cuda", [] {
     const CudaProbe probe = [] {
       const py::gil_scoped_release unlocked;
@@ -315,6 +318,35 @@ void bind_arena(py::module_& module) {
             return self.swap_in(swapped, slot, Stream{stream});
           },
           py::arg("swapped"), py::arg("slot") = std::nullopt, py::arg("stream") = 0, Unlocked())
+      .def(
+          "export_rows",
+          [](Arena& self, std::size_t slot, std::uintptr_t stream) {
+            const auto runs = [&] {
+              const py::gil_scoped_release release;
+              return self.export_rows(slot, Stream{stream});
+            }();
+            py::list result;
+            for (const Arena::ExportedRun& run : runs) {
+              py::list extents;
+              for (const auto& [bytes, descriptor] : run.extents) extents.append(py::make_tuple(bytes, descriptor));
+              result.append(py::make_tuple(run.head, extents));
+            }
+            return result;
+          },
+          py::arg("slot"), py::arg("stream") = 0)
+      .def(
+          "import_rows",
+          [](Arena& self, std::size_t slot, std::size_t positions,
+             const std::vector<std::pair<std::size_t, std::vector<std::pair<std::size_t, int>>>>& described) {
+            std::vector<Arena::ExportedRun> runs;
+            for (const auto& [head, extents] : described) {
+              runs.push_back({head, {}});
+              for (const auto& [bytes, descriptor] : extents) runs.back().extents.push_back({bytes, descriptor});
+            }
+            const py::gil_scoped_release release;
+            self.import_rows(slot, positions, runs);
+          },
+          py::arg("slot"), py::arg("positions"), py::arg("runs"))
       .def("compact_later", &Arena::compact_later, py::arg("slot"), py::arg("lineage"), py::arg("positions"))
       .def("trim", &Arena::trim, Unlocked())
       .def("set_budget", &Arena::set_budget, py::arg("budget"), Unlocked())

@@ -18,7 +18,8 @@ thread_local bool in_background = false;
 
 unsigned forks() noexcept { return fork_count.load(std::memory_order_relaxed); }
 
-Driver::Driver(Kind kind, int device) : kind_(kind), device_(device), forks_(forks()) {}
+Driver::Driver(Kind kind, int device, bool exportable)
+    : kind_(kind), device_(device), exportable_(exportable), forks_(forks()) {}
 
 bool Driver::in_forked_child() const noexcept { return forks() != forks_; }
 
@@ -86,6 +87,17 @@ Handle Driver::create(std::size_t bytes) {
 void Driver::release(Handle handle) {
   enter(Call::release);
   do_release(handle);
+}
+
+int Driver::export_handle(Handle handle) {
+  if (!exportable_) throw std::invalid_argument("the cache was not made exportable: make it with exportable=True");
+  enter(Call::export_handle);
+  return do_export_handle(handle);
+}
+
+Handle Driver::import_handle(int descriptor, std::size_t bytes) {
+  enter(Call::import_handle);
+  return do_import_handle(descriptor, bytes);
 }
 
 void Driver::map(Address at, std::size_t bytes, Handle handle) {

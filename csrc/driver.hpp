@@ -5,6 +5,9 @@
 //   create       one handle to `bytes` of physical memory, a multiple of granularity().
 //   map          the whole of one handle at an address inside one reservation where nothing is mapped. A
 //                handle may be mapped at any number of addresses. The memory faults until set_access.
+//   export_handle  a file descriptor, the caller's to close, by which another process maps the memory of a handle. Only
+//                where the driver was made exportable.
+//   import_handle  a handle to the memory of such a descriptor, to be released like any; the descriptor may be closed.
 //   set_access   makes a mapped range readable by the device, and writable unless told otherwise.
 //   unmap        exactly one mapping, by its address and size. Does not wait for kernels.
 //   release      gives the handle up; its memory lives until its last mapping goes, then returns to the system.
@@ -72,10 +75,13 @@ enum class Call : std::size_t {
   order,
   create_host,
   free_host,
+  export_handle,
+  import_handle,
 };
-inline constexpr std::array<const char*, 16> kCallNames = {
-    "reserve", "free_address", "create", "release", "map",  "set_access", "unmap",       "zero",
-    "zeroed",  "copy",         "record", "query",   "wait", "order",      "create_host", "free_host"};
+inline constexpr std::array<const char*, 18> kCallNames = {
+    "reserve", "free_address", "create",      "release",   "map",           "set_access",
+    "unmap",   "zero",         "zeroed",      "copy",      "record",        "query",
+    "wait",    "order",        "create_host", "free_host", "export_handle", "import_handle"};
 
 // How often this process has been forked off another since its start: what was made at another count is the parent's.
 unsigned forks() noexcept;
@@ -93,6 +99,8 @@ class Driver {
   void free_address(Address at, std::size_t bytes);
   Handle create(std::size_t bytes);
   void release(Handle handle);
+  int export_handle(Handle handle);
+  Handle import_handle(int descriptor, std::size_t bytes);
   void map(Address at, std::size_t bytes, Handle handle);
   void set_access(Address at, std::size_t bytes, Access access = Access::write);
   void unmap(Address at, std::size_t bytes);
@@ -110,6 +118,7 @@ class Driver {
   void synchronize();
 
   Kind kind() const noexcept { return kind_; }
+  bool exportable() const noexcept { return exportable_; }
   int device() const noexcept { return device_; }
   std::size_t granularity() const noexcept { return granularity_; }
   MemoryInfo memory_info();
@@ -141,7 +150,7 @@ class Driver {
   void require_owner() const;
 
  protected:
-  Driver(Kind kind, int device);
+  Driver(Kind kind, int device, bool exportable);
   std::size_t granularity_ = 0;
 
  private:
@@ -150,6 +159,8 @@ class Driver {
   virtual void do_free_address(Address at, std::size_t bytes) = 0;
   virtual Handle do_create(std::size_t bytes) = 0;
   virtual void do_release(Handle handle) = 0;
+  virtual int do_export_handle(Handle handle) = 0;
+  virtual Handle do_import_handle(int descriptor, std::size_t bytes) = 0;
   virtual void do_map(Address at, std::size_t bytes, Handle handle) = 0;
   virtual void do_set_access(Address at, std::size_t bytes, Access access) = 0;
   virtual void do_unmap(Address at, std::size_t bytes) = 0;
@@ -169,6 +180,7 @@ class Driver {
 
   const Kind kind_;
   const int device_;
+  const bool exportable_;
   const unsigned forks_;
   std::array<std::atomic<std::uint64_t>, kCallNames.size()> counts_{};
   std::array<std::atomic<std::uint64_t>, kCallNames.size()> background_counts_{};
@@ -182,10 +194,10 @@ class Driver {
 
 // `granularity` must be a multiple of the OS page; `capacity` is the size of the simulated device in bytes,
 // 0 for the machine's memory.
-std::shared_ptr<Driver> make_host_driver(std::size_t granularity, std::size_t capacity);
+std::shared_ptr<Driver> make_host_driver(std::size_t granularity, std::size_t capacity, bool exportable = false);
 
 // Throws BackendUnavailable, saying why, where there is no usable driver or device.
-std::shared_ptr<Driver> make_cuda_driver(int device);
+std::shared_ptr<Driver> make_cuda_driver(int device, bool exportable = false);
 
 // What can be known about CUDA here without holding a context.
 struct CudaProbe {

@@ -19,7 +19,7 @@ constexpr int kApiVersion = 12000;
   X(cuDeviceGetAttribute) X(cuDevicePrimaryCtxRetain) X(cuDevicePrimaryCtxRelease)                     \
   X(cuCtxPushCurrent) X(cuCtxPopCurrent) X(cuCtxSynchronize) X(cuCtxGetStreamPriorityRange)            \
   X(cuMemGetInfo) X(cuMemGetAllocationGranularity) X(cuMemAddressReserve) X(cuMemAddressFree)          \
-  X(cuMemCreate) X(cuMemRelease) X(cuMemMap) X(cuMemSetAccess) X(cuMemUnmap)                           \
+  X(cuMemCreate) X(cuMemExportToShareableHandle) X(cuMemImportFromShareableHandle) X(cuMemRelease) X(cuMemMap) X(cuMemSetAccess) X(cuMemUnmap)                           \
   X(cuMemsetD8Async) X(cuMemcpyAsync) X(cuMemHostAlloc) X(cuMemFreeHost) X(cuStreamCreateWithPriority) X(cuStreamSynchronize) \
   X(cuStreamWaitEvent) \
   X(cuStreamDestroy) X(cuStreamIsCapturing) X(cuEventCreate) X(cuEventRecord) X(cuEventQuery) X(cuEventSynchronize)           \
@@ -82,7 +82,7 @@ void check(CUresult rc, const char* call) {
 
 class CudaDriver final : public Driver {
  public:
-  explicit CudaDriver(int device) : Driver(Kind::cuda, device) {
+  CudaDriver(int device, bool exportable) : Driver(Kind::cuda, device, exportable) {
     const Api& cu = api();
     int devices = 0;
     const CUresult counted = cu.p_cuDeviceGetCount(&devices);
@@ -100,6 +100,7 @@ class CudaDriver final : public Driver {
       throw BackendUnavailable("CUDA device " + std::to_string(device) + " has no virtual memory management");
     properties_.type = CU_MEM_ALLOCATION_TYPE_PINNED;
     properties_.location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = device};
+    if (exportable) properties_.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
     check(cu.p_cuMemGetAllocationGranularity(&granularity_, &properties_, CU_MEM_ALLOC_GRANULARITY_MINIMUM),
           "cuMemGetAllocationGranularity");
     // The primary context is the one torch uses; streams and addresses are then common to both.
@@ -190,6 +191,25 @@ class CudaDriver final : public Driver {
   void do_release(Handle handle) override {
     const Current current(context_);
     check(api().p_cuMemRelease(static_cast<CUmemGenericAllocationHandle>(handle)), "cuMemRelease");
+  }
+
+  int do_export_handle(Handle handle) override {
+    const Current current(context_);
+    int descriptor = -1;
+    check(api().p_cuMemExportToShareableHandle(&descriptor, static_cast<CUmemGenericAllocationHandle>(handle),
+                                               CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0),
+          "cuMemExportToShareableHandle");
+    return descriptor;
+  }
+
+  Handle do_import_handle(int descriptor, std::size_t) override {
+    const Current current(context_);
+    CUmemGenericAllocationHandle handle = 0;
+    // The descriptor travels as a pointer's value.
+    void* const value = reinterpret_cast<void*>(static_cast<std::uintptr_t>(descriptor));
+    check(api().p_cuMemImportFromShareableHandle(&handle, value, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR),
+          "cuMemImportFromShareableHandle");
+    return Handle{handle};
   }
 
   void do_map(Address at, std::size_t bytes, Handle handle) override {
@@ -297,7 +317,9 @@ class CudaDriver final : public Driver {
 
 }  // namespace
 
-std::shared_ptr<Driver> make_cuda_driver(int device) { return std::make_shared<CudaDriver>(device); }
+std::shared_ptr<Driver> make_cuda_driver(int device, bool exportable) {
+  return std::make_shared<CudaDriver>(device, exportable);
+}
 
 CudaProbe probe_cuda() {
   CudaProbe probe;

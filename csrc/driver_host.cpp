@@ -1,7 +1,9 @@
 // The driver's contract on the CPU, with real virtual memory: one sparse memfd is the device, a reservation is
-// PROT_NONE address space, and mapping is mmap(MAP_FIXED) of the file over it.
+// PROT_NONE address space, and mapping is mmap(MAP_FIXED) of the file over it. Where memory is to be exported, each
+// handle has a memfd of its own, which lives as long as any process has it mapped.
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/sysinfo.h>
 #include <unistd.h>
 
@@ -26,7 +28,8 @@ namespace {
 
 class HostDriver final : public Driver {
  public:
-  HostDriver(std::size_t granularity, std::size_t capacity) : Driver(Kind::host, 0), capacity_(capacity) {
+  HostDriver(std::size_t granularity, std::size_t capacity, bool exportable)
+      : Driver(Kind::host, 0, exportable), capacity_(capacity) {
     const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
     if (granularity == 0 || granularity % page != 0)
       throw std::invalid_argument("granularity must be a multiple of the page size, " + std::to_string(page));
@@ -35,7 +38,11 @@ class HostDriver final : public Driver {
     if (file_ < 0) throw_errno("memfd_create");
   }
 
-  ~HostDriver() override { ::close(file_); }
+  ~HostDriver() override {
+    for (const auto& [handle, memory] : memory_)
+      if (memory.file != file_) ::close(memory.file);
+    ::close(file_);
+  }
 
   std::string description() const override { return "host memory (memfd)"; }
 
@@ -50,6 +57,7 @@ class HostDriver final : public Driver {
 
  private:
   struct Memory {
+    int file;
     off_t offset;
     std::size_t bytes;
     std::size_t mappings;
@@ -100,16 +108,47 @@ class HostDriver final : public Driver {
       throw OutOfDeviceMemory("create", ENOMEM, "the simulated device is full");
     // Offsets are never used twice: the file is sparse and 2^63 bytes long. fallocate commits the memory now,
     // so that a machine without any says so here and not by SIGBUS at the first touch.
+    const int file = exportable() ? ::memfd_create("vattn", MFD_CLOEXEC) : file_;
+    if (file < 0) throw_errno("create");
+    const off_t offset = exportable() ? 0 : next_offset_;
     int failed = 0;
     do {  // older kernels give up at any signal
-      failed = ::fallocate(file_, 0, next_offset_, static_cast<off_t>(bytes));
+      failed = ::fallocate(file, 0, offset, static_cast<off_t>(bytes));
     } while (failed != 0 && errno == EINTR);
-    if (failed != 0) throw_errno("create");
+    if (failed != 0) {
+      const int code = errno;
+      if (file != file_) ::close(file);
+      errno = code;
+      throw_errno("create");
+    }
+    if (file == file_) next_offset_ += static_cast<off_t>(bytes);
+    return add({file, offset, bytes, 0, false});
+  }
+
+  Handle add(Memory memory) {
     const auto handle = Handle{++last_handle_};
-    memory_.emplace(handle, Memory{next_offset_, bytes, 0, false});
-    next_offset_ += static_cast<off_t>(bytes);
-    live_bytes_ += bytes;
+    memory_.emplace(handle, memory);
+    live_bytes_ += memory.bytes;
     return handle;
+  }
+
+  int do_export_handle(Handle handle) override {
+    const std::lock_guard lock(mutex_);
+    const auto found = memory_.find(handle);
+    if (found == memory_.end() || found->second.released) refuse("export_handle", "no such handle");
+    const int descriptor = ::fcntl(found->second.file, F_DUPFD_CLOEXEC, 0);
+    if (descriptor < 0) throw_errno("export_handle");
+    return descriptor;
+  }
+
+  Handle do_import_handle(int descriptor, std::size_t bytes) override {
+    struct stat info{};
+    if (::fstat(descriptor, &info) != 0) throw_errno("import_handle");
+    if (static_cast<std::size_t>(info.st_size) != bytes) refuse("import_handle", "the memory has another size");
+    const int file = ::fcntl(descriptor, F_DUPFD_CLOEXEC, 0);
+    if (file < 0) throw_errno("import_handle");
+    const std::lock_guard lock(mutex_);
+    return add({file, 0, bytes, 0, false});
   }
 
   void do_release(Handle handle) override {
@@ -136,7 +175,8 @@ class HostDriver final : public Driver {
       const auto& [before, mapping] = *std::prev(next);
       if (before + mapping.bytes > at) refuse("map", "something is mapped there");
     }
-    if (::mmap(pointer(at), bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, file_, memory->second.offset) == MAP_FAILED)
+    if (::mmap(pointer(at), bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, memory->second.file, memory->second.offset) ==
+        MAP_FAILED)
       throw_errno("map");
     mapped_.emplace(at, Mapped{bytes, handle});
     ++memory->second.mappings;
@@ -194,8 +234,10 @@ class HostDriver final : public Driver {
   void do_synchronize() override {}
 
   void punch(std::unordered_map<Handle, Memory>::iterator memory) {
-    const auto [offset, bytes, mappings, released] = memory->second;
-    if (::fallocate(file_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, static_cast<off_t>(bytes)) != 0) {
+    const auto [file, offset, bytes, mappings, released] = memory->second;
+    if (file != file_) {
+      ::close(file);
+    } else if (::fallocate(file_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, static_cast<off_t>(bytes)) != 0) {
       memory->second.released = false;
       throw_errno("release");
     }
@@ -219,8 +261,8 @@ class HostDriver final : public Driver {
 
 }  // namespace
 
-std::shared_ptr<Driver> make_host_driver(std::size_t granularity, std::size_t capacity) {
-  return std::make_shared<HostDriver>(granularity, capacity);
+std::shared_ptr<Driver> make_host_driver(std::size_t granularity, std::size_t capacity, bool exportable) {
+  return std::make_shared<HostDriver>(granularity, capacity, exportable);
 }
 
 }  // namespace vattn

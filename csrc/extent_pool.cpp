@@ -62,8 +62,42 @@ std::shared_ptr<Extent> ExtentPool::lend(Extent&& extent) {
   return {new Extent(std::move(extent)), [this](Extent* lent) {
             const std::unique_ptr<Extent> owner(lent);
             // A forked child's pool may be locked for good, and owns nothing.
-            if (!driver_->in_forked_child()) give(std::move(*lent));
+            if (driver_->in_forked_child()) return;
+            if (lent->exported.load()) {
+              drop(*lent);
+            } else {
+              give(std::move(*lent));
+            }
           }};
+}
+
+std::shared_ptr<Extent> ExtentPool::import(std::size_t bytes, int descriptor) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (usage_.charged + bytes > usage_.budget) throw OutOfPages(bytes, usage_.available());
+    charge(bytes);
+  }
+  std::optional<Extent> imported;
+  try {
+    imported.emplace(driver_, bytes, descriptor);
+  } catch (...) {
+    const std::lock_guard lock(mutex_);
+    usage_.charged -= bytes;
+    throw;
+  }
+  return lend(std::move(*imported));
+}
+
+// Gives an extent up that other processes may have mapped.
+void ExtentPool::drop(Extent& extent) noexcept {
+  const std::size_t bytes = extent.bytes();
+  try {
+    extent.release();
+  } catch (const std::exception& error) {
+    driver_->report(error);
+  }
+  const std::lock_guard lock(mutex_);
+  usage_.charged -= bytes;
 }
 
 void ExtentPool::give(Extent&& extent) noexcept {

@@ -23,6 +23,8 @@ class ExtentPool {
   // extents of other sizes are released when the budget or the device is short. It is pooled again with its last owner,
   // who must not outlive the pool. Throws OutOfPages or DriverError, and then has lost nothing.
   std::shared_ptr<Extent> take(std::size_t bytes);
+  // The memory of another process, charged like any. Throws OutOfPages or DriverError.
+  std::shared_ptr<Extent> import(std::size_t bytes, int descriptor);
   // Creates extents of a class until so many are pooled or an eighth of the budget is left, where one class would be
   // released for another. Throws DriverError.
   void stock(std::size_t size_class, std::size_t count);
@@ -54,6 +56,7 @@ class ExtentPool {
   void charge(std::size_t bytes) noexcept;
   std::shared_ptr<Extent> lend(Extent&& extent);
   void give(Extent&& extent) noexcept;
+  void drop(Extent& extent) noexcept;
   void keep(Extent&& extent) noexcept;  // under the mutex; it counts as pooled already
   // Where extents of a size are kept: by class, and behind the classes those of any other size.
   std::size_t shelf_of(std::size_t bytes) const noexcept;

@@ -219,7 +219,6 @@ void Arena::share_runs(std::size_t source, std::size_t positions, Slots targets,
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
       if (Run& run = slots_[target].runs[plane]; run.mappings.empty()) run.head = run.tail = from.runs[plane].head;
   if (aliased.empty()) return;
-  const Access access = options_.protect_shared ? Access::read : Access::write;
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
     const std::size_t count = sharable(from, plane, positions);
     std::vector<std::shared_ptr<Extent>> extents;
@@ -231,7 +230,7 @@ void Arena::share_runs(std::size_t source, std::size_t positions, Slots targets,
       try {
         for (const auto& extent : extents) {
           mappings.emplace_back(driver_, extent, address_of(target, plane) + tail);
-          mappings.back().allow(access);
+          mappings.back().allow(options_.protect_shared || extent->exported.load() ? Access::read : Access::write);
           tail += extent->bytes();
         }
       } catch (...) {
@@ -249,7 +248,8 @@ void Arena::share_runs(std::size_t source, std::size_t positions, Slots targets,
     if (options_.protect_shared) {
       lock.unlock();
       // The holder's alone to change; who reads the run meanwhile does not look at the access.
-      for (std::size_t index = 0; index < count; ++index) slots_[source].runs[plane].mappings[index].allow(access);
+      for (std::size_t index = 0; index < count; ++index)
+        slots_[source].runs[plane].mappings[index].allow(Access::read);
       lock.lock();
     }
   }
@@ -476,14 +476,13 @@ void Arena::replace(std::size_t index, std::size_t plane, std::size_t first, std
     }
   } catch (...) {
     failure = std::current_exception();
-    const Access access = options_.protect_shared ? Access::read : Access::write;
     // The rows are lost where the driver does not take back what it had.
     for (int attempt = 1; attempt <= kAttempts && whole < before.size(); ++attempt) {
       try {
         for (; !fresh.empty(); fresh.pop_back()) fresh.back().unmap();
         for (; whole < before.size(); ++whole) {
           if (old.size() == whole) old.emplace_back(driver_, before[whole], end_of_run(old));
-          old.back().allow(access);
+          old.back().allow(options_.protect_shared || before[whole]->exported.load() ? Access::read : Access::write);
         }
       } catch (const std::exception& error) {
         if (attempt == kAttempts) driver_->report(error);

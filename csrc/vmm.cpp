@@ -26,12 +26,23 @@ Reservation::~Reservation() {
 Extent::Extent(std::shared_ptr<Driver> driver, std::size_t bytes)
     : driver_(std::move(driver)), bytes_(bytes), handle_(driver_->create(bytes)) {}
 
+Extent::Extent(std::shared_ptr<Driver> driver, std::size_t bytes, int descriptor)
+    : zeroed(true),
+      exported(true),
+      driver_(std::move(driver)),
+      bytes_(bytes),
+      handle_(driver_->import_handle(descriptor, bytes)) {}
+
 Extent::~Extent() {
   if (driver_) undo_quietly(*driver_, [this] { driver_->release(handle_); });
 }
 
 Extent::Extent(Extent&& other) noexcept
-    : zeroed(other.zeroed), driver_(std::move(other.driver_)), bytes_(other.bytes_), handle_(other.handle_) {}
+    : zeroed(other.zeroed),
+      exported(other.exported.load()),
+      driver_(std::move(other.driver_)),
+      bytes_(other.bytes_),
+      handle_(other.handle_) {}
 
 Extent& Extent::operator=(Extent&& other) noexcept {
   std::swap(zeroed, other.zeroed);

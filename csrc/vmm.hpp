@@ -38,6 +38,8 @@ class Reservation {
 class Extent {
  public:
   Extent(std::shared_ptr<Driver> driver, std::size_t bytes);
+  // The memory of another process, by the descriptor it was exported with.
+  Extent(std::shared_ptr<Driver> driver, std::size_t bytes, int descriptor);
   ~Extent();
   Extent(Extent&& other) noexcept;
   Extent& operator=(Extent&& other) noexcept;
@@ -48,6 +50,8 @@ class Extent {
   bool zeroed = false;
   // Mappings of it that exist.
   std::atomic<std::size_t> mappings{0};
+  // Whether other processes may have it mapped, for good: then it is never written, and never pooled.
+  std::atomic<bool> exported{false};
 
   // Gives the memory up now. When the driver refuses, throws and still owns it.
   void release();
@@ -77,7 +81,7 @@ class Mapping {
   void set_zeroed() noexcept { extent_->zeroed = true; }
   const std::shared_ptr<Extent>& extent() const noexcept { return extent_; }
   // Others can come only through this mapping, so that who holds it and finds it alone stays alone.
-  bool shared() const noexcept { return extent_->mappings.load() > 1; }
+  bool shared() const noexcept { return extent_->mappings.load() > 1 || extent_->exported.load(); }
   // Whether rows may be written here: nobody else has the extent mapped (invariant 4).
   bool writable() const noexcept { return access_ == Access::write && !shared(); }
 

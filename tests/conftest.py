@@ -16,6 +16,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="on",
         help="off: caches are made without a mapper, but in tests marked mapper",
     )
+    parser.addoption(
+        "--protect-shared",
+        action="store_true",
+        help="caches map what sequences share read-only, so that a write to it is a fault",
+    )
 
 
 HAS_GPU = torch.cuda.is_available()
@@ -46,10 +51,14 @@ def checked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     arenas: list[_core.Arena] = []
     original = KVCache.__init__
 
-    alone = request.config.getoption("mapper") == "off" and not request.node.get_closest_marker("mapper")
+    changed: dict[str, Any] = {}
+    if request.config.getoption("mapper") == "off" and not request.node.get_closest_marker("mapper"):
+        changed["mapper"] = False
+    if request.config.getoption("protect_shared"):
+        changed["protect_shared"] = True
 
     def init(self: KVCache, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **({**kwargs, "mapper": False} if alone else kwargs))
+        original(self, *args, **{**kwargs, **changed})
         arenas.append(self._arena)
 
     if not request.node.get_closest_marker("frees"):

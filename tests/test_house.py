@@ -31,6 +31,7 @@ CSRC = {
     "reclaim.cpp": {"hold"},
     "sharing.cpp": {"hold"},
     "swap.cpp": {"hold"},
+    "export.cpp": {"hold"},
     "dlpack.hpp": set(),
     "bindings.cpp": {"arena", "dlpack"},
 }
@@ -38,7 +39,8 @@ PYTHON = {
     "errors.py": set(),
     "layout.py": set(),
     "prefix.py": set(),
-    "cache.py": {"_core", "errors", "layout", "prefix"},
+    "export.py": {"errors"},
+    "cache.py": {"_core", "errors", "export", "layout", "prefix"},
     "store.py": {"cache", "layout"},
     "hf.py": {"cache", "layout", "store"},
     "demo.py": {"hf", "layout"},
@@ -49,7 +51,7 @@ PYTHON = {
     "cli.py": {"_core", "bench", "cache", "demo", "errors", "layout", "trace"},
     "__init__.py": {"cache", "errors", "hf", "layout"},
 }
-TORCHLESS = {"errors.py", "layout.py", "prefix.py", "trace.py"}
+TORCHLESS = {"errors.py", "export.py", "layout.py", "prefix.py", "trace.py"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "csrc").iterdir()), ids=lambda path: path.name)

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import functools
 import os
+import socket
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vattn import _core
+from vattn import _core, export
 from vattn.errors import BackendUnavailable, OutOfDeviceMemory, OutOfPages
 from vattn.layout import GRANULARITY, Group, Kind, KVLayout
 from vattn.prefix import PrefixTree
@@ -106,6 +107,7 @@ class KVCache:
         alias_limit: mappings on the device beyond which forks copy instead of sharing; by default three quarters of
             what the device takes.
         host_budget: limit on the page-locked host memory that sequences are swapped out to, in bytes; None for none.
+        exportable: makes memory that ``Sequence.export`` can hand to other processes.
         protect_shared: maps what sequences share read-only, so that a write to it faults: for debugging.
         capacity: bytes of a simulated device of fixed size (host only), for tests; by default the machine's memory.
 
@@ -126,6 +128,7 @@ class KVCache:
         mapper: bool = True,
         alias_limit: int | None = None,
         host_budget: int | None = None,
+        exportable: bool = False,
         protect_shared: bool = False,
         capacity: int = 0,
     ) -> None:
@@ -141,7 +144,7 @@ class KVCache:
         self.layout = layout
         self.slots = slots
         self.device = resolve_device(device)
-        driver = _driver(self.device, layout.granularity, capacity)
+        driver = _driver(self.device, layout.granularity, capacity, exportable)
         self._mapper = _mapper_of(self.device) if mapper else None
         self._arena = _core.Arena(
             driver,
@@ -319,6 +322,43 @@ class KVCache:
     def _require_rows_only(self) -> None:
         if self.layout.recurrent:
             raise ValueError("the model has recurrent layers, whose state is in no row: what tokens left is not known")
+
+    def import_sequence(self, of: socket.socket, *, timeout: float = 30.0) -> Sequence:
+        """Takes a sequence that another process exports over a connected Unix socket, without copying its rows.
+
+        The memory is mapped read-only and counts in both processes' budgets. The sequence can be forked and goes on
+        like any: what it appends is its own. It is whole also when the exporter has gone.
+
+        Args:
+            of: connected to the process that calls ``Sequence.export``, of the same user and on the same device.
+            timeout: seconds that any step may take.
+
+        Raises:
+            Error: the exporter has gone, was silent for too long, refused, or belongs to another user.
+            ValueError: the layout or the device is another one, or every slot is in use.
+            OutOfPages: the budget does not hold it. In every case nothing has changed here.
+        """
+        with export.received(of, self._exported_layout(), timeout=timeout) as (length, runs):
+            sequence = self._open_empty()
+            try:
+                self._arena.import_rows(sequence.slot, length, runs)
+            except BaseException:
+                sequence.close()
+                raise
+            sequence.length = length
+        return sequence
+
+    def _exported_layout(self) -> dict[str, Any]:
+        """What two processes must have in common."""
+        device = "cpu"
+        if self.device.type == "cuda":
+            device = str(torch.cuda.get_device_properties(self.device).uuid)
+        return {
+            "device": device,
+            "granularity": self.layout.granularity,
+            "kind": self.layout.kind,
+            "layers": [None if shape is None else list(vars(shape).values()) for shape in self.layout.layers],
+        }
 
     def fork_all(self, source: Sequence, targets: list[Sequence], length: int, *, share: Share = "auto") -> None:
         """Gives empty sequences the first ``length`` positions of another: all of them, or none when it raises.
@@ -677,6 +717,35 @@ class Sequence:
         self.cache._require_rows_only()
         self.cache._remember(self.slot, _ids(tokens))
 
+    def export(self, to: socket.socket, *, timeout: float = 30.0) -> None:
+        """Hands the rows to another process on the same device, which takes them by ``KVCache.import_sequence``.
+
+        Nothing is copied but what does not fill an extent. What is queued on the sequence's streams is waited for. The
+        sequence goes on as it was; what it has in common with the other process neither of them writes any more.
+
+        Args:
+            to: a connected Unix socket, to a process of the same user.
+            timeout: seconds that any step may take.
+
+        Raises:
+            Error: the other process has gone, was silent for too long, refused, or belongs to another user.
+            ValueError: the cache was not made ``exportable``, the layouts differ, or every slot is in use.
+            OutOfPages: as in ``fork``.
+        """
+        self._require_open()
+        if not self.cache._arena.driver.exportable:
+            raise ValueError("the cache cannot export: make it with exportable=True")
+        [copy] = self.fork(share="alias")
+        runs: export.ExportedRuns = []
+        try:
+            runs = self.cache._arena.export_rows(copy.slot, self.cache._stream())
+            export.send(to, self.cache._exported_layout(), self.length, runs, timeout=timeout)
+        finally:
+            for _, extents in runs:
+                for _, descriptor in extents:
+                    os.close(descriptor)
+            copy.close()
+
     def swap_out(self) -> None:
         """Moves the sequence to page-locked host memory and lets its slot go, without waiting for the copy.
 
@@ -799,12 +868,12 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
-def _driver(device: torch.device, granularity: int, capacity: int) -> _core.Driver:
+def _driver(device: torch.device, granularity: int, capacity: int, exportable: bool) -> _core.Driver:
     if device.type == "cpu":
-        return _core.host_driver(granularity, capacity=capacity)
+        return _core.host_driver(granularity, capacity=capacity, exportable=exportable)
     if capacity:
         raise ValueError("capacity simulates a device on the host: it cannot be given for a CUDA device")
-    driver = _core.cuda_driver(device.index)
+    driver = _core.cuda_driver(device.index, exportable=exportable)
     if driver.granularity != granularity:
         raise ValueError(f"granularity must be {driver.granularity} on {device}, not {granularity}")
     return driver

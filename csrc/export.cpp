@@ -1,0 +1,100 @@
+// How a sequence's memory goes to another process, and comes from one.
+#include <unistd.h>
+
+#include <utility>
+
+#include "hold.hpp"
+
+namespace vattn {
+
+std::vector<Arena::ExportedRun> Arena::export_rows(std::size_t index, Stream stream) {
+  Lock lock = locked();
+  require_open();
+  running(index, "export");
+  const Hold hold(*this, Slots(&index, 1), lock);
+  running(index, "export");
+  const Fences fences = fences_of(Slots(&index, 1), stream, lock);
+  Slot& slot = slots_[index];
+  lock.unlock();
+  for (const auto& fence : fences) fence->wait();
+  std::vector<ExportedRun> runs;
+  try {
+    for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+      const Run& run = slot.runs[plane];
+      const std::size_t end = slot.length * geometry_[plane].row_bytes;
+      runs.push_back({run.head, {}});
+      std::size_t at = run.head;
+      for (std::size_t i = 0; i < run.mappings.size() && at < end; ++i) {
+        Extent& extent = *run.mappings[i].extent();
+        extent.exported.store(true);
+        runs.back().extents.push_back({extent.bytes(), driver_->export_handle(extent.handle())});
+        at += extent.bytes();
+      }
+    }
+  } catch (...) {
+    for (const ExportedRun& run : runs)
+      for (const ExportedExtent& extent : run.extents) ::close(extent.descriptor);
+    lock.lock();
+    refresh(slot);
+    throw;
+  }
+  lock.lock();
+  refresh(slot);
+  return runs;
+}
+
+void Arena::import_rows(std::size_t index, std::size_t positions, const std::vector<ExportedRun>& runs) {
+  require_possible(positions);
+  if (runs.size() != geometry_.size()) throw std::invalid_argument("what is imported has another layout");
+  Lock lock = locked();
+  require_open();
+  running(index, "import into");
+  const Hold hold(*this, Slots(&index, 1), lock);
+  Slot& slot = running(index, "import into");
+  if (slot.length != 0) throw std::invalid_argument("cannot import into slot " + std::to_string(index) + ": not empty");
+  for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+    const auto& [row_bytes, window, offset, stride] = geometry_[plane];
+    std::size_t end = runs[plane].head;
+    for (const ExportedExtent& extent : runs[plane].extents) {
+      if (extent.bytes == 0 || extent.bytes % driver_->granularity() != 0 ||
+          extent.bytes > stride - std::min(stride, end))
+        throw std::invalid_argument("what is imported does not fit a slot");
+      end += extent.bytes;
+    }
+    const std::size_t first = window == 0 || positions < window ? 0 : positions - window + 1;
+    if (runs[plane].head % driver_->granularity() != 0 || runs[plane].head > first * row_bytes ||
+        end < positions * row_bytes)
+      throw std::invalid_argument("what is imported lacks rows");
+    retire_run(slot, index, plane);
+  }
+  clear_the_way(Slots(&index, 1), Urgency::demand, lock);
+  std::vector<std::vector<Mapping>> mapped(geometry_.size());
+  lock.unlock();
+  try {
+    for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+      Address at = address_of(index, plane) + runs[plane].head;
+      for (const ExportedExtent& extent : runs[plane].extents) {
+        mapped[plane].emplace_back(driver_, pool_.import(extent.bytes, extent.descriptor), at);
+        mapped[plane].back().allow(Access::read);
+        at += extent.bytes;
+      }
+    }
+  } catch (...) {
+    lock.lock();
+    for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
+      for (Mapping& mapping : mapped[plane]) slot.retired.push_back({index, plane, std::move(mapping), {}});
+    post_housekeeping({});
+    throw;
+  }
+  lock.lock();
+  for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+    Run& run = slot.runs[plane];
+    run.mappings = std::move(mapped[plane]);
+    run.head = run.tail = runs[plane].head;
+    for (const Mapping& mapping : run.mappings) run.tail += mapping.bytes();
+  }
+  slot.length = positions;
+  refresh(slot);
+}
+
+}  // namespace vattn
