@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -9,12 +10,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from vattn import DriverError, OutOfPages, _core
 
-PAGE = 4096
-ROW = 1024  # bytes: 4 rows a granule
+ROWS = 4  # a granule
 SLOTS = 4
 MAX_LEN = 64
 WINDOW = 6
-CAPACITY = 60 * PAGE
+CAPACITY = 60  # granules
 
 
 INDEX = st.integers(0, 63)  # what is drawn must not depend on what happened: a mapper's timing may
@@ -25,6 +25,8 @@ def pick(slots: dict[int, object], index: int) -> int | None:
 
 
 class ArenaMachine(RuleBasedStateMachine):
+    on_gpu = False
+
     @initialize(
         budget=st.integers(2, 50),
         divisor=st.sampled_from([1, 4, 32]),
@@ -42,13 +44,15 @@ class ArenaMachine(RuleBasedStateMachine):
         protect_shared: bool,
         alias_limit: int | None,
     ) -> None:
-        self.driver = _core.host_driver(PAGE, capacity=CAPACITY)
+        self.driver = _core.cuda_driver(0) if self.on_gpu else _core.host_driver(4096, capacity=CAPACITY * 4096)
+        self.page = self.driver.granularity
+        row = self.page // ROWS
         self.arena = _core.Arena(
             self.driver,
-            [(ROW, 0), (ROW, WINDOW)],
+            [(row, 0), (row, WINDOW)],
             slots=SLOTS,
             max_len=MAX_LEN,
-            budget=budget * PAGE,
+            budget=budget * self.page,
             growth_divisor=divisor,
             tail_rows=tail_rows,
             lookahead=lookahead,
@@ -60,13 +64,14 @@ class ArenaMachine(RuleBasedStateMachine):
         for plane in range(2):
             stride = self.arena.slot_stride(plane)
             capsule = self.arena.dlpack(
-                self.arena.plane_offset(plane), [SLOTS, MAX_LEN, 2], [stride // 8, ROW // 8, 1], 8
+                self.arena.plane_offset(plane), [SLOTS, MAX_LEN, 2], [stride // 8, row // 8, 1], 8
             )
             self.planes.append(torch.utils.dlpack.from_dlpack(capsule))
         self.addresses = [plane.data_ptr() for plane in self.planes]
         self.written: dict[int, list[int]] = {}  # slot -> what each of its rows holds
         self.kept: dict[int, int] = {}  # slot -> the first position that a truncated window may still need
         self.known: dict[int, tuple[int, list[int], int]] = {}  # parked slot -> lineage, rows, what is kept of windows
+        self.swapped: list[tuple[_core.Swapped, list[int], int]] = []  # and their rows, and what is kept of windows
         self.next_value = 1
 
     def attempt(self, operation) -> bool:
@@ -216,6 +221,31 @@ class ArenaMachine(RuleBasedStateMachine):
         if self.attempt(lambda: self.arena.release([slot])):
             del self.written[slot]
 
+    @rule(index=INDEX)
+    def swap_out(self, index: int) -> None:
+        if (slot := pick(self.written, index)) is None:
+            return
+        gone: list[_core.Swapped] = []
+        if self.attempt(lambda: gone.append(self.arena.swap_out(slot))):
+            self.swapped.append((gone[0], self.written.pop(slot), self.kept[slot]))
+
+    @rule(index=INDEX)
+    def swap_in(self, index: int) -> None:
+        if not self.swapped or len(self.written) == SLOTS:
+            return
+        position = index % len(self.swapped)
+        swapped, rows, kept = self.swapped[position]
+        slots: list[int] = []
+        if self.attempt(lambda: slots.append(self.arena.swap_in(swapped))):
+            del self.swapped[position]
+            self.begin(slots[0])
+            self.written[slots[0]], self.kept[slots[0]] = rows, kept
+
+    @rule(index=INDEX)
+    def drop_swapped(self, index: int) -> None:
+        if self.swapped:
+            del self.swapped[index % len(self.swapped)]
+
     @rule(index=INDEX, positions=st.integers(0, MAX_LEN))
     def prefetch(self, index: int, positions: int) -> None:
         if (slot := pick(self.written, index)) is None:
@@ -224,9 +254,9 @@ class ArenaMachine(RuleBasedStateMachine):
 
     @rule(budget=st.integers(1, 50))
     def set_budget(self, budget: int) -> None:
-        if self.attempt(lambda: self.arena.set_budget(budget * PAGE)):
-            assert self.arena.stats()["budget"] == budget * PAGE
-            assert self.arena.stats()["physical"] <= budget * PAGE
+        if self.attempt(lambda: self.arena.set_budget(budget * self.page)):
+            assert self.arena.stats()["budget"] == budget * self.page
+            assert self.arena.stats()["physical"] <= budget * self.page
 
     @rule()
     def trim(self) -> None:
@@ -258,13 +288,13 @@ class ArenaMachine(RuleBasedStateMachine):
             if not rows or not parked:
                 del self.known[slot]
                 continue
-            assert torch.equal(self.planes[0][slot, :positions, 0], torch.tensor(rows))
+            assert torch.equal(self.planes[0][slot, :positions, 0].cpu(), torch.tensor(rows))
         for slot, rows in self.written.items():
             assert slots[slot]["length"] == len(rows)
             expected = torch.tensor(rows, dtype=torch.int64).reshape(-1, 1).expand(-1, 2)
-            assert torch.equal(self.planes[0][slot, : len(rows)], expected)
+            assert torch.equal(self.planes[0][slot, : len(rows)].cpu(), expected)
             first = max(len(rows) - WINDOW + 1, 0)
-            assert torch.equal(self.planes[1][slot, first : len(rows)], expected[first:])
+            assert torch.equal(self.planes[1][slot, first : len(rows)].cpu(), expected[first:])
 
     def teardown(self) -> None:
         if not hasattr(self, "arena"):
@@ -272,7 +302,13 @@ class ArenaMachine(RuleBasedStateMachine):
         self.driver.fail_at(0)
         self.arena.close()
         self.arena.check()
-        assert self.driver.memory_info()[0] == CAPACITY
+        self.swapped.clear()
+        if not self.on_gpu:
+            assert self.driver.memory_info()[0] == CAPACITY * self.page
+
+
+class CudaArenaMachine(ArenaMachine):
+    on_gpu = True
 
 
 ArenaMachine.TestCase.settings = settings(
@@ -282,3 +318,6 @@ ArenaMachine.TestCase.settings = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 TestArena = ArenaMachine.TestCase
+
+CudaArenaMachine.TestCase.settings = settings(ArenaMachine.TestCase.settings, max_examples=40)
+TestArenaOnCuda = pytest.mark.gpu(CudaArenaMachine.TestCase)

@@ -43,13 +43,14 @@ PYTHON = {
     "cache.py": {"_core", "errors", "export", "layout", "prefix"},
     "store.py": {"cache", "layout"},
     "hf.py": {"cache", "layout", "store"},
+    "swap.py": {"cache", "layout"},
     "demo.py": {"hf", "layout"},
     "trace.py": set(),
     "replay.py": {"cache", "errors", "trace"},
     "pages.py": {"_core", "cache", "errors"},
     "bench.py": {"_core", "cache", "errors", "layout", "pages", "replay", "trace"},
     "cli.py": {"_core", "bench", "cache", "demo", "errors", "layout", "trace"},
-    "__init__.py": {"cache", "errors", "hf", "layout"},
+    "__init__.py": {"cache", "errors", "hf", "layout", "swap"},
 }
 TORCHLESS = {"errors.py", "export.py", "layout.py", "prefix.py", "trace.py"}
 

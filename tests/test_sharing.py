@@ -36,7 +36,7 @@ def rows(sequence):
 
 
 def memory_calls(cache):
-    return {name: cache.stats().driver_calls[name] for name in ("create", "map", "set_access", "unmap", "release")}
+    return [cache.stats().driver_calls[name] for name in ("create", "map", "set_access", "unmap", "release")]
 
 
 def test_a_fork_shares_whole_extents_and_copies_the_rest():
@@ -122,7 +122,8 @@ def test_who_is_left_alone_writes_without_a_copy():
     write(s, 20, 5)
     assert rows(s) == [*range(50), *[5] * 20]
     assert c.stats().copied == before.copied
-    assert memory_calls(c) == {name: before.driver_calls[name] for name in memory_calls(c)}
+    for name in ("create", "map", "unmap", "release"):
+        assert c.stats().driver_calls[name] == before.driver_calls[name]
 
 
 def test_copying_and_sharing_can_be_forced():

@@ -7,6 +7,7 @@ import torch
 
 from vattn import DriverError, KVCache, KVLayout, OutOfPages
 from vattn.layout import LayerShape
+from vattn.swap import SwapCosts
 
 PAGE = 4096
 WINDOW = 16
@@ -172,3 +173,17 @@ def test_the_kth_call_failing_for_every_k(way, mapper):
         if not failed:
             break
     assert k > 5
+
+
+def test_a_measured_estimate_says_whether_to_swap(device):
+    measured = SwapCosts.measure(device, nbytes=64 << 20)
+    assert min(measured.out_bytes, measured.in_bytes, measured.flops) > 1e6
+    costs = SwapCosts(out_bytes=50e9, in_bytes=50e9, flops=600e12)
+    llama = KVLayout.uniform(layers=32, kv_heads=8, head_dim=128, max_len=131072)
+    large = {"parameters": 8_000_000_000, "query_heads": 32}
+    assert costs.swap_seconds(llama, 8192) == pytest.approx(2 * 2**30 / 50e9)
+    attention = 32 * 2 * 32 * 256 * 8192**2 / 2
+    assert costs.recompute_seconds(llama, 8192, **large) == pytest.approx((2 * 8e9 * 8192 + attention) / 600e12)
+    assert costs.better(llama, 8192, **large) == "swap"
+    assert costs.better(llama, 100, parameters=10_000_000, query_heads=32) == "recompute"
+    assert SwapCosts(out_bytes=1e9, in_bytes=1e9, flops=600e12).better(llama, 8192, **large) == "recompute"

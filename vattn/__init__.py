@@ -14,6 +14,7 @@ from vattn.errors import (
     SequenceTooLong,
 )
 from vattn.layout import KVLayout, LayerShape
+from vattn.swap import SwapCosts
 
 if TYPE_CHECKING:
     from vattn.hf import CACHE_KEYWORD, VirtualCache, install
@@ -33,6 +34,7 @@ __all__ = [
     "OutOfPages",
     "Sequence",
     "SequenceTooLong",
+    "SwapCosts",
     "VirtualCache",
     "install",
 ]
