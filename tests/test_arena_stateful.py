@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -11,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from vattn import DriverError, OutOfPages, _core
 
 ROWS = 4  # a granule
-SLOTS = 4
+SLOTS = 6
 MAX_LEN = 64
 WINDOW = 6
 CAPACITY = 60  # granules
@@ -28,7 +31,7 @@ class ArenaMachine(RuleBasedStateMachine):
     on_gpu = False
 
     @initialize(
-        budget=st.integers(2, 50),
+        budget=st.integers(4, 60),
         divisor=st.sampled_from([1, 4, 32]),
         tail_rows=st.sampled_from([0, 3]),
         lookahead=st.sampled_from([None, 0, 5]),
@@ -82,31 +85,35 @@ class ArenaMachine(RuleBasedStateMachine):
             return False
         return True
 
-    @rule(slot=st.integers(0, SLOTS - 1))
-    def acquire(self, slot: int) -> None:
+    @rule(slot=st.integers(0, SLOTS - 1), by=st.integers(0, 30))
+    def acquire(self, slot: int, by: int) -> None:
         if slot not in self.written and self.attempt(lambda: self.arena.acquire(slot)):
             self.begin(slot)
+            self.grow_to([slot], by)
 
     def begin(self, slot: int) -> None:
         self.written[slot], self.kept[slot] = [], 0
         self.known.pop(slot, None)
 
-    @rule(expected=st.integers(0, MAX_LEN))
-    def acquire_any(self, expected: int) -> None:
+    @rule(expected=st.integers(0, MAX_LEN), by=st.integers(0, 30))
+    def acquire_any(self, expected: int, by: int) -> None:
         if len(self.written) == SLOTS:
             return
         chosen: list[int] = []
         if self.attempt(lambda: chosen.append(self.arena.acquire(expected=expected))):
             assert chosen[0] not in self.written
             self.begin(chosen[0])
+            self.grow_to(chosen, by)
 
     @rule(indices=st.lists(INDEX, min_size=1, max_size=SLOTS), by=st.integers(0, 20))
     def grow(self, indices: list[int], by: int) -> None:
         if not self.written:
             return
         slots = list(dict.fromkeys(pick(self.written, index) for index in indices))
+        self.grow_to(slots, min(max(len(self.written[slot]) for slot in slots) + by, MAX_LEN))
+
+    def grow_to(self, slots: list[int], goal: int) -> None:
         lengths = [len(self.written[slot]) for slot in slots]
-        goal = min(max(lengths) + by, MAX_LEN)
         keep = min(lengths)
         for slot in slots:
             self.kept[slot] = max(self.kept[slot], keep - WINDOW + 1)
@@ -133,23 +140,18 @@ class ArenaMachine(RuleBasedStateMachine):
             if length == 0:
                 self.kept[slot] = 0
 
-    @rule(index=INDEX, fraction=st.floats(0, 1), share=st.sampled_from(["auto", "alias", "copy"]))
-    def fork(self, index: int, fraction: float, share: str) -> None:
-        if (source := pick(self.written, index)) is None:
+    @rule(index=INDEX, fraction=st.floats(0, 1), share=st.sampled_from(["auto", "alias", "copy"]), parked=st.booleans())
+    def fork(self, index: int, fraction: float, share: str, parked: bool) -> None:
+        if parked and self.known:
+            source = pick(self.known, index)
+            lineage, rows, kept = self.known[source]
+        elif self.written:
+            source = pick(self.written, index)
+            lineage, rows, kept = None, self.written[source], self.kept[source]
+        else:
             return
-        rows = self.written[source]
         length = int(len(rows) * fraction)
-        if length < len(rows) and length - WINDOW + 1 < self.kept[source]:
-            return  # a window may have passed
-        self.fork_into_new(source, None, length, rows, self.kept[source], share)
-
-    @rule(index=INDEX, fraction=st.floats(0, 1), share=st.sampled_from(["auto", "alias", "copy"]))
-    def fork_from_known(self, index: int, fraction: float, share: str) -> None:
-        if (source := pick(self.known, index)) is None:
-            return
-        lineage, rows, kept = self.known[source]
-        length = int(len(rows) * fraction)
-        if length - WINDOW + 1 >= kept or length == len(rows):
+        if length == len(rows) or length - WINDOW + 1 >= kept:  # else a window may have passed
             self.fork_into_new(source, lineage, length, rows, kept, share)
 
     def fork_into_new(
@@ -171,75 +173,61 @@ class ArenaMachine(RuleBasedStateMachine):
             assert done[0]
             self.written[target], self.kept[target] = rows[:length], kept
 
-    @rule(index=INDEX, fraction=st.floats(0, 1))
-    def resume(self, index: int, fraction: float) -> None:
-        if (slot := pick(self.known, index)) is None:
-            return
-        lineage, rows, kept = self.known[slot]
-        length = int(len(rows) * fraction)
-        done: list[bool] = []
-        if self.attempt(lambda: done.append(self.arena.resume(slot, lineage, length))) and done[0]:
-            del self.known[slot]
-            self.written[slot], self.kept[slot] = rows[:length], kept
+    @rule(index=INDEX, fraction=st.floats(0, 1), swapped=st.booleans())
+    def come_back(self, index: int, fraction: float, swapped: bool) -> None:
+        if swapped and self.swapped and len(self.written) < SLOTS:
+            position = index % len(self.swapped)
+            sequence, rows, kept = self.swapped[position]
+            slots: list[int] = []
+            if self.attempt(lambda: slots.append(self.arena.swap_in(sequence))):
+                del self.swapped[position]
+                self.begin(slots[0])
+                self.written[slots[0]], self.kept[slots[0]] = rows, kept
+            else:  # a slot was taken, and let go again
+                self.known = {
+                    slot: found for slot, found in self.known.items() if self.arena.known(slot)[0] == found[0]
+                }
+        elif self.known:
+            slot = pick(self.known, index)
+            lineage, rows, kept = self.known[slot]
+            length = int(len(rows) * fraction)
+            done: list[bool] = []
+            if self.attempt(lambda: done.append(self.arena.resume(slot, lineage, length))) and done[0]:
+                del self.known[slot]
+                self.written[slot], self.kept[slot] = rows[:length], kept
 
-    @rule(index=INDEX, fraction=st.floats(0, 1))
-    def compact(self, index: int, fraction: float) -> None:
-        if (slot := pick(self.written, index)) is None:
-            return
-        self.attempt(lambda: self.arena.compact(slot, int(len(self.written[slot]) * fraction)))
-
-    @rule(index=INDEX, fraction=st.floats(0, 1))
-    def compact_known(self, index: int, fraction: float) -> None:
-        if (slot := pick(self.known, index)) is None:
-            return
-        lineage, rows, _ = self.known[slot]
-        self.arena.compact_later(slot, lineage, int(len(rows) * fraction))
+    @rule(index=INDEX, fraction=st.floats(0, 1), parked=st.booleans())
+    def compact(self, index: int, fraction: float, parked: bool) -> None:
+        if parked and self.known:
+            slot = pick(self.known, index)
+            lineage, rows, _ = self.known[slot]
+            self.arena.compact_later(slot, lineage, int(len(rows) * fraction))
+        elif self.written:
+            slot = pick(self.written, index)
+            self.attempt(lambda: self.arena.compact(slot, int(len(self.written[slot]) * fraction)))
 
     @rule(index=INDEX)
     def forget(self, index: int) -> None:
-        if (slot := pick(self.known, index)) is None:
-            return
-        self.arena.forget(slot, self.known.pop(slot)[0])
+        if (slot := pick(self.known, index)) is not None:
+            self.arena.forget(slot, self.known.pop(slot)[0])
 
-    @rule(index=INDEX)
-    def publish_and_release(self, index: int) -> None:
+    @rule(index=INDEX, how=st.sampled_from(["release", "publish", "publish", "swap"]))
+    def let_go(self, index: int, how: str) -> None:
         if (slot := pick(self.written, index)) is None:
             return
-        rows = self.written[slot]
-        lineage = self.arena.publish(slot, len(rows))[0]
+        rows, kept = self.written[slot], self.kept[slot]
+        if how == "swap":
+            gone: list[_core.Swapped] = []
+            if self.attempt(lambda: gone.append(self.arena.swap_out(slot))):
+                self.swapped.append((gone[0], self.written.pop(slot), kept))
+            return
+        lineage = self.arena.publish(slot, len(rows) if how == "publish" else 0)[0]
         if self.attempt(lambda: self.arena.release([slot])):
             del self.written[slot]
-            if rows:
-                self.known[slot] = lineage, rows, self.kept[slot]
+            if how == "publish" and rows:
+                self.known[slot] = lineage, rows, kept
         else:
             self.arena.publish(slot, 0)
-
-    @rule(index=INDEX)
-    def release(self, index: int) -> None:
-        if (slot := pick(self.written, index)) is None:
-            return
-        if self.attempt(lambda: self.arena.release([slot])):
-            del self.written[slot]
-
-    @rule(index=INDEX)
-    def swap_out(self, index: int) -> None:
-        if (slot := pick(self.written, index)) is None:
-            return
-        gone: list[_core.Swapped] = []
-        if self.attempt(lambda: gone.append(self.arena.swap_out(slot))):
-            self.swapped.append((gone[0], self.written.pop(slot), self.kept[slot]))
-
-    @rule(index=INDEX)
-    def swap_in(self, index: int) -> None:
-        if not self.swapped or len(self.written) == SLOTS:
-            return
-        position = index % len(self.swapped)
-        swapped, rows, kept = self.swapped[position]
-        slots: list[int] = []
-        if self.attempt(lambda: slots.append(self.arena.swap_in(swapped))):
-            del self.swapped[position]
-            self.begin(slots[0])
-            self.written[slots[0]], self.kept[slots[0]] = rows, kept
 
     @rule(index=INDEX)
     def drop_swapped(self, index: int) -> None:
@@ -252,7 +240,7 @@ class ArenaMachine(RuleBasedStateMachine):
             return
         self.attempt(lambda: self.arena.prefetch(slot, positions))
 
-    @rule(budget=st.integers(1, 50))
+    @rule(budget=st.integers(4, 60))
     def set_budget(self, budget: int) -> None:
         if self.attempt(lambda: self.arena.set_budget(budget * self.page)):
             assert self.arena.stats()["budget"] == budget * self.page
@@ -312,8 +300,8 @@ class CudaArenaMachine(ArenaMachine):
 
 
 ArenaMachine.TestCase.settings = settings(
-    max_examples=200,
-    stateful_step_count=40,
+    max_examples=300,
+    stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
@@ -321,3 +309,71 @@ TestArena = ArenaMachine.TestCase
 
 CudaArenaMachine.TestCase.settings = settings(ArenaMachine.TestCase.settings, max_examples=40)
 TestArenaOnCuda = pytest.mark.gpu(CudaArenaMachine.TestCase)
+
+
+# How often each operation comes, with what.
+OPERATIONS = {
+    "acquire": (3, {"slot": (0, SLOTS - 1), "by": (0, 30)}),
+    "acquire_any": (3, {"expected": (0, MAX_LEN), "by": (0, 30)}),
+    "grow": (12, {"indices": [(0, 63)], "by": (0, 20)}),
+    "truncate": (6, {"index": (0, 63), "fraction": 1.0}),
+    "fork": (12, {"index": (0, 63), "fraction": 1.0, "share": ("auto", "alias", "copy"), "parked": (False, True)}),
+    "come_back": (8, {"index": (0, 63), "fraction": 1.0, "swapped": (False, True)}),
+    "compact": (4, {"index": (0, 63), "fraction": 1.0, "parked": (False, True)}),
+    "forget": (1, {"index": (0, 63)}),
+    "let_go": (12, {"index": (0, 63), "how": ("release", "publish", "publish", "swap")}),
+    "drop_swapped": (1, {"index": (0, 63)}),
+    "prefetch": (3, {"index": (0, 63), "positions": (0, MAX_LEN)}),
+    "set_budget": (1, {"budget": (4, 60)}),
+    "trim": (1, {}),
+    "break_soon": (3, {"k": (1, 12), "times": (1, 1, 1, 3), "out_of_memory": (False, True)}),
+    "heal": (2, {}),
+}
+
+
+def run_at_random(machine: ArenaMachine, steps: int, seed: int) -> Counter[str]:
+    """So many operations; how often each changed what sequences there are, or their lengths."""
+    source = random.Random(seed)
+
+    def drawn(how: object) -> object:
+        if isinstance(how, list):
+            return [drawn(how[0]) for _ in range(source.randint(1, 3))]
+        if isinstance(how, float):
+            return source.choice([0.0, how, how, source.random()])
+        if isinstance(how, tuple) and len(how) == 2 and type(how[0]) is int:
+            return source.randint(*how)
+        return source.choice(how)
+
+    def state() -> list[object]:
+        return [
+            {slot: len(rows) for slot, rows in machine.written.items()},
+            {slot: len(rows) for slot, (_, rows, _) in machine.known.items()},
+            len(machine.swapped),
+        ]
+
+    names, weights = list(OPERATIONS), [weight for weight, _ in OPERATIONS.values()]
+    changed: Counter[str] = Counter()
+    for _ in range(steps):
+        name = source.choices(names, weights)[0]
+        before = state()
+        getattr(machine, name)(**{key: drawn(how) for key, how in OPERATIONS[name][1].items()})
+        machine.agrees()
+        changed[name] += before != state()
+    return changed
+
+
+@pytest.mark.parametrize("on_gpu", [False, pytest.param(True, marks=pytest.mark.gpu)], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("lookahead", [None, 0, 5])
+@pytest.mark.parametrize("protect_shared", [False, True])
+def test_ten_thousand_random_operations(lookahead, protect_shared, on_gpu):
+    steps = 1000 if on_gpu else 10_000
+    for seed in range(4):
+        machine = (CudaArenaMachine if on_gpu else ArenaMachine)()
+        machine.start(
+            budget=50, divisor=4, tail_rows=0, lookahead=lookahead, protect_shared=protect_shared, alias_limit=None
+        )
+        changed = run_at_random(machine, steps // 4, seed)
+        machine.teardown()
+        assert all(changed[name] > steps // 400 for name in ("grow", "truncate", "fork", "come_back", "let_go")), (
+            changed
+        )
