@@ -28,7 +28,7 @@ if [ "${2:-}" = serve ]; then
   exit $failed
 fi
 if [ "${2:-}" = share ]; then
-  run tests timeout 180 bash -c "$pytest tests -m gpu -k 'sharing or prefix or swap or contract'"
+  run tests timeout 180 bash -c "$pytest tests -m gpu -k 'sharing or prefix or swap or export or contract or stateful'"
   run exact timeout 180 bash -c "$pytest tests/test_hf_exact.py -n 8 -k 'cuda and (beam or copied or repeat or return)'"
   run sharing timeout 300 python3 bench/sharing.py --device cuda --out "$out"
   exit $failed

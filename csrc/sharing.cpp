@@ -290,26 +290,29 @@ bool Arena::unshare(Slots slots, Urgency urgency, Lock& lock) {
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
       Run& run = slot.runs[plane];
       const std::size_t rows_end = slot.length * geometry_[plane].row_bytes;
-      std::size_t end = run.head;
+      const std::size_t needed_end = end_of(geometry_[plane], slot.length);  // of the tail rows
+      std::size_t start = run.head;
       std::size_t first = 0;  // mapping that reaches behind the rows
-      while (first < run.mappings.size() && end + run.mappings[first].bytes() <= rows_end)
-        end += run.mappings[first++].bytes();
-      const auto from = run.mappings.begin() + static_cast<std::ptrdiff_t>(first);
-      if (std::all_of(from, run.mappings.end(), [](const Mapping& mapping) { return mapping.writable(); })) continue;
+      while (first < run.mappings.size() && start + run.mappings[first].bytes() <= rows_end)
+        start += run.mappings[first++].bytes();
+      std::size_t end = start;
+      std::size_t past = first;  // the first mapping that is not needed
+      while (past < run.mappings.size() && end < needed_end) end += run.mappings[past++].bytes();
+      const auto at = [&](std::size_t mapping) { return run.mappings.begin() + static_cast<std::ptrdiff_t>(mapping); };
+      const auto writable = [](const Mapping& mapping) { return mapping.writable(); };
+      const auto is_shared = [](const Mapping& mapping) { return mapping.shared(); };
+      if (std::all_of(at(first), run.mappings.end(), writable)) continue;
       if (urgency != Urgency::demand) return false;
-      const bool straddles = end < rows_end;
-      auto shared = std::find_if(from + (straddles ? 1 : 0), run.mappings.end(),
-                                 [](const Mapping& mapping) { return mapping.shared(); });
-      if (shared != run.mappings.end() || (straddles && from->shared()))
+      const bool lacks = std::any_of(at(first), at(past), is_shared);
+      const auto beyond = std::find_if(at(past), run.mappings.end(), is_shared);
+      if (lacks || beyond != run.mappings.end())
         cover(slot, slot.streams.front(), fences_of(Slots(&index, 1), slot.streams.front(), lock));
-      retire_from(slot, index, plane, static_cast<std::size_t>(shared - run.mappings.begin()));
-      if (straddles && run.mappings[first].shared()) {
-        const bool last = first + 1 == run.mappings.size();
-        std::size_t left = last ? end_of(geometry_[plane], slot.length) - end : run.mappings[first].bytes();
-        left = std::min(left, run.mappings[first].bytes());
+      retire_from(slot, index, plane, static_cast<std::size_t>(beyond - run.mappings.begin()));
+      if (lacks) {
+        std::size_t left = (past == run.mappings.size() ? std::min(end, needed_end) : end) - start;
         std::vector<std::size_t> sizes;
         for (; left != 0; left -= sizes.back()) sizes.push_back(pool_.bytes_of(pool_.class_of(left)));
-        replace(index, plane, first, 1, sizes, rows_end - end, slots, lock);
+        replace(index, plane, first, past - first, sizes, std::max(rows_end, start) - start, slots, lock);
       }
       // What others have let go of was mapped read-only where that is watched.
       lock.unlock();
@@ -443,8 +446,9 @@ void Arena::replace(std::size_t index, std::size_t plane, std::size_t first, std
   };
   try {
     for (const auto& fence : fences) fence->wait();
-    driver_->copy(address_of(bench, plane) + start, address_of(index, plane) + start, bytes,
-                  driver_->own_stream(OwnStream::zeroing));
+    if (bytes != 0)
+      driver_->copy(address_of(bench, plane) + start, address_of(index, plane) + start, bytes,
+                    driver_->own_stream(OwnStream::zeroing));
     driver_->zeroed();
   } catch (...) {
     clear_bench();
@@ -455,8 +459,8 @@ void Arena::replace(std::size_t index, std::size_t plane, std::size_t first, std
   std::vector<Mapping> behind = take_from(run, first + count);
   std::vector<Mapping> old = take_from(run, first);
   lock.unlock();
-  std::vector<std::shared_ptr<Extent>> before;
-  for (const Mapping& mapping : old) before.push_back(mapping.extent());
+  std::vector<std::pair<std::shared_ptr<Extent>, Access>> before;
+  for (const Mapping& mapping : old) before.emplace_back(mapping.extent(), mapping.access());
   std::vector<Mapping> fresh;
   std::exception_ptr failure;
   const auto end_of_run = [&](const std::vector<Mapping>& mappings) {
@@ -481,8 +485,9 @@ void Arena::replace(std::size_t index, std::size_t plane, std::size_t first, std
       try {
         for (; !fresh.empty(); fresh.pop_back()) fresh.back().unmap();
         for (; whole < before.size(); ++whole) {
-          if (old.size() == whole) old.emplace_back(driver_, before[whole], end_of_run(old));
-          old.back().allow(options_.protect_shared || before[whole]->exported.load() ? Access::read : Access::write);
+          const auto& [extent, access] = before[whole];
+          if (old.size() == whole) old.emplace_back(driver_, extent, end_of_run(old));
+          old.back().allow(access);
         }
       } catch (const std::exception& error) {
         if (attempt == kAttempts) driver_->report(error);
@@ -509,8 +514,9 @@ void Arena::replace(std::size_t index, std::size_t plane, std::size_t first, std
     const std::size_t left = usable_rows(plane, run.tail);
     slot.length = std::min(slot.length, left);
     slot.known = std::min(slot.known, left);
-    std::rethrow_exception(failure);
   }
+  refresh(slot);
+  if (failure) std::rethrow_exception(failure);
   copied_ += bytes;
 }
 

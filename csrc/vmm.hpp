@@ -80,6 +80,7 @@ class Mapping {
   bool zeroed() const noexcept { return extent_->zeroed; }
   void set_zeroed() noexcept { extent_->zeroed = true; }
   const std::shared_ptr<Extent>& extent() const noexcept { return extent_; }
+  Access access() const noexcept { return access_; }
   // Others can come only through this mapping, so that who holds it and finds it alone stays alone.
   bool shared() const noexcept { return extent_->mappings.load() > 1 || extent_->exported.load(); }
   // Whether rows may be written here: nobody else has the extent mapped (invariant 4).

@@ -370,7 +370,12 @@ def test_ten_thousand_random_operations(lookahead, protect_shared, on_gpu):
     for seed in range(4):
         machine = (CudaArenaMachine if on_gpu else ArenaMachine)()
         machine.start(
-            budget=50, divisor=4, tail_rows=0, lookahead=lookahead, protect_shared=protect_shared, alias_limit=None
+            budget=[50, 25][seed % 2],
+            divisor=4,
+            tail_rows=[0, 3][seed // 2],
+            lookahead=lookahead,
+            protect_shared=protect_shared,
+            alias_limit=None,
         )
         changed = run_at_random(machine, steps // 4, seed)
         machine.teardown()
