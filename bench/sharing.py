@@ -1,7 +1,7 @@
 """What sharing saves and costs, for the row of Llama-3-8B, 128 KiB a token, and for a model of that shape.
 
-``fork32_memory_ratio``: the most memory while 32 samples of an 8192-token prompt grow by 256 tokens each, over the
-bytes of one prompt and the new tokens.
+``fork32_memory_ratio``: the most memory while 32 samples of an 8192-token prompt grow by 256 tokens each at 40
+steps/s, over the bytes of one prompt and the new tokens.
 ``fork32_ms``, ``fork32_compacted_ms``: making the 32 forks of a prompt mapped at once, before and after ``compact``.
 ``beam8_memory_ratio_to_dynamic``: the most K/V memory of ``model.generate`` with 8 beams on a prompt of 4096 tokens and
 64 new ones, over what DynamicCache's tensors hold in the end; ``beam8_copied_per_step``: the most bytes that a step's
@@ -86,9 +86,11 @@ def forks(device: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
         prompt = cache.open()
         prompt.grow(PROMPT)
         samples = prompt.fork(n=SAMPLES)
-        for _ in range(NEW):
-            cache_length = samples[0].length
-            cache.grow_all(samples, cache_length + 1, keep=cache_length)
+        clock = time.perf_counter()
+        for length in range(PROMPT, PROMPT + NEW):
+            cache.grow_all(samples, length + 1, keep=length)
+            clock += 1 / 40
+            time.sleep(max(0.0, clock - time.perf_counter()))
         peak = cache.stats().peak
         cache.check()
     tokens = (PROMPT + SAMPLES * NEW) * bench.ROW_BYTES

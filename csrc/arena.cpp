@@ -847,6 +847,17 @@ void Arena::on_mapper(const std::function<void()>& work) {
   }
 }
 
+// Positions whose rows a slot shares with others, in the plane where it shares most.
+std::size_t Arena::shared_rows(const Slot& slot) const noexcept {
+  std::size_t rows = 0;
+  for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+    std::size_t bytes = 0;
+    for (const Mapping& mapping : slot.runs[plane].mappings) bytes += mapping.shared() ? mapping.bytes() : 0;
+    rows = std::max(rows, bytes / geometry_[plane].row_bytes);
+  }
+  return rows;
+}
+
 // Asks the mapper to bring a running slot to its goal.
 void Arena::ask(std::size_t index) {
   Slot& slot = slots_[index];
@@ -858,7 +869,8 @@ void Arena::ask(std::size_t index) {
     const std::chrono::duration<double> since = now - slot.asked_since;
     const double rate = static_cast<double>(slot.length - slot.asked_length) / since.count();
     const std::size_t first = first_lookahead();
-    const std::size_t most = std::clamp(slot.length / options_.growth_divisor, 4 * first, kLookahead * first);
+    const std::size_t own = slot.length - std::min(slot.length, shared_rows(slot));
+    const std::size_t most = std::clamp(own / options_.growth_divisor, 4 * first, kLookahead * first);
     slot.lookahead = std::clamp(static_cast<std::size_t>(2 * map_seconds_ * rate), first, most);
   }
   slot.asked_since = now;

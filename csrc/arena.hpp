@@ -58,7 +58,7 @@ struct ArenaOptions {
   std::size_t growth_divisor = 32;
   // Positions past its length that a running sequence is kept mapped, where there is a mapper. None: what the time to
   // map and the rate of growth ask for, at least a granule of the widest plane (or 64 positions of it) and at most
-  // 64 of those, nor more than 1/growth_divisor of its length and 4 of those.
+  // 64 of those, nor more than 1/growth_divisor of its length that it does not share and 4 of those.
   std::optional<std::size_t> lookahead = std::nullopt;
   // Mappings on the device beyond which forks copy. None: three quarters of what it takes.
   std::optional<std::size_t> alias_limit = std::nullopt;
@@ -307,6 +307,7 @@ class Arena {
   std::size_t needed_end(const Slot& slot, std::size_t plane, Keep keep) const noexcept;
   std::size_t goal_of(const Slot& slot) const noexcept;
   std::size_t first_lookahead() const noexcept;
+  std::size_t shared_rows(const Slot& slot) const noexcept;
   void refresh(Slot& slot) noexcept;
   bool discard_due(const Slot& slot, std::size_t keep) const noexcept;
   bool grow_in_place(Slots slots, std::size_t positions, std::size_t keep, Stream stream);

@@ -367,6 +367,7 @@ def run_at_random(machine: ArenaMachine, steps: int, seed: int) -> Counter[str]:
 @pytest.mark.parametrize("protect_shared", [False, True])
 def test_ten_thousand_random_operations(lookahead, protect_shared, on_gpu):
     steps = 1000 if on_gpu else 10_000
+    changed: Counter[str] = Counter()
     for seed in range(4):
         machine = (CudaArenaMachine if on_gpu else ArenaMachine)()
         machine.start(
@@ -377,8 +378,6 @@ def test_ten_thousand_random_operations(lookahead, protect_shared, on_gpu):
             protect_shared=protect_shared,
             alias_limit=None,
         )
-        changed = run_at_random(machine, steps // 4, seed)
+        changed += run_at_random(machine, steps // 4, seed)
         machine.teardown()
-        assert all(changed[name] > steps // 400 for name in ("grow", "truncate", "fork", "come_back", "let_go")), (
-            changed
-        )
+    assert all(changed[name] >= steps // 100 for name in ("grow", "truncate", "fork", "come_back", "let_go")), changed
