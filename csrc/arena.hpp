@@ -326,6 +326,7 @@ class Arena {
   bool has_rows(const Slot& slot, std::optional<std::uint64_t> lineage, std::size_t positions) const noexcept;
   std::size_t sharable(const Slot& slot, std::size_t plane, std::size_t positions) const noexcept;
   bool better_aliased(const Slot& source, const Slot& target, std::size_t positions) const;
+  void split_for_forks(std::size_t source, std::size_t positions, std::size_t forks, Slots mine, Lock& lock);
   void share_runs(std::size_t source, std::size_t positions, Slots targets, Slots aliased, Lock& lock);
   void copy_rows(std::size_t source, std::size_t positions, Slots targets, Stream stream, Lock& lock);
   void post_compacting(std::size_t slot, std::uint64_t lineage, std::size_t positions, Clock::duration delay);

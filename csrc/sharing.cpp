@@ -13,6 +13,9 @@ constexpr double kExtentCost = 44;               // create, map and set access
 constexpr double kCopyCost = 1.0 / (1.5 * 1e6);  // a byte, read and written at 3 TB/s
 constexpr double kMemoryCost = 20;               // a granule taken twice: about what taking it from others costs
 
+// From so many granules on, copied by all forks together, an extent is split for them.
+constexpr std::size_t kSplitGranules = 16;
+
 // With so many extents a fork is cheap enough: what is compacted in the background keeps its boundaries then, at which
 // others may have been forked.
 constexpr std::size_t kFewExtents = 4;
@@ -110,7 +113,8 @@ bool Arena::fork_with_driver(std::size_t source, std::optional<std::uint64_t> li
 
   // What has written the rows on other streams.
   const bool parked = from.state == State::parked;
-  wait_for_others(parked ? from.fences : fences_of(Slots(&source, 1), stream, lock), stream, lock);
+  if (!parked) cover(from, stream, fences_of(Slots(&source, 1), stream, lock));
+  wait_for_others(from.fences, stream, lock);
   std::vector<std::size_t> aliased;
   std::size_t mappings = driver_->mappings();
   const std::size_t limit = options_.alias_limit.value_or(driver_->mapping_limit() / 4 * 3);
@@ -133,6 +137,7 @@ bool Arena::fork_with_driver(std::size_t source, std::optional<std::uint64_t> li
     }
   };
   try {
+    split_for_forks(source, positions, aliased.size(), all, lock);
     share_runs(source, positions, targets, aliased, lock);
     map_up_to(targets, positions, Urgency::demand, lock);
     copy_rows(source, positions, targets, stream, lock);
@@ -205,6 +210,29 @@ bool Arena::better_aliased(const Slot& source, const Slot& target, std::size_t p
     more += lacks;
   }
   return aliasing <= copying || more > pool_.usage().available();
+}
+
+// Where so many forks would each copy much of an extent, since their last rows lie within it, it is replaced by one
+// that they share and what is behind.
+void Arena::split_for_forks(std::size_t source, std::size_t positions, std::size_t forks, Slots mine, Lock& lock) {
+  const std::size_t granule = driver_->granularity();
+  for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+    const Run& run = slots_[source].runs[plane];
+    const std::size_t count = sharable(slots_[source], plane, positions);
+    const std::size_t cut = positions * geometry_[plane].row_bytes / granule * granule;
+    std::size_t start = run.head;
+    for (std::size_t i = 0; i < count; ++i) start += run.mappings[i].bytes();
+    if (geometry_[plane].window != 0 || cut <= start || (cut - start) * forks < kSplitGranules * granule) continue;
+    const std::size_t bytes = run.mappings[count].bytes();
+    std::vector<std::size_t> sizes{cut - start};
+    for (std::size_t left = start + bytes - cut; left != 0; left -= sizes.back())
+      sizes.push_back(pool_.bytes_of(pool_.class_of(left)));
+    try {
+      replace(source, plane, count, 1, sizes, bytes, mine, lock);
+    } catch (const OutOfPages&) {  // then they copy
+    } catch (const OutOfDeviceMemory&) {
+    }
+  }
 }
 
 // Brings the runs of held slots to where a held slot's begin, and maps its sharable extents under those that are to

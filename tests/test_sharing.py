@@ -63,6 +63,31 @@ def test_a_fork_shares_whole_extents_and_copies_the_rest():
     c.check()
 
 
+def test_many_forks_split_the_extent_in_which_they_end():
+    c = cache(slots=20, budget=600 * PAGE)
+    s = c.open()
+    write(s, 8 * 32 - 4)  # an extent of 32 granules, of which the last is not full
+    before = c.stats()
+    forks = s.fork(n=16)
+    assert c.map()[s.slot]["runs"][0]["extents"] == [31 * PAGE, PAGE]
+    after = c.stats()
+    assert after.mapped - before.mapped == 16 * PAGE
+    assert after.copied - before.copied == 32 * PAGE + 16 * 4 * ROW
+    for fork in forks:
+        write(fork, 3, 7)
+        assert rows(fork) == [*range(252), 7, 7, 7]
+    write(s, 3, 8)
+    assert rows(s) == [*range(252), 8, 8, 8]
+    # Where there is no memory to split it, forks copy.
+    c = cache(slots=20, budget=80 * PAGE)
+    s = c.open()
+    write(s, 8 * 64 - 4)
+    with pytest.raises(OutOfPages):
+        s.fork(n=2)
+    assert rows(s) == list(range(508))
+    c.check()
+
+
 def test_a_fork_of_a_part():
     c = cache()
     s = c.open()
