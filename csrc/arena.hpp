@@ -142,6 +142,9 @@ class Arena {
   // or, when it throws, none. False when the rows are not there any more.
   bool fork(std::size_t source, std::optional<std::uint64_t> lineage, std::size_t positions, Slots targets, Share share,
             Stream stream);
+  // Gives running slots memory of their own, with what is in it, behind their first rows. When it throws, no row has
+  // changed.
+  void own(Slots slots, std::size_t positions, Stream stream);
   // Puts the whole granules of the first rows of a running slot into one extent of just their size in each plane, so
   // that a fork there shares them in one call. Planes with a window are left as they are.
   void compact(std::size_t slot, std::size_t positions);
@@ -334,6 +337,7 @@ class Arena {
                            std::size_t most);
   void swap_in_with_driver(Swapped& swapped, std::size_t slot, Stream stream);
   void release_quietly(std::size_t slot, Stream stream);
+  void own_with_driver(Slots slots, std::size_t positions, Stream stream);
   bool unshare(Slots slots, Urgency urgency, Lock& lock);
   void replace(std::size_t index, std::size_t plane, std::size_t first, std::size_t count,
                const std::vector<std::size_t>& sizes, std::size_t bytes, Slots mine, Lock& lock);

@@ -307,6 +307,12 @@ void bind_arena(py::module_& module) {
           },
           py::arg("source"), py::arg("positions"), py::arg("targets"), py::kw_only(), py::arg("lineage") = std::nullopt,
           py::arg("share") = "auto", py::arg("stream") = 0)
+      .def(
+          "own",
+          [](Arena& self, const Slots& slots, std::size_t positions, std::uintptr_t stream) {
+            self.own(slots, positions, Stream{stream});
+          },
+          py::arg("slots"), py::arg("positions"), py::arg("stream") = 0, Unlocked())
       .def("compact", &Arena::compact, py::arg("slot"), py::arg("positions"), Unlocked())
       .def(
           "swap_out",

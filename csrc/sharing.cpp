@@ -359,6 +359,42 @@ bool Arena::unshare(Slots slots, Urgency urgency, Lock& lock) {
   return true;
 }
 
+void Arena::own(Slots slots, std::size_t positions, Stream stream) {
+  on_mapper([&] { own_with_driver(slots, positions, stream); });
+}
+
+void Arena::own_with_driver(Slots slots, std::size_t positions, Stream stream) {
+  Lock lock = locked();
+  require_open();
+  for (const std::size_t index : slots) running(index, "own");
+  const Hold hold(*this, slots, lock);
+  require_open();
+  for (const std::size_t index : slots) running(index, "own");
+  const Fences fresh = fences_of(slots, stream, lock);
+  for (const std::size_t index : slots) {
+    Slot& slot = slots_[index];
+    cover(slot, stream, fresh);
+    for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+      const Run& run = slot.runs[plane];
+      std::size_t end = run.head;
+      for (std::size_t i = 0; i < run.mappings.size();) {
+        const std::size_t bytes = run.mappings[i].bytes();
+        end += bytes;
+        if (end <= positions * geometry_[plane].row_bytes || !run.mappings[i].shared()) {
+          ++i;
+          continue;
+        }
+        std::vector<std::size_t> sizes;
+        for (std::size_t left = bytes; left != 0; left -= sizes.back())
+          sizes.push_back(pool_.bytes_of(pool_.class_of(left)));
+        replace(index, plane, i, 1, sizes, bytes, slots, lock);
+        i += sizes.size();
+      }
+    }
+    refresh(slot);
+  }
+}
+
 void Arena::compact(std::size_t slot, std::size_t positions) {
   on_mapper([&] { compact_with_driver(slot, std::nullopt, positions, 1); });
 }

@@ -261,7 +261,9 @@ class KVCache:
         self._require_rows_only()
         pinned = self._open_known(ids, whole=True)
         if pinned is None:
-            raise ValueError(f"the rows of these {len(ids)} tokens are not known: remember them first")
+            raise ValueError(
+                f"the rows of these {len(ids)} tokens are not known, or no slot is left: remember them, or close others"
+            )
         pinned.remember(ids)
         return pinned
 
@@ -292,6 +294,8 @@ class KVCache:
         return None
 
     def _fork_known(self, slot: int, lineage: int, length: int) -> Sequence | None:
+        if self._arena.stats()["running_slots"] >= self.slots - 1:
+            return None  # none is left beside the one that holds the rows
         sequence = self._open_empty()
         try:
             if sequence.slot != slot and self._fork(slot, length, [sequence.slot], lineage=lineage, share="auto"):
@@ -418,8 +422,21 @@ class KVCache:
         states = [info["state"] for info in self.map()][slot:]
         return states.index("running") if "running" in states else len(states)
 
-    def owned(self, sequences: list[Sequence], length: int) -> bool:
-        """Whether nothing that sequences have mapped behind their first ``length`` positions is shared."""
+    def own_all(self, sequences: list[Sequence], length: int) -> None:
+        """Gives sequences memory of their own behind their first ``length`` positions, with what is in it.
+
+        For who writes rows that are already there. When it raises OutOfPages or OutOfDeviceMemory, no row has changed.
+        """
+        slots = self._slots_of(sequences)
+        _require_at_least("length", length, 0)
+        try:
+            self._arena.own(slots, length, self._stream())
+        except OutOfDeviceMemory:
+            self._ask_torch()
+            self._arena.own(slots, length, self._stream())
+
+    def shares(self, sequences: list[Sequence], length: int) -> bool:
+        """Whether something that sequences have mapped behind their first ``length`` positions is shared."""
         slots, planes = self.map(), self.layout.planes
         for sequence in sequences:
             for plane, run in zip(planes, slots[sequence.slot]["runs"], strict=True):
@@ -427,8 +444,8 @@ class KVCache:
                 for extent, shared in zip(run["extents"], run["shared"], strict=True):
                     end += extent
                     if shared and end > length * plane.row_bytes:
-                        return False
-        return True
+                        return True
+        return False
 
     def first_row(self, slot: int, plane: int) -> int:
         """The first position whose whole row in a ``layout.planes`` entry a window has not given back."""
@@ -735,16 +752,17 @@ class Sequence:
         self._require_open()
         if not self.cache._arena.driver.exportable:
             raise ValueError("the cache cannot export: make it with exportable=True")
-        [copy] = self.fork(share="alias")
-        runs: export.ExportedRuns = []
-        try:
-            runs = self.cache._arena.export_rows(copy.slot, self.cache._stream())
-            export.send(to, self.cache._exported_layout(), self.length, runs, timeout=timeout)
-        finally:
-            for _, extents in runs:
-                for _, descriptor in extents:
-                    os.close(descriptor)
-            copy.close()
+        with export.telling(to, timeout):
+            [copy] = self.fork(share="alias")
+            runs: export.ExportedRuns = []
+            try:
+                runs = self.cache._arena.export_rows(copy.slot, self.cache._stream())
+                export.send(to, self.cache._exported_layout(), self.length, runs)
+            finally:
+                for _, extents in runs:
+                    for _, descriptor in extents:
+                        os.close(descriptor)
+                copy.close()
 
     def swap_out(self) -> None:
         """Moves the sequence to page-locked host memory and lets its slot go, without waiting for the copy.

@@ -25,7 +25,7 @@ ExportedRuns = list[tuple[int, list[tuple[int, int]]]]
 
 
 @contextlib.contextmanager
-def _telling(to: socket.socket, timeout: float) -> Iterator[None]:
+def telling(to: socket.socket, timeout: float) -> Iterator[None]:
     """Within it the peer is this user's, nothing takes longer than the timeout, and a failure here is told there."""
     before = to.gettimeout()
     to.settimeout(timeout)
@@ -47,19 +47,17 @@ def _telling(to: socket.socket, timeout: float) -> Iterator[None]:
             to.settimeout(before)
 
 
-def send(to: socket.socket, layout: dict[str, Any], length: int, runs: ExportedRuns, *, timeout: float) -> None:
-    """Sends a sequence's memory; the descriptors stay the caller's."""
-    with _telling(to, timeout):
-        request = _receive(to)
-        wanted = request["layout"]
-        if wanted != layout:
-            raise ValueError(f"the importer's cache has another layout: {_difference(wanted, layout)}")
-        sizes = [(head, [nbytes for nbytes, _ in extents]) for head, extents in runs]
-        _send(to, {"to": request["id"], "length": length, "runs": sizes})
-        descriptors = [descriptor for _, extents in runs for _, descriptor in extents]
-        for start in range(0, len(descriptors), _BUNDLE):
-            socket.send_fds(to, [b"d"], descriptors[start : start + _BUNDLE])
-        _receive(to)
+def send(to: socket.socket, layout: dict[str, Any], length: int, runs: ExportedRuns) -> None:
+    """Sends a sequence's memory; the descriptors stay the caller's. To be called within ``telling``."""
+    request = _receive(to)
+    if (wanted := request["layout"]) != layout:
+        raise ValueError(f"the importer's cache has another layout: {_difference(wanted, layout)}")
+    sizes = [(head, [nbytes for nbytes, _ in extents]) for head, extents in runs]
+    _send(to, {"to": request["id"], "length": length, "runs": sizes})
+    descriptors = [descriptor for _, extents in runs for _, descriptor in extents]
+    for start in range(0, len(descriptors), _BUNDLE):
+        socket.send_fds(to, [b"d"], descriptors[start : start + _BUNDLE])
+    _receive(to)
 
 
 @contextlib.contextmanager
@@ -70,23 +68,26 @@ def received(of: socket.socket, layout: dict[str, Any], *, timeout: float) -> It
     """
     descriptors: list[int] = []
     try:
-        with _telling(of, timeout):
+        with telling(of, timeout):
             request = os.urandom(8).hex()
             _send(of, {"id": request, "layout": layout})
             header = _receive(of)
             if header["to"] != request:
                 raise OSError("the exporter answers another request")
-            sizes = [(int(head), [int(nbytes) for nbytes in extents]) for head, extents in header["runs"]]
+            length, sizes = _described(header)
             missing = sum(len(extents) for _, extents in sizes)
             while missing > 0:
-                data, got, _, _ = socket.recv_fds(of, 1, _BUNDLE, socket.MSG_CMSG_CLOEXEC)
+                data, got, flags, _ = socket.recv_fds(of, 1, _BUNDLE, socket.MSG_CMSG_CLOEXEC)
                 descriptors += got
+                if flags & socket.MSG_CTRUNC:
+                    raise OSError("this process may not open so many files")
                 missing -= len(got)
                 if not data or not got:
                     raise EOFError("the exporter has gone")
             left = iter(descriptors)
-            yield int(header["length"]), [(head, [(size, next(left)) for size in extents]) for head, extents in sizes]
-            _send(of, {"done": True})
+            yield length, [(head, [(size, next(left)) for size in extents]) for head, extents in sizes]
+            with contextlib.suppress(OSError):  # the sequence is whole, also when the exporter has gone
+                _send(of, {"done": True})
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
@@ -101,10 +102,25 @@ def _receive(of: socket.socket) -> dict[str, Any]:
     (size,) = struct.unpack("!I", _exactly(of, 4))
     if size > _LARGEST:
         raise OSError(f"a message of {size} bytes is no message of vattn")
-    message: dict[str, Any] = json.loads(_exactly(of, size))
+    try:
+        message: dict[str, Any] = dict(json.loads(_exactly(of, size)))
+    except (ValueError, TypeError) as error:
+        raise OSError("what was received is no message of vattn") from error
     if "error" in message:
         raise OSError(f"the other process says: {message['error']}")
     return message
+
+
+def _described(header: dict[str, Any]) -> tuple[int, list[tuple[int, list[int]]]]:
+    """The length, and of each run the head and the bytes of its extents."""
+    try:
+        length = int(header["length"])
+        sizes = [(int(head), [int(nbytes) for nbytes in extents]) for head, extents in header["runs"]]
+    except (ValueError, TypeError) as error:
+        raise OSError("what was received describes no sequence") from error
+    if length < 0 or any(head < 0 or any(nbytes < 1 for nbytes in extents) for head, extents in sizes):
+        raise OSError("what was received describes no sequence")
+    return length, sizes
 
 
 def _exactly(of: socket.socket, size: int) -> bytes:

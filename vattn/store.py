@@ -22,6 +22,8 @@ from vattn.layout import GRANULARITY, ITEMSIZES, Group, Kind, KVLayout, LayerSha
 _SPARE_SLOTS = 64  # slots reserved when their number is left open: addresses cost nothing
 _SPARE_ADDRESSES = 1 << 45  # but there is an end to them
 
+_MOVED_AT_ONCE = 256  # positions
+
 Place = tuple[torch.device, int]  # which KVCache: its device, and the layer it is for alone, or -1
 
 
@@ -68,9 +70,11 @@ class Lane:
 
     def move(self, sources: torch.Tensor, targets: torch.Tensor, batch: int, first: int, end: int) -> None:
         """Makes positions [first, end) of some rows, in all layers, what they are in others."""
-        for t in self._written:
-            rows = t[:, :batch, :, first:end]
-            rows.index_copy_(1, targets, rows.index_select(1, sources))
+        for written in self._written:
+            rows = written[:, :batch, :, first:end]
+            # Many positions layer by layer: what is read is held until it is written.
+            for part in rows.unbind(0) if end - first > _MOVED_AT_ONCE else (rows,):
+                part.index_copy_(-4, targets, part.index_select(-4, sources))
 
     def rows(self, layer: int, batch: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one layer at positions [first, end), ``[batch, kv_heads, end - first, dim]``."""
@@ -248,10 +252,13 @@ class Store:
         """Gives rows that were the same so far a memory, shared or their own."""
         if self.twins == 1:
             return
+        if self._uneven():
+            share = "copy"
         for place, rows in self.rows.items():
             for leader in range(0, len(rows), self.twins):
                 missing = [row for row in rows[leader + 1 : leader + self.twins] if row.length < rows[leader].length]
                 if missing:
+                    self.caches[place].truncate_all([row for row in missing if row.length], 0)
                     self.caches[place].fork_all(rows[leader], missing, rows[leader].length, share=share)
         # Where they get their own, it is because they have parted, in a layer that is still to come.
         alike = 0 if share == "copy" else min((length for length in self.lengths if length), default=0)
@@ -259,6 +266,10 @@ class Store:
             for i in range(leader, leader + self.twins):
                 self.common[i][leader : leader + self.twins] = [alike] * self.twins
         self.twins = 1
+
+    def _uneven(self) -> bool:
+        """Whether layers differ in length: then some will write where others have rows, and none may be shared."""
+        return len({self.lengths[layer] for layer in self.placed}) > 1
 
     def leading(self, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Of the rows of new K or V those that have memory."""
@@ -282,9 +293,15 @@ class Store:
         """What a layer holds, ``[batch, kv_heads, length, head_dim]``; of a window only what it still needs."""
         if index not in self.lanes or not self.rows[self.placed[index][0]]:
             return None
-        self.settle()
+        batch = len(self.rows[self.placed[index][0]])
+        alone = self.twins == batch  # one row has the memory of all
+        if not alone:
+            self.settle()
         lane, length = self.lanes[index], self.lengths[index]
         first = 0 if lane.window is None else max(length - lane.window + 1, 0)
+        if alone and batch > 1:
+            k, v = lane.rows(index, 1, first, length)
+            return k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)
         return lane.rows(index, len(self.rows[self.placed[index][0]]), first, length)
 
     def truncate(self, lengths: list[int]) -> None:
@@ -306,6 +323,9 @@ class Store:
             longest = max(lengths[layer] for layer in self._layers_of(place))
             if rows and longest < rows[0].length:
                 self.caches[place].truncate_all(rows, longest)
+            shortest = min((lengths[layer] for layer in self._layers_of(place) if layer in self.seen), default=0)
+            if rows and shortest < longest and self.caches[place].shares(rows, shortest):
+                self.caches[place].own_all(rows, shortest)  # the shorter layers write where the longer have their rows
         self.lengths = lengths
         self.moved = {layer: first for layer, first in self.moved.items() if lengths[layer]}
         self.floor = max(lengths, default=0)
@@ -344,70 +364,35 @@ class Store:
         self._rebuild({place: 2 * batch for place in self.caches if self._room(place) < batch})
         chosen = indices.tolist()
         places = [place for place in self.caches if self._filled(place)]
+        changed = [i for i, source in enumerate(chosen[:before]) if source != i]
+        alike = min((self.common[i][chosen[i]] for i in changed), default=0)
+        share: Share = "copy" if self._uneven() else "auto"
         try:
             for place in places:
+                cache, rows = self.caches[place], self.rows[place]
                 self._open_rows(place, batch, 0)
-            for place in places:
-                self._gather_rows(place, chosen, before)
+                for source in set(chosen[before:]):
+                    new = [rows[i] for i in range(before, batch) if chosen[i] == source]
+                    cache.fork_all(rows[source], new, rows[source].length, share=share)
+                targets = [rows[i] for i in changed]
+                if changed and cache.shares(targets, alike):
+                    cache.own_all(targets, alike)
         except BaseException:
             for place in places:
                 self._close_rows(place, before)
             raise
+        # From here on nothing needs memory of the caches. What rows have in common stays where it is.
+        for place in places if changed else ():
+            first = self._first_rows(place)
+            index = torch.tensor([[chosen[i] for i in changed], changed], device=place[0])
+            for lane in {id(lane): lane for layer in self._filled(place) if (lane := self.lanes[layer])}.values():
+                start = max(alike, first[lane.layers[0]])
+                lane.move(index[0], index[1], before, start, self.rows[place][0].length)
+                self.moved.update(dict.fromkeys(lane.layers, first[lane.layers[0]]))
         for place in places:
             self._close_rows(place, batch)
-        longest = max(self.lengths)
-        self.common = [[longest if a == b else self.common[a][b] for b in chosen] for a in chosen]
-
-    def _gather_rows(self, place: Place, chosen: list[int], before: int) -> None:
-        """Rows that are new become forks; of rows that part late from what they shall be the rest is copied."""
-        cache, rows = self.caches[place], self.rows[place]
-        length = rows[0].length
-        for source in set(chosen[before:]):
-            cache.fork_all(rows[source], [rows[i] for i in range(before, len(chosen)) if chosen[i] == source], length)
-        changed = [i for i, source in enumerate(chosen[:before]) if source != i]
-        if not changed:
-            return
-        alike = min(self.common[i][chosen[i]] for i in changed)
-        if alike <= length // 2:
-            self._move_rows(place, chosen, changed, before)
-            return
-        targets = [rows[i] for i in changed]
-        lanes = {id(lane): lane for layer in self._filled(place) if (lane := self.lanes[layer])}.values()
-        first = self._first_rows(place)
-        if not cache.owned(targets, alike):
-            try:
-                cache.truncate_all(targets, alike)
-            except ValueError:  # a window has moved on
-                self._move_rows(place, chosen, changed, before)
-                return
-            cache.grow_all(targets, length, keep=alike)
-        index = torch.tensor([[chosen[i] for i in changed], changed], device=place[0])
-        for lane in lanes:
-            lane.move(index[0], index[1], before, max(alike, first[lane.layers[0]]), length)
-
-    def _move_rows(self, place: Place, chosen: list[int], changed: list[int], before: int) -> None:
-        """Makes each changed row a fork of the row it shall be, by way of spare slots where rows change places."""
-        cache, rows = self.caches[place], self.rows[place]
-        length = rows[0].length
-        holds = {i: [rows[i]] for i in range(before)}  # what was in each row, and where it is now
-        for i in range(before, len(chosen)):
-            holds[chosen[i]].append(rows[i])
-        pending, spare = list(changed), []
-        try:
-            while pending:
-                free = [i for i in pending if len(holds[i]) > 1 or all(chosen[j] != i for j in pending if j != i)]
-                if not free:
-                    spare += rows[pending[0]].fork()
-                    holds[pending[0]].append(spare[-1])
-                    continue
-                i = free[0]
-                pending.remove(i)
-                holds[i].remove(rows[i])
-                cache.truncate_all([rows[i]], 0)
-                cache.fork_all(holds[chosen[i]][0], [rows[i]], length)
-                holds[chosen[i]].append(rows[i])
-        finally:
-            cache.close_all(spare)
+        shortest = min(self.lengths[layer] for layer in self.placed)
+        self.common = [[shortest if a == b else min(shortest, self.common[a][b]) for b in chosen] for a in chosen]
 
     def clone(self) -> Store:
         """A copy with memory of its own."""
@@ -429,7 +414,7 @@ class Store:
             other._join(place, cache, base, self.sharers[place])
             other._open_rows(place, len(rows), 0)
             for mine, theirs in zip(rows, other.rows[place], strict=True):
-                cache.fork_all(mine, [theirs], mine.length)
+                cache.fork_all(mine, [theirs], mine.length, share="copy" if self._uneven() else "auto")
         return other
 
     def close(self) -> None:
@@ -453,6 +438,8 @@ class Store:
             elif not sharers and not only_rows:
                 cache.close()
             rows.clear()
+            if sharers and not only_rows:  # the others' alone from now on
+                del self.caches[place]
         self.sharers = {}
 
     def _learn(self, index: int, k: torch.Tensor, v: torch.Tensor) -> None:
