@@ -188,6 +188,7 @@ void Arena::grow(Slots slots, std::size_t positions, std::size_t keep, Stream st
   if (grow_in_place(slots, positions, keep, stream)) return;
 
   if (std::any_of(slots.begin(), slots.end(), [&](std::size_t slot) { return discard_due(slots_[slot], keep); })) {
+    const Hold hold(*this, slots, lock);  // who forks one of them counts on its runs
     const Fences fresh = fences_of(slots, stream, lock);
     require_open();
     for (const std::size_t slot : slots) running(slot, "grow");  // another thread may have closed it meanwhile
@@ -586,6 +587,10 @@ void Arena::check() const {
       if (run.mappings.empty() && run.head != run.tail) broken(index, plane, "an empty run has a length");
       if (slot.state == State::running && run.tail < end_of(geometry, slot.length))
         broken(index, plane, "rows of a running sequence are not mapped (invariant 1)");
+      const std::size_t first =
+          geometry.window == 0 || slot.length < geometry.window ? 0 : slot.length - geometry.window + 1;
+      if (slot.state == State::running && run.head > first * geometry.row_bytes)
+        broken(index, plane, "rows of a running sequence's window are not mapped (invariant 1)");
       if (slot.state == State::bare && run.tail != 0) broken(index, plane, "a bare slot has memory");
       if (slot.state == State::parked && slot.known == 0 && run.head != 0)
         broken(index, plane, "a parked slot lacks its first rows");
@@ -914,7 +919,7 @@ void Arena::map_ahead() {
     refresh(slot);
     break;
   }
-  ahead_posted_ = !asked_.empty() && mapper_->post(Urgency::ahead, this, [this] { map_ahead(); });
+  ahead_posted_ = !closed_ && !asked_.empty() && mapper_->post(Urgency::ahead, this, [this] { map_ahead(); });
 }
 
 // The mapper's: unmaps what is retired and done with, and creates what growth will take next.

@@ -82,7 +82,8 @@ struct Swapped {
   std::shared_ptr<HostPool> pool;
   std::size_t length = 0;
   std::vector<Part> parts;
-  Fences last;  // of the copies that use the blocks
+  Fences last;                       // of the copies that use the blocks
+  std::atomic<bool> claimed{false};  // by who swaps it in
 };
 
 class Arena {

@@ -26,8 +26,8 @@ std::vector<Arena::ExportedRun> Arena::export_rows(std::size_t index, Stream str
       std::size_t at = run.head;
       for (std::size_t i = 0; i < run.mappings.size() && at < end; ++i) {
         Extent& extent = *run.mappings[i].extent();
-        extent.exported.store(true);
         runs.back().extents.push_back({extent.bytes(), driver_->export_handle(extent.handle())});
+        extent.exported.store(true);
         at += extent.bytes();
       }
     }
@@ -65,9 +65,16 @@ void Arena::import_rows(std::size_t index, std::size_t positions, const std::vec
     if (runs[plane].head % driver_->granularity() != 0 || runs[plane].head > first * row_bytes ||
         end < positions * row_bytes)
       throw std::invalid_argument("what is imported lacks rows");
-    retire_run(slot, index, plane);
   }
+  for (std::size_t plane = 0; plane < geometry_.size(); ++plane) retire_run(slot, index, plane);
+  refresh(slot);
   clear_the_way(Slots(&index, 1), Urgency::demand, lock);
+  std::size_t needed = 0;
+  for (const ExportedRun& run : runs)
+    for (const ExportedExtent& extent : run.extents) needed += extent.bytes;
+  for (std::size_t available = pool_.usage().available(); needed > available; available = pool_.usage().available())
+    if (!reclaim(needed - available, {}, Slots(&index, 1), Keep::rows, Urgency::demand, lock))
+      throw OutOfPages(needed, pool_.usage().available());
   std::vector<std::vector<Mapping>> mapped(geometry_.size());
   lock.unlock();
   try {
@@ -95,6 +102,16 @@ void Arena::import_rows(std::size_t index, std::size_t positions, const std::vec
   }
   slot.length = positions;
   refresh(slot);
+  if (options_.tail_rows == 0) return;
+  try {
+    map_up_to(Slots(&index, 1), positions, Urgency::demand, lock);
+  } catch (...) {
+    if (!lock.owns_lock()) lock.lock();
+    for (std::size_t plane = 0; plane < geometry_.size(); ++plane) retire_run(slot, index, plane);
+    slot.length = 0;
+    refresh(slot);
+    throw;
+  }
 }
 
 }  // namespace vattn

@@ -72,10 +72,16 @@ std::shared_ptr<Extent> ExtentPool::lend(Extent&& extent) {
 }
 
 std::shared_ptr<Extent> ExtentPool::import(std::size_t bytes, int descriptor) {
-  {
-    const std::lock_guard lock(mutex_);
-    if (usage_.charged + bytes > usage_.budget) throw OutOfPages(bytes, usage_.available());
-    charge(bytes);
+  for (;;) {
+    {
+      const std::lock_guard lock(mutex_);
+      if (bytes > usage_.available()) throw OutOfPages(bytes, usage_.available());
+      if (usage_.charged + bytes <= usage_.budget) {
+        charge(bytes);
+        break;
+      }
+    }
+    if (!release_largest()) std::this_thread::yield();
   }
   std::optional<Extent> imported;
   try {

@@ -114,7 +114,9 @@ bool Arena::fork_with_driver(std::size_t source, std::optional<std::uint64_t> li
   // What has written the rows on other streams.
   const bool parked = from.state == State::parked;
   if (!parked) cover(from, stream, fences_of(Slots(&source, 1), stream, lock));
-  wait_for_others(from.fences, stream, lock);
+  // What is made read-only may not be written by what is queued in this stream either.
+  wait_for_others(from.fences, options_.protect_shared ? Stream{kNever} : stream, lock);
+  if (!parked && !holds(from.streams, stream)) from.streams.push_back(stream);
   std::vector<std::size_t> aliased;
   std::size_t mappings = driver_->mappings();
   const std::size_t limit = options_.alias_limit.value_or(driver_->mapping_limit() / 4 * 3);
@@ -157,11 +159,7 @@ bool Arena::fork_with_driver(std::size_t source, std::optional<std::uint64_t> li
     throw;
   }
   if (parked) cover(from, stream, fences_after());
-  if (parked) {
-    from.parked_at = ++clock_;  // who was of use goes later
-  } else if (!holds(from.streams, stream)) {
-    from.streams.push_back(stream);
-  }
+  if (parked) from.parked_at = ++clock_;  // who was of use goes later
   for (const std::size_t target : targets) {
     advance(target, positions, stream);
     refresh(slots_[target]);
@@ -525,6 +523,8 @@ void Arena::replace(std::size_t index, std::size_t plane, std::size_t first, std
   lock.unlock();
   std::vector<std::pair<std::shared_ptr<Extent>, Access>> before;
   for (const Mapping& mapping : old) before.emplace_back(mapping.extent(), mapping.access());
+  // They may be mapped here again: until that is settled nobody else who has one of them is alone with it.
+  for (const auto& [extent, access] : before) ++extent->mappings;
   std::vector<Mapping> fresh;
   std::exception_ptr failure;
   const auto end_of_run = [&](const std::vector<Mapping>& mappings) {
@@ -558,6 +558,7 @@ void Arena::replace(std::size_t index, std::size_t plane, std::size_t first, std
       }
     }
   }
+  for (const auto& [extent, access] : before) --extent->mappings;
   before.clear();
   clear_bench();
   Slot& slot = slots_[index];

@@ -70,14 +70,17 @@ std::shared_ptr<Swapped> Arena::swap_out(std::size_t index, Stream stream) {
 
 std::size_t Arena::swap_in(Swapped& swapped, std::optional<std::size_t> wanted, Stream stream) {
   if (swapped.pool != host_) throw std::invalid_argument("the sequence was swapped out of another cache");
-  const std::size_t index = acquire(wanted, swapped.length, stream);
+  if (swapped.claimed.exchange(true)) throw std::invalid_argument("the sequence is being, or was, swapped in");
+  std::optional<std::size_t> index;
   try {
-    on_mapper([&] { swap_in_with_driver(swapped, index, stream); });
+    index = acquire(wanted, swapped.length, stream);
+    on_mapper([&] { swap_in_with_driver(swapped, *index, stream); });
   } catch (...) {
-    release_quietly(index, stream);
+    if (index) release_quietly(*index, stream);
+    swapped.claimed = false;
     throw;
   }
-  return index;
+  return *index;
 }
 
 void Arena::swap_in_with_driver(Swapped& swapped, std::size_t index, Stream stream) {
