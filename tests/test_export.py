@@ -272,6 +272,29 @@ def test_what_does_not_fit_is_told_to_both():
         one.check()
 
 
+def test_what_is_parked_makes_room_for_an_import():
+    c, other = cache(), cache(budget=100 * PAGE)
+    s = c.open()
+    write(s, 500)
+    parked = other.open()
+    parked.grow(700)
+    parked.close()
+    got, here, there = exchange(s.export, other.import_sequence)
+    assert here is there is None
+    assert rows(got) == list(range(500))
+    other.check()
+
+
+@pytest.mark.parametrize("message", [b"no json", b"[]", b"5", b'{"to": "x"}'])
+def test_what_is_no_message_is_told(message):
+    c = cache()
+    here, there = socket.socketpair()
+    there.sendall(len(message).to_bytes(4, "big") + message)
+    with pytest.raises(Error, match="broke off"):
+        c.import_sequence(here, timeout=1)
+    assert c.stats().running_slots == 0
+
+
 def test_silence_and_nonsense_end():
     c = cache()
     here, there = socket.socketpair()

@@ -9,10 +9,11 @@ import torch
 from models import build, prompt
 from transformers import DynamicCache, LlamaConfig
 
-from vattn import CACHE_KEYWORD, OutOfPages, VirtualCache, store
+from vattn import CACHE_KEYWORD, OutOfPages, VirtualCache, hf, store
 
 PAGE = 4096
 CONFIG = LlamaConfig(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, hidden_size=64)
+CROPS_REMOVE = hf._CROP_POSITIVE_KEEPS is False  # what the argument of a layer's crop means
 TOKEN = 4 * 2 * 2 * 16 * 4  # bytes of a row: layers, K and V, heads, dim, float32
 
 
@@ -247,3 +248,115 @@ def test_a_batch_that_grows_where_a_copy_is_in_the_way_moves():
     append(cache, 3, batch=16, like=like)
     same(cache, like)
     cache.check()
+
+
+def both(**options):
+    return VirtualCache(CONFIG, max_len=500, **options), DynamicCache(config=CONFIG)
+
+
+def update(pair, layer, n, *, batch=1, repeats=1):
+    k, v = (t.repeat_interleave(repeats, 0) for t in kv(n, batch))
+    for one, other in zip(*(cache.update(k, v, layer) for cache in pair), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("order", [[2, 0, 1, 1], [1, 2, 0], [2, 1, 0, 0, 1, 2], [1, 0]])
+def test_rows_that_are_moved_and_read_at_once(order):
+    cache, like = both()
+    append(cache, 60, repeats=3, like=like)
+    for _ in range(21):
+        append(cache, 1, batch=3, like=like)
+    other, also = copy.deepcopy(cache), copy.deepcopy(like)
+    for one in (cache, like):
+        one.batch_select_indices(torch.tensor(order))
+    same(cache, like)
+    same(other, also)
+    append(cache, 5, batch=len(order), like=like)
+    same(cache, like)
+    same(other, also)
+    cache.check()
+
+
+def test_layers_that_differ_where_others_have_been_looked_at():
+    pair = both()
+    update(pair, 0, 60, repeats=3)
+    assert pair[0].layers[0].keys.shape[0] == 3
+    for layer in range(1, 4):
+        update(pair, layer, 60, batch=3)
+    same(*pair)
+    pair[0].check()
+
+
+@pytest.mark.parametrize("then", ["copy", "copy and crop", "select"])
+def test_layers_of_unequal_length_write_where_nobody_else_reads(then):
+    cache, like = both()
+    append(cache, 60, batch=2, like=like)
+    if then == "copy and crop":
+        other, also = copy.deepcopy(cache), copy.deepcopy(like)
+    cropped = -40 if CROPS_REMOVE else 20
+    for one in (cache, like):
+        one.layers[1].crop(cropped)
+    if then == "copy":
+        other, also = copy.deepcopy(cache), copy.deepcopy(like)
+    elif then == "select":
+        other, also = cache, like
+        for one in (cache, like):
+            one.batch_select_indices(torch.tensor([0, 0]))
+    update((other, also), 1, 40, batch=2)
+    update((cache, like), 1, 40, batch=2) if other is not cache else None
+    for one in (cache, like):
+        one.reorder_cache(torch.tensor([1, 0]))
+    same(cache, like)
+    same(other, also)
+    cache.check()
+
+
+def test_a_layer_that_is_first_seen_in_the_second_step():
+    pair = both()
+    for layer in (0, 1, 3):
+        update(pair, layer, 40, repeats=3)
+    for layer in (0, 1, 3):
+        update(pair, layer, 1, batch=3)
+    update(pair, 2, 41, batch=3)
+    for one in pair:
+        one.reorder_cache(torch.tensor([2, 0, 0]))
+    same(*pair)
+
+
+@pytest.mark.parametrize("order", [[1, 0, 2], [2, 2, 0], [0, 0, 1, 1, 2, 2]])
+def test_a_move_for_which_there_is_no_memory_changes_nothing(order):
+    cache, like = both(lookahead=0)
+    append(cache, 51, repeats=3, like=like)
+    append(cache, 9, batch=3, like=like)
+    other = copy.deepcopy(cache)
+    cache.trim()
+    cache.set_budget(cache.stats().physical)
+    try:
+        cache.batch_select_indices(torch.tensor(order))
+    except OutOfPages:
+        cache.trim()
+        same(cache, like)
+    else:
+        like.batch_select_indices(torch.tensor(order))
+        same(cache, like)
+    assert other.get_seq_length() == 60
+    cache.check()
+
+
+def test_rows_of_one_prompt_can_be_looked_at_without_memory():
+    cache, like = both(lookahead=0)
+    append(cache, 51, repeats=6, like=like)
+    cache.trim()
+    cache.set_budget(cache.stats().physical)
+    same(cache, like)
+
+
+def test_a_closed_cache_leaves_its_memory_to_its_copy():
+    cache, like = both()
+    append(cache, 51, like=like)
+    other = copy.deepcopy(cache)
+    kv_cache = cache.kv_caches[0]
+    cache.close()
+    same(other, like)
+    other.close()
+    assert kv_cache.stats().physical == 0

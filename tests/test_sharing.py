@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+
 import pytest
 import torch
 
@@ -246,6 +249,52 @@ def test_windows_are_forked_as_far_as_their_rows_are_there():
     again = c.open()
     write(again, 100)
     assert rows(again) == list(range(100))
+
+
+def test_a_window_does_not_move_under_a_fork():
+    driver = _core.host_driver(PAGE)
+    arena = _core.Arena(driver, [(PAGE, 8)], slots=4, max_len=200, budget=1000 * PAGE, lookahead=0)
+    arena.acquire()
+    for length in range(1, 41):
+        arena.grow([0], length, 0)
+    targets = [arena.acquire(), arena.acquire()]
+    driver.charge("map", 1_000_000)
+    fork = threading.Thread(target=arena.fork, args=(0, 40, targets), kwargs={"share": "alias"})
+    fork.start()
+    while driver.mappings < 45:  # the fork is under way
+        pass
+    arena.grow([0], 41, 40)
+    fork.join()
+    arena.check()
+    assert [arena.head(slot, 0) for slot in (0, *targets)] == [33 * PAGE, 0, 0]
+
+
+def test_who_shares_is_not_alone_while_another_gets_its_own():
+    for k in range(1, 20):
+        c = cache(mapper=False)
+        s, driver = c.open(), c._arena.driver
+        write(s, 61)
+        [fork] = s.fork(share="alias")
+        fork.truncate(30)
+        driver.charge("set_access", 2_000_000)
+
+        def grow(fork=fork, driver=driver, k=k):
+            driver.fail_at(k)
+            with contextlib.suppress(DriverError):
+                fork.grow(1)
+            driver.fail_at(0)
+
+        growing = threading.Thread(target=grow)
+        accesses = driver.counts()["set_access"]
+        growing.start()
+        while driver.counts()["set_access"] < accesses + 2 and growing.is_alive():
+            pass
+        with contextlib.suppress(DriverError):
+            s.truncate(40)
+        growing.join()
+        c.check()
+        assert rows(fork)[:30] == list(range(30))
+        assert rows(s)[:40] == list(range(40))
 
 
 def test_a_fork_that_the_budget_refuses_changes_nothing():

@@ -122,7 +122,10 @@ def test_misuse_is_told():
         with pytest.raises(ValueError, match="the sequence is swapped out"):
             use()
     assert "swapped out" in repr(s)
+    swapped = s._swapped
     s.swap_in()
+    with pytest.raises(ValueError, match="is being, or was, swapped in"):
+        c._arena.swap_in(swapped)
     assert s.length == 0
     s.swap_out()
     s.close()
