@@ -496,7 +496,7 @@ std::vector<Arena::SlotInfo> Arena::map() const {
       RunInfo row{address_of(index, plane) + run.head - base(), run.head, run.tail, {}, {}};
       for (const Mapping& mapping : run.mappings) {
         row.extents.push_back(mapping.bytes());
-        row.shared.push_back(mapping.shared());
+        row.shared.push_back(!mapping.writable());
       }
       info.runs.push_back(std::move(row));
     }

@@ -204,7 +204,7 @@ class Arena {
     std::size_t head;    // in bytes from the slot's start
     std::size_t tail;
     std::vector<std::size_t> extents;  // bytes of each, in address order
-    std::vector<bool> shared;          // whether others map it too
+    std::vector<bool> shared;          // whether others map it too, or it is still read-only
   };
   struct SlotInfo {
     State state;

@@ -378,7 +378,14 @@ void Arena::own_with_driver(Slots slots, std::size_t positions, Stream stream) {
       for (std::size_t i = 0; i < run.mappings.size();) {
         const std::size_t bytes = run.mappings[i].bytes();
         end += bytes;
-        if (end <= positions * geometry_[plane].row_bytes || !run.mappings[i].shared()) {
+        if (end <= positions * geometry_[plane].row_bytes || run.mappings[i].writable()) {
+          ++i;
+          continue;
+        }
+        if (!run.mappings[i].shared()) {  // others have let go of it where that is watched
+          lock.unlock();
+          slot.runs[plane].mappings[i].allow();
+          lock.lock();
           ++i;
           continue;
         }
