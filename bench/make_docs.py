@@ -50,6 +50,7 @@ BARS = {
     "fork32_memory_ratio": "most memory of 32 samples of an 8192-token prompt, 256 new tokens each, over the bytes",
     "fork32_ms": "making the 32 forks of the prompt (ms)",
     "fork32_compacted_ms": "the same once the prompt is compacted (ms)",
+    "fork32_compacted_for_ms": "the same once it is compacted for so many forks (ms)",
     "beam8_memory_ratio_to_dynamic": "K/V memory of 8 beams on a 4096-token prompt and 64 new ones over DynamicCache's",
     "beam8_copied_per_step": "most bytes that a beam step copies, over those of all beams' K/V",
     "beam8_tokens_equal": "beams equal to DynamicCache's (1 is yes)",

@@ -2,7 +2,8 @@
 
 ``fork32_memory_ratio``: the most memory while 32 samples of an 8192-token prompt grow by 256 tokens each at 40
 steps/s, over the bytes of one prompt and the new tokens; the worse of that and a prompt of 8107.
-``fork32_ms``, ``fork32_compacted_ms``: making the 32 forks of a prompt mapped at once, before and after ``compact``.
+``fork32_ms``, ``fork32_compacted_ms``: making the 32 forks of a prompt mapped at once, before and after ``compact``;
+``fork32_compacted_for_ms``: after ``compact(forks=32)``.
 ``beam8_memory_ratio_to_dynamic``: the most K/V memory of ``model.generate`` with 8 beams on a prompt of 4096 tokens and
 64 new ones, over what DynamicCache's tensors hold in the end; ``beam8_copied_per_step``: the most bytes that a step's
 reordering copies, over those of the beams' K/V; ``beam8_tokens_equal``: 1 when the tokens are DynamicCache's.
@@ -46,23 +47,24 @@ def seconds(device: str, work: Any, *args: Any, **options: Any) -> float:
 def forks(device: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
     rows: list[dict[str, Any]] = []
     for how in ("at once", "token by token"):
-        for compacted in (False, True):
+        for compacted in ("no", "yes", "for the forks"):
+            ahead = SAMPLES if compacted == "for the forks" else 0
             times: list[float] = []
             again: list[float] = []
             with KVCache(bench.layout(), slots=SAMPLES + 1, device=device, lookahead=0) as cache:
                 prompt = cache.open()
                 for step in [PROMPT] if how == "at once" else [1] * PROMPT:
                     prompt.grow(step)
-                took = seconds(device, prompt.compact) if compacted else 0.0
+                took = seconds(device, prompt.compact, forks=ahead) if compacted != "no" else 0.0
                 extents = len(cache.map()[prompt.slot]["runs"][0]["extents"])
             for _ in range(5):
                 with KVCache(bench.layout(), slots=SAMPLES + 1, device=device) as cache:
                     prompt = cache.open()
                     for step in [PROMPT] if how == "at once" else [1] * PROMPT:
                         prompt.grow(step)
-                    if compacted:
-                        prompt.compact()
                     for rounds in (times, again):
+                        if compacted != "no":
+                            prompt.compact(forks=ahead)
                         cache.settle()
                         before = cache.stats().aliases
                         start = time.perf_counter()
@@ -104,6 +106,7 @@ def forks(device: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
         "fork32_memory_ratio": max(ratios),
         "fork32_ms": rows[0]["32 forks ms"],
         "fork32_compacted_ms": rows[1]["32 forks ms"],
+        "fork32_compacted_for_ms": rows[2]["32 forks ms"],
     }
 
 

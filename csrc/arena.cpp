@@ -79,17 +79,21 @@ Arena::~Arena() {
   }
 }
 
-std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expected, Stream stream, bool empty) {
+std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expected, Stream stream, bool empty,
+                           std::optional<std::size_t> like) {
   if (wanted && *wanted >= options_.slots)
     throw std::invalid_argument("slot " + std::to_string(*wanted) + " does not exist: there are " +
                                 std::to_string(options_.slots));
   Lock lock = locked();
   require_open();
   std::size_t chosen = kNever;
+  const auto is_like = [&](const Slot& slot) {
+    return like && *like < options_.slots && is_ready(slot, slots_[*like]);
+  };
   // What is held by others may be free in a moment: looked at again when they are done.
   const auto choose = [&] {
     bool others = false;
-    auto best = std::make_tuple(kNever, false, kNever, 0);
+    auto best = std::make_tuple(true, kNever, false, kNever, 0);
     for (std::size_t index = 0; index < options_.slots; ++index) {
       const Slot& slot = slots_[index];
       if (slot.state == State::running || (wanted && index != *wanted)) continue;
@@ -108,8 +112,8 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
       // takes what is parked.
       const bool bare = slot.state == State::bare;
       const int worse = bare ? 1 : slot.retired.empty() ? 0 : 2;  // what is retired there may have to be waited for
-      const auto rank = std::make_tuple(slot.known != 0 ? slot.parked_at : 0, bare && expected == 0 && !empty,
-                                        2 * lacking + beyond, worse);
+      const auto rank = std::make_tuple(!is_like(slot), slot.known != 0 ? slot.parked_at : 0,
+                                        bare && expected == 0 && !empty, 2 * lacking + beyond, worse);
       if (chosen == kNever || rank < best) {
         best = rank;
         chosen = index;
@@ -131,11 +135,14 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
   const Hold hold(*this, Slots(&chosen, 1), lock);
   wait_for_others(slot.fences, stream, lock);
   adopted_ += slot.state == State::parked ? 1 : 0;
+  const bool ready = is_like(slot);
   begin(slot, 0, stream);
   slot.expected = expected;
   slot.lineage = ++clock_;
   slot.known = 0;
-  drop_unwritable(slot, chosen);
+  if (!ready) drop_unwritable(slot, chosen);
+  for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
+    if (slot.runs[plane].head != 0) retire_run(slot, chosen, plane);
   refresh(slot);
   return chosen;
 }

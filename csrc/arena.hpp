@@ -98,9 +98,11 @@ class Arena {
 
   // Gives a slot to a sequence: `slot` if one is named, else the one whose memory is nearest to `expected` positions;
   // when nothing is expected, a parked one before a bare one; with `empty`, the one with the least memory. Slots that
-  // are known to hold rows come last, the longest parked first. What was queued on other streams than `stream` with the
-  // slot's memory is waited for.
-  std::size_t acquire(std::optional<std::size_t> slot, std::size_t expected, Stream stream, bool empty = false);
+  // are known to hold rows come last, the longest parked first; but before all others, with what it shares, one that is
+  // known to hold nothing but what it shares with the slot `like`, which is to be forked. What was queued on other
+  // streams than `stream` with the slot's memory is waited for.
+  std::size_t acquire(std::optional<std::size_t> slot, std::size_t expected, Stream stream, bool empty = false,
+                      std::optional<std::size_t> like = std::nullopt);
 
   // Makes `positions` rows (and the tail rows) of every named slot usable: all of them or, when it throws, none.
   // `keep` (at most a slot's length) is the earliest length that truncate will still be asked for, a promise even when
@@ -139,8 +141,9 @@ class Arena {
   // a driver call. False when they are not there any more.
   bool resume(std::size_t slot, std::uint64_t lineage, std::size_t positions, Stream stream);
   // Gives every target, running and of length 0, the first rows of a slot: of a running one, or of one of the lineage
-  // that is known to hold them. Whole extents are shared, what lies behind the last of them is copied in `stream`: all
-  // or, when it throws, none. False when the rows are not there any more.
+  // that is known to hold them. Whole extents are shared (those that the target begins with already, as they are), what
+  // lies behind the last of them is copied in `stream`: all or, when it throws, none. False when the rows are not there
+  // any more.
   bool fork(std::size_t source, std::optional<std::uint64_t> lineage, std::size_t positions, Slots targets, Share share,
             Stream stream);
   // Gives running slots memory of their own, with what is in it, behind their first rows. When it throws, no row has
@@ -329,6 +332,9 @@ class Arena {
                         Share share, Stream stream);
   bool has_rows(const Slot& slot, std::optional<std::uint64_t> lineage, std::size_t positions) const noexcept;
   std::size_t sharable(const Slot& slot, std::size_t plane, std::size_t positions) const noexcept;
+  static std::size_t common(const Run& one, const Run& other) noexcept;
+  bool is_ready(const Slot& slot, const Slot& source) const noexcept;
+  std::size_t kept(const Slot& source, const Slot& target, std::size_t plane, std::size_t positions) const noexcept;
   bool better_aliased(const Slot& source, const Slot& target, std::size_t positions) const;
   void split_for_forks(std::size_t source, std::size_t positions, std::size_t forks, Slots mine, Lock& lock);
   void share_runs(std::size_t source, std::size_t positions, Slots targets, Slots aliased, Lock& lock);

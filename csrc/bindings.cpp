@@ -257,11 +257,10 @@ void bind_arena(py::module_& module) {
            py::arg("host_budget") = std::nullopt, py::arg("protect_shared") = false)
       .def(
           "acquire",
-          [](Arena& self, std::optional<std::size_t> slot, std::size_t expected, std::uintptr_t stream, bool empty) {
-            return self.acquire(slot, expected, Stream{stream}, empty);
-          },
+          [](Arena& self, std::optional<std::size_t> slot, std::size_t expected, std::uintptr_t stream, bool empty,
+             std::optional<std::size_t> like) { return self.acquire(slot, expected, Stream{stream}, empty, like); },
           py::arg("slot") = std::nullopt, py::kw_only(), py::arg("expected") = 0, py::arg("stream") = 0,
-          py::arg("empty") = false, Unlocked())
+          py::arg("empty") = false, py::arg("like") = std::nullopt, Unlocked())
       .def(
           "grow",
           [](Arena& self, const Slots& slots, std::size_t positions, std::size_t keep, std::uintptr_t stream) {

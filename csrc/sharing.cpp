@@ -1,4 +1,5 @@
 // How the slots of an arena share extents, and come to their own where they may not.
+#include <iterator>
 #include <utility>
 
 #include "hold.hpp"
@@ -122,7 +123,8 @@ bool Arena::fork_with_driver(std::size_t source, std::optional<std::uint64_t> li
   const std::size_t limit = options_.alias_limit.value_or(driver_->mapping_limit() / 4 * 3);
   for (const std::size_t target : targets) {
     std::size_t count = 0;
-    for (std::size_t plane = 0; plane < geometry_.size(); ++plane) count += sharable(from, plane, positions);
+    for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
+      count += sharable(from, plane, positions) - kept(from, slots_[target], plane, positions);
     const bool cheaper = share == Share::alias || better_aliased(from, slots_[target], positions);
     if (share == Share::copy || !cheaper || mappings + count > limit) continue;
     mappings += count;
@@ -190,6 +192,37 @@ std::size_t Arena::sharable(const Slot& slot, std::size_t plane, std::size_t pos
   return count;
 }
 
+// Mappings of the same extents that two runs begin with.
+std::size_t Arena::common(const Run& one, const Run& other) noexcept {
+  std::size_t count = 0;
+  while (one.head == other.head && count < std::min(one.mappings.size(), other.mappings.size()) &&
+         one.mappings[count].extent() == other.mappings[count].extent())
+    ++count;
+  return count;
+}
+
+// Whether all that is known of a slot lies in what it shares with another one, so that nothing is lost when a fork of
+// that one takes it.
+bool Arena::is_ready(const Slot& slot, const Slot& source) const noexcept {
+  if (&slot == &source || slot.known == 0) return false;
+  bool any = false;
+  for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+    if (geometry_[plane].window != 0) continue;
+    const std::size_t count = common(slot.runs[plane], source.runs[plane]);
+    std::size_t bytes = 0;
+    for (std::size_t index = 0; index < count; ++index) bytes += slot.runs[plane].mappings[index].bytes();
+    if (slot.known * geometry_[plane].row_bytes > bytes) return false;
+    any = true;
+  }
+  return any;
+}
+
+// Of a target's mappings, those that it would share in a fork and has already.
+std::size_t Arena::kept(const Slot& source, const Slot& target, std::size_t plane,
+                        std::size_t positions) const noexcept {
+  return std::min(common(source.runs[plane], target.runs[plane]), sharable(source, plane, positions));
+}
+
 bool Arena::better_aliased(const Slot& source, const Slot& target, std::size_t positions) const {
   double aliasing = 0;
   double copying = 0;
@@ -201,8 +234,9 @@ bool Arena::better_aliased(const Slot& source, const Slot& target, std::size_t p
     for (std::size_t index = 0; index < count; ++index) bytes += run.mappings[index].bytes();
     const std::size_t has = target.runs[plane].tail;
     const std::size_t lacks = bytes - std::min(bytes, has);
-    aliasing +=
-        kAliasCost * static_cast<double>(count) + kUnmapCost * static_cast<double>(target.runs[plane].mappings.size());
+    const std::size_t had = kept(source, target, plane, positions);
+    aliasing += kAliasCost * static_cast<double>(count - had) +
+                kUnmapCost * static_cast<double>(target.runs[plane].mappings.size() - had);
     copying += kCopyCost * static_cast<double>(bytes) +
                kMemoryCost * static_cast<double>(lacks / driver_->granularity()) + (lacks != 0 ? kExtentCost : 0);
     more += lacks;
@@ -234,12 +268,17 @@ void Arena::split_for_forks(std::size_t source, std::size_t positions, std::size
 }
 
 // Brings the runs of held slots to where a held slot's begin, and maps its sharable extents under those that are to
-// share them, which lose what they have.
+// share them, which lose what is in the way.
 void Arena::share_runs(std::size_t source, std::size_t positions, Slots targets, Slots aliased, Lock& lock) {
   const Slot& from = slots_[source];
   for (const std::size_t target : targets)
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
-      if (from.runs[plane].head != 0 || holds(aliased, target)) retire_run(slots_[target], target, plane);
+      if (Run& run = slots_[target].runs[plane]; run.head != from.runs[plane].head) {
+        retire_run(slots_[target], target, plane);
+      } else if (holds(aliased, target)) {
+        const std::size_t had = kept(from, slots_[target], plane, positions);
+        if (had < sharable(from, plane, positions)) retire_from(slots_[target], target, plane, had);
+      }
   clear_the_way(targets, Urgency::demand, lock);
   for (const std::size_t target : targets)
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
@@ -250,11 +289,14 @@ void Arena::share_runs(std::size_t source, std::size_t positions, Slots targets,
     std::vector<std::shared_ptr<Extent>> extents;
     for (std::size_t index = 0; index < count; ++index) extents.push_back(from.runs[plane].mappings[index].extent());
     for (const std::size_t target : aliased) {
+      Run& run = slots_[target].runs[plane];
+      const std::size_t had = std::min(run.mappings.size(), count);
       std::vector<Mapping> mappings;
-      std::size_t tail = from.runs[plane].head;
+      std::size_t tail = run.tail;
       lock.unlock();
       try {
-        for (const auto& extent : extents) {
+        for (std::size_t index = had; index < count; ++index) {
+          const auto& extent = extents[index];
           mappings.emplace_back(driver_, extent, address_of(target, plane) + tail);
           mappings.back().allow(options_.protect_shared || extent->exported.load() ? Access::read : Access::write);
           tail += extent->bytes();
@@ -265,11 +307,10 @@ void Arena::share_runs(std::size_t source, std::size_t positions, Slots targets,
         throw;
       }
       lock.lock();
-      Run& run = slots_[target].runs[plane];
-      run.mappings = std::move(mappings);
+      std::move(mappings.begin(), mappings.end(), std::back_inserter(run.mappings));
       run.tail = tail;
       slots_[target].length = positions;  // what is shared lies before it
-      aliases_ += count;
+      aliases_ += count - had;
     }
     if (options_.protect_shared) {
       lock.unlock();
@@ -293,12 +334,9 @@ void Arena::copy_rows(std::size_t source, std::size_t positions, Slots targets, 
     const Run& run = slots_[source].runs[plane];
     const std::size_t end = positions * geometry_[plane].row_bytes;
     for (const std::size_t target : targets) {
-      const auto& theirs = slots_[target].runs[plane].mappings;
+      const std::size_t shared = common(run, slots_[target].runs[plane]);
       std::size_t at = run.head;
-      for (std::size_t index = 0; index < std::min(run.mappings.size(), theirs.size()) &&
-                                  run.mappings[index].extent() == theirs[index].extent();
-           ++index)
-        at += run.mappings[index].bytes();
+      for (std::size_t index = 0; index < shared; ++index) at += run.mappings[index].bytes();
       if (at < end) parts.push_back({address_of(target, plane) + at, address_of(source, plane) + at, end - at});
     }
   }

@@ -159,13 +159,13 @@ class ArenaMachine(RuleBasedStateMachine):
     ) -> None:
         if len(self.written.keys() | {source}) == SLOTS:
             return
-        target = min(
-            (slot for slot in range(SLOTS) if slot not in self.written and slot != source),
-            key=self.known.__contains__,
-        )
-        if not self.attempt(lambda: self.arena.acquire(target, empty=True)):
+        chosen: list[int] = []
+        if not self.attempt(lambda: chosen.append(self.arena.acquire(empty=True, like=source))):
             return
+        [target] = chosen
         self.begin(target)
+        if target == source:
+            return
         done: list[bool] = []
         if self.attempt(
             lambda: done.append(self.arena.fork(source, length, [target], lineage=lineage, share=share))
@@ -211,7 +211,7 @@ class ArenaMachine(RuleBasedStateMachine):
         if (slot := pick(self.known, index)) is not None:
             self.arena.forget(slot, self.known.pop(slot)[0])
 
-    @rule(index=INDEX, how=st.sampled_from(["release", "publish", "publish", "swap"]))
+    @rule(index=INDEX, how=st.sampled_from(["release", "publish", "publish half", "swap"]))
     def let_go(self, index: int, how: str) -> None:
         if (slot := pick(self.written, index)) is None:
             return
@@ -221,11 +221,12 @@ class ArenaMachine(RuleBasedStateMachine):
             if self.attempt(lambda: gone.append(self.arena.swap_out(slot))):
                 self.swapped.append((gone[0], self.written.pop(slot), kept))
             return
-        lineage = self.arena.publish(slot, len(rows) if how == "publish" else 0)[0]
+        known = rows[: {"release": 0, "publish": len(rows), "publish half": len(rows) // 2}[how]]
+        lineage = self.arena.publish(slot, len(known))[0]
         if self.attempt(lambda: self.arena.release([slot])):
             del self.written[slot]
-            if how == "publish" and rows:
-                self.known[slot] = lineage, rows, kept
+            if known:
+                self.known[slot] = lineage, known, kept
         else:
             self.arena.publish(slot, 0)
 
@@ -321,7 +322,7 @@ OPERATIONS = {
     "come_back": (8, {"index": (0, 63), "fraction": 1.0, "swapped": (False, True)}),
     "compact": (4, {"index": (0, 63), "fraction": 1.0, "parked": (False, True)}),
     "forget": (1, {"index": (0, 63)}),
-    "let_go": (12, {"index": (0, 63), "how": ("release", "publish", "publish", "swap")}),
+    "let_go": (12, {"index": (0, 63), "how": ("release", "publish", "publish half", "swap")}),
     "drop_swapped": (1, {"index": (0, 63)}),
     "prefetch": (3, {"index": (0, 63), "positions": (0, MAX_LEN)}),
     "set_budget": (1, {"budget": (4, 60)}),

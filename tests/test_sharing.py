@@ -357,6 +357,52 @@ def test_the_kth_call_failing_for_every_k(operation, protect_shared):
     assert k > 8
 
 
+def test_forks_of_what_is_compacted_for_them_make_no_driver_call():
+    c = cache(slots=8)
+    s = c.open()
+    write(s, 100)
+    other = c.open()
+    write(other, 8)
+    other.close(tokens=range(8))
+    s.compact(96, forks=3)
+    assert [slot["state"] for slot in c.map()].count("parked") == 4
+    before = c.stats()
+    forks = s.fork(96, n=3)
+    after = c.stats()
+    calls = [
+        name for name in ("create", "map", "unmap", "copy") if after.driver_calls[name] != before.driver_calls[name]
+    ]
+    assert calls == []
+    assert after.aliases == before.aliases
+    assert after.copied == before.copied
+    for value, fork in enumerate(forks):
+        assert rows(fork) == list(range(96))
+        write(fork, 5, 1000 * value)
+    [another] = s.fork(96)
+    assert c.stats().aliases == before.aliases + 1
+    for value, fork in enumerate(forks):
+        assert rows(fork) == [*range(96), *[1000 * value] * 5]
+    assert rows(another) == list(range(96))
+    assert c.open(tokens=range(20)).length == 8  # what is known of others has stayed
+    with pytest.raises(ValueError, match="forks must not be negative"):
+        s.compact(forks=-1)
+
+
+def test_slots_that_are_ready_for_forks_serve_others_too():
+    c = cache(slots=4)
+    s = c.open()
+    write(s, 100)
+    s.compact(forks=3)
+    s.truncate(50)
+    write(s, 1, 7)  # the extent is another one now
+    for value, fork in enumerate([*s.fork(48, n=2), c.open()]):
+        assert rows(fork) == list(range(48))[: fork.length]
+        write(fork, 10, value)
+        assert rows(fork)[-10:] == [value] * 10
+    with pytest.raises(ValueError, match="slots are in use"):
+        s.compact(forks=1)
+
+
 def test_compacting_makes_one_extent_at_the_same_address():
     c = cache()
     s = c.open()

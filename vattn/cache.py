@@ -296,7 +296,7 @@ class KVCache:
     def _fork_known(self, slot: int, lineage: int, length: int) -> Sequence | None:
         if self._arena.stats()["running_slots"] >= self.slots - 1:
             return None  # none is left beside the one that holds the rows
-        sequence = self._open_empty()
+        sequence = self._open_empty(slot)
         try:
             if sequence.slot != slot and self._fork(slot, length, [sequence.slot], lineage=lineage, share="auto"):
                 sequence.length = length
@@ -376,8 +376,25 @@ class KVCache:
         for target in targets:
             target.length = length
 
-    def _open_empty(self) -> Sequence:
-        return Sequence(self, self._arena.acquire(stream=self._stream(), empty=True))
+    def _open_empty(self, like: int | None = None) -> Sequence:
+        """In the slot with the least memory, or in one that is ready for a fork of the slot ``like``."""
+        return Sequence(self, self._arena.acquire(stream=self._stream(), empty=True, like=like))
+
+    def _make_ready(self, source: Sequence, length: int, forks: int) -> None:
+        """Leaves slots in which forks of a sequence find mapped what they share with it."""
+        made = source.fork(length, forks, share="alias")
+        try:
+            slots = self.map()
+            for ready in made:
+                rows = min(
+                    sum(size for size, shared in zip(run["extents"], run["shared"], strict=True) if shared)
+                    // plane.row_bytes
+                    for run, plane in zip(slots[ready.slot]["runs"], self.layout.planes, strict=True)
+                    if not plane.window
+                )
+                self._arena.publish(ready.slot, min(rows, length))
+        finally:
+            self.close_all(made)
 
     def grow_all(self, sequences: list[Sequence], length: int, *, keep: int) -> None:
         """Brings several sequences to ``length`` positions at once: all of them, or none when it raises.
@@ -711,7 +728,7 @@ class Sequence:
         made: list[Sequence] = []
         try:
             for _ in range(n):
-                made.append(self.cache._open_empty())
+                made.append(self.cache._open_empty(self.slot))
             self.cache.fork_all(self, made, self.length if length is None else length, share=share)
         except BaseException:
             self.cache.close_all(made)
@@ -797,20 +814,29 @@ class Sequence:
         """Whether the sequence is in host memory."""
         return self._swapped is not None
 
-    def compact(self, length: int | None = None) -> None:
+    def compact(self, length: int | None = None, *, forks: int = 0) -> None:
         """Moves the first ``length`` positions, by default all, into one extent that a fork shares in one driver call.
 
         What does not fill a granule stays where it is. The address stays what it is; the rows are copied on the device,
         and what is queued on the sequence's streams is waited for. Forks made before keep what they share. Layers with
         a sliding window are left as they are. Until it is done, the memory is taken twice.
 
+        Args:
+            length: positions to move, at most ``self.length``.
+            forks: so many forks of these positions that come next find what they share mapped already, each in a slot
+                that nobody uses now and that is theirs until somebody else needs it.
+
         Raises:
-            OutOfPages, OutOfDeviceMemory: there is not so much memory; nothing has changed then.
-            ValueError: the sequence is closed, or shorter than that.
+            OutOfPages, OutOfDeviceMemory: there is not so much memory; nothing has changed then, or all but the forks.
+            ValueError: the sequence is closed, or shorter than that; or there are not so many slots.
         """
         self._require_open()
         _require_at_least("length", length or 0, 0)
-        self.cache._arena.compact(self.slot, self.length if length is None else length)
+        _require_at_least("forks", forks, 0)
+        length = self.length if length is None else length
+        self.cache._arena.compact(self.slot, length)
+        if forks:
+            self.cache._make_ready(self, length, forks)
 
     def k(self, layer: int) -> torch.Tensor:
         """This sequence's K, ``[length, kv_heads, head_dim]``, a view."""
