@@ -684,9 +684,13 @@ std::size_t Arena::goal_of(const Slot& slot) const noexcept {
 std::size_t Arena::first_lookahead() const noexcept {
   if (!mapper_) return 0;
   if (options_.lookahead) return *options_.lookahead;
+  return std::clamp<std::size_t>(driver_->granularity() / widest_row(), 1, kLookahead);
+}
+
+std::size_t Arena::widest_row() const noexcept {
   std::size_t widest = 0;
   for (const Geometry& plane : geometry_) widest = std::max(widest, plane.row_bytes);
-  return std::clamp<std::size_t>(driver_->granularity() / widest, 1, kLookahead);
+  return widest;
 }
 
 void Arena::require_possible(std::size_t positions) const {

@@ -314,6 +314,7 @@ class Arena {
   std::size_t needed_end(const Slot& slot, std::size_t plane, Keep keep) const noexcept;
   std::size_t goal_of(const Slot& slot) const noexcept;
   std::size_t first_lookahead() const noexcept;
+  std::size_t widest_row() const noexcept;
   std::size_t shared_rows(const Slot& slot) const noexcept;
   void refresh(Slot& slot) noexcept;
   bool discard_due(const Slot& slot, std::size_t keep) const noexcept;

@@ -6,14 +6,15 @@
 namespace vattn {
 namespace {
 
-// Copies between the rows of a plane and its blocks, the first as large as they come.
+// Copies some bytes of a plane's rows to their blocks or back, as large pieces as blocks are.
 void copy_blocks(Driver& driver, Address device, const std::vector<HostBlock>& blocks, std::size_t block_bytes,
-                 std::size_t bytes, bool out, Stream stream) {
-  for (std::size_t index = 0; index * block_bytes < bytes; ++index) {
-    const Address there = device + index * block_bytes;
-    const Address here = blocks[index].at();
-    const std::size_t size = std::min(block_bytes, bytes - index * block_bytes);
+                 std::size_t first, std::size_t end, bool out, Stream stream) {
+  for (std::size_t at = first; at < end;) {
+    const std::size_t size = std::min(end - at, block_bytes - at % block_bytes);
+    const Address here = blocks[at / block_bytes].at() + at % block_bytes;
+    const Address there = device + at;
     driver.copy(out ? here : there, out ? there : here, size, stream);
+    at += size;
   }
 }
 
@@ -48,8 +49,8 @@ std::shared_ptr<Swapped> Arena::swap_out(std::size_t index, Stream stream) {
     for (const auto& fence : before) fence->order(out);
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
       const Swapped::Part& part = swapped->parts[plane];
-      copy_blocks(*driver_, address_of(index, plane) + part.head, part.blocks, host_->block_bytes(), part.bytes, true,
-                  out);
+      copy_blocks(*driver_, address_of(index, plane) + part.head, part.blocks, host_->block_bytes(), 0, part.bytes,
+                  true, out);
     }
     swapped->last.push_back(std::make_shared<const Fence>(driver_, out));
   } catch (...) {
@@ -94,23 +95,33 @@ void Arena::swap_in_with_driver(Swapped& swapped, std::size_t index, Stream stre
     clear_the_way(Slots(&index, 1), Urgency::demand, lock);
     slot.runs[plane].head = slot.runs[plane].tail = swapped.parts[plane].head;
   }
-  map_up_to(Slots(&index, 1), swapped.length, Urgency::demand, lock);
   // What was queued with the slot's memory comes first, and so does the way out.
   const Fences before = fences_of(Slots(&index, 1), stream, lock);
-  lock.unlock();
   const Stream in = driver_->own_stream(OwnStream::in);
   Fences done;
   try {
     for (const auto& fence : before) fence->order(in);
     for (const auto& fence : swapped.last) fence->order(in);
-    for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
-      const Swapped::Part& part = swapped.parts[plane];
-      copy_blocks(*driver_, address_of(index, plane) + part.head, part.blocks, host_->block_bytes(), part.bytes, false,
-                  in);
+    // The first rows are on their way while memory for the next is mapped.
+    slot.expected = 0;
+    const std::size_t step = std::max<std::size_t>(1, pool_.bytes_of(ExtentPool::kClasses - 1) / widest_row());
+    for (std::size_t from = 0; from < swapped.length; from += step) {
+      const std::size_t to = std::min(swapped.length, from + step);
+      map_up_to(Slots(&index, 1), to, Urgency::demand, lock);
+      lock.unlock();
+      for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+        const std::size_t row_bytes = geometry_[plane].row_bytes;
+        const auto& [head, bytes, blocks] = swapped.parts[plane];
+        copy_blocks(*driver_, address_of(index, plane) + head, blocks, host_->block_bytes(),
+                    std::max(head, from * row_bytes) - head, std::max(head, to * row_bytes) - head, false, in);
+      }
+      lock.lock();
     }
+    lock.unlock();
     done.push_back(std::make_shared<const Fence>(driver_, in));
     done.front()->order(stream);
   } catch (...) {
+    if (lock.owns_lock()) lock.unlock();
     driver_->synchronize();
     throw;
   }
