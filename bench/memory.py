@@ -104,7 +104,7 @@ def fits(model: Any, make: Callable[[int], Any], batch: int) -> bool:
     try:
         cache = make(batch)
         chunk = torch.empty(batch * CHUNK, LLAMA_3_8B.intermediate_size, device="cuda", dtype=torch.bfloat16)
-        k = torch.full((batch, 8, CHUNK, 128), 0.01, device="cuda", dtype=torch.bfloat16)
+        k = torch.randn(batch, 8, CHUNK, 128, device="cuda", dtype=torch.bfloat16)  # rows that are alike share memory
         with torch.no_grad():
             for _ in range(PROMPT // CHUNK):
                 for layer in range(LLAMA_3_8B.num_hidden_layers):

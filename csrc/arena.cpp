@@ -1,5 +1,6 @@
 #include "hold.hpp"
 
+#include <numeric>
 #include <tuple>
 #include <unordered_map>
 #include <unordered_set>
@@ -26,6 +27,15 @@ __extension__ using Wide = unsigned __int128;
 
 std::size_t round_up(std::size_t value, std::size_t unit) { return (value + unit - 1) / unit * unit; }
 
+// Bytes from a slot of a plane to the next: a whole number of rows too, where that takes no absurd number of addresses,
+// so that kernels can take the slots of a plane as one row after the other.
+std::size_t stride_of(const Plane& plane, const ArenaOptions& options, std::size_t granularity) {
+  constexpr std::size_t kMost = std::size_t{1} << 32;
+  const std::size_t rows = granularity / std::gcd(granularity, plane.row_bytes);
+  const std::size_t unit = rows <= kMost / plane.row_bytes ? rows * plane.row_bytes : granularity;
+  return round_up((options.max_len + options.tail_rows) * plane.row_bytes, unit);
+}
+
 std::size_t checked_reservation(const ArenaOptions& options, const std::vector<Plane>& planes,
                                 std::size_t granularity) {
   if (planes.empty()) throw std::invalid_argument("planes must not be empty");
@@ -40,11 +50,12 @@ std::size_t checked_reservation(const ArenaOptions& options, const std::vector<P
   for (const Plane& plane : planes) {
     if (plane.row_bytes == 0) throw std::invalid_argument("a plane's row_bytes must be at least 1");
     const Wide rows = Wide{options.max_len} + options.tail_rows;
-    const Wide slot = rows * plane.row_bytes + granularity;
     const Wide slots = Wide{options.slots} + 1;  // the bench
-    if (slot > kAddresses || slot * slots + total > kAddresses)
+    const bool fits = rows <= kAddresses / plane.row_bytes;
+    const Wide slot = fits ? stride_of(plane, options, granularity) : Wide{kAddresses};
+    if (!fits || slot * slots + total > kAddresses)
       throw std::invalid_argument("slots x max_len needs more than 128 TiB of addresses: lower slots or max_len");
-    total += round_up(static_cast<std::size_t>(rows) * plane.row_bytes, granularity) * static_cast<std::size_t>(slots);
+    total += static_cast<std::size_t>(slot * slots);
   }
   return total;
 }
@@ -62,8 +73,7 @@ Arena::Arena(std::shared_ptr<Driver> driver, std::vector<Plane> planes, ArenaOpt
       slots_(options.slots + 1) {
   std::size_t offset = 0;
   for (const Plane& plane : planes) {
-    const std::size_t stride =
-        round_up((options_.max_len + options_.tail_rows) * plane.row_bytes, driver_->granularity());
+    const std::size_t stride = stride_of(plane, options_, driver_->granularity());
     geometry_.push_back({plane.row_bytes, plane.window, offset, stride});
     offset += stride * slots_.size();
   }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -212,3 +213,17 @@ CASES = [
     for attention in attentions(name)
     for mode in (SEQ2SEQ_MODES if name == "t5" else MODES)
 ]
+
+
+def generated(model: Any, cache: Any, batch: int = 2, length: int = 10, **options: Any) -> torch.Tensor:
+    options = {"max_new_tokens": 12, "do_sample": False, **options}
+    return model.generate(**prompt(batch, length, model.device.type), **{CACHE_KEYWORD: cache}, **options)
+
+
+@contextlib.contextmanager
+def virtual_of(model: Any, **options: Any) -> Iterator[VirtualCache]:
+    """A cache made with a model, or a configuration, which is checked and closed in the end."""
+    cache = VirtualCache(model, **{"max_len": 160, **options})
+    yield cache
+    cache.check()
+    cache.close()

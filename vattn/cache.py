@@ -101,6 +101,7 @@ class KVCache:
             no limit but the device's.
         growth_divisor: a growing sequence takes new memory in extents of up to 1/growth_divisor of what it has, so
             that at most this part of it is unused.
+        tail_rows: positions past its length that kernels may load, kept mapped and finite: see ``vattn.kernels``.
         lookahead: positions past its length that a running sequence is kept mapped by the device's mapper, a
             background thread. None: as many as the time to map and the rate of growth ask for, at least a granule.
         mapper: False makes every driver call in the thread of who needs it, and maps nothing ahead.
@@ -124,6 +125,7 @@ class KVCache:
         device: str | torch.device = "cpu",
         budget: int | float | None = None,
         growth_divisor: int = 32,
+        tail_rows: int = 0,
         lookahead: int | None = None,
         mapper: bool = True,
         alias_limit: int | None = None,
@@ -135,6 +137,7 @@ class KVCache:
         for name, value, least in (
             ("slots", slots, 1),
             ("growth_divisor", growth_divisor, 1),
+            ("tail_rows", tail_rows, 0),
             ("lookahead", lookahead or 0, 0),
             ("alias_limit", alias_limit or 0, 0),
             ("host_budget", host_budget or 0, 0),
@@ -153,6 +156,7 @@ class KVCache:
             max_len=layout.max_len,
             budget=_budget_bytes(budget, driver),
             growth_divisor=growth_divisor,
+            tail_rows=tail_rows,
             lookahead=lookahead,
             mapper=self._mapper,
             alias_limit=alias_limit,

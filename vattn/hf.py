@@ -18,7 +18,9 @@ import torch
 import transformers
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from vattn import decode
 from vattn.cache import CacheStats, KVCache, TrimOnOOM
+from vattn.decode import Decoder, DecodeStats
 from vattn.layout import Kind
 from vattn.store import Options, Store, write
 
@@ -181,7 +183,8 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
     keyword is ``past_key_values``. What is None is taken from the model's first call.
 
     Args:
-        config: the model's configuration, which tells the layers and their windows.
+        config: the model, or its configuration, which tells the layers and their windows. Given the model, decode steps
+            run on vattn's attention, and on CUDA as replays of a graph: see ``decode_stats``.
         max_len: positions of the longest sequence. Costs addresses only.
         slots: rows of the largest batch; None reserves plenty. A batch above a given number is an error.
         device: the device all layers must compute on.
@@ -190,6 +193,10 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         layout: ``"interleaved"`` or ``"compact"``, see ``vattn.layout``.
         lookahead: positions that are kept mapped past the length; None adapts to the rate of growth. See ``KVCache``.
         mapper: False maps in the calling thread, when memory is needed, and not ahead in the background.
+        attention: the kernel of decode steps, of ``vattn.kernels.KERNELS``, or ``"auto"`` for the first that does it.
+        capture: False does not capture decode steps into CUDA graphs.
+        compiled: compiles decode steps by ``torch.compile`` before they are captured, which takes a minute for a large
+            model and each batch size; a dict is passed on as its ``options``.
 
     Raises (at the first call that needs it, and then the layer called has not changed; on one device no layer has):
         SequenceTooLong: a sequence would exceed ``max_len``.
@@ -210,7 +217,13 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         layout: Kind = "interleaved",
         lookahead: int | None = None,
         mapper: bool = True,
+        attention: str = "auto",
+        capture: bool = True,
+        compiled: bool | dict[str, Any] = False,
     ) -> None:
+        decoder = Decoder(attention, capture, compiled)
+        model = config if isinstance(config, torch.nn.Module) else None
+        config = config if model is None else model.config
         options = Options(
             max_len=max_len,
             slots=slots,
@@ -220,9 +233,13 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             layout=layout,
             lookahead=lookahead,
             mapper=mapper,
+            **({} if model is None else decoder.room()),
         )
         super().__init__(config=config)
         _virtualize(self, options)
+        if model is not None:
+            self.decoder = decoder
+            decode.attach(model)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -230,6 +247,8 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         """Appends one layer's new K and V, ``[batch, kv_heads, n, head_dim]``, and returns views of all of them."""
         # This runs for every layer of every token; the way through the layer is for what is out of the ordinary.
         store = self._store
+        if self.decoder is not None and (step := decode.running()) is not None:
+            return step.update(layer_idx, key_states, value_states)
         if ready := store.ready.get(layer_idx):
             new, k, v, (k_shape, v_numel, end) = ready
             if (
@@ -295,11 +314,34 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         other = copy.copy(self)
         memo[id(self)] = other
         other._store = self._store.clone()
+        other.decoder = self.decoder and self.decoder.clone()
         other.layers = [
             layer.clone(other._store) if isinstance(layer, _VirtualLayer) else copy.deepcopy(layer, memo)
             for layer in self.layers
         ]
         return other
+
+    decoder: Decoder | None = None
+
+    def decode_step(self, forward: decode.Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Computes a model's call as a decode step; None where it is none, or the cache was made without the model."""
+        return self.decoder and self.decoder.step(self._store, forward, args, kwargs)
+
+    def decode_stats(self) -> DecodeStats | None:
+        """How decode steps ran so far; None where the cache was made with a configuration."""
+        return None if self.decoder is None else self.decoder.stats()
+
+    @contextlib.contextmanager
+    def eager(self) -> Iterator[None]:
+        """While it lasts, decode steps run as transformers runs them, without vattn's attention and without graphs."""
+        if self.decoder is None:
+            yield
+            return
+        before, self.decoder.enabled = self.decoder.enabled, False
+        try:
+            yield
+        finally:
+            self.decoder.enabled = before
 
     @property
     def kv_caches(self) -> list[KVCache]:
@@ -349,6 +391,8 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
     def close(self) -> None:
         """Gives all memory back. Views returned earlier must not be read any more, and the cache not be used."""
         self._store.close()
+        if self.decoder is not None:
+            self.decoder.clear()
 
     def _own(self) -> Iterator[_VirtualLayer]:
         return (layer for layer in self.layers if isinstance(layer, _VirtualLayer))

@@ -13,6 +13,7 @@ A plane holds ``row_bytes`` for every position of a slot and is mapped by itself
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -245,8 +246,13 @@ class KVLayout:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of addresses that a slot takes."""
-        return sum(-(-self.max_len * plane.row_bytes // self.granularity) for plane in self.planes) * self.granularity
+        """Bytes of addresses that a slot takes: whole granules, and whole rows where that is no more than 4 GiB."""
+        total = 0
+        for plane in self.planes:
+            unit = math.lcm(self.granularity, plane.row_bytes)
+            unit = unit if unit <= 1 << 32 else self.granularity
+            total += -(-self.max_len * plane.row_bytes // unit) * unit
+        return total
 
     def used_bytes(self, length: int) -> int:
         """Bytes of the rows that a sequence of ``length`` tokens needs; before a window nothing is needed."""

@@ -102,6 +102,9 @@ class Options:
     layout: Kind = "interleaved"
     lookahead: int | None = None
     mapper: bool = True
+    # Rows that the kernels of decode steps may load beside a sequence's, on devices: before its window, behind its end.
+    head_rows: int = 0
+    tail_rows: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (("max_len", 1), ("slots", 1), ("lookahead", 0)):
@@ -201,7 +204,7 @@ class Store:
         try:
             self._set_rows(place, batch)
             self._find_twins(place, k, v, start)
-            keep = start if in_step and not self.recording else self._keep(place)
+            keep = self._room_before(place, start) if in_step and not self.recording else self._keep(place)
             self.caches[place].grow_all(self.rows[place][:: self.twins], start + n, keep=keep)
         except BaseException:
             if start == 0:  # it has seen nothing yet, and may come in another shape
@@ -222,6 +225,23 @@ class Store:
         else:  # the first pass, or a layer that skips steps
             self.ready.update((layer, r) for layer, r in ready if layer in self.seen and self.lengths[layer] == start)
         return self.ready.pop(index)
+
+    def grow_for_step(self, batch: int, device: torch.device) -> tuple[KVCache, int, int] | None:
+        """Memory for one more position of every row, for who writes it in all layers by himself.
+
+        Returns the ``KVCache``, the slot of the first row and the length so far; or None where rows or layers differ in
+        what they hold.
+        """
+        if self.closed or len(self.caches) != 1 or not all(self.cached) or len(self.seen) != len(self.lengths):
+            return None
+        [(place, cache)] = self.caches.items()
+        length = self.lengths[0]
+        if place != (device, -1) or length == 0 or len(self.rows[place]) != batch or len(set(self.lengths)) != 1:
+            return None
+        self.settle()
+        self.ready.clear()
+        cache.grow_all(self.rows[place], length + 1, keep=self._keep(place))
+        return cache, self.bases[place], length
 
     def _find_twins(self, place: Place, k: torch.Tensor, v: torch.Tensor, start: int) -> None:
         """Notes whether the rows of a prompt are the same in groups, as beams and return sequences begin."""
@@ -285,9 +305,12 @@ class Store:
 
     def _keep(self, place: Place) -> int:
         """The shortest length that a layer of a place has, or may be cropped to: its windows must stay."""
-        if self.recording:
-            return self.floor
-        return min(self.lengths[layer] for layer in self._layers_of(place) if layer in self.seen)
+        shortest = min(self.lengths[layer] for layer in self._layers_of(place) if layer in self.seen)
+        return self._room_before(place, self.floor if self.recording else shortest)
+
+    def _room_before(self, place: Place, length: int) -> int:
+        """The length that windows must stay for, so that kernels find the rows before the window of another one."""
+        return length if place[0].type == "cpu" else max(0, length - self.options.head_rows)
 
     def view(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What a layer holds, ``[batch, kv_heads, length, head_dim]``; of a window only what it still needs."""
@@ -519,6 +542,7 @@ class Store:
             slots=slots,
             device=place[0],
             budget=budget,
+            tail_rows=0 if place[0].type == "cpu" else self.options.tail_rows,
             lookahead=self.options.lookahead,
             mapper=self.options.mapper,
         )

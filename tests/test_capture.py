@@ -1,0 +1,102 @@
+"""Decode steps as replays of a graph: captured once, while sequences grow and calls follow each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import build, generated, virtual_of
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+
+pytestmark = pytest.mark.gpu
+
+
+class Watch(StoppingCriteria):
+    def __init__(self, cache):
+        self.cache, self.seen = cache, []
+
+    def __call__(self, input_ids, scores, **options):
+        self.seen.append(self.cache.decode_stats())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral"])
+def test_one_capture_serves_growth_and_every_later_call(name):
+    model = build(name, "sdpa", "cuda")
+    model.generation_config.eos_token_id = None
+    expected = generated(model, DynamicCache(config=model.config), max_new_tokens=120)
+    with virtual_of(model) as cache:
+        for call in range(20):
+            watch = Watch(cache)
+            got = generated(model, cache, max_new_tokens=120, stopping_criteria=StoppingCriteriaList([watch]))
+            assert torch.equal(got, expected)
+            stats = watch.seen[-1]
+            assert stats.captures == 1
+            if call == 1:
+                reserved = torch.cuda.memory_reserved()
+            cache.reset()
+        assert stats.replayed + stats.eager == 20 * 119
+        assert stats.eager == 1
+        assert torch.cuda.memory_reserved() == reserved
+
+
+def test_graphs_are_bounded():
+    model = build("llama-gqa", "sdpa", "cuda")
+    with virtual_of(model, slots=12) as cache:
+        for batch in range(1, 12):
+            expected = generated(model, DynamicCache(config=model.config), batch=batch)
+            assert torch.equal(generated(model, cache, batch=batch), expected)
+            cache.reset()
+        stats = cache.decode_stats()
+        assert stats.captures == 11
+        assert stats.graphs == 8
+
+
+def test_weights_that_move_are_noticed():
+    model = build("llama-gqa", "sdpa", "cuda")
+    with virtual_of(model) as cache:
+        generated(model, cache)
+        cache.reset()
+        for parameter in model.parameters():
+            parameter.data = parameter.data * 1.1
+        assert torch.equal(generated(model, cache), generated(model, DynamicCache(config=model.config)))
+        assert cache.decode_stats().captures == 2
+
+
+def test_a_step_that_cannot_be_captured_runs_eagerly(caplog):
+    model = build("llama-gqa", "sdpa", "cuda")
+    model.model.norm.register_forward_hook(lambda module, args, output: output * output.any().item())
+    expected = generated(model, DynamicCache(config=model.config))
+    with virtual_of(model) as cache:
+        assert torch.equal(generated(model, cache), expected)
+        stats = cache.decode_stats()
+        assert stats.eager == 11
+        assert stats.fallback.startswith("the step cannot be captured: ")
+    assert len(caplog.records) == 1
+    torch.rand(3, device="cuda")  # the generators know that the capture is over
+
+
+def test_a_constant_in_a_captured_step_is_found_out():
+    model = build("llama-gqa", "sdpa", "cuda")
+    kept = {}
+
+    def shift(module, args, output):
+        return output + 0.01 * kept["cache"].get_seq_length()  # a number of the host's, fixed by a capture
+
+    model.model.norm.register_forward_hook(shift)
+    kept["cache"] = DynamicCache(config=model.config)
+    expected = generated(model, kept["cache"])
+    with virtual_of(model) as cache:
+        kept["cache"] = cache
+        assert torch.equal(generated(model, cache), expected)
+        assert "a replayed step differs from one that is not" in cache.decode_stats().fallback
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral", "gemma2", "gpt2"])
+def test_compiled(name):
+    model = build(name, "sdpa" if name != "gemma2" else "eager", "cuda")
+    expected = generated(model, DynamicCache(config=model.config), max_new_tokens=24)
+    with virtual_of(model, compiled=True) as cache:
+        assert torch.equal(generated(model, cache, max_new_tokens=24), expected)
+        stats = cache.decode_stats()
+        assert stats.fallback is None
+        assert stats.replayed >= 22

@@ -1,0 +1,204 @@
+"""Decode steps on vattn's attention: which calls are one, when a model is not trusted, and steps that are captured."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from models import CASES, MODES, attentions, build, generated, prompt, virtual_of
+from transformers import DynamicCache
+
+from vattn import CACHE_KEYWORD, VirtualCache, kernels, store
+
+MAX_LEN = 160
+OTHERS = ("t5", "deepseek_v3")  # their attention is not given what the cache returns, or has no positions
+
+
+@pytest.fixture(autouse=True)
+def small(device, monkeypatch):
+    if device == "cpu":
+        monkeypatch.setattr(store.Store, "granularity", 4096)
+
+
+@pytest.mark.parametrize(("name", "attention", "mode"), [case for case in CASES if case[0] not in OTHERS])
+def test_exact(name, attention, mode, device):
+    if attention != attentions(name)[0]:
+        pytest.skip("decode steps are the same whatever the attention of prompts is")
+    model = build(name, attention, device)
+    made = []
+
+    def make(model):
+        made.append(VirtualCache(model, max_len=MAX_LEN))
+        return made[-1]
+
+    try:
+        expected = MODES[mode](model, lambda model: DynamicCache(config=model.config))
+    except (ValueError, RuntimeError, NotImplementedError):  # it cannot crop
+        expected = MODES[mode](model, lambda model: DynamicCache())
+    for a, b in zip(expected, MODES[mode](model, make), strict=True):
+        assert torch.equal(a, b)
+    for cache in made:
+        cache.check()
+        stats = cache.decode_stats()
+        assert stats.fallback is None
+        if mode in ("greedy", "padded", "sampling", "beams", "reset"):
+            steps = stats.eager + stats.replayed
+            assert steps >= 20
+            assert stats.replayed == (0 if device == "cpu" else steps - stats.captures)
+
+
+def test_steps_are_those_that_generate_makes(device):
+    model = build("llama-gqa", "sdpa", device)
+    with virtual_of(model) as cache:
+        generated(model, cache)
+        stats = cache.decode_stats()
+        assert stats.eager + stats.replayed == 11
+        cache.reset()
+        with cache.eager():
+            generated(model, cache)
+        assert cache.decode_stats() == stats
+
+
+def test_a_cache_made_with_a_configuration_has_no_steps(device):
+    model = build("llama-gqa", "sdpa", device)
+    with virtual_of(model.config) as cache:
+        generated(model, cache)
+        assert cache.decode_stats() is None
+
+
+@pytest.mark.parametrize("name", ["reference", "auto"])
+def test_the_kernel_is_the_one_named(name, device):
+    model = build("llama-gqa", "sdpa", device)
+    if device == "cuda" and name == "reference":
+        with virtual_of(model, attention=name) as cache:
+            generated(model, cache)
+            assert "it cannot be captured" in cache.decode_stats().fallback
+        return
+    with virtual_of(model, attention=name) as cache:
+        generated(model, cache)
+        used = cache.decode_stats().kernel
+        assert used == ("reference" if name == "reference" else {"cpu": "sdpa", "cuda": "flex"}[device])
+
+
+def test_an_unknown_kernel_is_refused(device):
+    with pytest.raises(ValueError, match="attention must be 'auto' or one of"):
+        VirtualCache(build("llama-gqa", "sdpa", device), max_len=MAX_LEN, attention="fa9")
+
+
+def test_what_is_no_step_runs_as_ever(device):
+    model = build("llama-gqa", "sdpa", device)
+    ids = prompt(2, 12, device)["input_ids"]
+    holes = torch.ones(2, 11, dtype=torch.long, device=device)
+    holes[0, 4] = 0
+    calls = [
+        {"input_ids": ids[:, 10:12]},
+        {"input_ids": ids[:, 10:11], "output_hidden_states": True},
+        {"input_ids": ids[:, 10:11], "attention_mask": holes},
+        {"inputs_embeds": model.get_input_embeddings()(ids[:, 10:11])},
+    ]
+    for call in calls:
+        results = []
+        for cache in (DynamicCache(config=model.config), VirtualCache(model, max_len=MAX_LEN)):
+            with torch.no_grad():
+                model(ids[:, :10], **{CACHE_KEYWORD: cache}, use_cache=True)
+                results.append(model(**call, **{CACHE_KEYWORD: cache}, use_cache=True).logits)
+        torch.testing.assert_close(*results)
+        stats = cache.decode_stats()
+        assert stats.eager + stats.replayed == 0
+        assert cache.get_seq_length() == 10 + (call.get("input_ids", ids[:, :1]).shape[1])
+
+
+def test_masks_are_looked_at_in_every_step(device):
+    """Padding that comes up after steps without it, and goes again."""
+    model = build("llama-gqa", "sdpa", device)
+    ids = prompt(2, 20, device)["input_ids"]
+    caches = DynamicCache(config=model.config), VirtualCache(model, max_len=MAX_LEN)
+    for padding in (None, 0, 3, 3, 5, None, 0, "hole", 2):
+        outputs = []
+        for cache in caches:
+            length = cache.get_seq_length()
+            mask = torch.ones(2, max(length + 1, 10), dtype=torch.long, device=device)
+            if padding == "hole":
+                mask[1, 6] = 0
+            elif padding:
+                mask[1, :padding] = 0
+            given = ids[:, :10] if length == 0 else ids[:, length : length + 1]
+            options = {} if padding is None else {"attention_mask": mask}
+            with torch.no_grad():
+                outputs.append(model(given, **options, **{CACHE_KEYWORD: cache}, use_cache=True).logits[:, -1])
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+    stats = caches[1].decode_stats()
+    assert stats.eager + stats.replayed == 7
+    assert stats.fallback == "the attention mask is no left padding"
+
+
+@pytest.mark.parametrize("name", OTHERS[1:])
+def test_models_that_attend_otherwise_are_not_trusted(name, device, caplog):
+    model = build(name, attentions(name)[0], device)
+    expected = generated(model, DynamicCache(config=model.config))
+    with virtual_of(model) as cache, caplog.at_level(logging.WARNING, "vattn"):
+        assert torch.equal(generated(model, cache), expected)
+        cache.reset()
+        assert torch.equal(generated(model, cache), expected)
+        assert cache.decode_stats().fallback.startswith("DeepseekV3ForCausalLM decodes as transformers does: ")
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("what", ["scale", "crash"])
+def test_a_kernel_that_is_wrong_is_found_out(what, device, monkeypatch, caplog):
+    model = build("llama-gqa", "sdpa", device)
+    expected = generated(model, DynamicCache(config=model.config))
+    kernel = kernels.choose(
+        kernels.Task(device=device, dtype=torch.float32, query_heads=4, kv_heads=2, head_dim=16, v_head_dim=16)
+    )
+
+    def wrong(q, k, v, spans, scores):
+        if what == "crash":
+            raise RuntimeError("out of order")
+        return original(2 * q, k, v, spans, scores)
+
+    original = kernel.decode
+    monkeypatch.setattr(kernel, "decode", wrong)
+    with virtual_of(model) as cache:
+        assert torch.equal(generated(model, cache), expected)
+        reason = {"scale": "its attention is not what the kernels compute", "crash": "RuntimeError: out of order"}[what]
+        assert cache.decode_stats().fallback == f"LlamaForCausalLM decodes as transformers does: {reason}"
+        assert cache.decode_stats().eager == 0
+
+
+def test_a_model_stays_what_it_was(device):
+    model = build("mistral", "sdpa", device)
+    with virtual_of(model) as cache:
+        expected = generated(model, cache)
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(generated(model, DynamicCache(config=model.config)), expected)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    with virtual_of(other) as cache:
+        assert torch.equal(generated(other, cache), generated(other, DynamicCache(config=other.config)))
+        assert cache.decode_stats().eager + cache.decode_stats().replayed == 11
+    with virtual_of(model) as cache:
+        ids = prompt(2, 8, device)["input_ids"]
+        model(ids, **{CACHE_KEYWORD: cache}, use_cache=True)
+        loss = model(ids[:, :1], **{CACHE_KEYWORD: cache}, use_cache=True).logits.sum()
+        with pytest.raises(RuntimeError, match="keeps no gradients"):
+            loss.backward()
+
+
+def test_growth_that_is_refused_loses_nothing(device):
+    model = build("llama-gqa", "sdpa", device)
+    ids = prompt(2, 20, device)["input_ids"]
+    cache = VirtualCache(model, max_len=16)
+    with torch.no_grad():
+        model(ids[:, :14], **{CACHE_KEYWORD: cache}, use_cache=True)
+        for at in (14, 15):
+            model(ids[:, at : at + 1], **{CACHE_KEYWORD: cache}, use_cache=True)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="17 positions are more than max_len, 16"):
+                model(ids[:, 16:17], **{CACHE_KEYWORD: cache}, use_cache=True)
+        assert cache.get_seq_length() == 16
+        cache.check()

@@ -1,0 +1,199 @@
+"""Every kernel against the definition in float64, on mixed lengths and with no memory behind the rows it may load."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vattn import KVCache, KVLayout, kernels
+from vattn.kernels import KERNELS, Kernel, Scores, Spans, Task
+
+LENGTHS = [1, 64, 127, 128, 129, 300, 512]
+SHAPES = [(8, 2, 64), (4, 4, 128), (8, 8, 64), (8, 1, 256)]  # query heads, KV heads, head dim
+FEATURES = ["plain", "window", "padding", "softcap", "sinks", "uniform"]
+PADDING, WINDOW = 5, 100
+
+
+class Filled:
+    """A cache with a sequence of each length, random K and V in it, and nothing mapped behind what a kernel may load.
+
+    A row fills a granule on the host, and a granule holds 64 rows and more on a device.
+    """
+
+    def __init__(self, kernel: Kernel, task: Task, lengths: list[int]) -> None:
+        torch.manual_seed(0)
+        dtype = str(task.dtype).removeprefix("torch.")
+        layout = KVLayout.uniform(
+            layers=2, kv_heads=task.kv_heads, head_dim=task.head_dim, v_head_dim=task.v_head_dim, max_len=1024,
+            dtype=dtype, **({"granularity": 4096} if task.device == "cpu" else {}),
+        )  # fmt: skip
+        self.cache = KVCache(
+            layout, slots=len(lengths), device=task.device, lookahead=0, mapper=False, tail_rows=kernel.tail_rows
+        )
+        self.sequences = [self.cache.open(slot=slot) for slot in range(len(lengths))]
+        for sequence, length in zip(self.sequences, lengths, strict=True):
+            sequence.grow(length)
+            for view in (sequence.k(1), sequence.v(1)):
+                view.copy_(torch.randn_like(view))
+        self.k, self.v = self.cache.k(1), self.cache.v(1)
+
+
+def tasks(**more) -> list:
+    """(kernel, task) for each dtype and shape, where the kernel does it."""
+    return [
+        pytest.param(
+            kernel, task, id=f"{kernel.name}-{task.device}-{dtype}-{q}x{kv}x{dim}",
+            marks=[pytest.mark.gpu] if task.device == "cuda" else [],
+        )
+        for device in ("cpu", "cuda")
+        for kernel in KERNELS.values()
+        for dtype in ("float32", "float16", "bfloat16")
+        for q, kv, dim in SHAPES
+        if not kernel.refuses(
+            task := Task(
+                device=device, dtype=getattr(torch, dtype), query_heads=q, kv_heads=kv, head_dim=dim,
+                **{"v_head_dim": dim, **more},
+            )
+        )
+    ]  # fmt: skip
+
+
+def features(names: list[str], **more) -> list:
+    return [
+        pytest.param(feature, *case.values, id=f"{feature}-{case.id}", marks=case.marks)
+        for feature in names
+        for case in tasks(
+            softcap=feature == "softcap",
+            sinks=feature == "sinks",
+            window=feature == "window" and more.get("queries", "one") != "one",
+            **more,
+        )
+    ]
+
+
+def require(kernel: Kernel) -> None:
+    if reason := kernel.missing():
+        pytest.skip(reason)
+
+
+def expected(q, k, v, spans: Spans, counts: list[int], how: Scores) -> torch.Tensor:
+    sinks = None if how.sinks is None else how.sinks.double()
+    wide = Scores(scale=how.scale, softcap=how.softcap, sinks=sinks, window=how.window)
+    return torch.cat(
+        [
+            kernels._plainly(part, k[slot, start:end].double(), v[slot, start:end].double(), wide)
+            for part, (slot, start, end) in zip(torch.split(q.double(), counts), spans.tolist(), strict=True)
+        ]
+    )
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Within what rounding the weights and the outcome to the dtype brings."""
+    tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[got.dtype]
+    torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+
+
+def queries_of(task: Task, n: int) -> torch.Tensor:
+    return torch.randn(n, task.query_heads, task.head_dim, device=task.device, dtype=task.dtype)
+
+
+def how_of(feature: str, task: Task, **more) -> Scores:
+    sinks = torch.randn(task.query_heads, device=task.device, dtype=task.dtype) if feature == "sinks" else None
+    return Scores(scale=0.1, softcap=3.0 if feature == "softcap" else None, sinks=sinks, **more)
+
+
+@pytest.mark.parametrize(("feature", "kernel", "task"), features(FEATURES))
+def test_decode(feature, kernel, task):
+    require(kernel)
+    lengths = [300] * 3 if feature == "uniform" else LENGTHS
+    filled = Filled(kernel, task, lengths)
+    firsts = {"window": [max(0, n - WINDOW) for n in lengths], "padding": [min(PADDING, n - 1) for n in lengths]}
+    starts = firsts.get(feature, [0] * len(lengths))
+    spans = Spans.of(
+        [(slot, start, n) for slot, (start, n) in enumerate(zip(starts, lengths, strict=True))], task.device
+    )
+    q = queries_of(task, len(lengths))
+    how = how_of(feature, task)
+    got = kernel.decode(q, filled.k, filled.v, spans, how)
+    close(got, expected(q, filled.k, filled.v, spans, [1] * len(lengths), how))
+
+
+@pytest.mark.parametrize(
+    ("feature", "kernel", "task"),
+    [
+        case
+        for queries in ("first", "chunk")
+        for case in features(["plain", "window", "padding", "softcap"], queries=queries)
+    ],
+)
+def test_prefill(feature, kernel, task):
+    require(kernel)
+    filled = Filled(kernel, task, LENGTHS)
+    starts = [min(PADDING, n - 1) if feature == "padding" else 0 for n in LENGTHS]
+    seen = [n - start for n, start in zip(LENGTHS, starts, strict=True)]
+    counts = seen if task.queries == "first" else [max(1, n // 3) for n in seen]
+    spans = Spans.of(
+        [(slot, start, n) for slot, (start, n) in enumerate(zip(starts, LENGTHS, strict=True))], task.device
+    )
+    q = queries_of(task, sum(counts))
+    how = how_of(feature, task, window=WINDOW if feature == "window" else None)
+    got = kernel.prefill(q, filled.k, filled.v, spans, counts, how)
+    close(got, expected(q, filled.k, filled.v, spans, counts, how))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "task"), [case for case in tasks(v_head_dim=32, softcap=True) if case.values[1].dtype is torch.float32]
+)
+def test_heads_of_different_width(kernel, task):
+    require(kernel)
+    filled = Filled(kernel, task, LENGTHS)
+    spans = Spans.of([(slot, 0, n) for slot, n in enumerate(LENGTHS)], task.device)
+    q = queries_of(task, len(LENGTHS))
+    how = how_of("softcap", task)
+    got = kernel.decode(q, filled.k, filled.v, spans, how)
+    assert got.shape[-1] == 32
+    close(got, expected(q, filled.k, filled.v, spans, [1] * len(LENGTHS), how))
+
+
+@pytest.mark.parametrize(("kernel", "task"), [case for case in tasks() if case.values[0].capturable])
+def test_a_captured_decode_follows_lengths_that_grow(kernel, task):
+    require(kernel)
+    lengths = [5, 100, 300]
+    filled = Filled(kernel, task, lengths)
+    spans = Spans.of([(slot, 0, n) for slot, n in enumerate(lengths)], task.device)
+    spans.longest = 1024
+    q = queries_of(task, 3)
+    how = how_of("plain", task)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        spans._made.clear()
+        kernel.decode(q, filled.k, filled.v, spans, how)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    spans._made.clear()
+    with torch.cuda.graph(graph):
+        got = kernel.decode(q, filled.k, filled.v, spans, how)
+    for more in (0, 1, 200, 300):
+        lengths = [n + more for n in lengths]
+        for sequence, n in zip(filled.sequences, lengths, strict=True):
+            start = sequence.length
+            sequence.grow(n - start)
+            for view in (sequence.k(1)[start:], sequence.v(1)[start:]):
+                view.copy_(torch.randn_like(view))
+        spans.ends.copy_(torch.tensor(lengths, dtype=torch.int32))
+        graph.replay()
+        now = Spans.of([(slot, 0, n) for slot, n in enumerate(lengths)], task.device)
+        close(got, expected(q, filled.k, filled.v, now, [1] * 3, how))
+
+
+def test_the_choice_says_why():
+    task = Task(device="cpu", dtype=torch.float32, query_heads=4, kv_heads=2, head_dim=64, v_head_dim=64)
+    assert kernels.choose(task).name == "sdpa"
+    assert kernels.choose(task, name="reference").name == "reference"
+    with pytest.raises(ValueError, match=r"attention must be 'auto' or one of .*, not 'fa9'"):
+        kernels.choose(task, name="fa9")
+    with pytest.raises(ValueError, match="fa2: it"):
+        kernels.choose(task, name="fa2")
+    with pytest.raises(ValueError, match="sdpa: it cannot be captured; reference: it cannot be captured"):
+        kernels.choose(task, capturable=True)

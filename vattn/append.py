@@ -1,0 +1,62 @@
+"""Appends one row of K and V to each sequence of a batch, at a position that the device knows."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+
+def append(
+    k_new: torch.Tensor, v_new: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, rows: torch.Tensor
+) -> None:
+    """Writes row ``ends[i] - 1`` of slot i: in one kernel where Triton is there, and in two else.
+
+    Args:
+        k_new: ``[batch, kv_heads, head_dim]``.
+        v_new: ``[batch, kv_heads, v_head_dim]``.
+        k: ``[batch, max_len, kv_heads, head_dim]``, a view of the batch's slots; their memory at that row is mapped.
+        v: ``[batch, max_len, kv_heads, v_head_dim]``.
+        ends: int32 ``[batch]``.
+        rows: int64 ``[batch]``, counting up from 0 on.
+    """
+    kernel = _kernel() if k.is_cuda else None
+    if kernel is None:
+        at = ends.long() - 1
+        k[rows, at] = k_new.to(k.dtype)
+        v[rows, at] = v_new.to(v.dtype)
+        return
+    batch, heads, dim = k_new.shape
+    v_dim = v_new.shape[2]
+    block = 1 << (max(dim, v_dim) - 1).bit_length()
+    kernel[batch, heads](
+        k_new, v_new, k, v, ends, *k_new.stride(), *v_new.stride(), *k.stride()[:3], *v.stride()[:3],
+        dim=dim, v_dim=v_dim, block=block,
+    )  # fmt: skip
+
+
+@functools.cache
+def _kernel() -> Any:
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        return None
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def kernel(  # type: ignore[no-untyped-def]
+        k_new, v_new, k, v, ends,
+        k_new_b, k_new_h, k_new_d, v_new_b, v_new_h, v_new_d, k_slot, k_row, k_head, v_slot, v_row, v_head,
+        dim: tl.constexpr, v_dim: tl.constexpr, block: tl.constexpr,
+    ):  # fmt: skip
+        sequence = tl.program_id(0).to(tl.int64)  # products of strides do not fit 32 bits
+        head = tl.program_id(1).to(tl.int64)
+        row = (tl.load(ends + sequence) - 1).to(tl.int64)
+        at = tl.arange(0, block)
+        new = tl.load(k_new + sequence * k_new_b + head * k_new_h + at * k_new_d, mask=at < dim)
+        tl.store(k + sequence * k_slot + row * k_row + head * k_head + at, new, mask=at < dim)
+        new = tl.load(v_new + sequence * v_new_b + head * v_new_h + at * v_new_d, mask=at < v_dim)
+        tl.store(v + sequence * v_slot + row * v_row + head * v_head + at, new, mask=at < v_dim)
+
+    return kernel
