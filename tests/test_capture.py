@@ -71,7 +71,7 @@ def test_a_step_that_cannot_be_captured_runs_eagerly(caplog):
         stats = cache.decode_stats()
         assert stats.eager == 11
         assert stats.fallback.startswith("the step cannot be captured: ")
-    assert len(caplog.records) == 1
+    assert [record.name for record in caplog.records if record.name == "vattn"] == ["vattn"]
     torch.rand(3, device="cuda")  # the generators know that the capture is over
 
 
@@ -88,9 +88,10 @@ def test_a_constant_in_a_captured_step_is_found_out():
     with virtual_of(model) as cache:
         kept["cache"] = cache
         assert torch.equal(generated(model, cache), expected)
-        assert "a replayed step differs from one that is not" in cache.decode_stats().fallback
+        assert "a replayed step gives other logits" in cache.decode_stats().fallback
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral", "gemma2", "gpt2"])
 def test_compiled(name):
     model = build(name, "sdpa" if name != "gemma2" else "eager", "cuda")

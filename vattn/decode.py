@@ -139,6 +139,8 @@ class Decoder:
             else:
                 output = None
                 self._fall_back("the attention mask is no left padding")
+        if output is not None and not forward.refused:
+            self._counts["replayed" if plan.replayed else "eager"] += 1
         store.lengths = [length + (output is not None)] * len(store.lengths)
         return output
 
@@ -158,32 +160,36 @@ class Decoder:
 
     def _run(self, plan: _Plan, forward: Forward, call: _Call, store: Store, length: int) -> Any:
         plan.fill(call, length)
+        plan.replayed = False
         try:
             if plan.trusted < 1:
                 return self._compare(plan, forward, call, store, length)
-            if plan.graph is None:
-                if not self.capture or call.ids.device.type != "cuda" or plan.uncapturable:
-                    self._counts["eager"] += 1
-                    return plan.run(forward, store, length)
+            if self.capture and call.ids.device.type == "cuda" and plan.graph is None and not plan.uncapturable:
                 self._capture(plan, forward, store, length)
-                if plan.graph is None:
-                    self._counts["eager"] += 1
-                    return plan.run(forward, store, length)
+            if plan.graph is None:
+                return plan.run(forward, store, length)
         except _Unsupported as reason:
             self._distrust(forward, str(reason))
             return None
-        assert plan.graph is not None
         plan.graph.replay()
-        self._counts["replayed"] += 1
+        plan.replayed = True
         output = plan.output()
-        if plan.trusted < 2:
+        if plan.trusted < 2 and length != plan.captured_at:
             # What was a constant of the step that was captured shows in one that is longer.
-            plan.trusted = 2
             again = plan.run(forward, store, length)
-            if not _agree(output, again):
-                self._distrust(forward, "a replayed step differs from one that is not")
-                return None
+            if difference := _difference(output, again):
+                return self._untrust(plan, forward, difference)
+            plan.trusted = 2
         return output
+
+    def _untrust(self, plan: _Plan, forward: Forward, difference: str) -> Any:
+        """After a replay that was not what the step gives: is it the compiler's or the capture's fault?"""
+        if plan.compiled:
+            plan.compiled, plan.graph = False, None
+            self._fall_back(f"the step is not compiled: compiled it gives other logits ({difference})")
+        else:
+            self._distrust(forward, f"a replayed step gives other logits than one that is not ({difference})")
+        return None
 
     def _compare(self, plan: _Plan, forward: Forward, call: _Call, store: Store, length: int) -> Any:
         """The first step, computed by transformers too."""
@@ -196,12 +202,11 @@ class Decoder:
             raise _Unsupported(f"{type(error).__name__}: {error}") from error
         store.lengths = [length] * len(store.lengths)
         theirs = forward.original(**call.given)
-        if not _agree(ours, theirs):
-            self._distrust(forward, "its attention is not what the kernels compute")
+        if difference := _difference(ours, theirs):
+            self._distrust(forward, f"its attention is not what the kernels compute ({difference})")
             return theirs
         plan.trusted = 1
         self._kernels |= dict.fromkeys(plan.step.used)
-        self._counts["eager"] += 1
         return theirs
 
     def _capture(self, plan: _Plan, forward: Forward, store: Store, length: int) -> None:
@@ -219,11 +224,11 @@ class Decoder:
         except Exception as error:  # whatever the model does that a capture does not take
             plan.uncapturable = True
             _end_capture(plan.step.ends)
-            self._fall_back(f"the step cannot be captured: {str(error).splitlines()[0]}")
+            self._fall_back(f"the step cannot be captured: {_first_line(error)}")
             return
         finally:
             store.lengths = [length] * len(store.lengths)
-        plan.graph = graph
+        plan.graph, plan.captured_at = graph, length
         plan.graph_bytes = max(0, torch.cuda.memory_reserved(plan.step.ends.device) - before)
         self._counts["captures"] += 1
 
@@ -240,7 +245,7 @@ class Decoder:
             raise
         except Exception as error:  # whatever the model does that the compiler does not take
             plan.compiled = False
-            self._fall_back(f"the step cannot be compiled: {str(error).splitlines()[0]}")
+            self._fall_back(f"the step cannot be compiled: {_first_line(error)}")
         finally:
             store.lengths = [length] * len(store.lengths)
 
@@ -338,6 +343,8 @@ class _Plan:
                 for name, tensor in call.tensors.items()
             }
         self._given = {**call.others, **self.tensors}
+        self.replayed = False  # the last step
+        self.captured_at = -1
         self.trusted = 0  # 1 when a step agreed with transformers', 2 when a replay agreed with a step
         self.uncapturable = False
         self.compiled: Any = None  # the model's forward; False when it could not be
@@ -540,13 +547,20 @@ def running() -> _Step | None:
     return _running.get()
 
 
-def _agree(ours: Any, theirs: Any) -> bool:
-    """Whether the logits are the same but for rounding, of another kernel than that of transformers."""
+def _difference(ours: Any, theirs: Any) -> str | None:
+    """How the logits differ, if by more than rounding does in a whole model, of other kernels or fused ones."""
     a, b = ours[0].float(), theirs[0].float()
     if a.shape != b.shape:
-        return False
-    tolerance = 1e-3 if theirs[0].dtype == torch.float32 else 5e-2
-    return bool((a - b).norm() <= tolerance * b.norm())
+        return f"{tuple(a.shape)} for {tuple(b.shape)}"
+    relative = float((a - b).norm() / b.norm())
+    return None if relative <= (1e-3 if theirs[0].dtype == torch.float32 else 0.2) else f"by {relative:.1%}"
+
+
+def _first_line(error: BaseException) -> str:
+    """Of the error that was first: the end of a capture or a compilation has another to tell."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).partition("\n")[0]
 
 
 def _weights(model: Any) -> list[int]:

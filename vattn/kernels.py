@@ -233,7 +233,7 @@ class Sdpa(Kernel):
     def __init__(self, name: str, backend: SDPBackend | None, *, masks: bool, gqa: bool, on: tuple[str, ...]) -> None:
         self.name = name  # type: ignore[misc]
         self._backend = backend
-        self._masks = masks  # whether it takes one
+        self._masks = masks  # whether it takes any
         self._gqa = gqa
         self._on = on
 
@@ -295,6 +295,31 @@ def _with_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> to
     return out * torch.sigmoid(lse - sinks.to(lse.dtype))[..., None].to(out.dtype)
 
 
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    """The slots of a tensor as one row after the other, ``[rows, kv_heads, dim]``."""
+    rows = (t.shape[0] - 1) * (t.stride(0) // t.stride(1)) + t.shape[1]
+    return t.as_strided((rows, *t.shape[2:]), t.stride()[1:])
+
+
+def _offsets(k: torch.Tensor, spans: Spans) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first row of each span among those of all slots, and how many there are."""
+    stride = k.stride(0) // k.stride(1)
+
+    def make() -> tuple[torch.Tensor, torch.Tensor]:
+        # One more than the sequences, which is not looked at.
+        return functional.pad(spans.slots * stride + spans.starts, (0, 1)), spans.ends - spans.starts
+
+    made: tuple[torch.Tensor, torch.Tensor] = spans.once(("offsets", stride), make)
+    return made
+
+
+def _one_each(spans: Spans) -> torch.Tensor:
+    """Where the queries of a decode step begin, and end."""
+    device = spans.slots.device
+    made: torch.Tensor = spans.once("one", lambda: torch.arange(len(spans) + 1, dtype=torch.int32, device=device))
+    return made
+
+
 class Flash2(Kernel):
     """FlashAttention-2 as torch carries it, by sequences of different lengths in one call."""
 
@@ -321,29 +346,10 @@ class Flash2(Kernel):
             return "it has sinks in decoding only"
         return None
 
-    @staticmethod
-    def _rows(t: torch.Tensor) -> torch.Tensor:
-        """The slots of a tensor as one row after the other, ``[rows, kv_heads, dim]``."""
-        rows = (t.shape[0] - 1) * (t.stride(0) // t.stride(1)) + t.shape[1]
-        return t.as_strided((rows, *t.shape[2:]), t.stride()[1:])
-
-    @staticmethod
-    def _offsets(k: torch.Tensor, spans: Spans) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first row of each span among those of all slots, and how many there are."""
-        stride = k.stride(0) // k.stride(1)
-
-        def make() -> tuple[torch.Tensor, torch.Tensor]:
-            # One more than the sequences, which is not looked at.
-            return functional.pad(spans.slots * stride + spans.starts, (0, 1)), spans.ends - spans.starts
-
-        made: tuple[torch.Tensor, torch.Tensor] = spans.once(("fa2", stride), make)
-        return made
-
     def decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scores: Scores) -> torch.Tensor:
-        offsets, lengths = self._offsets(k, spans)
-        ones = spans.once("fa2 queries", lambda: torch.arange(len(spans) + 1, dtype=torch.int32, device=q.device))
+        offsets, lengths = _offsets(k, spans)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q, self._rows(k), self._rows(v), ones, offsets, 1, spans.longest, 0.0, False, False,
+            q, _rows(k), _rows(v), _one_each(spans), offsets, 1, spans.longest, 0.0, False, False,
             scale=scores.scale, seqused_k=lengths,
         )  # fmt: skip
         return _with_sinks(out, lse.reshape(-1, len(spans)).t(), scores.sinks) if scores.sinks is not None else out
@@ -351,12 +357,12 @@ class Flash2(Kernel):
     def prefill(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, counts: list[int], scores: Scores
     ) -> torch.Tensor:
-        offsets, lengths = self._offsets(k, spans)
+        offsets, lengths = _offsets(k, spans)
         firsts = [0]
         for count in counts:
             firsts.append(firsts[-1] + count)
         out: torch.Tensor = torch.ops.aten._flash_attention_forward(
-            q, self._rows(k), self._rows(v), torch.tensor(firsts, dtype=torch.int32, device=q.device), offsets,
+            q, _rows(k), _rows(v), torch.tensor(firsts, dtype=torch.int32, device=q.device), offsets,
             max(counts), spans.longest, 0.0, True, False, scale=scores.scale, seqused_k=lengths,
             window_size_left=None if scores.window is None else scores.window - 1,
             window_size_right=None if scores.window is None else 0,
@@ -381,20 +387,23 @@ class Flash3(Kernel):
     def refuses(self, task: Task) -> str | None:
         if task.device != "cuda":
             return "it runs on cuda only"
-        if task.dtype not in _HALVES:
-            return "it computes in float16 and bfloat16 only"
+        if task.dtype is not torch.bfloat16:
+            return "it is built for bfloat16 only"
         if task.head_dim != task.v_head_dim or task.head_dim % 8 or task.head_dim > 256:
             return "it takes equal head dims of K and V, multiples of 8 up to 256"
+        if not task.whole_slots:
+            return "a slot must be a whole number of rows"
         if task.sinks and task.queries != "one":
             return "it has sinks in decoding only"
         return None
 
     def decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scores: Scores) -> torch.Tensor:
-        out, lse, *_ = _flash3()(
-            q[:, None], k, v, cache_seqlens=spans.ends, cache_batch_idx=spans.slots, cache_leftpad=spans.starts,
-            softmax_scale=scores.scale, softcap=scores.softcap or 0.0, return_softmax_lse=True,
+        offsets, lengths = _offsets(k, spans)
+        out, lse = _flash3().flash_attn_varlen_func(
+            q, _rows(k), _rows(v), _one_each(spans), offsets, 1, spans.longest, seqused_k=lengths,
+            softmax_scale=scores.scale, softcap=scores.softcap or 0.0, num_splits=0, return_attn_probs=True,
         )  # fmt: skip
-        return _with_sinks(out[:, 0], lse[:, :, 0], scores.sinks) if scores.sinks is not None else out[:, 0]
+        return _with_sinks(out, lse.t(), scores.sinks) if scores.sinks is not None else out
 
     def prefill(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, counts: list[int], scores: Scores
@@ -403,7 +412,7 @@ class Flash3(Kernel):
         for queries, (slot, start, end) in zip(torch.split(q, counts), spans.tolist(), strict=True):
             # Sliced to the span it loads no row behind it.
             seen = (t[slot, None, start:end] for t in (k, v))
-            out = _flash3()(
+            out = _flash3().flash_attn_func(
                 queries[None], *seen, softmax_scale=scores.scale, causal=True, softcap=scores.softcap or 0.0,
                 window_size=(-1, -1) if scores.window is None else (scores.window - 1, 0),
             )  # fmt: skip
@@ -414,10 +423,10 @@ class Flash3(Kernel):
 @functools.cache
 def _flash3() -> Any:
     try:
-        from fa3_fwd_interface import flash_attn_with_kvcache
+        import fa3_fwd_interface
     except (ImportError, OSError):
         return None
-    return flash_attn_with_kvcache
+    return fa3_fwd_interface
 
 
 class Flex(Kernel):
@@ -498,8 +507,8 @@ KERNELS: dict[str, Kernel] = {
         Flash2(),
         Flex(),
         Sdpa("sdpa-flash", SDPBackend.FLASH_ATTENTION, masks=False, gqa=True, on=("cuda",)),
-        Sdpa("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION, masks=True, gqa=True, on=("cuda",)),
-        Sdpa("sdpa-efficient", SDPBackend.EFFICIENT_ATTENTION, masks=True, gqa=False, on=("cuda",)),
+        Sdpa("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION, masks=False, gqa=True, on=("cuda",)),
+        Sdpa("sdpa-efficient", SDPBackend.EFFICIENT_ATTENTION, masks=False, gqa=False, on=("cuda",)),
         Sdpa("sdpa", None, masks=True, gqa=True, on=("cpu", "cuda")),
         Reference(),
     )
