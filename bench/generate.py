@@ -146,7 +146,7 @@ def main() -> None:
             bars[f"step_ms_{point}"] = best["step ms p50"]
             bars |= {f"step_ms_{point}_{peer}": mine[peer]["step ms p50"] for peer in options.peers if peer in mine}
         bars[f"memory_over_tokens_{point}"] = best["used over weights and tokens"]
-    report.write("generate", "cuda", rows, bars, options.out)
+        report.write("generate", "cuda", rows, bars, options.out)  # as far as it is
 
 
 if __name__ == "__main__":

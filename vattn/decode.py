@@ -126,14 +126,13 @@ class Decoder:
             return None
         cache, base, length = grown
         plan = self._plan(forward.model, call, cache, base, length)
-        fits = plan.step.starts_fit(call.mask, length)
-        if fits and plan.trusted < 2:
-            fits = plan.step.confirmed()
-        output, done = None, False
-        if fits:
+        plan.step.mark()
+        # Once the steps are replays the mask is looked at beside them.
+        output, fits = None, plan.trusted < 2 and plan.step.starts_fit(call.mask, length)
+        if fits or plan.trusted == 2:
             output = self._run(plan, forward, call, store, length)
-            done = output is None or plan.step.confirmed()
-        if not done:
+            fits = fits or output is None or plan.step.starts_fit(call.mask, length)
+        if not fits:
             if plan.step.set_starts(call.mask, length):
                 output = self._run(plan, forward, call, store, length)
             else:
@@ -224,6 +223,7 @@ class Decoder:
         except Exception as error:  # whatever the model does that a capture does not take
             plan.uncapturable = True
             _end_capture(plan.step.ends)
+            _LOG.debug("a capture failed", exc_info=True)
             self._fall_back(f"the step cannot be captured: {_first_line(error)}")
             return
         finally:
@@ -420,39 +420,33 @@ class _Step:
             self.slots = torch.arange(batch, dtype=torch.int32, device=cache.device)
             self._rows = self.slots.long()
             self.starts, self.ends = torch.zeros_like(self.slots), torch.zeros_like(self.slots)
-            pinned = cache.device.type == "cuda"
-            self._flag = torch.ones((), dtype=torch.bool, pin_memory=pinned)
         self._padded = False
-        self._event = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
-        self._asked = False
+        self._side: torch.cuda.Stream | None = None
+        if cache.device.type == "cuda":
+            self._side = torch.cuda.Stream(cache.device)  # type: ignore[no-untyped-call]
+            self._before = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._kernels: dict[Any, Kernel] = {}
         self._views: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.odd = False  # whether a layer attends to another one's K and V
         self.used: dict[str, None] = {}
 
+    def mark(self) -> None:
+        """What the stream has to do now comes before the mask is looked at, and what comes later does not."""
+        if self._side is not None:
+            self._before.record()
+
     def starts_fit(self, mask: torch.Tensor | None, length: int) -> bool:
-        """False when they do not; else ``confirmed`` says whether, once the device has looked at the mask."""
-        self._asked = False
+        """Whether a mask hides just what is before the starts."""
         if mask is None or mask.shape != (self._batch, length + 1):
             return mask is None and not self._padded
-        columns = torch.arange(length + 1, device=self.ends.device)
-        fits = ((mask.to(self.ends.device) != 0) == (columns >= self.starts[:, None])).all()
-        self._flag.copy_(fits, non_blocking=True)
-        if self._event is not None:
-            self._event.record()
-        self._asked = True
-        return True
-
-    def confirmed(self) -> bool:
-        if not self._asked:
-            return True
-        if self._event is not None:
-            self._event.synchronize()
-        return bool(self._flag)
+        with contextlib.nullcontext() if self._side is None else torch.cuda.stream(self._side):
+            if self._side is not None:
+                self._side.wait_event(self._before)
+            columns = torch.arange(length + 1, device=self.ends.device)
+            return bool(((mask.to(self.ends.device) != 0) == (columns >= self.starts[:, None])).all())
 
     def set_starts(self, mask: torch.Tensor | None, length: int) -> bool:
         """Takes the padding from a mask; False when it is anything else than on the left."""
-        self._asked = False
         if mask is None:
             self.starts.zero_()
             self._padded = False

@@ -256,7 +256,7 @@ class Sdpa(Kernel):
         return None
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
-        if self._backend is None:
+        if self._backend is None or k.shape[2] == 1:  # cuDNN takes no single row
             return functional.scaled_dot_product_attention(q, k, v, **options)
         with sdpa_kernel(self._backend):
             return functional.scaled_dot_product_attention(q, k, v, **options)
@@ -393,8 +393,8 @@ class Flash3(Kernel):
             return "it takes equal head dims of K and V, multiples of 8 up to 256"
         if not task.whole_slots:
             return "a slot must be a whole number of rows"
-        if task.sinks and task.queries != "one":
-            return "it has sinks in decoding only"
+        if task.queries != "one" and (task.sinks or task.window):
+            return "it has sinks and windows in decoding only"
         return None
 
     def decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scores: Scores) -> torch.Tensor:
@@ -413,8 +413,7 @@ class Flash3(Kernel):
             # Sliced to the span it loads no row behind it.
             seen = (t[slot, None, start:end] for t in (k, v))
             out = _flash3().flash_attn_func(
-                queries[None], *seen, softmax_scale=scores.scale, causal=True, softcap=scores.softcap or 0.0,
-                window_size=(-1, -1) if scores.window is None else (scores.window - 1, 0),
+                queries[None], *seen, softmax_scale=scores.scale, causal=True, softcap=scores.softcap or 0.0
             )  # fmt: skip
             parts.append(out[0])
         return torch.cat(parts)
