@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: builds in place, tests, checks memory accesses and measures, in under 8 minutes.
-# Usage: bench/gpu.sh [OUT_FOLDER [map | serve | share]]; with `map` it builds and measures the mapper instead, for as
-# long again; with `serve` it serves a trace on one GPU and on all of them; with `share` it tests and measures sharing.
+# Usage: bench/gpu.sh [OUT_FOLDER [map | serve | share | decode]]; with `map` it builds and measures the mapper instead, for as
+# long again; with `serve` it serves a trace on one GPU and on all of them; with `share` it tests and measures sharing, with
+# `decode` kernels and decode steps.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD
@@ -25,6 +26,16 @@ if [ "${2:-}" = map ]; then
 fi
 if [ "${2:-}" = serve ]; then
   run serve timeout 500 python3 bench/serve.py --out "$out"
+  exit $failed
+fi
+if [ "${2:-}" = decode ]; then
+  # A kernel that faults ends its process: one for each.
+  for kernel in fa2 fa3 flex sdpa reference; do
+    run "kernel_$kernel" timeout 150 bash -c "$pytest tests/test_kernels.py -m gpu -k $kernel" &
+  done
+  wait
+  run decode timeout 180 bash -c "$pytest tests/test_decode.py tests/test_capture.py -m gpu -n 6"
+  run generate timeout 240 python3 bench/generate.py --out "$out"
   exit $failed
 fi
 if [ "${2:-}" = share ]; then

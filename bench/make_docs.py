@@ -25,10 +25,12 @@ SECTIONS = {
     "latency": "Latency of growing and updating",
     "map": "Mapping memory: the driver's calls, prompts, growth and served requests",
     "sharing": "Forks, prefixes, beams and swapping",
+    "generate": "Decode steps of a Llama-3-8B shape",
     "serve": "A trace served on one GPU, and on all at once, a process each",
     "memory": "Memory of a Llama-3-8B shape, prompts prefilled in chunks",
     "memory_at_once": "Memory of a Llama-3-8B shape, prompts prefilled in one piece",
 }
+_POINTS = {"1x1024": "1 x 1024", "16x8192": "16 x 8192", "32x8192": "32 x 8192", "1x130000": "1 x 130,000"}
 BARS = {
     "grow_us_cpp": "`grow` within what is mapped, C++ (µs)",
     "grow_us_python": "`Sequence.grow` within what is mapped, Python (µs)",
@@ -58,6 +60,21 @@ BARS = {
     "next_turn_driver_calls": "memory calls and copies to open a chat's next turn",
     "swap_link_fraction": "swapping 1 and 2 GiB over plain copies of as much, the slowest way",
     "swap_slowdown": "attention of other sequences beside swapping without pause, how much longer it takes",
+    **{
+        f"step_ms_{point}{peer}": f"decode step of generate, {shown} tokens, {what} (ms)"
+        for point, shown in _POINTS.items()
+        for peer, what in {
+            "": "the fastest of vattn's",
+            "_dynamic": "DynamicCache",
+            "_static": "StaticCache",
+            "_static_compile": "StaticCache compiled",
+        }.items()
+    },
+    "step_over_floor_64_mixed": "decode step of 64 sequences of 64 to 4096 tokens over its floor",
+    **{
+        f"memory_over_tokens_{point}": f"memory of the device less weights and a GB, over K and V of {shown} tokens"
+        for point, shown in {**_POINTS, "64_mixed": "64 mixed"}.items()
+    },
     "calls_ratio_gpus": "memory calls per 1000 tokens, all GPUs at once over one alone, budget live + 20%",
     "calls_ratio_gpus_full": "the same with the budget full",
     "memory_over_tokens_32x8192": "memory mapped over the bytes of the tokens, 32 x 8192 + 64",

@@ -25,7 +25,7 @@ def questions() -> Iterator[str]:
 folder = sys.argv[1]
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-cache = vattn.VirtualCache(model.config, max_len=4096)
+cache = vattn.VirtualCache(model, max_len=4096)
 tokens = torch.empty(1, 0, dtype=torch.long)  # the whole conversation; the cache holds all of it but the last token
 
 for question in questions():

@@ -18,7 +18,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
 inputs = tokenizer(["The capital of France is", "Water boils at"], return_tensors="pt", padding=True).to(device)
 
-cache = vattn.VirtualCache(model.config, max_len=4096)
+cache = vattn.VirtualCache(model, max_len=4096)
 tokens = model.generate(**inputs, **{vattn.CACHE_KEYWORD: cache}, max_new_tokens=24, do_sample=False)
 
 for text in tokenizer.batch_decode(tokens, skip_special_tokens=True):

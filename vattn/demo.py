@@ -149,7 +149,7 @@ def run(
         return ids, (ids.shape[1] - inputs["input_ids"].shape[1]) / (time.perf_counter() - start)
 
     generate(DynamicCache(config=model.config), "warm-up")
-    cache = VirtualCache(model.config, max_len=max_len)
+    cache = VirtualCache(model, max_len=max_len)
     ids, speed = generate(cache, "vattn")
     cache.check()
     dynamic_ids, dynamic_speed = generate(DynamicCache(config=model.config), "DynamicCache")

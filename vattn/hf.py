@@ -98,7 +98,7 @@ class _VirtualLayer(DynamicLayer):  # type: ignore[misc]
 
     def cropped_length(self, argument: int) -> int:
         """The length that ``crop(argument)`` leaves, in the terms of the installed transformers."""
-        length = self._store.lengths[self._index]
+        length, argument = self._store.lengths[self._index], int(argument)  # which transformers may give as a tensor
         if argument < 0:
             return max(length + argument, 0)
         if argument > 0 and not _CROP_POSITIVE_KEEPS:
