@@ -16,6 +16,7 @@ run() { # a name, then a command: keeps going, remembers failure, shows the end 
     failed=1
     echo "FAIL $name ($((SECONDS - start)) s)"
     tail -n "${TAIL:-40}" "$out/$name.log" | cut -c1-300
+    return 1
   fi
 }
 pytest="python3 -m pytest -q -p no:benchmark -m 'not model'"
@@ -33,7 +34,7 @@ if [ "${2:-}" = decode ]; then
   for kernel in fa2 fa3 flex sdpa reference; do
     run "kernel_$kernel" timeout 150 bash -c "$pytest tests/test_kernels.py -m gpu -k $kernel" &
   done
-  wait
+  for job in $(jobs -p); do wait "$job" || failed=1; done
   run decode timeout 180 bash -c "$pytest tests/test_decode.py tests/test_capture.py -m gpu -n 6"
   run generate timeout 240 python3 bench/generate.py --out "$out"
   exit $failed

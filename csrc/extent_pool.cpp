@@ -21,11 +21,16 @@ std::size_t ExtentPool::shelf_of(std::size_t bytes) const noexcept {
   return bytes == bytes_of(size_class) ? size_class : kClasses;
 }
 
-std::shared_ptr<Extent> ExtentPool::take(std::size_t bytes) {
+std::shared_ptr<Extent> ExtentPool::take(std::size_t bytes) { return obtain(bytes, std::nullopt); }
+
+std::shared_ptr<Extent> ExtentPool::import(std::size_t bytes, int descriptor) { return obtain(bytes, descriptor); }
+
+std::shared_ptr<Extent> ExtentPool::obtain(std::size_t bytes, std::optional<int> descriptor) {
   for (;;) {
     {
       std::unique_lock lock(mutex_);
-      if (auto& pooled = free_[shelf_of(bytes)]; shelf_of(bytes) != kClasses && !pooled.empty()) {
+      auto& pooled = free_[shelf_of(bytes)];
+      if (!descriptor && shelf_of(bytes) != kClasses && !pooled.empty()) {
         Extent extent = std::move(pooled.back());
         pooled.pop_back();
         usage_.pooled -= bytes;
@@ -45,7 +50,7 @@ std::shared_ptr<Extent> ExtentPool::take(std::size_t bytes) {
   try {
     while (!made) {
       try {
-        made.emplace(driver_, bytes);
+        descriptor ? made.emplace(driver_, bytes, *descriptor) : made.emplace(driver_, bytes);
       } catch (const OutOfDeviceMemory&) {
         if (!release_largest()) throw;
       }
@@ -69,29 +74,6 @@ std::shared_ptr<Extent> ExtentPool::lend(Extent&& extent) {
               give(std::move(*lent));
             }
           }};
-}
-
-std::shared_ptr<Extent> ExtentPool::import(std::size_t bytes, int descriptor) {
-  for (;;) {
-    {
-      const std::lock_guard lock(mutex_);
-      if (bytes > usage_.available()) throw OutOfPages(bytes, usage_.available());
-      if (usage_.charged + bytes <= usage_.budget) {
-        charge(bytes);
-        break;
-      }
-    }
-    if (!release_largest()) std::this_thread::yield();
-  }
-  std::optional<Extent> imported;
-  try {
-    imported.emplace(driver_, bytes, descriptor);
-  } catch (...) {
-    const std::lock_guard lock(mutex_);
-    usage_.charged -= bytes;
-    throw;
-  }
-  return lend(std::move(*imported));
 }
 
 // Gives an extent up that other processes may have mapped.

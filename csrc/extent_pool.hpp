@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <mutex>
+#include <optional>
 
 #include "vmm.hpp"
 
@@ -53,6 +54,7 @@ class ExtentPool {
   std::size_t pooled(std::size_t size_class) const;
 
  private:
+  std::shared_ptr<Extent> obtain(std::size_t bytes, std::optional<int> descriptor);
   void charge(std::size_t bytes) noexcept;
   std::shared_ptr<Extent> lend(Extent&& extent);
   void give(Extent&& extent) noexcept;
