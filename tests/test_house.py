@@ -28,6 +28,7 @@ CSRC = {
     "arena.hpp": {"extent_pool", "host_pool", "mapper"},
     "hold.hpp": {"arena"},
     "arena.cpp": {"hold"},
+    "audit.cpp": {"hold"},
     "reclaim.cpp": {"hold"},
     "sharing.cpp": {"hold"},
     "swap.cpp": {"hold"},

@@ -1,0 +1,149 @@
+// What an arena tells of itself: its slots, its counts, and whether they are right.
+#include <unordered_map>
+#include <unordered_set>
+
+#include "hold.hpp"
+
+namespace vattn {
+
+std::vector<Arena::SlotInfo> Arena::map() const {
+  const Lock lock = locked();
+  std::vector<SlotInfo> infos;
+  infos.reserve(options_.slots);
+  for (std::size_t index = 0; index < options_.slots; ++index) {
+    const Slot& slot = slots_[index];
+    SlotInfo info{slot.state, slot.length, 0, {}};
+    for (const Loose& loose : slot.retired) info.retired += loose.mapping.bytes();
+    for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+      const Run& run = slot.runs[plane];
+      RunInfo row{address_of(index, plane) + run.head - base(), run.head, run.tail, {}, {}};
+      for (const Mapping& mapping : run.mappings) {
+        row.extents.push_back(mapping.bytes());
+        row.shared.push_back(!mapping.writable());
+      }
+      info.runs.push_back(std::move(row));
+    }
+    infos.push_back(std::move(info));
+  }
+  return infos;
+}
+
+Arena::Stats Arena::stats() const {
+  const Lock lock = locked();
+  Stats stats{};
+  stats.pool = pool_.usage();
+  stats.host = host_->usage();
+  stats.reserved = reservation_.bytes();
+  stats.adopted = adopted_;
+  stats.hits = hits_;
+  stats.misses = misses_;
+  stats.waited_ns = waited_ns_;
+  stats.background_failures = background_failures_;
+  stats.aliases = aliases_;
+  stats.copied = copied_;
+  std::unordered_set<const Extent*> seen;  // of the extents that several mappings share
+  const auto first_sight = [&](const Mapping& mapping) {
+    return !mapping.shared() || seen.insert(mapping.extent().get()).second;
+  };
+  for (const State state : {State::running, State::parked, State::bare}) {
+    for (const Slot& slot : slots_) {
+      if (slot.state != state) continue;
+      for (const Run& run : slot.runs) {
+        for (const Mapping& mapping : run.mappings) {
+          const bool first = first_sight(mapping);
+          stats.mapped += first ? mapping.bytes() : 0;
+          stats.parked += first && state == State::parked ? mapping.bytes() : 0;
+          stats.shared += first ? 0 : mapping.bytes();
+        }
+      }
+    }
+  }
+  for (const Slot& slot : slots_) {
+    for (const Loose& loose : slot.retired) stats.retired += first_sight(loose.mapping) ? loose.mapping.bytes() : 0;
+    stats.parked_slots += slot.state == State::parked ? 1 : 0;
+    if (slot.state != State::running) continue;
+    stats.running_slots += 1;
+    stats.lookahead = std::max(stats.lookahead, slot.lookahead);
+    for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+      const Run& run = slot.runs[plane];
+      stats.rows += std::max(run.head, slot.length * geometry_[plane].row_bytes) - run.head;
+      const std::size_t needed = std::max(run.head, needed_end(slot, plane, Keep::ahead));
+      std::size_t end = run.tail;
+      for (auto last = run.mappings.rbegin();
+           last != run.mappings.rend() && end - last->bytes() >= needed && !last->shared(); ++last)
+        end -= last->bytes();
+      stats.spare += run.tail - end;
+    }
+  }
+  return stats;
+}
+
+void Arena::check() const {
+  Lock lock = locked();
+  wait_until_idle(lock);
+  std::size_t total = 0;
+  std::unordered_map<const Extent*, std::size_t> mappings;
+  const auto count = [&](const Mapping& mapping) {
+    if (++mappings[mapping.extent().get()] == 1) total += mapping.bytes();
+  };
+  const auto broken = [](std::size_t slot, std::size_t plane, const std::string& what) {
+    throw InvariantBroken("slot " + std::to_string(slot) + ", plane " + std::to_string(plane) + ": " + what);
+  };
+  for (std::size_t index = 0; index < slots_.size(); ++index) {
+    const Slot& slot = slots_[index];
+    for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+      const Geometry& geometry = geometry_[plane];
+      const Run& run = slot.runs[plane];
+      const Address start = address_of(index, plane);
+      Address next = start + run.head;
+      for (const Mapping& mapping : run.mappings) {
+        if (mapping.range().at != next) broken(index, plane, "a run has a gap");
+        if (!mapping.zeroed()) broken(index, plane, "memory in use was never zeroed");
+        next += mapping.bytes();
+        count(mapping);
+        if (slot.state == State::running && !mapping.writable() && slot.capacity > slot.length &&
+            next > start + slot.length * geometry.row_bytes)
+          broken(index, plane, "shared memory may be written (invariant 4)");
+      }
+      if (next != start + run.tail) broken(index, plane, "the run does not end where it says");
+      if (run.tail > geometry.stride) broken(index, plane, "the run leaves its slot");
+      if (run.mappings.empty() && run.head != run.tail) broken(index, plane, "an empty run has a length");
+      if (slot.state == State::running && run.tail < end_of(geometry, slot.length))
+        broken(index, plane, "rows of a running sequence are not mapped (invariant 1)");
+      const std::size_t first =
+          geometry.window == 0 || slot.length < geometry.window ? 0 : slot.length - geometry.window + 1;
+      if (slot.state == State::running && run.head > first * geometry.row_bytes)
+        broken(index, plane, "rows of a running sequence's window are not mapped (invariant 1)");
+      if (slot.state == State::bare && run.tail != 0) broken(index, plane, "a bare slot has memory");
+      if (slot.state == State::parked && slot.known == 0 && run.head != 0)
+        broken(index, plane, "a parked slot lacks its first rows");
+      if (slot.known != 0 && run.tail < slot.known * geometry.row_bytes)
+        broken(index, plane, "rows that are known are not mapped");
+    }
+    for (const Loose& loose : slot.retired) {
+      const Run& run = slot.runs[loose.plane];
+      const Address start = address_of(index, loose.plane);
+      const auto [at, bytes] = loose.mapping.range();
+      if (loose.slot != index || at < start || at + bytes > start + geometry_[loose.plane].stride)
+        broken(index, loose.plane, "a retired mapping is not in its slot");
+      if (at < start + run.tail && at + bytes > start + run.head)
+        broken(index, loose.plane, "a retired mapping is also in use (invariant 3)");
+      count(loose.mapping);
+    }
+    if (slot.known > (slot.state == State::running ? slot.length : options_.max_len))
+      broken(index, 0, "rows are known that were never written");
+  }
+  for (const auto& [extent, counted] : mappings)
+    if (counted != extent->mappings.load())
+      throw InvariantBroken("an extent has " + std::to_string(counted) + " mappings and counts " +
+                            std::to_string(extent->mappings.load()) + " (invariant 3)");
+  const ExtentPool::Usage usage = pool_.usage();
+  if (total + usage.pooled != usage.charged)
+    throw InvariantBroken("mapped and retired " + std::to_string(total) + " + pooled " + std::to_string(usage.pooled) +
+                          " bytes are not the charged " + std::to_string(usage.charged) + " (invariant 3)");
+  if (usage.overdrawn)
+    throw InvariantBroken("the budget was exceeded: it is " + std::to_string(usage.budget) + " bytes, at most " +
+                          std::to_string(usage.peak) + " were charged (invariant 6)");
+}
+
+}  // namespace vattn
