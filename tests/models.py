@@ -49,9 +49,32 @@ MODELS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     }),
 }  # fmt: skip
 
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+# More of them, whose decode steps are tried.
+MORE: dict[str, tuple[str, str | None, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", None, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("Qwen2Moe", None, {**_EXPERTS, "shared_expert_intermediate_size": 32}),
+    "qwen3_moe": ("Qwen3Moe", None, {**_EXPERTS, "head_dim": 16}),
+    "phi3": ("Phi3", None, {}),
+    "gpt_neox": ("GPTNeoX", None, {}),
+    "starcoder2": ("Starcoder2", None, {}),
+    "olmo2": ("Olmo2", None, {}),
+    "cohere2": ("Cohere2", None, {"sliding_window": WINDOW}),
+    "granite": ("Granite", None, {}),
+    "smollm3": ("SmolLM3", None, {}),
+    "stablelm": ("StableLm", None, {}),
+    "opt": ("OPT", None, {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "gptj": ("GPTJ", None, {"n_embd": 64, "n_head": 4, "n_layer": 4, "rotary_dim": 8, "n_positions": 256}),
+    "nemotron": ("Nemotron", None, {}),
+    "glm4": ("Glm4", None, {"head_dim": 16}),
+    "falcon": ("Falcon", None, {"ffn_hidden_size": 96}),
+    "bloom": ("Bloom", None, {"n_head": 4, "n_layer": 4}),
+}
+
 
 def _class(name: str) -> Any:
-    prefix = MODELS[name][0]
+    prefix = {**MODELS, **MORE}[name][0]
     kind = {"t5": "ForConditionalGeneration", "gpt2": "LMHeadModel"}.get(name, "ForCausalLM")
     return getattr(transformers, prefix + kind)
 
@@ -63,7 +86,7 @@ def attentions(name: str) -> list[str]:
 
 def build(name: str, attention: str, device: str) -> Any:
     torch.manual_seed(0)
-    prefix, config_class, changes = MODELS[name]
+    prefix, config_class, changes = {**MODELS, **MORE}[name]
     config = getattr(transformers, config_class or f"{prefix}Config")(**{**_SHAPE, **changes})
     model = _class(name)._from_config(config, attn_implementation=attention)
     with torch.no_grad():

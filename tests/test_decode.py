@@ -7,7 +7,8 @@ import logging
 
 import pytest
 import torch
-from models import CASES, MODES, attentions, build, generated, prompt, virtual_of
+import transformers
+from models import CASES, MODES, MORE, attentions, build, generated, prompt, virtual_of
 from transformers import DynamicCache
 
 from vattn import CACHE_KEYWORD, VirtualCache, kernels, store
@@ -53,6 +54,29 @@ def test_exact(name, attention, mode, device):
             steps = stats.eager + stats.replayed
             assert steps >= 20
             assert stats.replayed == (0 if device == "cpu" else steps - stats.captures)
+
+
+# Their attention adds positions to a mask of its own.
+UNSUITABLE = {"falcon": "FalconForCausalLM decodes as transformers does: ", "bloom": None}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_more_architectures(name, device):
+    if not hasattr(transformers, f"{MORE[name][0]}Config"):
+        pytest.skip("this transformers does not have it")
+    model = build(name, attentions(name)[0], device)
+    expected = generated(model, DynamicCache(config=model.config), max_new_tokens=24)
+    with virtual_of(model) as cache:
+        assert torch.equal(generated(model, cache, max_new_tokens=24), expected)
+        stats = cache.decode_stats()
+    if name in UNSUITABLE:
+        assert stats.kernel is None
+        assert (stats.fallback or "").startswith(UNSUITABLE[name] or "")
+        return
+    assert stats.fallback is None
+    assert stats.eager + stats.replayed == expected.shape[1] - 11
+    if device == "cuda":
+        assert stats.eager == 1
 
 
 def test_steps_are_those_that_generate_makes(device):

@@ -664,6 +664,8 @@ def _mask(
     """No mask: a step sees all rows, or those of its window. What is neither is refused."""
     if torch.compiler.is_compiling():
         return  # it was looked at before
+    if local_size == 0:
+        return  # for layers that a model does not have
     if use_vmap:
         raise _Unsupported("it adds to the mask")
     zero = torch.zeros((), dtype=torch.int64)
