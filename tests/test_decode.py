@@ -73,6 +73,9 @@ def test_more_architectures(name, device):
         assert stats.kernel is None
         assert (stats.fallback or "").startswith(UNSUITABLE[name] or "")
         return
+    if transformers.__version__.startswith("4.") and stats.fallback is not None:
+        assert "decodes as transformers does: " in stats.fallback  # not all took attention functions then
+        return
     assert stats.fallback is None
     assert stats.eager + stats.replayed == expected.shape[1] - 11
     if device == "cuda":
@@ -166,6 +169,8 @@ def test_masks_are_looked_at_in_every_step(device):
 
 @pytest.mark.parametrize("name", OTHERS[1:])
 def test_models_that_attend_otherwise_are_not_trusted(name, device, caplog):
+    if transformers.__version__.startswith("4."):
+        pytest.skip("it attends to what the cache returns there")
     model = build(name, attentions(name)[0], device)
     expected = generated(model, DynamicCache(config=model.config))
     with virtual_of(model) as cache, caplog.at_level(logging.WARNING, "vattn"):
