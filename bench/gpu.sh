@@ -36,6 +36,7 @@ if [ "${2:-}" = decode ]; then
   done
   for job in $(jobs -p); do wait "$job" || failed=1; done
   run decode timeout 180 bash -c "$pytest tests/test_decode.py tests/test_capture.py -m gpu -n 6"
+  run kernels timeout 120 python3 bench/kernels.py --device cuda --out "$out"
   run generate timeout 240 python3 bench/generate.py --out "$out"
   exit $failed
 fi
