@@ -71,7 +71,7 @@ BARS = {
             "_static_compile": "StaticCache compiled",
         }.items()
     },
-    "prefill_virtual_over_cudamalloc": "prefill, the fastest kernel's rate on virtual rows over torch's memory, the lowest",
+    "prefill_virtual_over_cudamalloc": "prefill, the fastest kernel on virtual rows over torch's memory, the lowest",
     "prefill_contiguous_over_paged": "prefill, FlashAttention-3's rate on virtual rows over pages of 64, the lowest",
     "step_over_floor_64_mixed": "decode step of 64 sequences of 64 to 4096 tokens over its floor",
     **{

@@ -22,6 +22,7 @@ from vattn import decode
 from vattn.cache import CacheStats, KVCache, TrimOnOOM
 from vattn.decode import Decoder, DecodeStats
 from vattn.layout import Kind
+from vattn.step import running
 from vattn.store import Options, Store, write
 
 _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -247,7 +248,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         """Appends one layer's new K and V, ``[batch, kv_heads, n, head_dim]``, and returns views of all of them."""
         # This runs for every layer of every token; the way through the layer is for what is out of the ordinary.
         store = self._store
-        if self.decoder is not None and (step := decode.running()) is not None:
+        if self.decoder is not None and (step := running()) is not None and step.store is store:
             return step.update(layer_idx, key_states, value_states)
         if ready := store.ready.get(layer_idx):
             new, k, v, (k_shape, v_numel, end) = ready

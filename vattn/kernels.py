@@ -320,6 +320,16 @@ def _one_each(spans: Spans) -> torch.Tensor:
     return made
 
 
+def _refused_by_flash(task: Task, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    if task.device != "cuda":
+        return "it runs on cuda only"
+    if task.dtype not in dtypes:
+        return f"it computes in {' and '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)} only"
+    if task.head_dim != task.v_head_dim or task.head_dim % 8 or task.head_dim > 256:
+        return "it takes equal head dims of K and V, multiples of 8 up to 256"
+    return None if task.whole_slots else "a slot must be a whole number of rows"
+
+
 class Flash2(Kernel):
     """FlashAttention-2 as torch carries it, by sequences of different lengths in one call."""
 
@@ -332,14 +342,8 @@ class Flash2(Kernel):
         return None if torch.backends.cuda.is_flash_attention_available() else "torch was built without it"
 
     def refuses(self, task: Task) -> str | None:
-        if task.device != "cuda":
-            return "it runs on cuda only"
-        if task.dtype not in _HALVES:
-            return "it computes in float16 and bfloat16 only"
-        if task.head_dim != task.v_head_dim or task.head_dim % 8 or task.head_dim > 256:
-            return "it takes equal head dims of K and V, multiples of 8 up to 256"
-        if not task.whole_slots:
-            return "a slot must be a whole number of rows"
+        if reason := _refused_by_flash(task, _HALVES):
+            return reason
         if task.softcap:
             return "it has no soft cap"
         if task.sinks and task.queries != "one":
@@ -385,14 +389,8 @@ class Flash3(Kernel):
         return None if _flash3() else "fa3-fwd is not installed: pip install vattn[fa3]"
 
     def refuses(self, task: Task) -> str | None:
-        if task.device != "cuda":
-            return "it runs on cuda only"
-        if task.dtype is not torch.bfloat16:
-            return "it is built for bfloat16 only"
-        if task.head_dim != task.v_head_dim or task.head_dim % 8 or task.head_dim > 256:
-            return "it takes equal head dims of K and V, multiples of 8 up to 256"
-        if not task.whole_slots:
-            return "a slot must be a whole number of rows"
+        if reason := _refused_by_flash(task, (torch.bfloat16,)):  # of the dtypes it is built for
+            return reason
         if task.queries != "one" and (task.sinks or task.window):
             return "it has sinks and windows in decoding only"
         return None
@@ -454,8 +452,7 @@ class Flex(Kernel):
         batch, longest = len(spans), k.shape[1]
         mask = spans.once(("flex", longest), lambda: self._mask(spans, longest))
         k, v = (t[:batch].transpose(1, 2) for t in (k, v))
-        # One for each shape: torch would give up after eight.
-        with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=1024):
+        with many_shapes():
             out, lse = _flex()(
                 q[:, :, None], k, v, score_mod=_capped(scores.softcap) if scores.softcap else None, block_mask=mask,
                 scale=scores.scale, enable_gqa=q.shape[1] != k.shape[1], return_lse=True,
@@ -515,6 +512,18 @@ KERNELS: dict[str, Kernel] = {
 """The kernels by name, in the order in which ``choose`` tries them: see docs/benchmarks.md for their speed."""
 
 
+def named(name: str) -> list[Kernel]:
+    """The kernel of a name, or of ``"auto"`` all of them."""
+    if name != "auto" and name not in KERNELS:
+        raise ValueError(f"attention must be 'auto' or one of {', '.join(KERNELS)}, not {name!r}")
+    return list(KERNELS.values()) if name == "auto" else [KERNELS[name]]
+
+
+def many_shapes() -> Any:
+    """While it lasts torch compiles a function for as many shapes as come; else it gives up after eight."""
+    return torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=1024)
+
+
 def choose(task: Task, *, name: str = "auto", capturable: bool = False) -> Kernel:
     """The kernel for a task: the one named, or the first that this machine has and that does it.
 
@@ -526,10 +535,8 @@ def choose(task: Task, *, name: str = "auto", capturable: bool = False) -> Kerne
     Raises:
         ValueError: there is none; says of each why.
     """
-    if name != "auto" and name not in KERNELS:
-        raise ValueError(f"attention must be 'auto' or one of {', '.join(KERNELS)}, not {name!r}")
     reasons = []
-    for kernel in KERNELS.values() if name == "auto" else [KERNELS[name]]:
+    for kernel in named(name):
         reason = kernel.missing() or kernel.refuses(task)
         if not reason and capturable and not kernel.capturable:
             reason = "it cannot be captured"

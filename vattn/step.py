@@ -1,0 +1,298 @@
+"""``Step``: a decode step of a Hugging Face model on slot tensors, and the attention function that is called in it."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+from transformers.masking_utils import AttentionMaskInterface
+
+from vattn import kernels
+from vattn.append import append
+from vattn.cache import KVCache
+from vattn.kernels import Kernel, Scores, Spans, Task
+from vattn.store import Store
+
+_NAME = "vattn"  # of the attention function
+_running: contextvars.ContextVar[Step | None] = contextvars.ContextVar("step", default=None)
+
+
+class UnsupportedError(Exception):
+    """What keeps steps from running on slot tensors; ``of_model`` when that will never change."""
+
+    def __init__(self, reason: str, *, of_model: bool = False) -> None:
+        super().__init__(reason)
+        self.of_model = of_model
+
+
+class Step:
+    """What ``VirtualCache.update`` and the attention function do in a decode step of a batch.
+
+    Row i of the batch is slot ``base + i``. ``starts`` and ``ends``, int32 ``[batch]`` on the device, are the first row
+    that the queries see but for windows, and one past the row that the step appends.
+    """
+
+    def __init__(self, cache: KVCache, base: int, batch: int, attention: str, capture: bool) -> None:
+        self.cache, self._base, self._batch = cache, base, batch
+        self._attention = attention
+        self._capture = capture and cache.device.type == "cuda"
+        with torch.inference_mode(False):
+            self.slots = torch.arange(batch, dtype=torch.int32, device=cache.device)
+            self._rows = self.slots.long()
+            self.starts, self.ends = torch.zeros_like(self.slots), torch.zeros_like(self.slots)
+        self._last_start = 0
+        self._side: torch.cuda.Stream | None = None
+        if cache.device.type == "cuda":
+            self._side = torch.cuda.Stream(cache.device)  # type: ignore[no-untyped-call]
+            self._before = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._kernels: dict[Any, Kernel] = {}
+        self._views: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.odd = False  # whether a layer attends to another one's K and V
+        self.used: dict[str, None] = {}  # names of kernels
+
+    @property
+    def padded(self) -> bool:
+        return self._last_start > 0
+
+    def mark(self) -> None:
+        """What the stream has to do now comes before the mask is looked at, and what comes later does not."""
+        if self._side is not None:
+            self._before.record()
+
+    def starts_fit(self, mask: torch.Tensor | None, length: int) -> bool:
+        """Whether a mask, ``[batch, length + 1]``, hides just what is before the starts."""
+        if mask is None or mask.shape != (self._batch, length + 1):
+            return mask is None and not self.padded
+        if self._side is None:
+            return torch.equal(mask != 0, self._seen_from(length))
+        with torch.cuda.stream(self._side):
+            self._side.wait_event(self._before)
+            return torch.equal(mask.to(self.ends.device) != 0, self._seen_from(length))
+
+    def set_starts(self, mask: torch.Tensor | None, length: int) -> bool:
+        """Takes the padding from a mask; False, and no padding, when it is anything else than on the left."""
+        self._last_start = 0
+        self.starts.zero_()
+        if mask is None:
+            return True
+        if mask.shape != (self._batch, length + 1):
+            return False
+        visible = mask.to(self.ends.device) != 0
+        self.starts.copy_(length + 1 - visible.sum(1))
+        if not torch.equal(visible, self._seen_from(length)):
+            self.starts.zero_()
+            return False
+        self._last_start = int(self.starts.max())
+        return True
+
+    def _seen_from(self, length: int) -> torch.Tensor:
+        return torch.arange(length + 1, device=self.ends.device) >= self.starts[:, None]
+
+    def set_length(self, length: int) -> None:
+        """Brings the ends to one past a row at ``length``."""
+        if self._last_start > length:  # of other sequences
+            self.set_starts(None, length)
+        self.ends.fill_(length + 1)
+
+    @contextlib.contextmanager
+    def run(self, store: Store, length: int, configs: list[Any]) -> Iterator[None]:
+        """While it lasts the model with these configurations computes this step."""
+        self.store, self._length = store, length
+        self._returned: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = {}
+        self._waiting: set[int] = set()
+        self._spans: dict[int | None, Spans] = {}
+        token = _running.set(self)
+        before = [(config, config._attn_implementation) for config in configs]
+        try:
+            for config, _ in before:
+                config._attn_implementation_internal = _NAME
+            yield
+        finally:
+            for config, name in before:
+                config._attn_implementation_internal = name
+            _running.reset(token)
+            del self.store, self._returned, self._spans
+        if self._waiting:
+            raise UnsupportedError(
+                f"the attention of layer {min(self._waiting)} takes no attention function", of_model=True
+            )
+
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends ``[batch, kv_heads, 1, dim]``; what it returns is for the attention function to know the layer by.
+
+        They are views of exact length, so that a model that reads them itself reads right rows.
+        """
+        mine = self.append(layer, k, v)
+        window = self.store.windows[layer]
+        first = 0 if window is None else max(self._length + 1 - window, 0)
+        keys, values = (t[:, first : self._length + 1].transpose(1, 2) for t in mine)
+        self._returned[id(keys)] = layer, keys, values
+        self._waiting.add(layer)
+        self.store.lengths[layer] = self._length + 1
+        return keys, values
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes ``[batch, kv_heads, 1, dim]`` to their place; returns the layer's slot tensors of the batch."""
+        if k.shape[2] != 1 or k.shape[0] != self._batch:
+            raise UnsupportedError(f"layer {layer} is given {tuple(k.shape)}")
+        if layer not in self._views:
+            batch = slice(self._base, self._base + self._batch)
+            self._views[layer] = self.cache.k(layer)[batch], self.cache.v(layer)[batch]
+        mine = self._views[layer]
+        append(k[:, :, 0], v[:, :, 0], *mine, self.ends, self._rows)
+        return mine
+
+    def attend(self, at: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Scores) -> torch.Tensor:
+        """Attention of the module at a layer, on what ``update`` returned, see ``attend_to``."""
+        layer, keys, values = self._returned.get(id(k), (-1, None, None))
+        if keys is not k or values is not v:
+            raise UnsupportedError(
+                "an attention function is given other K and V than the cache returned", of_model=True
+            )
+        self.odd = self.odd or layer != at or layer not in self._waiting
+        self._waiting.discard(layer)
+        return self.attend_to(layer, q, how)
+
+    def attend_to(self, layer: int, q: torch.Tensor, how: Scores) -> torch.Tensor:
+        """q ``[batch, query_heads, 1, head_dim]`` on the K and V of a layer; ``[batch, 1, query_heads, v_dim]``."""
+        windows = [window for window in (self.store.windows[layer], how.window) if window is not None]
+        window = min(windows, default=None)
+        mine = self._views[layer]
+        task = Task.of(
+            q[:, :, 0], *mine, window=window is not None, softcap=how.softcap is not None, sinks=how.sinks is not None
+        )
+        if task not in self._kernels:
+            try:
+                self._kernels[task] = kernels.choose(task, name=self._attention, capturable=self._capture)
+            except ValueError as error:
+                raise UnsupportedError(str(error)) from None
+            self.used[self._kernels[task].name] = None
+        return self._kernels[task].decode(q[:, :, 0], *mine, self._spans_of(window), how)[:, None]
+
+    def _spans_of(self, window: int | None) -> Spans:
+        if window not in self._spans:
+            longest = self.cache.layout.max_len
+            starts = self.starts
+            if window is not None:
+                starts, longest = torch.maximum(starts, self.ends - window), min(window, longest)
+            self._spans[window] = Spans(self.slots, starts, self.ends, longest=longest, adjacent=True)
+        return self._spans[window]
+
+
+def running() -> Step | None:
+    """The step that this thread computes now, if it is one."""
+    return _running.get()
+
+
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if torch.compiler.is_compiling():
+        options = (module.layer_idx, scale, softcap or 0.0, sliding_window or 0, s_aux)
+        return torch.ops.vattn.decode(query, key, value, *options), None
+    step = running()
+    if step is None:
+        raise RuntimeError(f"the attention {_NAME!r} runs within the decode steps of a VirtualCache only")
+    if attention_mask is not None:
+        raise UnsupportedError("it makes a mask of its own", of_model=True)
+    if strange := [name for name in ("position_bias", "head_mask") if others.get(name) is not None]:
+        raise UnsupportedError(f"its attention takes {strange[0]}", of_model=True)
+    if others.get("dropout"):
+        raise UnsupportedError("its attention drops out")
+    how = Scores(scale=scale, softcap=softcap, sinks=s_aux, window=sliding_window)
+    return step.attend(getattr(module, "layer_idx", None), query, key, value, how), None
+
+
+def _mask(
+    *args: Any, mask_function: Callable[..., Any], local_size: int | None = None, use_vmap: bool = False, **others: Any
+) -> None:
+    """No mask: a step sees all rows, or those of its window. What is neither is refused."""
+    if torch.compiler.is_compiling():
+        return  # it was looked at before
+    if local_size == 0:
+        return  # for layers that a model does not have
+    if use_vmap:
+        raise UnsupportedError("it adds to the mask", of_model=True)
+    zero = torch.zeros((), dtype=torch.int64)
+    at = torch.tensor(3 if local_size is None else local_size + local_size // 2)
+    rows = torch.arange(int(at) + 1)
+    try:
+        seen = torch.as_tensor(mask_function(zero, zero, at, rows)).expand(rows.shape)
+    except Exception:
+        raise UnsupportedError("its mask depends on more than positions", of_model=True) from None
+    if not torch.equal(seen, rows > at - (local_size or len(rows))):
+        raise UnsupportedError("its mask is neither causal nor a sliding window", of_model=True)
+
+
+AttentionInterface.register(_NAME, _attention)
+AttentionMaskInterface.register(_NAME, _mask)
+
+
+@torch.library.custom_op("vattn::decode", mutates_args=())
+def _decode(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layer: int,
+    scale: float,
+    softcap: float,
+    window: int,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Appends K and V to a layer and attends to it, in the step that runs. Nothing else of a model sees the layer."""
+    step = running()
+    assert step is not None
+    step.append(layer, k, v)
+    return step.attend_to(layer, q, Scores(scale=scale, softcap=softcap or None, sinks=sinks, window=window or None))
+
+
+@_decode.register_fake
+def _(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, scale: Any, softcap: Any, window: Any, sinks: Any
+) -> torch.Tensor:
+    return q.new_empty(q.shape[0], 1, q.shape[1], v.shape[3])
+
+
+class Outline(Cache):  # type: ignore[misc]
+    """Stands for the cache where a step is compiled: K and V go by the attention function alone."""
+
+    is_compileable = False
+
+    def __init__(self, windows: list[int | None]) -> None:
+        self.layers: list[Any] = []
+        self._sliding = [window is not None for window in windows]
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return self._sliding
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False] * len(self._sliding)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return key_states, value_states
+
+    def get_seq_length(self, *args: Any) -> int:
+        return 1
+
+    def get_query_offset(self, *args: Any) -> int:
+        return 1
+
+    def get_mask_sizes(self, *args: Any) -> tuple[int, int]:
+        return 2, 0
