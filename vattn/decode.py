@@ -177,7 +177,7 @@ class Decoder:
         try:
             if not compared:
                 return self._compare(plan, forward, call, store, length)
-            if self.capture and call.ids.is_cuda and plan.graph is None and not plan.uncapturable:
+            if self.capture and plan.capturable and plan.graph is None:
                 self._capture(plan, forward, call, store, length)
             if plan.graph is None:
                 return plan.run(forward, call, store, length)
@@ -221,26 +221,24 @@ class Decoder:
 
     def _capture(self, plan: _Plan, forward: Forward, call: _Call, store: Store, length: int) -> None:
         if reason := plan.obstacle():
-            plan.uncapturable = True
+            plan.capturable = False
             self._fall_back(f"the step is not captured: {reason}")
             return
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         if self._compiled and plan.compiled is None:
             self._compile(plan, forward, call, store, length)
-        graph = torch.cuda.CUDAGraph()
         before = torch.cuda.memory_reserved(plan.step.ends.device)
-        options: dict[str, Any] = {"pool": self._pool, "stream": plan.stream, "capture_error_mode": "thread_local"}
+        run = functools.partial(plan.run, forward, call, store, length, compiled=bool(plan.compiled))
         try:
-            with torch.cuda.graph(graph, **options):
-                output = plan.run(forward, call, store, length, compiled=bool(plan.compiled))
+            graph, output = record(run, self._pool, plan.stream)
         except UnsupportedError:
             raise
         except Exception as error:  # whatever the model does that a capture does not take
-            plan.uncapturable = True
+            plan.capturable = False
             # torch's random generators think that it goes on; the end of another capture tells them.
-            with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), **options):
-                plan.step.ends.add(0)
+            with contextlib.suppress(RuntimeError):
+                record(lambda: plan.step.ends.add(0), self._pool, plan.stream)
             _LOG.debug("a capture failed", exc_info=True)
             self._fall_back(f"the step cannot be captured: {_first_line(error)}")
             return
@@ -364,14 +362,14 @@ class _Plan:
         self._windows = windows  # that no step so far has been long enough for
         self.replays_tested = False
         self.replayed = False  # the last step
-        self.uncapturable = False
         self.compiled: Any = None  # the model's forward; False when it is not
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graph: Any = None
         self.graph_bytes = 0
         self.captured_at = -1
         self._output: tuple[type, dict[str, Any]] | None = None
         self.stream: torch.cuda.Stream | None = None
-        if device.type == "cuda":
+        self.capturable = device.type == "cuda"
+        if self.capturable:
             self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def is_of(self, model: Any, *, everything: bool) -> bool:
@@ -401,7 +399,7 @@ class _Plan:
         self._tested.add(self.step.padded)
         self._windows = [window for window in self._windows if window > length]
 
-    def note_captured(self, graph: torch.cuda.CUDAGraph, output: Any, length: int) -> None:
+    def note_captured(self, graph: Any, output: Any, length: int) -> None:
         self.graph, self.captured_at, self.replays_tested = graph, length, False
         self._output = type(output), {n: v if isinstance(v, torch.Tensor) else None for n, v in output.items()}
 
@@ -441,6 +439,14 @@ class _Plan:
         with torch.cuda.stream(self.stream):
             yield
         torch.cuda.current_stream().wait_stream(self.stream)
+
+
+def record(run: Callable[[], Any], pool: Any, stream: Any) -> tuple[Any, Any]:
+    """A graph of what is launched, which is not run, and what it returns."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        output = run()
+    return graph, output
 
 
 def _weights(model: Any) -> list[torch.Tensor]:
