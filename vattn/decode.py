@@ -121,6 +121,9 @@ class Decoder:
             try:
                 if not plan.refused:
                     output = self._try(plan, forward, call, store, length)
+                if output is not None and plan.replayed and not plan.stayed():
+                    plan = self._plan(forward.model, store, call, cache, base, length, anew=True)
+                    output = self._try(plan, forward, call, store, length)
             finally:
                 _deciding.reset(token)
                 store.lengths = [length + (output is not None)] * len(store.lengths)
@@ -128,11 +131,13 @@ class Decoder:
             self._counts["replayed" if plan.replayed else "eager"] += 1
         return output
 
-    def _plan(self, model: Any, store: Store, call: _Call, cache: KVCache, base: int, length: int) -> _Plan:
+    def _plan(
+        self, model: Any, store: Store, call: _Call, cache: KVCache, base: int, length: int, *, anew: bool = False
+    ) -> _Plan:
         for key in [key for key, plan in self._plans.items() if plan.step.cache is not cache]:
             del self._plans[key]  # it was built anew
         key = (id(model), base, call.key)
-        plan = self._plans.get(key)
+        plan = None if anew else self._plans.get(key)
         if plan is not None and not plan.is_of(model, everything=length != plan.length + 1):
             plan = None
         if plan is None:
@@ -373,14 +378,16 @@ class _Plan:
             self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def is_of(self, model: Any, *, everything: bool) -> bool:
-        """Whether the model's weights, and with ``everything`` also its settings, are what they were."""
-        if self._model() is not model or _addresses(self._weights) != self._addresses:
+        """Whether the model is the one, as far as can be said at once, or with ``everything`` in all it computes by."""
+        if self._model() is not model or _addresses(self._weights[:1]) != self._addresses[:1]:
             return False
         if not everything:
             return True
-        weights = _weights(model)
-        same = len(weights) == len(self._weights) and all(map(lambda a, b: a is b, weights, self._weights))
-        return same and _state(model, self._configs) == self._state
+        return _addresses(_weights(model)) == self._addresses and _state(model, self._configs) == self._state
+
+    def stayed(self) -> bool:
+        """Whether the weights are where they were."""
+        return _addresses(self._weights) == self._addresses
 
     def obstacle(self) -> str | None:
         """What of the model a graph would leave out."""

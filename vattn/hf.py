@@ -196,8 +196,8 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         mapper: False maps in the calling thread, when memory is needed, and not ahead in the background.
         attention: the kernel of decode steps, of ``vattn.kernels.KERNELS``, or ``"auto"`` for the first that does it.
         capture: False does not capture decode steps into CUDA graphs.
-        compiled: compiles decode steps by ``torch.compile`` before they are captured, which takes a minute for a large
-            model and each batch size; a dict is passed on as its ``options``.
+        compiled: compiles decode steps by ``torch.compile`` before they are captured, which takes its time for each
+            batch size; a dict is passed on as its ``options``.
 
     Raises (at the first call that needs it, and then the layer called has not changed; on one device no layer has):
         SequenceTooLong: a sequence would exceed ``max_len``.

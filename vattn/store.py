@@ -240,7 +240,8 @@ class Store:
             return None
         self.settle()
         self.ready.clear()
-        cache.grow_all(self.rows[place], length + 1, keep=self._keep(place))
+        keep = self._room_before(place, self.floor if self.recording else length)
+        cache.grow_all(self.rows[place], length + 1, keep=keep)
         return cache, self.bases[place], length
 
     def _find_twins(self, place: Place, k: torch.Tensor, v: torch.Tensor, start: int) -> None:
