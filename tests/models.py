@@ -246,7 +246,7 @@ def generated(model: Any, cache: Any, batch: int = 2, length: int = 10, **option
 @contextlib.contextmanager
 def virtual_of(model: Any, **options: Any) -> Iterator[VirtualCache]:
     """A cache made with a model, or a configuration, which is checked and closed in the end."""
-    cache = VirtualCache(model, **{"max_len": 160, **options})
+    cache = VirtualCache(model, **{"max_len": 160, "attention": "auto", **options})
     yield cache
     cache.check()
     cache.close()

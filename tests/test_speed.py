@@ -10,7 +10,7 @@ from vattn.kernels import KERNELS
 
 
 def test_every_kernel_is_measured_on_every_memory():
-    rows = list(speed.kernel_speed("cpu", 512))
+    rows = list(speed.kernel_speed("cpu", 1024))
     assert {(row["kernel"], row["memory"]) for row in rows} == {
         (kernel, memory) for kernel in ("sdpa", "reference") for memory in speed.MEMORIES
     }

@@ -62,9 +62,10 @@ class DecodeStats:
 class Decoder:
     """The decode steps of one ``VirtualCache``."""
 
-    def __init__(self, attention: str, capture: bool, compiled: bool | dict[str, Any] = False) -> None:
-        kernels.named(attention)
-        self._attention = attention
+    def __init__(self, attention: str | None, capture: bool, compiled: bool | dict[str, Any] = False) -> None:
+        self._named = attention
+        self._attention = attention or "auto"
+        kernels.named(self._attention)
         self._compiled = compiled
         self.capture = capture
         self.enabled = True
@@ -96,7 +97,7 @@ class Decoder:
 
     def clone(self) -> Decoder:
         """One of the same settings, for another cache."""
-        return Decoder(self._attention, self.capture, self._compiled)
+        return Decoder(self._named, self.capture, self._compiled)
 
     def step(self, store: Store, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of a decode step, or None: then it is no such step, and nothing has changed."""
@@ -109,6 +110,8 @@ class Decoder:
         # Autocast keeps copies of weights for as long as it lasts: they are no part of a step.
         if call is None or torch.is_autocast_enabled(call.ids.device.type):
             return None
+        if self._named is None and not call.ids.is_cuda:
+            return None  # where nothing is to be captured transformers' own way is as good
         grown = store.grow_for_step(call.ids.shape[0], call.ids.device)
         if grown is None:
             return None

@@ -196,6 +196,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         lookahead: positions that are kept mapped past the length; None adapts to the rate of growth. See ``KVCache``.
         mapper: False maps in the calling thread, when memory is needed, and not ahead in the background.
         attention: the kernel of decode steps, of ``vattn.kernels.KERNELS``, or ``"auto"`` for the first that does it.
+            None is ``"auto"`` on CUDA; on a CPU the model's own attention then computes all steps.
         capture: False does not capture decode steps into CUDA graphs.
         compiled: compiles decode steps by ``torch.compile`` before they are captured, which takes its time for each
             batch size; a dict is passed on as its ``options``.
@@ -219,7 +220,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         layout: Kind = "interleaved",
         lookahead: int | None = None,
         mapper: bool = True,
-        attention: str = "auto",
+        attention: str | None = None,
         capture: bool = True,
         compiled: bool | dict[str, Any] = False,
     ) -> None:

@@ -47,7 +47,8 @@ class _Work:
 def _works(scale: int) -> list[_Work]:
     long, most = 65536 // scale, 8192 // scale
     prompt = 16384 // scale
-    mixed = [most // 128 + (most - most // 128) * i // 31 for i in range(32)]
+    least = max(1, most // 128)
+    mixed = [least + (most - least) * i // 31 for i in range(32)]
     return [
         _Work(f"prefill 4 x {prompt}", [prompt] * 4, [prompt] * 4),
         _Work(f"chunk of {most} at {long}", [long + most], [most]),
@@ -204,7 +205,9 @@ def ways(model: Any, max_len: int, kernels: list[str], peers: list[str]) -> dict
         return lambda batch, length: VirtualCache(model, max_len=max_len, slots=batch, **options)
 
     made = {f"vattn captured, {name}": virtual(name) for name in kernels}
-    made["vattn eager"] = lambda batch, length: VirtualCache(model, max_len=max_len, slots=batch, capture=False)
+    made["vattn eager"] = lambda batch, length: VirtualCache(
+        model, max_len=max_len, slots=batch, attention="auto", capture=False
+    )
     config = model.config
     others: dict[str, Callable[[int, int], Any]] = {
         "dynamic": lambda batch, length: DynamicCache(config=config),

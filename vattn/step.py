@@ -163,16 +163,17 @@ class Step:
         windows = [window for window in (self.store.windows[layer], how.window) if window is not None]
         window = min(windows, default=None)
         mine = self._views[layer]
-        task = Task.of(
-            q[:, :, 0], *mine, window=window is not None, softcap=how.softcap is not None, sinks=how.sinks is not None
-        )
-        if task not in self._kernels:
+        key = layer, q.dtype, q.shape[1], window is None, how.softcap is None, how.sinks is None
+        if (kernel := self._kernels.get(key)) is None:
+            options = {"window": window is not None, "softcap": how.softcap is not None, "sinks": how.sinks is not None}
+            task = Task.of(q[:, :, 0], *mine, **options)
             try:
-                self._kernels[task] = kernels.choose(task, name=self._attention, capturable=self._capture)
+                kernel = kernels.choose(task, name=self._attention, capturable=self._capture)
             except ValueError as error:
                 raise UnsupportedError(str(error)) from None
-            self.used[self._kernels[task].name] = None
-        return self._kernels[task].decode(q[:, :, 0], *mine, self._spans_of(window), how)[:, None]
+            self._kernels[key] = kernel
+            self.used[kernel.name] = None
+        return kernel.decode(q[:, :, 0], *mine, self._spans_of(window), how)[:, None]
 
     def _spans_of(self, window: int | None) -> Spans:
         if window not in self._spans:
