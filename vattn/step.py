@@ -165,7 +165,11 @@ class Step:
         mine = self._views[layer]
         key = layer, q.dtype, q.shape[1], window is None, how.softcap is None, how.sinks is None
         if (kernel := self._kernels.get(key)) is None:
-            options = {"window": window is not None, "softcap": how.softcap is not None, "sinks": how.sinks is not None}
+            options: dict[str, Any] = {
+                "window": window is not None,
+                "softcap": how.softcap is not None,
+                "sinks": how.sinks is not None,
+            }
             task = Task.of(q[:, :, 0], *mine, **options)
             try:
                 kernel = kernels.choose(task, name=self._attention, capturable=self._capture)
