@@ -46,7 +46,8 @@ if [ "${2:-}" = share ]; then
   run sharing timeout 300 python3 bench/sharing.py --device cuda --out "$out"
   exit $failed
 fi
-run core timeout 240 bash -c "$pytest tests --ignore tests/test_hf_exact.py"
+others="--ignore tests/test_hf_exact.py --ignore tests/test_kernels.py --ignore tests/test_decode.py --ignore tests/test_capture.py"
+run core timeout 240 bash -c "$pytest tests $others"
 run exact timeout 240 bash -c "$pytest tests/test_hf_exact.py -k cuda -n 8"
 # The contract provokes refusals on purpose, and one test a fault in a process of its own.
 run sanitizer timeout 240 compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 \
