@@ -5,7 +5,7 @@
 # `decode` kernels and decode steps; with `speed` it measures these.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
-export PYTHONPATH=$PWD
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 out=${1:-bench/results}
 mkdir -p "$out"
 failed=0
