@@ -439,3 +439,21 @@ def test_one_wrong_row_is_a_difference():
     a[5] = torch.randn(1, 100)
     assert decode._difference((b,), (b,)) is None
     assert decode._difference((a,), (b,)).startswith("by ")
+
+
+def test_models_that_adapt_another(device):
+    class Adapted(torch.nn.Module):
+        """As PEFT's models are."""
+
+        def __init__(self, model):
+            super().__init__()
+            self.base, self.config = model, model.config
+
+        def get_base_model(self):
+            return self.base
+
+    model = build("llama-gqa", "sdpa", device)
+    with virtual_of(Adapted(model)) as cache:
+        generated(model, cache)
+        stats = cache.decode_stats()
+        assert stats.eager + stats.replayed == 11

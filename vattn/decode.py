@@ -515,6 +515,8 @@ def _first_line(error: BaseException) -> str:
 
 def attach(model: Any) -> None:
     """Lets the decode steps of a model go to the cache that it is called with."""
+    if hasattr(model, "get_base_model"):  # PEFT's models hand generate on to the one that they adapt
+        model = model.get_base_model()
     if not isinstance(model.forward, Forward):
         model.forward = Forward(model, model.forward)
 
