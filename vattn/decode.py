@@ -90,6 +90,10 @@ class Decoder:
             fallback=self._fallback,
         )
 
+    def newest_graph(self) -> Any:
+        """That of the last step, or None: to be replayed while its sequences have not changed, e.g. to be timed."""
+        return next(reversed(self._plans.values())).graph if self._plans else None
+
     def clear(self) -> None:
         """Lets the graphs and their memory go."""
         self._plans.clear()

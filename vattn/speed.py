@@ -197,7 +197,8 @@ def ways(model: Any, max_len: int, kernels: list[str], peers: list[str]) -> dict
         kernels: of captured decode steps: names, with ``+compiled`` or ``+tuned`` behind.
         peers: of ``"dynamic"``, ``"static"``, ``"static_compile"``.
     """
-    compiling: dict[str, Any] = {"": False, "compiled": True, "tuned": {"coordinate_descent_tuning": True}}
+    tuned = {"max_autotune": True, "coordinate_descent_tuning": True}
+    compiling: dict[str, Any] = {"": False, "compiled": True, "tuned": tuned}
 
     def virtual(name: str) -> Callable[[int, int], Any]:
         kernel, _, how = name.partition("+")
@@ -272,5 +273,7 @@ def decode_speed(
     if isinstance(cache, VirtualCache):
         cache.check()
         row |= {"kv physical": cache.stats().peak, "decode": str(cache.decode_stats())}
+        if (graph := cache.decoder and cache.decoder.newest_graph()) is not None:
+            row["replay ms"] = _seconds(device.type, graph.replay) * 1e3  # of that step, without all that is around
         cache.close()
     return row
