@@ -273,7 +273,8 @@ def decode_speed(
     if isinstance(cache, VirtualCache):
         cache.check()
         row |= {"kv physical": cache.stats().peak, "decode": str(cache.decode_stats())}
-        if (graph := cache.decoder and cache.decoder.newest_graph()) is not None:
+        graph = None if cache.decoder is None else cache.decoder.newest_graph()
+        if graph is not None:
             row["replay ms"] = _seconds(device.type, graph.replay) * 1e3  # of that step, without all that is around
         cache.close()
     return row
