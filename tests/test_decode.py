@@ -457,3 +457,17 @@ def test_models_that_adapt_another(device):
         generated(model, cache)
         stats = cache.decode_stats()
         assert stats.eager + stats.replayed == 11
+
+
+def test_the_models_attention_can_be_changed_meanwhile(device):
+    model = build("llama-gqa", "sdpa", device)
+    with virtual_of(model) as cache:
+        first = generated(model, cache)
+        model.set_attn_implementation("eager")
+        more = {"input_ids": first, "max_new_tokens": 8, "do_sample": False}
+        got = model.generate(**more, **{CACHE_KEYWORD: cache})
+        assert model.config._attn_implementation == "eager"
+        assert torch.equal(got, model.generate(**more))
+        stats = cache.decode_stats()
+        assert stats.eager + stats.replayed == 11 + 7
+        assert stats.fallback is None
