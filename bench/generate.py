@@ -50,12 +50,15 @@ def main() -> None:
             steps = options.steps if "captured" in name or "compile" in name else 12
             try:
                 row = speed.decode_speed(model, point, POINTS[point], name, make, steps)
-            except torch.OutOfMemoryError as error:
+            except (torch.OutOfMemoryError, MemoryError) as error:
                 row = {"point": point, "cache": name, "error": str(error).splitlines()[0]}
             rows.append(row)
             print(row, flush=True)
         mine = {r["cache"]: r for r in rows if r["point"] == point and "error" not in r}
-        best = min((r for name, r in mine.items() if "captured" in name), key=lambda r: r["step ms p50"])
+        captured = [row for name, row in mine.items() if "captured" in name]
+        if not captured:
+            continue
+        best = min(captured, key=lambda row: row["step ms p50"])
         if point == "64_mixed":
             bars["step_over_floor_64_mixed"] = best["step ms p50"] / best["floor ms"]
         else:

@@ -7,7 +7,7 @@ import torch
 from models import build, generated, virtual_of
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
-from vattn import decode, store
+from vattn import CACHE_KEYWORD, decode, store
 
 
 class Retold:
@@ -15,11 +15,18 @@ class Retold:
 
     def __init__(self, run):
         self.run, self.output = run, run()
+        # What a capture would keep of the model.
+        self.kept = [(m, m.active_adapter) for m in run.args[0].model.modules() if hasattr(m, "active_adapter")]
 
     def replay(self):
         store = self.run.args[2]
         lengths = list(store.lengths)
+        now = [m.active_adapter for m, _ in self.kept]
+        for module, adapter in self.kept:
+            module.active_adapter = adapter
         again = self.run()
+        for (module, _), adapter in zip(self.kept, now, strict=True):
+            module.active_adapter = adapter
         store.lengths = lengths
         self.output.logits.copy_(again.logits)
 
@@ -32,6 +39,7 @@ def device(request, monkeypatch):
         monkeypatch.setattr(store.Store, "granularity", 4096)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *device: 0)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
         monkeypatch.setattr(decode, "record", lambda run, pool, stream: (graph := Retold(run), graph.output))
         made = decode._Plan.__init__
 
@@ -147,6 +155,26 @@ def test_adapters_and_hooks_that_change_are_noticed(device):
         assert "the model has forward hooks" in cache.decode_stats().fallback
 
 
+def test_adapters_that_change_between_steps_are_noticed(device):
+    model = build("llama-gqa", "sdpa", device)
+    layer = model.model.layers[1].mlp
+    forward, layer.active_adapter = layer.forward, "a"
+    known = {"a": 1, "b": 3}
+    layer.forward = lambda states: forward(states) * known[layer.active_adapter]
+    with virtual_of(model) as cache:
+        first = generated(model, cache)
+        layer.active_adapter = "b"  # the next call goes on where the last one ended
+        more = {"input_ids": first, "max_new_tokens": 8, "do_sample": False}
+        with torch.no_grad():  # K and V of the first call are those of the other adapter
+            dynamic = DynamicCache(config=model.config)
+            layer.active_adapter = "a"
+            generated(model, dynamic)
+            layer.active_adapter = "b"
+        expected = model.generate(**more, **{CACHE_KEYWORD: dynamic})
+        assert torch.equal(model.generate(**more, **{CACHE_KEYWORD: cache}), expected)
+        assert cache.decode_stats().captures == 2
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral", "gemma2", "gpt2"])
@@ -157,4 +185,4 @@ def test_compiled(name):
         assert torch.equal(generated(model, cache, max_new_tokens=24), expected)
         stats = cache.decode_stats()
         assert stats.fallback is None
-        assert stats.replayed >= 22
+        assert stats.replayed >= 21

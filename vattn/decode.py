@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 import functools
 import inspect
 import logging
@@ -33,6 +34,7 @@ from vattn.store import Store
 _LOG = logging.getLogger("vattn")
 _MOST_GRAPHS = 8  # of one cache
 _CACHE_KEYWORDS = ("cache", "past_key_values")
+_capturing = threading.RLock()
 _deciding: contextvars.ContextVar[bool] = contextvars.ContextVar("deciding", default=False)
 
 
@@ -71,6 +73,7 @@ class Decoder:
         self.enabled = True
         self._plans: OrderedDict[Any, _Plan] = OrderedDict()
         self._pool: Any = None
+        self._streams: tuple[torch.cuda.Stream, ...] = ()  # for captures, which share a pool, and beside replays
         self._fallback: str | None = None
         self._counts = {"replayed": 0, "eager": 0, "captures": 0}
         self._kernels: dict[str, None] = {}
@@ -93,6 +96,11 @@ class Decoder:
     def newest_graph(self) -> Any:
         """That of the last step, or None: to be replayed while its sequences have not changed, e.g. to be timed."""
         return next(reversed(self._plans.values())).graph if self._plans else None
+
+    def interrupt(self) -> None:
+        """The next step is none that follows the last."""
+        for plan in self._plans.values():
+            plan.length = -2
 
     def clear(self) -> None:
         """Lets the graphs and their memory go."""
@@ -149,8 +157,11 @@ class Decoder:
             plan = None
         if plan is None:
             windows = sorted({window for window in store.windows if window is not None})
-            step = Step(cache, base, call.ids.shape[0], self._attention, self.capture)
-            plan = self._plans[key] = _Plan(step, model, call, windows)
+            if call.ids.is_cuda and not self._streams:
+                self._streams = tuple(torch.cuda.Stream(call.ids.device) for _ in range(2))  # type: ignore[no-untyped-call]
+            stream, side = self._streams or (None, None)
+            step = Step(cache, base, call.ids.shape[0], self._attention, self.capture, side)
+            plan = self._plans[key] = _Plan(step, model, call, windows, stream)
             while len(self._plans) > _MOST_GRAPHS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
@@ -236,10 +247,11 @@ class Decoder:
             plan.capturable = False
             self._fall_back(f"the step is not captured: {reason}")
             return
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+        if self._pool is None or not any(other.graph for other in self._plans.values()):
+            self._pool = torch.cuda.graph_pool_handle()  # one that no graph uses any more takes no other
         if self._compiled and plan.compiled is None:
             self._compile(plan, forward, call, store, length)
+        torch.cuda.empty_cache()  # as the capture begins with; else its memory could not be told
         before = torch.cuda.memory_reserved(plan.step.ends.device)
         run = functools.partial(plan.run, forward, call, store, length, compiled=bool(plan.compiled))
         try:
@@ -248,9 +260,8 @@ class Decoder:
             raise
         except Exception as error:  # whatever the model does that a capture does not take
             plan.capturable = False
-            # torch's random generators think that it goes on; the end of another capture tells them.
-            with contextlib.suppress(RuntimeError):
-                record(lambda: plan.step.ends.add(0), self._pool, plan.stream)
+            pool, self._pool = self._pool, None
+            end_record(plan, pool)
             _LOG.debug("a capture failed", exc_info=True)
             self._fall_back(f"the step cannot be captured: {_first_line(error)}")
             return
@@ -280,7 +291,7 @@ class Decoder:
     def _untrust(self, plan: _Plan, forward: Forward, difference: str) -> None:
         """After a replay that was not what the step gives: is it the compiler's or the capture's fault?"""
         if plan.compiled:
-            plan.compiled, plan.graph = False, None
+            plan.compiled, plan.graph, plan.captured = False, None, None
             self._fall_back(f"the step is not compiled: compiled it gives other logits ({difference})")
         else:
             self._refuse(forward, f"a replayed step gives other logits than one that is not ({difference})")
@@ -348,7 +359,9 @@ class _Call:
 class _Plan:
     """The steps of one batch size: what they are given in place, and their graph once there is one."""
 
-    def __init__(self, step: Step, model: Any, call: _Call, windows: list[int]) -> None:
+    def __init__(
+        self, step: Step, model: Any, call: _Call, windows: list[int], stream: torch.cuda.Stream | None
+    ) -> None:
         self.step = step
         self.length = -1  # at the last step
         self._model = weakref.ref(model)
@@ -360,6 +373,14 @@ class _Plan:
         self._weights = _weights(model)
         self._addresses = _addresses(self._weights)
         self._state = _state(model, self._configs)
+        modules = list(model.modules())
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._adapters = [
+            (vars(module), name, copy.copy(value))
+            for module in modules
+            for name, value in vars(module).items()
+            if "adapter" in name and isinstance(value, (bool, str, list))
+        ]
         device, batch = call.ids.device, call.ids.shape[0]
         shapes = {"position_ids": (batch, 1), "cache_position": (1,)}
         with torch.inference_mode(False):
@@ -378,11 +399,9 @@ class _Plan:
         self.graph: Any = None
         self.graph_bytes = 0
         self.captured_at = -1
-        self._output: tuple[type, dict[str, Any]] | None = None
-        self.stream: torch.cuda.Stream | None = None
+        self.captured: tuple[type, dict[str, Any]] | None = None  # the class of the output and its fields
+        self.stream = stream
         self.capturable = device.type == "cuda"
-        if self.capturable:
-            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def is_of(self, model: Any, *, everything: bool) -> bool:
         """Whether the model is the one, as far as can be said at once, or with ``everything`` in all it computes by."""
@@ -393,8 +412,12 @@ class _Plan:
         return _addresses(_weights(model)) == self._addresses and _state(model, self._configs) == self._state
 
     def stayed(self) -> bool:
-        """Whether the weights are where they were."""
-        return _addresses(self._weights) == self._addresses
+        """Whether the weights are where they were, the adapters too, and there still are no hooks."""
+        return (
+            _addresses(self._weights) == self._addresses
+            and not any(self._hooks)
+            and all(settings[name] == value for settings, name, value in self._adapters)
+        )
 
     def obstacle(self) -> str | None:
         """What of the model a graph would leave out."""
@@ -415,7 +438,7 @@ class _Plan:
 
     def note_captured(self, graph: Any, output: Any, length: int) -> None:
         self.graph, self.captured_at, self.replays_tested = graph, length, False
-        self._output = type(output), {n: v if isinstance(v, torch.Tensor) else None for n, v in output.items()}
+        self.captured = type(output), {n: v if isinstance(v, torch.Tensor) else None for n, v in output.items()}
 
     def fill(self, call: _Call, length: int) -> None:
         for name, tensor in call.tensors.items():
@@ -438,8 +461,8 @@ class _Plan:
 
     def output(self, call: _Call) -> Any:
         """That of the last replay, for the caller to keep."""
-        assert self._output is not None
-        kind, fields = self._output
+        assert self.captured is not None
+        kind, fields = self.captured
         cache = next(iter(call.caches.values()))
         return kind(**{name: cache if value is None else value.clone() for name, value in fields.items()})
 
@@ -450,17 +473,31 @@ class _Plan:
             yield
             return
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            yield
-        torch.cuda.current_stream().wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:
+            torch.cuda.current_stream().wait_stream(self.stream)
 
 
 def record(run: Callable[[], Any], pool: Any, stream: Any) -> tuple[Any, Any]:
     """A graph of what is launched, which is not run, and what it returns."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        output = run()
-    return graph, output
+    # A process captures one at a time. A capture that fails leaves its stream the current one.
+    with _capturing, torch.cuda.stream(torch.cuda.current_stream()):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            output = run()
+        return graph, output
+
+
+def end_record(plan: _Plan, pool: Any) -> None:
+    """After a capture that failed: torch's allocator and its random generators think that it goes on."""
+    device = plan.step.ends.device
+    for forget in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+        with contextlib.suppress(RuntimeError):  # where the capture came so far itself
+            forget(device.index, pool)
+    with contextlib.suppress(RuntimeError):
+        record(lambda: plan.step.ends.add(0), torch.cuda.graph_pool_handle(), plan.stream)
 
 
 def _weights(model: Any) -> list[torch.Tensor]:
@@ -573,9 +610,11 @@ class Forward:
         if torch.compiler.is_compiling() or _deciding.get():
             return self.original(*args, **kwargs)
         for name in _CACHE_KEYWORDS:
-            step = getattr(kwargs.get(name), "decode_step", None)
-            if step is not None and (output := step(self, args, kwargs)) is not None:
-                return output
+            cache = kwargs.get(name)
+            if getattr(cache, "decoder", None) is not None:
+                if (output := cache.decode_step(self, args, kwargs)) is not None:  # type: ignore[union-attr]
+                    return output
+                cache.decoder.interrupt()  # type: ignore[union-attr]
         with self._lock:
             self._calls += 1
         try:

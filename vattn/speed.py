@@ -145,10 +145,15 @@ def kernel_speed(device: str, scale: int = 1) -> Iterator[dict[str, Any]]:
             if kernel.missing() or kernel.refuses(task) or (kernel.name == "reference" and on_gpu):
                 continue
             for kind in MEMORIES:
+                row: dict[str, Any] = {"work": work.name, "kernel": kernel.name, "memory": kind}
                 memory = _Memory(kind, work, device, kernel.tail_rows)
-                unit, rate = work.rate(_kernel_time(kernel, work, memory, device))
+                try:
+                    unit, rate = work.rate(_kernel_time(kernel, work, memory, device))
+                    row[unit] = rate
+                except torch.OutOfMemoryError:
+                    row["error"] = "out of memory"
                 memory.close()
-                yield {"work": work.name, "kernel": kernel.name, "memory": kind, unit: rate}
+                yield row
         if on_gpu and not KERNELS["fa3"].missing() and len(set(work.lengths)) == 1:
             unit, rate = work.rate(_paged(work, device))
             yield {"work": work.name, "kernel": "fa3", "memory": f"pages of {PAGE}", unit: rate}

@@ -37,7 +37,15 @@ class Step:
     that the queries see but for windows, and one past the row that the step appends.
     """
 
-    def __init__(self, cache: KVCache, base: int, batch: int, attention: str, capture: bool) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        base: int,
+        batch: int,
+        attention: str,
+        capture: bool,
+        side: torch.cuda.Stream | None,
+    ) -> None:
         self.cache, self._base, self._batch = cache, base, batch
         self._attention = attention
         self._capture = capture and cache.device.type == "cuda"
@@ -46,9 +54,8 @@ class Step:
             self._rows = self.slots.long()
             self.starts, self.ends = torch.zeros_like(self.slots), torch.zeros_like(self.slots)
         self._last_start = 0
-        self._side: torch.cuda.Stream | None = None
-        if cache.device.type == "cuda":
-            self._side = torch.cuda.Stream(cache.device)  # type: ignore[no-untyped-call]
+        self._side = side  # on CUDA
+        if side is not None:
             self._before = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._kernels: dict[Any, Kernel] = {}
         self._views: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -233,13 +240,14 @@ def _mask(
         return  # for layers that a model does not have
     if use_vmap:
         raise UnsupportedError("it adds to the mask", of_model=True)
-    zero = torch.zeros((), dtype=torch.int64)
-    at = torch.tensor(3 if local_size is None else local_size + local_size // 2)
-    rows = torch.arange(int(at) + 1)
-    try:
-        seen = torch.as_tensor(mask_function(zero, zero, at, rows)).expand(rows.shape)
-    except Exception:
-        raise UnsupportedError("its mask depends on more than positions", of_model=True) from None
+    with torch.device("cpu"):
+        zero = torch.zeros((), dtype=torch.int64)
+        at = torch.tensor(3 if local_size is None else local_size + local_size // 2)
+        rows = torch.arange(int(at) + 1)
+        try:
+            seen = torch.as_tensor(mask_function(zero, zero, at, rows)).expand(rows.shape)
+        except Exception:
+            raise UnsupportedError("its mask depends on more than positions", of_model=True) from None
     if not torch.equal(seen, rows > at - (local_size or len(rows))):
         raise UnsupportedError("its mask is neither causal nor a sliding window", of_model=True)
 
