@@ -14,7 +14,6 @@ from typing import Any
 import memory
 import report
 import torch
-from transformers import AutoModelForCausalLM
 
 from vattn import speed
 from vattn.kernels import KERNELS
@@ -35,12 +34,7 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="*", default=["fa2", "fa3", "fa3+compiled"], help="with +compiled or +tuned")
     parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args()
-    with torch.device("cuda"):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(
-            memory.LLAMA_3_8B, dtype=torch.bfloat16, attn_implementation="sdpa"
-        ).eval()
-    model.generation_config.eos_token_id = None
+    model = memory.llama_3_8b()
     kernels = [name for name in options.kernels if not KERNELS[name.partition("+")[0]].missing()]
     ways = speed.ways(model, 131072, kernels, options.peers)
     rows: list[dict[str, Any]] = []

@@ -40,6 +40,15 @@ LLAMA_3_8B = LlamaConfig(
 TOKEN_BYTES = 32 * 2 * 8 * 128 * 2
 
 
+def llama_3_8b() -> Any:
+    """The model with random weights, which generates for as long as it is asked to."""
+    with torch.device("cuda"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(LLAMA_3_8B, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
 def used() -> int:
     """Bytes of the device that are taken, by whomever."""
     free, total = torch.cuda.mem_get_info()
@@ -141,10 +150,7 @@ def main() -> None:
     if options.at_once:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # read when torch first allocates
     torch.backends.cuda.enable_cudnn_sdp(False)
-    with torch.device("cuda"):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(LLAMA_3_8B, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
-    model.generation_config.eos_token_id = None
+    model = llama_3_8b()
     clean()
     weights = torch.cuda.memory_allocated()
     rows: list[dict[str, Any]] = []

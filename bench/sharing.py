@@ -230,15 +230,10 @@ def swap_slowdown() -> tuple[list[dict[str, Any]], dict[str, float]]:
 
 def beams() -> tuple[list[dict[str, Any]], dict[str, float]]:
     import memory
-    from transformers import AutoModelForCausalLM, DynamicCache
+    from transformers import DynamicCache
 
     torch.backends.cuda.enable_cudnn_sdp(False)
-    with torch.device("cuda"):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(
-            memory.LLAMA_3_8B, dtype=torch.bfloat16, attn_implementation="sdpa"
-        ).eval()
-    model.generation_config.eos_token_id = None
+    model = memory.llama_3_8b()
     copied: list[int] = []
     move = store.Lane.move
 

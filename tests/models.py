@@ -243,6 +243,15 @@ def generated(model: Any, cache: Any, batch: int = 2, length: int = 10, **option
     return model.generate(**prompt(batch, length, model.device.type), **{CACHE_KEYWORD: cache}, **options)
 
 
+def adaptable(model: Any) -> Any:
+    """A layer of a Llama that computes by its ``active_adapter``, as PEFT's do: by "a" as ever, by "b" otherwise."""
+    layer = model.model.layers[1].mlp
+    forward, layer.active_adapter = layer.forward, "a"
+    known = {"a": 1, "b": 3}
+    layer.forward = lambda states: forward(states) * known[layer.active_adapter]
+    return layer
+
+
 @contextlib.contextmanager
 def virtual_of(model: Any, **options: Any) -> Iterator[VirtualCache]:
     """A cache made with a model, or a configuration, which is checked and closed in the end."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import build, generated, virtual_of
+from models import adaptable, build, generated, virtual_of
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from vattn import CACHE_KEYWORD, decode, store
@@ -138,9 +138,7 @@ def test_a_constant_in_a_captured_step_is_found_out(device):
 
 def test_adapters_and_hooks_that_change_are_noticed(device):
     model = build("llama-gqa", "sdpa", device)
-    layer = model.model.layers[1].mlp
-    forward, layer.active_adapter = layer.forward, "a"
-    layer.forward = lambda states: forward(states) * (1 if layer.active_adapter == "a" else 3)
+    layer = adaptable(model)
     with virtual_of(model) as cache:
         for adapter in ("a", "b"):
             layer.active_adapter = adapter
@@ -157,10 +155,7 @@ def test_adapters_and_hooks_that_change_are_noticed(device):
 
 def test_adapters_that_change_between_steps_are_noticed(device):
     model = build("llama-gqa", "sdpa", device)
-    layer = model.model.layers[1].mlp
-    forward, layer.active_adapter = layer.forward, "a"
-    known = {"a": 1, "b": 3}
-    layer.forward = lambda states: forward(states) * known[layer.active_adapter]
+    layer = adaptable(model)
     with virtual_of(model) as cache:
         first = generated(model, cache)
         layer.active_adapter = "b"  # the next call goes on where the last one ended

@@ -14,7 +14,7 @@ import weakref
 import pytest
 import torch
 import transformers
-from models import CASES, MODES, MORE, attentions, build, generated, prompt, virtual_of
+from models import CASES, MODES, MORE, adaptable, attentions, build, generated, prompt, virtual_of
 from transformers import DynamicCache
 
 from vattn import CACHE_KEYWORD, VirtualCache, decode, kernels, store
@@ -346,9 +346,7 @@ def test_models_are_copied_and_pickled(device):
 
 def test_weights_that_move_and_adapters_that_change_are_noticed(device):
     model = build("llama-gqa", "sdpa", device)
-    layer = model.model.layers[1].mlp
-    forward, layer.active_adapter = layer.forward, "a"
-    layer.forward = lambda states: forward(states) * (1 if layer.active_adapter == "a" else 3)
+    layer = adaptable(model)
     with virtual_of(model) as cache:
         for adapter in ("a", "b", "a"):
             layer.active_adapter = adapter

@@ -172,7 +172,7 @@ class Decoder:
         step = plan.step
         step.mark()
         # Once the steps are replays the mask is looked at beside them.
-        steady = plan.graph is not None and plan.tested(length) and plan.replays_tested
+        steady = plan.steady(length)
         fits = not steady and step.starts_fit(call.mask, length)
         if steady or fits:
             output = self._run(plan, forward, call, store, length)
@@ -186,27 +186,22 @@ class Decoder:
     def _run(self, plan: _Plan, forward: Forward, call: _Call, store: Store, length: int) -> Any:
         plan.fill(call, length)
         plan.replayed = False
-        compared = plan.tested(length)
-        if not compared or plan.graph is None or not plan.replays_tested:
-            with forward.alone() as alone:
-                # The model's configuration changes for a moment, and other threads would see it.
-                return self._run_alone(plan, forward, call, store, length, compared) if alone else None
-        plan.graph.replay()
-        plan.replayed = True
-        return plan.output(call)
+        if plan.steady(length):
+            return plan.replay(call)
+        with forward.alone() as alone:
+            # The model's configuration changes for a moment, and other threads would see it.
+            return self._run_alone(plan, forward, call, store, length) if alone else None
 
-    def _run_alone(self, plan: _Plan, forward: Forward, call: _Call, store: Store, length: int, compared: bool) -> Any:
+    def _run_alone(self, plan: _Plan, forward: Forward, call: _Call, store: Store, length: int) -> Any:
         """A step that is no plain replay: compared, captured, or eager."""
         try:
-            if not compared:
+            if not plan.tested(length):
                 return self._compare(plan, forward, call, store, length)
             if self.capture and plan.capturable and plan.graph is None:
                 self._capture(plan, forward, call, store, length)
             if plan.graph is None:
                 return plan.run(forward, call, store, length)
-            plan.graph.replay()
-            plan.replayed = True
-            output = plan.output(call)
+            output = plan.replay(call)
             if length != plan.captured_at:
                 # What was a constant of the step that was captured shows in one that is longer.
                 difference = _difference(output, plan.run(forward, call, store, length))
@@ -231,7 +226,6 @@ class Decoder:
             raise
         except Exception as error:
             raise UnsupportedError(f"{type(error).__name__}: {error}") from error
-        store.lengths = [length] * len(store.lengths)
         theirs = forward.original(**call.given)
         if torch.isnan(theirs[0]).any():
             return theirs  # which tells nothing
@@ -265,8 +259,6 @@ class Decoder:
             _LOG.debug("a capture failed", exc_info=True)
             self._fall_back(f"the step cannot be captured: {_first_line(error)}")
             return
-        finally:
-            store.lengths = [length] * len(store.lengths)
         plan.note_captured(graph, output, length)
         plan.graph_bytes = max(0, torch.cuda.memory_reserved(plan.step.ends.device) - before)
         self._counts["captures"] += 1
@@ -365,15 +357,12 @@ class _Plan:
         self.step = step
         self.length = -1  # at the last step
         self._model = weakref.ref(model)
-        self._configs = list(
-            {
-                id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation")
-            }.values()
-        )
+        modules = list(model.modules())
+        configs = (getattr(module, "config", None) for module in modules)
+        self._configs = list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())
         self._weights = _weights(model)
         self._addresses = _addresses(self._weights)
         self._state = _state(model, self._configs)
-        modules = list(model.modules())
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._adapters = [
             (vars(module), name, copy.copy(value))
@@ -421,8 +410,7 @@ class _Plan:
 
     def obstacle(self) -> str | None:
         """What of the model a graph would leave out."""
-        model = self._model()
-        if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):  # type: ignore[union-attr]
+        if any(self._hooks):
             return "the model has forward hooks, which a replay does not call"
         if any(t.numel() and not t.data_ptr() for t in self._weights):
             return "the model's weights have no address"
@@ -459,9 +447,15 @@ class _Plan:
                 raise UnsupportedError(f"its output has {name}, which is no tensor")
         return output
 
-    def output(self, call: _Call) -> Any:
-        """That of the last replay, for the caller to keep."""
+    def steady(self, length: int) -> bool:
+        """Whether a step at this length is a replay, and nothing of it is left to be tested."""
+        return self.graph is not None and self.replays_tested and self.tested(length)
+
+    def replay(self, call: _Call) -> Any:
+        """Replays the step; its output is for the caller to keep."""
         assert self.captured is not None
+        self.graph.replay()
+        self.replayed = True
         kind, fields = self.captured
         cache = next(iter(call.caches.values()))
         return kind(**{name: cache if value is None else value.clone() for name, value in fields.items()})

@@ -224,6 +224,11 @@ class Reference(Kernel):
         return torch.cat(parts).to(q.dtype)
 
 
+def _refused_dims(task: Task) -> str | None:
+    fits = task.head_dim == task.v_head_dim <= 256 and task.head_dim % 8 == 0
+    return None if fits else "it takes equal head dims of K and V, multiples of 8 up to 256"
+
+
 class Sdpa(Kernel):
     """``scaled_dot_product_attention`` on views that are sliced to the rows of a sequence, or of all of them."""
 
@@ -245,8 +250,8 @@ class Sdpa(Kernel):
         if self._backend is not None:
             if task.dtype not in _HALVES and self._backend is not SDPBackend.EFFICIENT_ATTENTION:
                 return "it computes in float16 and bfloat16 only"
-            if task.head_dim != task.v_head_dim or task.head_dim % 8 or task.head_dim > 256:
-                return "it takes equal head dims of K and V, multiples of 8 up to 256"
+            if reason := _refused_dims(task):
+                return reason
             if self._backend is SDPBackend.CUDNN_ATTENTION and task.head_dim > 128:
                 return "it takes head dims up to 128"
         if not self._gqa and task.query_heads != task.kv_heads:
@@ -325,9 +330,7 @@ def _refused_by_flash(task: Task, dtypes: tuple[torch.dtype, ...]) -> str | None
         return "it runs on cuda only"
     if task.dtype not in dtypes:
         return f"it computes in {' and '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)} only"
-    if task.head_dim != task.v_head_dim or task.head_dim % 8 or task.head_dim > 256:
-        return "it takes equal head dims of K and V, multiples of 8 up to 256"
-    return None if task.whole_slots else "a slot must be a whole number of rows"
+    return _refused_dims(task) or (None if task.whole_slots else "a slot must be a whole number of rows")
 
 
 class Flash2(Kernel):

@@ -176,17 +176,17 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _layout_of(model: Any) -> KVLayout:
+    return KVLayout.from_config(model.config, max_len=1, dtype=str(model.dtype).removeprefix("torch."))
+
+
 def _fill(cache: Any, model: Any, batch: int, length: int) -> None:
     """Random K and V of a prompt, as the model would write them."""
-    config = model.config
-    heads, dim = (
-        config.num_key_value_heads,
-        getattr(config, "head_dim", config.hidden_size // config.num_attention_heads),
-    )
     for start in range(0, length, _CHUNK):
         n = min(_CHUNK, length - start)
-        k = torch.randn(batch, heads, n, dim, device=model.device, dtype=model.dtype)
-        for layer in range(config.num_hidden_layers):
+        for layer, shape in enumerate(_layout_of(model).layers):
+            assert shape is not None
+            k = torch.randn(batch, shape.kv_heads, n, shape.head_dim, device=model.device, dtype=model.dtype)
             if isinstance(cache, StaticCache):
                 cache.update(k, k, layer, {"cache_position": torch.arange(start, start + n, device=model.device)})
             else:
@@ -252,11 +252,7 @@ def decode_speed(
     model.generate(ids, attention_mask=mask, stopping_criteria=StoppingCriteriaList([clock]), **options)
     took = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)][max(2, steps // 4) :]
     config, size = model.config, model.dtype.itemsize
-    heads, dim = (
-        config.num_key_value_heads,
-        getattr(config, "head_dim", config.hidden_size // config.num_attention_heads),
-    )
-    kv = sum(length + steps for length in lengths) * config.num_hidden_layers * 2 * heads * dim * size
+    kv = sum(length + steps for length in lengths) * _layout_of(model).bytes_per_token
     weights = sum(parameter.numel() for parameter in model.parameters()) * size
     floor = (weights - config.vocab_size * config.hidden_size * size + kv) / BANDWIDTH
     row = {

@@ -123,6 +123,7 @@ class Step:
             for config, name in before:
                 config._attn_implementation_internal = name
             _running.reset(token)
+            store.lengths = [length] * len(store.lengths)  # who takes the step says that it is taken
             del self.store, self._returned, self._spans
         if self._waiting:
             raise UnsupportedError(
