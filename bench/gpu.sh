@@ -39,7 +39,7 @@ if [ "${2:-}" = decode ]; then
   exit $failed
 fi
 if [ "${2:-}" = speed ]; then
-  run kernels timeout 150 python3 bench/kernels.py --device cuda --out "$out"
+  run kernels timeout 150 python3 bench/attention.py --device cuda --out "$out"
   run generate timeout 300 python3 bench/generate.py --out "$out"
   exit $failed
 fi

@@ -103,11 +103,18 @@ def test_weights_that_move_are_noticed(device):
         assert cache.decode_stats().captures == 2
 
 
+def refused(states):
+    if torch.cuda.is_current_stream_capturing():
+        raise ValueError("not here")
+    return 1
+
+
 @pytest.mark.gpu
-def test_a_step_that_cannot_be_captured_runs_eagerly(caplog):
+@pytest.mark.parametrize("factor", [lambda states: states.any().item(), refused])
+def test_a_step_that_cannot_be_captured_runs_eagerly(factor, caplog):
     model = build("llama-gqa", "sdpa", "cuda")
     forward = model.model.norm.forward
-    model.model.norm.forward = lambda states: forward(states) * states.any().item()
+    model.model.norm.forward = lambda states: forward(states) * factor(states)
     expected = generated(model, DynamicCache(config=model.config))
     with virtual_of(model) as cache:
         assert torch.equal(generated(model, cache), expected)

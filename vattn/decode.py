@@ -93,9 +93,10 @@ class Decoder:
             fallback=self._fallback,
         )
 
-    def newest_graph(self) -> Any:
-        """That of the last step, or None: to be replayed while its sequences have not changed, e.g. to be timed."""
-        return next(reversed(self._plans.values())).graph if self._plans else None
+    def again(self) -> Callable[[], None] | None:
+        """Replays the last step, where it was a replay and its sequences have not changed, e.g. to be timed."""
+        plan = next(reversed(self._plans.values()), None)
+        return plan.again if plan is not None and plan.replayed else None
 
     def interrupt(self) -> None:
         """The next step is none that follows the last."""
@@ -187,7 +188,9 @@ class Decoder:
         plan.fill(call, length)
         plan.replayed = False
         if plan.steady(length):
-            return plan.replay(call)
+            output = plan.replay(call)
+            plan.set_length(length + 1)  # most likely the next, which then need not wait for it
+            return output
         with forward.alone() as alone:
             # The model's configuration changes for a moment, and other threads would see it.
             return self._run_alone(plan, forward, call, store, length) if alone else None
@@ -251,11 +254,11 @@ class Decoder:
         try:
             graph, output = record(run, self._pool, plan.stream)
         except UnsupportedError:
+            self._pool = None
             raise
         except Exception as error:  # whatever the model does that a capture does not take
             plan.capturable = False
-            pool, self._pool = self._pool, None
-            end_record(plan, pool)
+            self._pool = None
             _LOG.debug("a capture failed", exc_info=True)
             self._fall_back(f"the step cannot be captured: {_first_line(error)}")
             return
@@ -379,6 +382,8 @@ class _Plan:
                 else torch.empty_like(tensor)
                 for name, tensor in call.tensors.items()
             }
+        self._made_up = [name for name, tensor in call.tensors.items() if tensor is None]
+        self._set_length = -1
         self.refused = False
         self._tested: set[bool] = set()  # steps with padding or without that agreed with transformers'
         self._windows = windows  # that no step so far has been long enough for
@@ -429,12 +434,17 @@ class _Plan:
         self.captured = type(output), {n: v if isinstance(v, torch.Tensor) else None for n, v in output.items()}
 
     def fill(self, call: _Call, length: int) -> None:
-        for name, tensor in call.tensors.items():
-            if tensor is None:
+        given = [(self._tensors[name], tensor) for name, tensor in call.tensors.items() if tensor is not None]
+        torch._foreach_copy_(*zip(*given, strict=True), non_blocking=True)
+        self.set_length(length)
+
+    def set_length(self, length: int) -> None:
+        """Brings what is made up of the length to it."""
+        if length != self._set_length:
+            for name in self._made_up:
                 self._tensors[name].fill_(length)
-            else:
-                self._tensors[name].copy_(tensor, non_blocking=True)
-        self.step.set_length(length)
+            self.step.set_length(length)
+            self._set_length = length
 
     def run(self, forward: Forward, call: _Call, store: Store, length: int, *, compiled: bool = False) -> Any:
         caches = {name: Outline(store.windows) for name in call.caches} if compiled else call.caches
@@ -460,6 +470,10 @@ class _Plan:
         cache = next(iter(call.caches.values()))
         return kind(**{name: cache if value is None else value.clone() for name, value in fields.items()})
 
+    def again(self) -> None:
+        self.set_length(self.length)
+        self.graph.replay()
+
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
         """On a stream of its own, as a capture is: libraries set themselves up there."""
@@ -479,19 +493,25 @@ def record(run: Callable[[], Any], pool: Any, stream: Any) -> tuple[Any, Any]:
     graph = torch.cuda.CUDAGraph()
     # A process captures one at a time. A capture that fails leaves its stream the current one.
     with _capturing, torch.cuda.stream(torch.cuda.current_stream()):
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            output = run()
-        return graph, output
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                output = run()
+        except BaseException:
+            _end_capture(graph, pool, stream)
+            raise
+    return graph, output
 
 
-def end_record(plan: _Plan, pool: Any) -> None:
-    """After a capture that failed: torch's allocator and its random generators think that it goes on."""
-    device = plan.step.ends.device
+def _end_capture(graph: Any, pool: Any, stream: torch.cuda.Stream) -> None:
+    """After a capture that failed: torch's allocator and its random generators may think that it goes on."""
+    with contextlib.suppress(RuntimeError):
+        graph.pool()
+        return  # all but what is captured went well, and the graph lets the pool go
     for forget in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
         with contextlib.suppress(RuntimeError):  # where the capture came so far itself
-            forget(device.index, pool)
-    with contextlib.suppress(RuntimeError):
-        record(lambda: plan.step.ends.add(0), torch.cuda.graph_pool_handle(), plan.stream)
+            forget(stream.device.index, pool)
+    with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+        torch.zeros((), device=stream.device)
 
 
 def _weights(model: Any) -> list[torch.Tensor]:

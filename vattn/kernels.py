@@ -400,9 +400,15 @@ class Flash3(Kernel):
 
     def decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scores: Scores) -> torch.Tensor:
         offsets, lengths = _offsets(k, spans)
-        out, lse = _flash3().flash_attn_varlen_func(
-            q, _rows(k), _rows(v), _one_each(spans), offsets, 1, spans.longest, seqused_k=lengths,
-            softmax_scale=scores.scale, softcap=scores.softcap or 0.0, num_splits=0, return_attn_probs=True,
+        heads, capped = (q.shape[1], *k.shape[2:]), bool(scores.softcap)
+        # How it splits the spans is the same for all layers.
+        schedule = spans.once(("fa3", heads, capped), lambda: _flash3().get_scheduler_metadata(
+            len(spans), 1, spans.longest, *heads, lengths, cu_seqlens_q=_one_each(spans), has_softcap=capped,
+        ))  # fmt: skip
+        out, lse, *_ = _flash3()._flash_attn_forward(
+            q, _rows(k), _rows(v), cu_seqlens_q=_one_each(spans), cu_seqlens_k=offsets, seqused_k=lengths,
+            max_seqlen_q=1, max_seqlen_k=spans.longest, softmax_scale=scores.scale, softcap=scores.softcap or 0.0,
+            scheduler_metadata=schedule, num_splits=0,
         )  # fmt: skip
         return _with_sinks(out, lse.t(), scores.sinks) if scores.sinks is not None else out
 

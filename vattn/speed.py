@@ -160,20 +160,26 @@ def kernel_speed(device: str, scale: int = 1) -> Iterator[dict[str, Any]]:
 
 
 class _Clock(StoppingCriteria):  # type: ignore[misc]
-    """Notes when each step is done."""
+    """Notes when each step is done, without waiting for it."""
 
     def __init__(self) -> None:
-        self.times: list[float] = []
+        self._ticks: list[Any] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
-        _synchronize(input_ids.device)
-        self.times.append(time.perf_counter())
+        if input_ids.is_cuda:
+            self._ticks.append(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
+            self._ticks[-1].record()
+        else:
+            self._ticks.append(time.perf_counter())
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    def steps(self) -> list[float]:
+        """The seconds from each step to the next."""
+        pairs = list(zip(self._ticks, self._ticks[1:], strict=False))
+        if pairs and isinstance(pairs[0][0], float):
+            return [b - a for a, b in pairs]
+        self._ticks[-1].synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in pairs]
 
 
 def _layout_of(model: Any) -> KVLayout:
@@ -228,14 +234,14 @@ def decode_speed(
 ) -> dict[str, Any]:
     """The time of decode steps of ``model.generate`` behind contexts of these lengths, padded on the left.
 
-    A step is what lies between two calls of the stopping criteria. The first quarter, at least two, are not counted:
+    A step is what lies between two calls of the stopping criteria, on a GPU in its own time. The first quarter, at least two, are not counted:
     they compare, compile and capture. ``floor ms`` is reading the weights without the embedding, K and V, at 3.0 TB/s.
     """
     device, on_gpu = model.device, model.device.type == "cuda"
     batch, longest = len(lengths), max(lengths)
     gc.collect()
     if on_gpu:
-        _synchronize(device)
+        torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     model.generation_config.disable_compile = name != "static_compile"
@@ -250,7 +256,7 @@ def decode_speed(
     clock = _Clock()
     options = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, CACHE_KEYWORD: cache}
     model.generate(ids, attention_mask=mask, stopping_criteria=StoppingCriteriaList([clock]), **options)
-    took = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)][max(2, steps // 4) :]
+    took = clock.steps()[max(2, steps // 4) :]
     config, size = model.config, model.dtype.itemsize
     kv = sum(length + steps for length in lengths) * _layout_of(model).bytes_per_token
     weights = sum(parameter.numel() for parameter in model.parameters()) * size
@@ -274,8 +280,8 @@ def decode_speed(
     if isinstance(cache, VirtualCache):
         cache.check()
         row |= {"kv physical": cache.stats().peak, "decode": str(cache.decode_stats())}
-        graph = None if cache.decoder is None else cache.decoder.newest_graph()
-        if graph is not None:
-            row["replay ms"] = _seconds(device.type, graph.replay) * 1e3  # of that step, without all that is around
+        again = None if cache.decoder is None else cache.decoder.again()
+        if again is not None:
+            row["replay ms"] = _seconds(device.type, again) * 1e3  # of the last step, without all that is around
         cache.close()
     return row
