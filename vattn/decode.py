@@ -26,7 +26,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-from vattn import kernels
+from vattn import compiled, kernels
 from vattn.cache import KVCache
 from vattn.step import Outline, Step, UnsupportedError
 from vattn.store import Store
@@ -161,6 +161,8 @@ class Decoder:
             if call.ids.is_cuda and not self._streams:
                 self._streams = tuple(torch.cuda.Stream(call.ids.device) for _ in range(2))  # type: ignore[no-untyped-call]
             stream, side = self._streams or (None, None)
+            if self._compiled:
+                compiled.lay_side_by_side(model)
             step = Step(cache, base, call.ids.shape[0], self._attention, self.capture, side)
             plan = self._plans[key] = _Plan(step, model, call, windows, stream)
             while len(self._plans) > _MOST_GRAPHS:
@@ -272,7 +274,7 @@ class Decoder:
             self._fall_back("the step is not compiled: its layers share K and V")
             return
         options = self._compiled if isinstance(self._compiled, dict) else None
-        plan.compiled = torch.compile(forward.original, fullgraph=True, dynamic=False, options=options)
+        plan.compiled = compiled.compiled(forward.original, options)
         try:
             with plan.beside(), kernels.many_shapes():
                 plan.run(forward, call, store, length, compiled=True)

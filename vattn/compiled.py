@@ -1,0 +1,137 @@
+"""The compilation of decode steps, and the weights of linear layers side by side in memory, which are then read at once.
+
+A small product of a projection's weights does not keep a GPU's memory busy; that of three projections of the same input
+does. So the weights of linear layers of one module are laid one after the other, as views of one tensor, and where a
+step applies such neighbours to the same input, one product computes them all.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.nn import functional
+
+
+def compiled(forward: Callable[..., Any], options: dict[str, Any] | None = None) -> Callable[..., Any]:
+    """A model's forward, to be compiled at its first call.
+
+    Args:
+        forward: of a model whose weights are laid out by ``lay_side_by_side``.
+        options: of ``torch.compile``.
+    """
+    options = {"pre_grad_custom_pass": _Joined(), **(options or {})}
+    done: Callable[..., Any] = torch.compile(forward, fullgraph=True, dynamic=False, options=options)
+    return done
+
+
+def lay_side_by_side(model: nn.Module) -> None:
+    """Moves the weights of linear layers that are children of one module, and take inputs of one size, together.
+
+    The parameters stay what they are and only come to lie elsewhere. Where they lie so already nothing happens.
+    """
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[parameter.data_ptr()] = owners.get(parameter.data_ptr(), 0) + 1
+    for module in model.modules():
+        alike: dict[Any, list[nn.Linear]] = {}
+        for child in module.children():
+            if type(child) is nn.Linear and _plain(child, owners):
+                weight = child.weight
+                key = (child.in_features, weight.dtype, weight.device, child.bias is None, weight.requires_grad)
+                alike.setdefault(key, []).append(child)
+        for linears in alike.values():
+            _join([linear.weight for linear in linears])
+            if linears[0].bias is not None:
+                _join([linear.bias for linear in linears])
+
+
+def _plain(linear: nn.Linear, owners: dict[int, int]) -> bool:
+    parameters = list(linear.parameters(recurse=False))
+    return all(
+        type(parameter) is nn.Parameter
+        and parameter.is_contiguous()
+        and not parameter.is_inference()
+        and parameter.data_ptr() != 0
+        and owners[parameter.data_ptr()] == 1  # tied ones stay
+        for parameter in parameters
+    )
+
+
+def _join(parameters: list[nn.Parameter]) -> None:
+    if len(parameters) == 1 or (_adjacent(parameters) and parameters[0].storage_offset() == 0):
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        joint = torch.cat([parameter.detach() for parameter in parameters])
+        for parameter, part in zip(parameters, joint.split([len(p) for p in parameters]), strict=True):
+            parameter.data = part
+
+
+def _adjacent(tensors: list[torch.Tensor]) -> bool:
+    """Whether contiguous tensors are one after the other in one storage."""
+    return all(
+        a.untyped_storage()._cdata == b.untyped_storage()._cdata
+        and b.storage_offset() == a.storage_offset() + a.numel()
+        for a, b in itertools.pairwise(tensors)
+    )
+
+
+class _Joined(CustomGraphPass):  # type: ignore[misc]
+    """Makes one product of those of the same input with weights side by side, in a graph of torch functions."""
+
+    def uuid(self) -> Any:
+        return "vattn.compiled 1"
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        of_input: dict[Any, list[Any]] = {}
+        for node in graph.nodes:
+            if node.op == "call_function" and node.target is functional.linear and not node.kwargs:
+                of_input.setdefault(node.args[0], []).append(node)
+        for nodes in of_input.values():
+            nodes = [node for node in nodes if node.args[1].op == "placeholder"]
+            nodes.sort(key=lambda node: _value(node.args[1]).storage_offset())
+            if len(nodes) > 1 and all(map(_joins, map(list, zip(*(_parts(node) for node in nodes), strict=True)))):
+                self._join(graph, nodes)
+
+    def _join(self, graph: torch.fx.Graph, nodes: list[Any]) -> None:
+        first = next(node for node in graph.nodes if node in nodes)
+        sizes = [_value(node.args[1]).shape[0] for node in nodes]
+        with graph.inserting_before(first):
+            joint = []
+            for mine in (mine for mine in _parts(nodes[0]) if mine is not None):
+                value = _value(mine)
+                shape = (sum(sizes), *value.shape[1:])
+                joint.append(graph.call_function(torch.as_strided, (mine, shape, value.stride())))
+            product = graph.call_function(functional.linear, (first.args[0], *joint))
+            starts = [0, *itertools.accumulate(sizes)]
+            parts = [
+                graph.call_function(torch.narrow, (product, -1, *span)) for span in zip(starts, sizes, strict=False)
+            ]
+        for node, part in zip(nodes, parts, strict=True):
+            node.replace_all_uses_with(part)
+            graph.erase_node(node)
+
+
+def _parts(node: Any) -> tuple[Any, Any]:
+    """The weight and the bias of a linear."""
+    return node.args[1], node.args[2] if len(node.args) > 2 else None
+
+
+def _joins(parts: list[Any]) -> bool:
+    if all(part is None for part in parts):
+        return True
+    if any(part is None or part.op != "placeholder" for part in parts):
+        return False
+    values = [_value(part) for part in parts]
+    # A compiled graph knows where its inputs begin, and not where their storage does.
+    return values[0].storage_offset() == 0 and _adjacent(values)
+
+
+def _value(node: Any) -> torch.Tensor:
+    value: torch.Tensor = node.meta["example_value"]
+    return value
