@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from models import adaptable, build, generated, virtual_of
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
-from vattn import CACHE_KEYWORD, decode, store
+from vattn import CACHE_KEYWORD, SequenceTooLong, VirtualCache, decode, store
 
 
 class Retold:
@@ -175,6 +183,111 @@ def test_adapters_that_change_between_steps_are_noticed(device):
         expected = model.generate(**more, **{CACHE_KEYWORD: dynamic})
         assert torch.equal(model.generate(**more, **{CACHE_KEYWORD: cache}), expected)
         assert cache.decode_stats().captures == 2
+
+
+def committed(cache):
+    """Whether no row holds more than the cache says that it does."""
+    [rows] = cache._store.rows.values()
+    return all(row.length == cache.get_seq_length() for row in rows)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_greedy_steps_begin_before_their_calls(batch, device):
+    model = build("llama-gqa", "sdpa", device)
+    model.generation_config.eos_token_id = None
+    options = {"max_new_tokens": 24, "batch": batch}
+    expected = generated(model, DynamicCache(config=model.config), **options)
+    for run_ahead in (True, False):
+        with virtual_of(model, run_ahead=run_ahead) as cache:
+            for _ in range(2):
+                assert torch.equal(generated(model, cache, **options), expected)
+                assert committed(cache)
+                cache.reset()
+            stats = cache.decode_stats()
+            assert stats.eager + stats.replayed == 2 * 23
+            assert stats.ahead == (23 + 23 - 4 if run_ahead else 0)  # not the first of a call, nor those before a graph
+
+
+class Banned(LogitsProcessor):
+    """Forbids the highest token of every so many-th step."""
+
+    def __init__(self, every):
+        self.every, self.calls = every, 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        return scores.scatter(1, scores.argmax(1, keepdim=True), -1e9) if self.calls % self.every == 0 else scores
+
+
+@pytest.mark.parametrize(("every", "least"), [(12, 20), (2, 0)])
+def test_steps_that_began_with_other_tokens_are_computed_again(every, least, device):
+    model = build("mistral", "sdpa", device)
+    model.generation_config.eos_token_id = None
+    options = {"max_new_tokens": 40}
+
+    def run(cache):
+        return generated(model, cache, logits_processor=LogitsProcessorList([Banned(every)]), **options)
+
+    expected = run(DynamicCache(config=model.config))
+    with virtual_of(model) as cache:
+        assert torch.equal(run(cache), expected)
+        assert committed(cache)
+        assert least <= cache.decode_stats().ahead <= 36
+        assert cache.decode_stats().replayed >= 36
+
+
+def test_what_is_done_to_a_cache_in_between_ends_what_has_begun(device):
+    model = build("llama-gqa", "sdpa", device)
+    model.generation_config.eos_token_id = None
+    copies = []
+
+    class Copying(StoppingCriteria):
+        def __call__(self, input_ids, scores, **options):
+            if input_ids.shape[1] % 5 == 0:
+                copies.append((copy.deepcopy(cache), input_ids))
+                assert committed(cache)
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    expected = generated(model, DynamicCache(config=model.config), max_new_tokens=30)
+    with virtual_of(model) as cache:
+        criteria = StoppingCriteriaList([Copying()])
+        assert torch.equal(generated(model, cache, max_new_tokens=30, stopping_criteria=criteria), expected)
+        assert cache.decode_stats().ahead >= 18
+        for other, ids in copies:
+            more = {"max_new_tokens": 40 - ids.shape[1], "do_sample": False} if ids.shape[1] < 40 else None
+            if more is not None:
+                assert torch.equal(model.generate(ids, **more, **{CACHE_KEYWORD: other}), expected)
+            other.close()
+
+
+def test_no_step_begins_where_the_cache_ends(device):
+    model = build("llama-gqa", "sdpa", device)
+    model.generation_config.eos_token_id = None
+    expected = generated(model, DynamicCache(config=model.config), max_new_tokens=24)
+    with virtual_of(model, max_len=33) as cache:
+        options = {"max_length": 34, "max_new_tokens": None}
+        assert torch.equal(generated(model, cache, **options), expected)
+        assert committed(cache)
+    with virtual_of(model, max_len=30) as cache, pytest.raises(SequenceTooLong):
+        generated(model, cache, **options)
+
+
+def test_weights_that_change_between_calls_are_seen(device):
+    """Also where the next call goes on with the token that the last one ended with."""
+    model = build("llama-gqa", "sdpa", device)
+    model.generation_config.eos_token_id = None
+    results = []
+    for make in (lambda: DynamicCache(config=model.config), lambda: VirtualCache(model, max_len=160, attention="auto")):
+        torch.manual_seed(0)
+        changed, cache = copy.deepcopy(model), make()
+        if isinstance(cache, VirtualCache):
+            cache = VirtualCache(changed, max_len=160, attention="auto")
+        ids = generated(changed, cache, max_new_tokens=None, max_length=20)
+        for parameter in changed.parameters():
+            parameter.data.mul_(0.7)
+        more = {"max_new_tokens": 8, "do_sample": False, CACHE_KEYWORD: cache}
+        results.append(changed.generate(ids, attention_mask=torch.ones_like(ids), **more))
+    assert torch.equal(*results)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The compilation of decode steps, and the weights of linear layers side by side in memory, which are then read at once.
+"""The compilation of decode steps, and weights of linear layers side by side in memory, which are read at once.
 
 A small product of a projection's weights does not keep a GPU's memory busy; that of three projections of the same input
 does. So the weights of linear layers of one module are laid one after the other, as views of one tensor, and where a
@@ -8,7 +8,7 @@ step applies such neighbours to the same input, one product computes them all.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,16 +63,16 @@ def _plain(linear: nn.Linear, owners: dict[int, int]) -> bool:
     )
 
 
-def _join(parameters: list[nn.Parameter]) -> None:
+def _join(parameters: Sequence[torch.Tensor]) -> None:
     if len(parameters) == 1 or (_adjacent(parameters) and parameters[0].storage_offset() == 0):
         return
     with torch.inference_mode(False), torch.no_grad():
         joint = torch.cat([parameter.detach() for parameter in parameters])
-        for parameter, part in zip(parameters, joint.split([len(p) for p in parameters]), strict=True):
+        for parameter, part in zip(parameters, torch.split(joint, [len(p) for p in parameters]), strict=True):
             parameter.data = part
 
 
-def _adjacent(tensors: list[torch.Tensor]) -> bool:
+def _adjacent(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether contiguous tensors are one after the other in one storage."""
     return all(
         a.untyped_storage()._cdata == b.untyped_storage()._cdata
@@ -81,7 +81,7 @@ def _adjacent(tensors: list[torch.Tensor]) -> bool:
     )
 
 
-class _Joined(CustomGraphPass):  # type: ignore[misc]
+class _Joined(CustomGraphPass):
     """Makes one product of those of the same input with weights side by side, in a graph of torch functions."""
 
     def uuid(self) -> Any:

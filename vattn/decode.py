@@ -9,13 +9,10 @@ model whose own result is another one keeps running the old way; what cannot be 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import copy
 import functools
-import inspect
 import logging
 import threading
-import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -27,15 +24,14 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from vattn import compiled, kernels
+from vattn.attach import CACHE_KEYWORDS, Forward, deciding, greedy
 from vattn.cache import KVCache
 from vattn.step import Outline, Step, UnsupportedError
 from vattn.store import Store
 
 _LOG = logging.getLogger("vattn")
 _MOST_GRAPHS = 8  # of one cache
-_CACHE_KEYWORDS = ("cache", "past_key_values")
 _capturing = threading.RLock()
-_deciding: contextvars.ContextVar[bool] = contextvars.ContextVar("deciding", default=False)
 
 
 @dataclass(frozen=True)
@@ -45,6 +41,7 @@ class DecodeStats:
     Args:
         replayed: steps that were replays of a graph.
         eager: steps on slot tensors that were not, among them those that transformers computed too, to compare.
+        ahead: of the replayed ones, those that had begun before they were called for.
         captures: graphs captured so far.
         graphs: graphs kept, at most 8: the least recently used goes first.
         graph_bytes: device memory that capturing them took.
@@ -54,6 +51,7 @@ class DecodeStats:
 
     replayed: int
     eager: int
+    ahead: int
     captures: int
     graphs: int
     graph_bytes: int
@@ -64,18 +62,25 @@ class DecodeStats:
 class Decoder:
     """The decode steps of one ``VirtualCache``."""
 
-    def __init__(self, attention: str | None, capture: bool, compiled: bool | dict[str, Any] = False) -> None:
+    def __init__(
+        self,
+        attention: str | None,
+        capture: bool,
+        compiled: bool | dict[str, Any] = False,
+        run_ahead: bool = True,
+    ) -> None:
         self._named = attention
         self._attention = attention or "auto"
         kernels.named(self._attention)
         self._compiled = compiled
+        self._run_ahead = run_ahead
         self.capture = capture
         self.enabled = True
         self._plans: OrderedDict[Any, _Plan] = OrderedDict()
         self._pool: Any = None
         self._streams: tuple[torch.cuda.Stream, ...] = ()  # for captures, which share a pool, and beside replays
         self._fallback: str | None = None
-        self._counts = {"replayed": 0, "eager": 0, "captures": 0}
+        self._counts = {"replayed": 0, "eager": 0, "ahead": 0, "captures": 0}
         self._kernels: dict[str, None] = {}
 
     def room(self) -> dict[str, int]:
@@ -110,7 +115,7 @@ class Decoder:
 
     def clone(self) -> Decoder:
         """One of the same settings, for another cache."""
-        return Decoder(self._named, self.capture, self._compiled)
+        return Decoder(self._named, self.capture, self._compiled, self._run_ahead)
 
     def step(self, store: Store, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of a decode step, or None: then it is no such step, and nothing has changed."""
@@ -133,7 +138,7 @@ class Decoder:
         on_device = call.ids.is_cuda
         with torch.cuda.device(call.ids.device) if on_device else contextlib.nullcontext():
             plan = self._plan(forward.model, store, call, cache, base, length)
-            token = _deciding.set(True)  # what is called meanwhile is the model itself
+            token = deciding.set(True)  # what is called meanwhile is the model itself
             try:
                 if not plan.refused:
                     output = self._try(plan, forward, call, store, length)
@@ -141,8 +146,10 @@ class Decoder:
                     plan = self._plan(forward.model, store, call, cache, base, length, anew=True)
                     output = self._try(plan, forward, call, store, length)
             finally:
-                _deciding.reset(token)
+                deciding.reset(token)
                 store.lengths = [length + (output is not None)] * len(store.lengths)
+            if output is not None:
+                self._begin(plan, store, length + 1)
         if output is not None and not forward.refused:
             self._counts["replayed" if plan.replayed else "eager"] += 1
         return output
@@ -159,12 +166,12 @@ class Decoder:
         if plan is None:
             windows = sorted({window for window in store.windows if window is not None})
             if call.ids.is_cuda and not self._streams:
-                self._streams = tuple(torch.cuda.Stream(call.ids.device) for _ in range(2))  # type: ignore[no-untyped-call]
-            stream, side = self._streams or (None, None)
+                self._streams = tuple(torch.cuda.Stream(call.ids.device) for _ in range(3))  # type: ignore[no-untyped-call]
+            stream, side, ahead = self._streams or (None, None, None)
             if self._compiled:
                 compiled.lay_side_by_side(model)
             step = Step(cache, base, call.ids.shape[0], self._attention, self.capture, side)
-            plan = self._plans[key] = _Plan(step, model, call, windows, stream)
+            plan = self._plans[key] = _Plan(step, model, call, windows, stream, ahead)
             while len(self._plans) > _MOST_GRAPHS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
@@ -187,15 +194,39 @@ class Decoder:
         return self._run(plan, forward, call, store, length)
 
     def _run(self, plan: _Plan, forward: Forward, call: _Call, store: Store, length: int) -> Any:
+        if self._has_begun(plan, call, store, length):
+            return plan.output(call)
         plan.fill(call, length)
-        plan.replayed = False
         if plan.steady(length):
-            output = plan.replay(call)
+            plan.replay()
+            output = plan.output(call)
             plan.set_length(length + 1)  # most likely the next, which then need not wait for it
             return output
         with forward.alone() as alone:
             # The model's configuration changes for a moment, and other threads would see it.
             return self._run_alone(plan, forward, call, store, length) if alone else None
+
+    def _begin(self, plan: _Plan, store: Store, length: int) -> None:
+        """Replays the step at this length with the most likely tokens, where they are most likely the next ones."""
+        run = greedy() if self._run_ahead else None
+        if run is None or not run.goes_on(store) or not plan.replayed or not plan.steady(length):
+            return
+        if plan.guesses and store.grow_ahead(length):
+            plan.begin(length)
+            store.ahead = functools.partial(plan.wait_for, length)
+
+    def _has_begun(self, plan: _Plan, call: _Call, store: Store, length: int) -> bool:
+        """Whether this step runs already, on what it is called with; waits for what runs."""
+        wait, store.ahead = store.ahead, None
+        begun = plan.begun == length and plan.steady(length)
+        right = begun and plan.fits(call)
+        if wait is not None:
+            wait()
+        if begun and (run := greedy()):
+            run.note(right)
+        self._counts["ahead"] += right
+        plan.replayed = right
+        return right
 
     def _run_alone(self, plan: _Plan, forward: Forward, call: _Call, store: Store, length: int) -> Any:
         """A step that is no plain replay: compared, captured, or eager."""
@@ -206,7 +237,8 @@ class Decoder:
                 self._capture(plan, forward, call, store, length)
             if plan.graph is None:
                 return plan.run(forward, call, store, length)
-            output = plan.replay(call)
+            plan.replay()
+            output = plan.output(call)
             if length != plan.captured_at:
                 # What was a constant of the step that was captured shows in one that is longer.
                 difference = _difference(output, plan.run(forward, call, store, length))
@@ -342,7 +374,7 @@ class _Call:
                 continue
             if name in ("position_ids", "cache_position") and isinstance(value, torch.Tensor):
                 tensors[name] = value
-            elif name in _CACHE_KEYWORDS:
+            elif name in CACHE_KEYWORDS:
                 caches[name] = value
             elif isinstance(value, (bool, int, float, str)):
                 others[name] = value
@@ -357,7 +389,13 @@ class _Plan:
     """The steps of one batch size: what they are given in place, and their graph once there is one."""
 
     def __init__(
-        self, step: Step, model: Any, call: _Call, windows: list[int], stream: torch.cuda.Stream | None
+        self,
+        step: Step,
+        model: Any,
+        call: _Call,
+        windows: list[int],
+        stream: torch.cuda.Stream | None,
+        ahead: torch.cuda.Stream | None,
     ) -> None:
         self.step = step
         self.length = -1  # at the last step
@@ -397,6 +435,10 @@ class _Plan:
         self.captured_at = -1
         self.captured: tuple[type, dict[str, Any]] | None = None  # the class of the output and its fields
         self.stream = stream
+        self.begun = -1  # the length of a step that has begun before its call
+        self._ahead = ahead
+        if ahead is not None:
+            self._guessed, self._done = (torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
         self.capturable = device.type == "cuda"
 
     def is_of(self, model: Any, *, everything: bool) -> bool:
@@ -437,7 +479,7 @@ class _Plan:
 
     def fill(self, call: _Call, length: int) -> None:
         given = [(self._tensors[name], tensor) for name, tensor in call.tensors.items() if tensor is not None]
-        torch._foreach_copy_(*zip(*given, strict=True), non_blocking=True)
+        torch._foreach_copy_([mine for mine, _ in given], [theirs for _, theirs in given], non_blocking=True)
         self.set_length(length)
 
     def set_length(self, length: int) -> None:
@@ -463,11 +505,13 @@ class _Plan:
         """Whether a step at this length is a replay, and nothing of it is left to be tested."""
         return self.graph is not None and self.replays_tested and self.tested(length)
 
-    def replay(self, call: _Call) -> Any:
-        """Replays the step; its output is for the caller to keep."""
-        assert self.captured is not None
+    def replay(self) -> None:
         self.graph.replay()
         self.replayed = True
+
+    def output(self, call: _Call) -> Any:
+        """Of the last replay, for the caller to keep."""
+        assert self.captured is not None
         kind, fields = self.captured
         cache = next(iter(call.caches.values()))
         return kind(**{name: cache if value is None else value.clone() for name, value in fields.items()})
@@ -475,6 +519,51 @@ class _Plan:
     def again(self) -> None:
         self.set_length(self.length)
         self.graph.replay()
+
+    @property
+    def guesses(self) -> bool:
+        """Whether the tokens and positions of the next step can be told from this one's."""
+        logits = self.captured and self.captured[1].get("logits")
+        return logits is not None and logits.dim() == 3 and self._tensors["input_ids"].dtype == torch.int64
+
+    def begin(self, length: int) -> None:
+        """Replays the step at this length behind the one before, with the tokens of its highest logits."""
+        assert self.captured is not None
+        with self._ahead_of_call():
+            torch.argmax(self.captured[1]["logits"][:, -1], dim=-1, keepdim=True, out=self._tensors["input_ids"])
+            for name, tensor in self._tensors.items():
+                if name != "input_ids" and name not in self._made_up:
+                    tensor.add_(1)
+            self.set_length(length)
+            if self._ahead is not None:
+                self._guessed.record()
+            self.graph.replay()
+        self.begun = length
+
+    @contextlib.contextmanager
+    def _ahead_of_call(self) -> Iterator[None]:
+        """On a stream where what the caller does with the last step is not waited for."""
+        if self._ahead is None:
+            yield
+            return
+        self._ahead.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._ahead):
+            yield
+            self._done.record()
+
+    def fits(self, call: _Call) -> bool:
+        """Whether the step that has begun is the one that is called for."""
+        if self._ahead is not None:
+            torch.cuda.current_stream().wait_event(self._guessed)
+        given = ((self._tensors[name], tensor) for name, tensor in call.tensors.items() if tensor is not None)
+        return all(torch.equal(mine, theirs) for mine, theirs in given)
+
+    def wait_for(self, length: int) -> None:
+        """What the stream does from now on comes behind the step that has begun at this length."""
+        if self.begun == length:
+            self.begun = -1
+            if self._ahead is not None:
+                torch.cuda.current_stream(self._ahead.device).wait_event(self._done)
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
@@ -568,73 +657,3 @@ def _first_line(error: BaseException) -> str:
     while error.__context__ is not None:
         error = error.__context__
     return str(error).partition("\n")[0]
-
-
-def attach(model: Any) -> None:
-    """Lets the decode steps of a model go to the cache that it is called with."""
-    if hasattr(model, "get_base_model"):  # PEFT's models hand generate on to the one that they adapt
-        model = model.get_base_model()
-    if not isinstance(model.forward, Forward):
-        model.forward = Forward(model, model.forward)
-
-
-class Forward:
-    """A model's forward, by which decode steps on a ``VirtualCache`` come to its ``Decoder``."""
-
-    def __init__(self, model: Any, original: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, original, updated=())
-        # The model has this as an attribute: a bound method would be a cycle.
-        bound = getattr(original, "__self__", None) is model
-        self.__wrapped__ = self._function = original.__func__ if bound else original  # type: ignore[attr-defined]
-        self._bound = bound
-        self.parameters = tuple(inspect.signature(original).parameters)
-        self._set_model(model)
-
-    def _set_model(self, model: Any) -> None:
-        self._model = weakref.ref(model)
-        self.refused: str | None = None  # why the model's steps are not computed on slot tensors
-        self._lock = threading.RLock()
-        self._calls = 0  # of the model itself, that run now
-
-    @property
-    def model(self) -> Any:
-        return self._model()
-
-    @property
-    def original(self) -> Callable[..., Any]:
-        return types.MethodType(self._function, self.model) if self._bound else self._function
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.original)
-
-    def __getstate__(self) -> dict[str, Any]:
-        kept = {name: value for name, value in vars(self).items() if name not in ("_lock", "_calls", "refused")}
-        return {**kept, "_model": self.model}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._set_model(state["_model"])
-
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[bool]:
-        """While it lasts no other call begins; yields whether none is under way."""
-        with self._lock:
-            yield self._calls == 0
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or _deciding.get():
-            return self.original(*args, **kwargs)
-        for name in _CACHE_KEYWORDS:
-            cache = kwargs.get(name)
-            if getattr(cache, "decoder", None) is not None:
-                if (output := cache.decode_step(self, args, kwargs)) is not None:  # type: ignore[union-attr]
-                    return output
-                cache.decoder.interrupt()  # type: ignore[union-attr]
-        with self._lock:
-            self._calls += 1
-        try:
-            return self.original(*args, **kwargs)
-        finally:
-            with self._lock:
-                self._calls -= 1

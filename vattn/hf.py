@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from vattn import decode
+from vattn.attach import Forward, attach
 from vattn.cache import CacheStats, KVCache, TrimOnOOM
 from vattn.decode import Decoder
 from vattn.decode import DecodeStats as DecodeStats
@@ -199,7 +199,10 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             None is ``"auto"`` on CUDA; on a CPU the model's own attention then computes all steps.
         capture: False does not capture decode steps into CUDA graphs.
         compiled: compiles decode steps by ``torch.compile`` before they are captured, which takes its time for each
-            batch size; a dict is passed on as its ``options``.
+            batch size; a dict is passed on as its ``options``. Weights of linear layers side by side in a module then
+            come to lie side by side in memory.
+        run_ahead: lets a greedy ``generate`` begin the next captured step with the most likely tokens while the host is
+            at the last one's; a step of others is computed again. False begins none before its call.
 
     Raises (at the first call that needs it, and then the layer called has not changed; on one device no layer has):
         SequenceTooLong: a sequence would exceed ``max_len``.
@@ -223,8 +226,9 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         attention: str | None = None,
         capture: bool = True,
         compiled: bool | dict[str, Any] = False,
+        run_ahead: bool = True,
     ) -> None:
-        decoder = Decoder(attention, capture, compiled)
+        decoder = Decoder(attention, capture, compiled, run_ahead)
         model = config if isinstance(config, torch.nn.Module) else None
         config = config if model is None else model.config
         options = Options(
@@ -242,7 +246,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         _virtualize(self, options)
         if model is not None:
             self.decoder = decoder
-            decode.attach(model)
+            attach(model)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -326,7 +330,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
 
     decoder: Decoder | None = None
 
-    def decode_step(self, forward: decode.Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def decode_step(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Computes a model's call as a decode step; None where it is none, or the cache was made without the model."""
         return self.decoder and self.decoder.step(self._store, forward, args, kwargs)
 

@@ -234,8 +234,9 @@ def decode_speed(
 ) -> dict[str, Any]:
     """The time of decode steps of ``model.generate`` behind contexts of these lengths, padded on the left.
 
-    A step is what lies between two calls of the stopping criteria, on a GPU in its own time. The first quarter, at least two, are not counted:
-    they compare, compile and capture. ``floor ms`` is reading the weights without the embedding, K and V, at 3.0 TB/s.
+    A step is what lies between two calls of the stopping criteria, on a GPU in its own time. The first quarter, at
+    least two, are not counted: they compare, compile and capture. ``floor ms`` is reading the weights without the
+    embedding, K and V, at 3.0 TB/s.
     """
     device, on_gpu = model.device, model.device.type == "cuda"
     batch, longest = len(lengths), max(lengths)

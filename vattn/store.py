@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from vattn.cache import KVCache, Sequence, Share, check_budget, resolve_device
+from vattn.errors import OutOfDeviceMemory, OutOfPages, SequenceTooLong
 from vattn.layout import GRANULARITY, ITEMSIZES, Group, Kind, KVLayout, LayerShape
 
 _SPARE_SLOTS = 64  # slots reserved when their number is left open: addresses cost nothing
@@ -156,6 +157,7 @@ class Store:
         self.moved: dict[int, int] = {}  # of layers whose rows were copied: the first position that came along
         self.recording = False
         self.floor = 0  # while recording: the length at the last crop, which must stay reachable
+        self.ahead: Callable[[], None] | None = None  # waits for a step that runs at the length so far, uncalled for
         self.closed = False
 
     def set_budget(self, budget: int | float | None) -> None:
@@ -244,6 +246,25 @@ class Store:
         cache.grow_all(self.rows[place], length + 1, keep=keep)
         return cache, self.bases[place], length
 
+    def grow_ahead(self, length: int) -> bool:
+        """Memory for a step at this length before it is called for; False where there is none."""
+        [cache] = self.caches.values()
+        [rows] = self.rows.values()
+        try:
+            cache.grow_all(rows, length + 1, keep=0)
+        except (SequenceTooLong, OutOfPages, OutOfDeviceMemory):
+            return False
+        return True
+
+    def land(self) -> None:
+        """Ends a step that runs though it was not called for, as if it had not begun."""
+        if self.ahead is None:
+            return
+        wait, self.ahead = self.ahead, None
+        wait()
+        for place, rows in self.rows.items():
+            self.caches[place].truncate_all(rows, self.lengths[0])
+
     def _find_twins(self, place: Place, k: torch.Tensor, v: torch.Tensor, start: int) -> None:
         """Notes whether the rows of a prompt are the same in groups, as beams and return sequences begin."""
         batch, n = k.shape[0], k.shape[2]
@@ -301,6 +322,7 @@ class Store:
             raise ValueError(f"a batch of {batch} rows does not fit {slots} slots: make it with slots={batch}")
 
     def _require_open(self) -> None:
+        self.land()
         if self.closed:
             raise ValueError("the cache is closed: make a new VirtualCache")
 
@@ -442,6 +464,7 @@ class Store:
         return other
 
     def close(self) -> None:
+        self.land()
         self.closed = True
         self.ready.clear()
         self.lanes.clear()
@@ -454,6 +477,7 @@ class Store:
 
     def _leave(self, *, only_rows: bool = False) -> None:
         """Closes what is its alone: the ``KVCache``s, or its rows of those that others share."""
+        self.land()
         for place, sharers in self.sharers.items():
             sharers.discard(self)
             cache, rows = self.caches[place], self.rows[place]
