@@ -27,6 +27,7 @@ SECTIONS = {
     "sharing": "Forks, prefixes, beams and swapping",
     "generate": "Decode steps of a Llama-3-8B shape",
     "kernels": "Attention kernels on virtual memory and on torch's",
+    "architectures": "Decode steps of each architecture, tiny models with random weights",
     "serve": "A trace served on one GPU, and on all at once, a process each",
     "memory": "Memory of a Llama-3-8B shape, prompts prefilled in chunks",
     "memory_at_once": "Memory of a Llama-3-8B shape, prompts prefilled in one piece",
@@ -72,7 +73,7 @@ BARS = {
         }.items()
     },
     "prefill_virtual_over_cudamalloc": "prefill, the fastest kernel on virtual rows over torch's memory, the lowest",
-    "prefill_contiguous_over_paged": "prefill, FlashAttention-3's rate on virtual rows over pages of 64, the lowest",
+    "captured_architectures": "architectures whose decode steps are captured",
     "step_over_floor_64_mixed": "decode step of 64 sequences of 64 to 4096 tokens over its floor",
     **{
         f"memory_over_tokens_{point}": f"memory of the device less weights and a GB, over K and V of {shown} tokens"

@@ -21,6 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="caches map what sequences share read-only, so that a write to it is a fault",
     )
+    parser.addoption("--tables", help="folder for tables that tests make")
 
 
 HAS_GPU = torch.cuda.is_available()

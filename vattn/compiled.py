@@ -24,7 +24,7 @@ def compiled(forward: Callable[..., Any], options: dict[str, Any] | None = None)
         forward: of a model whose weights are laid out by ``lay_side_by_side``.
         options: of ``torch.compile``.
     """
-    options = {"pre_grad_custom_pass": _Joined(), **(options or {})}
+    options = {"pre_grad_custom_pass": _Joined(), "combo_kernels": True, **(options or {})}
     done: Callable[..., Any] = torch.compile(forward, fullgraph=True, dynamic=False, options=options)
     return done
 
@@ -70,6 +70,8 @@ def _join(parameters: Sequence[torch.Tensor]) -> None:
         joint = torch.cat([parameter.detach() for parameter in parameters])
         for parameter, part in zip(parameters, torch.split(joint, [len(p) for p in parameters]), strict=True):
             parameter.data = part
+        if joint.is_cuda:
+            torch.cuda.empty_cache()  # else what comes next is cut from what was left, and the rest is of no use
 
 
 def _adjacent(tensors: Sequence[torch.Tensor]) -> bool:

@@ -12,16 +12,14 @@ from typing import Any
 import torch
 from transformers import DynamicCache, StaticCache, StoppingCriteria, StoppingCriteriaList
 
-from vattn import kernels
 from vattn.cache import KVCache
 from vattn.hf import CACHE_KEYWORD, VirtualCache
 from vattn.kernels import KERNELS, Kernel, Scores, Spans, Task
-from vattn.layout import KVLayout
+from vattn.layout import Kind, KVLayout
 
 HEADS, KV_HEADS, DIM = 32, 8, 128  # of the kernels' measurement, Llama-3-8B's
-PAGE = 64
 BANDWIDTH = 3.0e12  # bytes a second that an H100 reads, of which floors are made
-MEMORIES = ("torch's", "virtual, compact", "virtual, interleaved")
+MEMORIES: tuple[Kind, ...] = ("compact", "interleaved")  # virtual ones, of 32 layers
 _CHUNK = 1024
 
 
@@ -59,18 +57,18 @@ def _works(scale: int) -> list[_Work]:
 
 
 class _Memory:
-    """K and V of the sequences of a work, in one kind of memory."""
+    """K and V of the sequences of a work, in virtual memory of some kind, or in torch's."""
 
-    def __init__(self, kind: str, work: _Work, device: str, tail: int) -> None:
+    def __init__(self, kind: Kind | None, work: _Work, device: str, tail: int) -> None:
         longest, batch = max(work.lengths), len(work.lengths)
         self.cache = None
-        if kind == MEMORIES[0]:
+        if kind is None:
             shape = batch, longest + tail, KV_HEADS, DIM
             self.k, self.v = (torch.randn(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
             return
         layout = KVLayout.uniform(
             layers=32, kv_heads=KV_HEADS, head_dim=DIM, max_len=longest, dtype="bfloat16",
-            kind="compact" if kind == "virtual, compact" else "interleaved",
+            kind=kind,
         )  # fmt: skip
         self.cache = KVCache(layout, slots=batch, device=device, tail_rows=tail, lookahead=0)
         for slot, length in enumerate(work.lengths):
@@ -86,49 +84,39 @@ class _Memory:
             self.cache.close()
 
 
-def _seconds(device: str, call: Callable[[], Any]) -> float:
-    """The median of a kernel's time, launched as a graph is: without waiting for the host."""
-    for _ in range(3):
+def _seconds(device: str, *calls: Callable[[], Any]) -> list[float]:
+    """The median time of each of some calls, one after the other in turn, launched without waiting for the host."""
+    for call in calls * 3:
         call()
-    if device == "cpu":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    times = []
-    for _ in range(20):
-        begun, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        torch.cuda._sleep(200_000)  # type: ignore[no-untyped-call]
-        begun.record()
-        call()
-        done.record()
-        done.synchronize()
-        times.append(float(begun.elapsed_time(done)) / 1e3)
-    return statistics.median(times)
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(20 if device != "cpu" else 1):
+        for call, took in zip(calls, times, strict=True):
+            if device == "cpu":
+                start = time.perf_counter()
+                call()
+                took.append(time.perf_counter() - start)
+                continue
+            begun, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            torch.cuda._sleep(200_000)  # type: ignore[no-untyped-call]
+            begun.record()
+            call()
+            done.record()
+            done.synchronize()
+            took.append(float(begun.elapsed_time(done)) / 1e3)
+    return [statistics.median(took) for took in times]
 
 
-def _paged(work: _Work, device: str) -> float:
-    """The time of FlashAttention-3 on shuffled pages."""
-    flash = kernels._flash3()
-    batch, pages = len(work.lengths), -(-max(work.lengths) // PAGE)
-    k, v = (torch.randn(batch * pages, PAGE, KV_HEADS, DIM, dtype=torch.bfloat16, device=device) for _ in range(2))
-    table = torch.randperm(batch * pages, device=device).to(torch.int32).reshape(batch, pages)
-    lengths = torch.tensor(work.lengths, dtype=torch.int32, device=device)
-    q = torch.randn(batch, work.new[0], HEADS, DIM, dtype=torch.bfloat16, device=device)
-    options = {"page_table": table, "cache_seqlens": lengths, "causal": True, "softmax_scale": DIM**-0.5}
-    return _seconds(device, lambda: flash.flash_attn_with_kvcache(q, k, v, **options))
-
-
-def _kernel_time(kernel: Kernel, work: _Work, memory: _Memory, device: str) -> float:
+def _call(kernel: Kernel, work: _Work, memory: _Memory, device: str) -> Callable[[], Any]:
     spans = Spans.of([(slot, 0, length) for slot, length in enumerate(work.lengths)], device)
     q = torch.randn(sum(work.new), HEADS, DIM, dtype=torch.bfloat16, device=device)
     how = Scores(scale=DIM**-0.5)
     if work.prefill:
-        return _seconds(device, lambda: kernel.prefill(q, memory.k, memory.v, spans, work.new, how))
-    return _seconds(device, lambda: kernel.decode(q, memory.k, memory.v, spans, how))
+        return lambda: kernel.prefill(q, memory.k, memory.v, spans, work.new, how)
+    return lambda: kernel.decode(q, memory.k, memory.v, spans, how)
 
 
 def kernel_speed(device: str, scale: int = 1) -> Iterator[dict[str, Any]]:
-    """The rates of every kernel that does a work, on each kind of memory, and of FlashAttention-3 on shuffled pages.
+    """The rates of every kernel that does a work, on each kind of virtual memory beside torch's own.
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
@@ -146,17 +134,18 @@ def kernel_speed(device: str, scale: int = 1) -> Iterator[dict[str, Any]]:
                 continue
             for kind in MEMORIES:
                 row: dict[str, Any] = {"work": work.name, "kernel": kernel.name, "memory": kind}
-                memory = _Memory(kind, work, device, kernel.tail_rows)
+                memories: list[_Memory] = []
                 try:
-                    unit, rate = work.rate(_kernel_time(kernel, work, memory, device))
-                    row[unit] = rate
+                    memories += (_Memory(k, work, device, kernel.tail_rows) for k in (None, kind))
+                    rates = [
+                        work.rate(s) for s in _seconds(device, *(_call(kernel, work, m, device) for m in memories))
+                    ]
+                    unit, row["torch's"], row["virtual"] = rates[0][0], rates[0][1], rates[1][1]
+                    yield {**row, "unit": unit, "virtual / torch's": row["virtual"] / row["torch's"]}
                 except torch.OutOfMemoryError:
-                    row["error"] = "out of memory"
-                memory.close()
-                yield row
-        if on_gpu and not KERNELS["fa3"].missing() and len(set(work.lengths)) == 1:
-            unit, rate = work.rate(_paged(work, device))
-            yield {"work": work.name, "kernel": "fa3", "memory": f"pages of {PAGE}", unit: rate}
+                    yield {**row, "error": "out of memory"}
+                for memory in memories:
+                    memory.close()
 
 
 class _Clock(StoppingCriteria):  # type: ignore[misc]
@@ -283,6 +272,6 @@ def decode_speed(
         row |= {"kv physical": cache.stats().peak, "decode": str(cache.decode_stats())}
         again = None if cache.decoder is None else cache.decoder.again()
         if again is not None:
-            row["replay ms"] = _seconds(device.type, again) * 1e3  # of the last step, without all that is around
+            row["replay ms"] = _seconds(device.type, again)[0] * 1e3  # of the last step, without all that is around
         cache.close()
     return row
