@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: builds in place, tests, checks memory accesses and measures, in under 8 minutes.
-# Usage: bench/gpu.sh [OUT_FOLDER [map | serve | share | decode | speed]]; with `map` it builds and measures the mapper instead, for as
+# Usage: bench/gpu.sh [OUT_FOLDER [map | serve | share | decode | speed | endure]]; with `map` it builds and measures the mapper instead, for as
 # long again; with `serve` it serves a trace on one GPU and on all of them; with `share` it tests and measures sharing, with
-# `decode` kernels and decode steps; with `speed` it measures these.
+# `decode` kernels and decode steps; with `speed` it measures these, with `endure` long generations and many calls.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
@@ -36,11 +36,16 @@ if [ "${2:-}" = decode ]; then
   done
   for job in $(jobs -p); do wait "$job" || failed=1; done
   run decode timeout 180 bash -c "$pytest tests/test_decode.py tests/test_capture.py -m gpu -n 6"
+  run architectures timeout 120 bash -c "$pytest tests/test_architectures.py -m gpu --tables $out"
   exit $failed
 fi
 if [ "${2:-}" = speed ]; then
-  run kernels timeout 150 python3 bench/attention.py --device cuda --out "$out"
+  run attention timeout 150 python3 bench/attention.py --device cuda --out "$out"
   run generate timeout 300 python3 bench/generate.py --out "$out"
+  exit $failed
+fi
+if [ "${2:-}" = endure ]; then
+  run endurance timeout 420 python3 bench/endurance.py --out "$out"
   exit $failed
 fi
 if [ "${2:-}" = share ]; then
@@ -49,7 +54,7 @@ if [ "${2:-}" = share ]; then
   run sharing timeout 300 python3 bench/sharing.py --device cuda --out "$out"
   exit $failed
 fi
-others="--ignore tests/test_hf_exact.py --ignore tests/test_kernels.py --ignore tests/test_decode.py --ignore tests/test_capture.py"
+others="--ignore tests/test_hf_exact.py --ignore tests/test_kernels.py --ignore tests/test_decode.py --ignore tests/test_capture.py --ignore tests/test_architectures.py"
 run core timeout 240 bash -c "$pytest tests $others"
 run exact timeout 240 bash -c "$pytest tests/test_hf_exact.py -k cuda -n 8"
 # The contract provokes refusals on purpose, and one test a fault in a process of its own.

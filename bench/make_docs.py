@@ -28,6 +28,7 @@ SECTIONS = {
     "generate": "Decode steps of a Llama-3-8B shape",
     "kernels": "Attention kernels on virtual memory and on torch's",
     "architectures": "Decode steps of each architecture, tiny models with random weights",
+    "endurance": "One long generation, and many calls on one cache",
     "serve": "A trace served on one GPU, and on all at once, a process each",
     "memory": "Memory of a Llama-3-8B shape, prompts prefilled in chunks",
     "memory_at_once": "Memory of a Llama-3-8B shape, prompts prefilled in one piece",
@@ -79,6 +80,11 @@ BARS = {
         f"memory_over_tokens_{point}": f"memory of the device less weights and a GB, over K and V of {shown} tokens"
         for point, shown in {**_POINTS, "64_mixed": "64 mixed"}.items()
     },
+    "long_captures": "graphs captured in one long generation",
+    "long_memory_over_tokens": "K/V memory at its end over the bytes of the tokens",
+    "calls_captures": "graphs captured in many calls",
+    "calls_memory_growth": "memory of the device that the last nine tenths of them took (GB)",
+    "calls_step_drift": "median step of the last tenth of them over the first",
     "calls_ratio_gpus": "memory calls per 1000 tokens, all GPUs at once over one alone, budget live + 20%",
     "calls_ratio_gpus_full": "the same with the budget full",
     "memory_over_tokens_32x8192": "memory mapped over the bytes of the tokens, 32 x 8192 + 64",

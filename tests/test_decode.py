@@ -470,3 +470,18 @@ def test_the_models_attention_can_be_changed_meanwhile(device):
         stats = cache.decode_stats()
         assert stats.eager + stats.replayed == 11 + 8  # the last token of the first call is a step of the second
         assert stats.fallback is None
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral"])
+def test_quantized_weights(name, device):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = build(name, "sdpa", device)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    assert type(model.model.layers[0].self_attn.q_proj.weight) is not torch.nn.Parameter
+    expected = generated(model, DynamicCache(config=model.config))
+    for attention in ("auto", None):
+        with virtual_of(model, attention=attention) as cache:
+            assert torch.equal(generated(model, cache), expected)
+            stats = cache.decode_stats()
+            assert stats.fallback is None
+            assert stats.eager + stats.replayed == (0 if attention is None and device == "cpu" else 11)

@@ -148,7 +148,7 @@ def kernel_speed(device: str, scale: int = 1) -> Iterator[dict[str, Any]]:
                     memory.close()
 
 
-class _Clock(StoppingCriteria):  # type: ignore[misc]
+class Clock(StoppingCriteria):  # type: ignore[misc]
     """Notes when each step is done, without waiting for it."""
 
     def __init__(self) -> None:
@@ -243,7 +243,7 @@ def decode_speed(
     ids = torch.randint(1, model.config.vocab_size, (batch, longest + 1), device=device)
     padding = longest - torch.tensor(lengths, device=device)
     mask = (torch.arange(longest + 1, device=device) >= padding[:, None]).long()
-    clock = _Clock()
+    clock = Clock()
     options = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, CACHE_KEYWORD: cache}
     model.generate(ids, attention_mask=mask, stopping_criteria=StoppingCriteriaList([clock]), **options)
     took = clock.steps()[max(2, steps // 4) :]
