@@ -26,6 +26,7 @@ SECTIONS = {
     "map": "Mapping memory: the driver's calls, prompts, growth and served requests",
     "sharing": "Forks, prefixes, beams and swapping",
     "generate": "Decode steps of a Llama-3-8B shape",
+    "generate_mixed": "Decode steps of the same, 64 sequences of 64 to 4096 tokens, padded on the left",
     "kernels": "Attention kernels on virtual memory and on torch's",
     "architectures": "Decode steps of each architecture, tiny models with random weights",
     "endurance": "One long generation, and many calls on one cache",
