@@ -56,6 +56,19 @@ def test_products_of_one_input_are_joined(name):
     torch.testing.assert_close(copy.deepcopy(model)(ids, use_cache=False).logits, expected)
 
 
+def test_neighbours_are_saved_and_trained_as_ever(tmp_path):
+    model = build("qwen2", "sdpa", "cpu")
+    before = copy.deepcopy(model.state_dict())
+    compiled.lay_side_by_side(model)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    for states in (model.state_dict(), again.state_dict()):
+        assert all(torch.equal(states[name], weight) for name, weight in before.items())
+    ids = torch.tensor([[5, 17, 9]])
+    model(ids, labels=ids).loss.backward()
+    assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())
+
+
 class Several(nn.Module):
     """Layers that must not move, or whose products are not of one input."""
 
