@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._inductor import config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.nn import functional
 
@@ -25,6 +26,8 @@ def compiled(forward: Callable[..., Any], options: dict[str, Any] | None = None)
         options: of ``torch.compile``.
     """
     options = {"pre_grad_custom_pass": _Joined(), "combo_kernels": True, **(options or {})}
+    if hasattr(inductor, "pre_grad_pass_timing"):
+        options.setdefault("pre_grad_pass_timing", "early")  # else a cached graph is taken whatever lies side by side
     done: Callable[..., Any] = torch.compile(forward, fullgraph=True, dynamic=False, options=options)
     return done
 

@@ -217,9 +217,9 @@ class Decoder:
 
     def _has_begun(self, plan: _Plan, call: _Call, store: Store, length: int) -> bool:
         """Whether this step runs already, on what it is called with; waits for what runs."""
-        wait, store.ahead = store.ahead, None
         begun = plan.begun == length and plan.steady(length)
-        right = begun and plan.fits(call)
+        right = begun and plan.fits(call)  # an error here leaves what has begun to who lands it
+        wait, store.ahead = store.ahead, None
         if wait is not None:
             wait()
         if begun and (run := greedy()):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from vattn.cache import KVCache, Sequence, Share, check_budget, resolve_device
-from vattn.errors import OutOfDeviceMemory, OutOfPages, SequenceTooLong
+from vattn.errors import Error
 from vattn.layout import GRANULARITY, ITEMSIZES, Group, Kind, KVLayout, LayerShape
 
 _SPARE_SLOTS = 64  # slots reserved when their number is left open: addresses cost nothing
@@ -252,7 +252,7 @@ class Store:
         [rows] = self.rows.values()
         try:
             cache.grow_all(rows, length + 1, keep=0)
-        except (SequenceTooLong, OutOfPages, OutOfDeviceMemory):
+        except Error:
             return False
         return True
 
@@ -337,6 +337,7 @@ class Store:
 
     def view(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What a layer holds, ``[batch, kv_heads, length, head_dim]``; of a window only what it still needs."""
+        self.land()
         if index not in self.lanes or not self.rows[self.placed[index][0]]:
             return None
         batch = len(self.rows[self.placed[index][0]])
