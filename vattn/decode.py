@@ -213,7 +213,7 @@ class Decoder:
             return
         if plan.guesses and store.grow_ahead(length):
             plan.begin(length)
-            store.ahead = functools.partial(plan.wait_for, length)
+            store.ahead = plan.wait
 
     def _has_begun(self, plan: _Plan, call: _Call, store: Store, length: int) -> bool:
         """Whether this step runs already, on what it is called with; waits for what runs."""
@@ -558,12 +558,11 @@ class _Plan:
         given = ((self._tensors[name], tensor) for name, tensor in call.tensors.items() if tensor is not None)
         return all(torch.equal(mine, theirs) for mine, theirs in given)
 
-    def wait_for(self, length: int) -> None:
-        """What the stream does from now on comes behind the step that has begun at this length."""
-        if self.begun == length:
-            self.begun = -1
-            if self._ahead is not None:
-                torch.cuda.current_stream(self._ahead.device).wait_event(self._done)
+    def wait(self) -> None:
+        """What the stream does from now on comes behind the step that has begun."""
+        self.begun = -1
+        if self._ahead is not None:
+            torch.cuda.current_stream(self._ahead.device).wait_event(self._done)
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
