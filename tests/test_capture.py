@@ -15,7 +15,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from vattn import CACHE_KEYWORD, SequenceTooLong, VirtualCache, decode, store
+from vattn import CACHE_KEYWORD, KVCache, OutOfPages, SequenceTooLong, VirtualCache, decode, store
 
 
 class Retold:
@@ -258,6 +258,154 @@ def test_what_is_done_to_a_cache_in_between_ends_what_has_begun(device):
             if more is not None:
                 assert torch.equal(model.generate(ids, **more, **{CACHE_KEYWORD: other}), expected)
             other.close()
+
+
+class At(StoppingCriteria):
+    """Does something once, at a length."""
+
+    def __init__(self, length, do):
+        self.length, self.do = length, do
+
+    def __call__(self, input_ids, scores, **options):
+        if input_ids.shape[1] == self.length:
+            self.do()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+class Until(StoppingCriteria):
+    """Stops at a length, as no option of generate foresees."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, input_ids, scores, **options):
+        return torch.full(input_ids.shape[:1], input_ids.shape[1] >= self.length, device=input_ids.device)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral"])
+def test_what_is_written_through_a_view_is_seen(name, device):
+    model = build(name, "sdpa", device)
+    model.generation_config.eos_token_id = None
+
+    def run(cache):
+        criteria = StoppingCriteriaList([At(20, lambda: cache.layers[1].values.mul_(-3))])
+        return generated(model, cache, max_new_tokens=24, stopping_criteria=criteria)
+
+    with virtual_of(model) as cache:
+        assert torch.equal(run(cache), run(DynamicCache(config=model.config)))
+        assert committed(cache)
+        assert cache.decode_stats().ahead >= 15
+
+
+def test_rows_that_have_ended_do_not_hinder_the_others(device):
+    model = build("llama-gqa", "sdpa", device)
+    options = {"batch": 3, "max_new_tokens": 40, "repetition_penalty": 1.0}
+    model.generation_config.eos_token_id = None
+    free = generated(model, DynamicCache(config=model.config), **options)
+    # A token that one row comes to early and not all of them do.
+    ends = next(
+        token
+        for token in free[0, -38:].tolist() + free[1, -38:].tolist() + free[2, -38:].tolist()
+        if sum(token in row for row in free[:, -38:].tolist()) == 1
+    )
+    model.generation_config.eos_token_id = ends
+    for pad in (ends, 0):
+        model.generation_config.pad_token_id = pad
+        expected = generated(model, DynamicCache(config=model.config), **options)
+        with virtual_of(model) as cache:
+            assert torch.equal(generated(model, cache, **options), expected)
+            assert committed(cache)
+            stats = cache.decode_stats()
+            assert stats.ahead == expected.shape[1] - free.shape[1] + 39 - 3  # also while a row takes padding
+
+
+@pytest.mark.parametrize("where", ["fits", "begin", "grow_ahead"])
+def test_an_error_around_a_step_that_begins_leaves_nothing_of_it(where, device, monkeypatch):
+    model = build("llama-gqa", "sdpa", device)
+    model.generation_config.eos_token_id = None
+    expected = generated(model, DynamicCache(config=model.config), max_new_tokens=30)
+    with virtual_of(model) as cache:
+        owner = store.Store if where == "grow_ahead" else decode._Plan
+        original, calls = getattr(owner, where), []
+
+        def interrupted(*args):
+            calls.append(1)
+            if len(calls) == 9:
+                if where == "begin":
+                    original(*args)
+                raise KeyboardInterrupt
+            return original(*args)
+
+        monkeypatch.setattr(owner, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generated(model, cache, max_new_tokens=30)
+        assert len(calls) == 9
+        assert committed(cache)
+        assert cache._store.ahead is None
+        assert (cache.decoder.again() is None) == (where != "grow_ahead")  # where nothing has begun
+        cache.reset()
+        assert torch.equal(generated(model, cache, max_new_tokens=30), expected)
+
+
+def test_no_memory_for_a_step_before_its_call_is_no_error(device, monkeypatch):
+    model = build("llama-gqa", "sdpa", device)
+    expected = generated(model, DynamicCache(config=model.config), max_new_tokens=24)
+    grow_all = KVCache.grow_all
+
+    def refusing(self, sequences, length, *, keep):
+        if keep == 0 and length > 20:  # ahead of its call
+            raise OutOfPages("no")
+        grow_all(self, sequences, length, keep=keep)
+
+    monkeypatch.setattr(KVCache, "grow_all", refusing)
+    with virtual_of(model) as cache:
+        assert torch.equal(generated(model, cache, max_new_tokens=24), expected)
+        assert 0 < cache.decode_stats().ahead < 10
+
+
+def test_the_last_step_is_not_repeated_once_another_has_begun_behind_it(device):
+    model = build("llama-gqa", "sdpa", device)
+    model.generation_config.eos_token_id = None
+    with virtual_of(model) as cache:
+        generated(model, cache)
+        assert cache.decoder.again() is not None
+        seen = cache.layers[0].keys.clone()
+        with torch.no_grad():
+            cache.decoder.again()()
+        assert torch.equal(cache.layers[0].keys, seen)
+        cache.reset()
+        generated(model, cache, stopping_criteria=StoppingCriteriaList([Until(20)]), max_new_tokens=24)
+        assert cache.decoder.again() is None
+
+
+def test_weights_laid_elsewhere_by_another_cache_are_noticed_before_a_replay(device, monkeypatch):
+    monkeypatch.setattr(decode.compiled, "compiled", lambda forward, options: forward)
+    model = build("llama-gqa", "sdpa", device)
+    model.generation_config.eos_token_id = None
+    expected = generated(model, DynamicCache(config=model.config), max_new_tokens=24)
+    with virtual_of(model) as cache, virtual_of(model, compiled=True) as other:
+        replays, replay = [], decode._Plan.replay
+        monkeypatch.setattr(decode._Plan, "replay", lambda self: (replays.append(self.stayed()), replay(self)))
+        criteria = StoppingCriteriaList([At(20, lambda: generated(model, other, max_new_tokens=4))])
+        got = generated(model, cache, max_new_tokens=24, stopping_criteria=criteria)
+        assert torch.equal(got, expected)
+        assert model.forward.moves == 1
+        assert all(replays)
+        assert cache.decode_stats().captures == 2
+
+
+def test_where_weights_find_no_memory_side_by_side_they_stay(device, monkeypatch, caplog):
+    def full(model):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(decode.compiled, "compiled", lambda forward, options: forward)
+    monkeypatch.setattr(decode.compiled, "lay_side_by_side", full)
+    model = build("llama-gqa", "sdpa", device)
+    expected = generated(model, DynamicCache(config=model.config))
+    with virtual_of(model, compiled=True) as cache:
+        assert torch.equal(generated(model, cache), expected)
+        assert cache.decode_stats().captures == 1
+    assert "weights stay where they are" in caplog.records[0].message
 
 
 def test_no_step_begins_where_the_cache_ends(device):

@@ -93,3 +93,72 @@ def test_what_does_not_fit_stays():
     result, number = products(model, x)
     torch.testing.assert_close(result, expected)
     assert number == 6  # neighbours of b, which has another input, and not of each other
+
+
+class Parallel(nn.Module):
+    """Layers of one input in two modules, and an input that changes between layers."""
+
+    def __init__(self, changes):
+        super().__init__()
+        self.attention = nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in "qkv"})
+        self.mlp = nn.ModuleDict({name: nn.Linear(8, 16, bias=False) for name in ("gate", "up")})
+        self.out = nn.ModuleDict({"one": nn.Linear(16, 8, bias=False)})
+        self.changes = changes
+
+    def forward(self, x, **options):
+        x = x * 2
+        q, k, v = (layer(x) for layer in self.attention.values())
+        x = self.changes(x)
+        gate, up = (layer(x) for layer in self.mlp.values())
+        return (q * k * v + self.out["one"](gate * up),)
+
+
+@pytest.mark.parametrize(
+    ("changes", "joined"),
+    [
+        (lambda x: x, 3),
+        (lambda x: x.add_(1), 3),
+        (lambda x: functional.relu(x, inplace=True), 3),
+        (lambda x: torch.sigmoid(x, out=x), 3),
+    ],
+)
+def test_each_run_of_neighbours_is_joined(changes, joined):
+    torch.manual_seed(0)
+    model, x = Parallel(changes), torch.randn(2, 8)
+    with torch.no_grad():
+        expected = model(x)[0]
+        assert compiled.lay_side_by_side(model)
+        result, number = products(model, x)
+    torch.testing.assert_close(result, expected)
+    assert number == joined
+    assert not compiled.lay_side_by_side(model)
+
+
+def test_an_input_that_changes_parts_a_run():
+    class Changed(Parallel):
+        def forward(self, x, **options):
+            x = x * 2
+            q = self.attention["q"](x)
+            x += 1
+            return (q + self.attention["k"](x) + self.attention["v"](x),)
+
+    torch.manual_seed(0)
+    model, x = Changed(None), torch.randn(2, 8)
+    with torch.no_grad():
+        expected = model(x)[0]
+        compiled.lay_side_by_side(model)
+        result, number = products(model, x)
+    torch.testing.assert_close(result, expected)
+    assert number == 3  # k and v begin behind q, of which a compiled graph does not know
+
+
+def test_weights_of_several_processes_stay():
+    model = Several()
+    model.share_memory()
+    assert not compiled.lay_side_by_side(model)
+    model = Several()
+    rows = torch.randn(24, 8)
+    for layer, part in zip((model.a, model.b, model.c), rows.split(8), strict=True):
+        layer.weight.data = part  # of what somebody else has too
+    compiled.lay_side_by_side(model)
+    assert model.a.weight.data_ptr() == rows.data_ptr()

@@ -31,10 +31,19 @@ def attach(model: Any) -> None:
 
 
 class Greedy:
-    """A ``generate`` that runs, whose next token most likely is that of the highest logit."""
+    """A ``generate`` that runs, whose next token most likely is that of the highest logit.
 
-    def __init__(self, steps: int | None) -> None:
-        self._steps = steps  # at most; None where that is not known
+    Args:
+        model: whose it is.
+        steps: at most so many; None where that is not known.
+        ends: tokens behind which a row of several has come to its end.
+        pad: the token that such a row goes on with.
+    """
+
+    def __init__(self, model: Any, steps: int | None, ends: tuple[int, ...], pad: int) -> None:
+        self.model = model
+        self.ends, self.pad = ends, pad
+        self._steps = steps
         self._right = self._wrong = 0
         self._stores: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -49,8 +58,10 @@ class Greedy:
         others = ("do_sample", "prompt_lookup_num_tokens", "assistant_early_exit", "penalty_alpha", "dola_layers")
         if any(map(option, others)) or (option("num_beams") or 1) > 1 or options.get("assistant_model") is not None:
             return None
-        tokens = option("max_new_tokens")
-        return cls(None if tokens is None else tokens - 1)
+        tokens, end, pad = map(option, ("max_new_tokens", "eos_token_id", "pad_token_id"))
+        ends = () if end is None else tuple(map(int, torch.as_tensor(end).reshape(-1)))
+        pad = ends[0] if pad is None and ends else pad
+        return cls(model, None if tokens is None else tokens - 1, () if pad is None else ends, pad or 0)
 
     def note(self, right: bool) -> None:
         """After a step that had begun before its call."""
@@ -66,13 +77,16 @@ class Greedy:
         return self._right + 16 >= 8 * self._wrong  # a wrong one costs a step and a right one a tenth or less
 
     def end(self) -> None:
-        for store in self._stores:
-            store.land()
+        self._steps = 0  # also where a copy of the context lives on
+        with contextlib.ExitStack() as each:
+            for store in self._stores:
+                each.callback(store.land)
 
 
-def greedy() -> Greedy | None:
-    """The ``generate`` that this thread runs, if it is a greedy one."""
-    return _greedy.get()
+def greedy(model: Any) -> Greedy | None:
+    """The ``generate`` of a model that this thread runs, if it is a greedy one."""
+    run = _greedy.get()
+    return run if run is not None and run.model is model else None
 
 
 class _Method:
@@ -114,14 +128,37 @@ class Forward(_Method):
         super()._set(model, function)
         self.parameters = tuple(inspect.signature(self.original).parameters)
         self.refused: str | None = None  # why the model's steps are not computed on slot tensors
+        self.moves = 0  # how often the weights were laid elsewhere
         self._lock = threading.RLock()
         self._calls = 0  # of the model itself, that run now
+        self._steps = 0  # on slot tensors, that run now
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[bool]:
         """While it lasts no other call begins; yields whether none is under way."""
         with self._lock:
             yield self._calls == 0
+
+    def move(self, change: Callable[[Any], bool]) -> None:
+        """Lets ``change`` lay the model's weights elsewhere in a step, where nobody else is at them.
+
+        Args:
+            change: is called with the model, and says whether it has done so.
+        """
+        with self.alone() as alone:
+            if alone and self._steps == 1 and change(self.model):
+                self.moves += 1
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """While it lasts a step runs, on the weights where they are."""
+        with self._lock:
+            self._steps += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._steps -= 1
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or deciding.get():

@@ -8,6 +8,7 @@ step applies such neighbours to the same input, one product computes them all.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,11 +33,20 @@ def compiled(forward: Callable[..., Any], options: dict[str, Any] | None = None)
     return done
 
 
-def lay_side_by_side(model: nn.Module) -> None:
+def lay_side_by_side(model: nn.Module) -> bool:
     """Moves the weights of linear layers that are children of one module, and take inputs of one size, together.
 
-    The parameters stay what they are and only come to lie elsewhere. Where they lie so already nothing happens.
+    The parameters stay what they are and only come to lie elsewhere, also for other models that have them; other
+    parameters over the same memory stay behind. ``save_pretrained`` saves them as ever, and
+    ``safetensors.torch.save_model`` refuses them, since they share a storage.
+
+    Returns:
+        Whether any has moved; None does that lies so already, or shares its memory with another process.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room for a second copy of a module's; those before it have moved.
     """
+    moved = False
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -49,9 +59,10 @@ def lay_side_by_side(model: nn.Module) -> None:
                 key = (child.in_features, weight.dtype, weight.device, child.bias is None, weight.requires_grad)
                 alike.setdefault(key, []).append(child)
         for linears in alike.values():
-            _join([linear.weight for linear in linears])
+            moved = _join([linear.weight for linear in linears]) or moved
             if linears[0].bias is not None:
-                _join([linear.bias for linear in linears])
+                moved = _join([linear.bias for linear in linears]) or moved
+    return moved
 
 
 def _plain(linear: nn.Linear, owners: dict[int, int]) -> bool:
@@ -62,19 +73,24 @@ def _plain(linear: nn.Linear, owners: dict[int, int]) -> bool:
         and not parameter.is_inference()
         and parameter.data_ptr() != 0
         and owners[parameter.data_ptr()] == 1  # tied ones stay
+        and (parameter.is_cuda or not parameter.is_shared())  # type: ignore[no-untyped-call]
         for parameter in parameters
     )
 
 
-def _join(parameters: Sequence[torch.Tensor]) -> None:
-    if len(parameters) == 1 or (_adjacent(parameters) and parameters[0].storage_offset() == 0):
-        return
+def _join(parameters: Sequence[torch.Tensor]) -> bool:
+    alone = all(parameter.untyped_storage().nbytes() == parameter.nbytes for parameter in parameters)
+    if len(parameters) == 1 or not alone:  # they lie so already, or in what is somebody else's
+        return False
     with torch.inference_mode(False), torch.no_grad():
         joint = torch.cat([parameter.detach() for parameter in parameters])
+        if joint.is_cuda:
+            torch.cuda.synchronize(joint.device)  # what reads them on other streams is done
         for parameter, part in zip(parameters, torch.split(joint, [len(p) for p in parameters]), strict=True):
             parameter.data = part
         if joint.is_cuda:
             torch.cuda.empty_cache()  # else what comes next is cut from what was left, and the rest is of no use
+    return True
 
 
 def _adjacent(tensors: Sequence[torch.Tensor]) -> bool:
@@ -86,24 +102,57 @@ def _adjacent(tensors: Sequence[torch.Tensor]) -> bool:
     )
 
 
+_WRITERS = {operator.setitem} | {
+    getattr(operator, f"i{name}")
+    for name in (
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "matmul",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+    )
+}
+
+
 class _Joined(CustomGraphPass):
     """Makes one product of those of the same input with weights side by side, in a graph of torch functions."""
 
     def uuid(self) -> Any:
-        return "vattn.compiled 1"
+        return "vattn.compiled 2"
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         of_input: dict[Any, list[Any]] = {}
-        for node in graph.nodes:
-            if node.op == "call_function" and node.target is functional.linear and not node.kwargs:
+        for node in list(graph.nodes):
+            if _changes(node):  # perhaps the input
+                self._join_each(graph, of_input)
+            elif node.op == "call_function" and node.target is functional.linear and not node.kwargs:
                 of_input.setdefault(node.args[0], []).append(node)
+        self._join_each(graph, of_input)
+
+    def _join_each(self, graph: torch.fx.Graph, of_input: dict[Any, list[Any]]) -> None:
         for nodes in of_input.values():
             nodes = [node for node in nodes if node.args[1].op == "placeholder"]
-            nodes.sort(key=lambda node: _value(node.args[1]).storage_offset())
-            if len(nodes) > 1 and all(map(_joins, map(list, zip(*(_parts(node) for node in nodes), strict=True)))):
-                self._join(graph, nodes)
+            nodes.sort(key=lambda node: _place(_value(node.args[1])))
+            run: list[Any] = []
+            for node in nodes:
+                if run and not all(map(_joins, map(list, zip(*map(_parts, (*run, node)), strict=True)))):
+                    self._join(graph, run)
+                    run = []
+                run.append(node)
+            self._join(graph, run)
+        of_input.clear()
 
     def _join(self, graph: torch.fx.Graph, nodes: list[Any]) -> None:
+        if len(nodes) < 2:
+            return
         first = next(node for node in graph.nodes if node in nodes)
         sizes = [_value(node.args[1]).shape[0] for node in nodes]
         with graph.inserting_before(first):
@@ -135,6 +184,19 @@ def _joins(parts: list[Any]) -> bool:
     values = [_value(part) for part in parts]
     # A compiled graph knows where its inputs begin, and not where their storage does.
     return values[0].storage_offset() == 0 and _adjacent(values)
+
+
+def _changes(node: Any) -> bool:
+    """Whether a node writes to a tensor, as far as torch's names tell."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or node.target in _WRITERS or bool({"out", "inplace"} & {k for k, v in node.kwargs.items() if v})
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, int]:
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def _value(node: Any) -> torch.Tensor:

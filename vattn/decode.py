@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from vattn import compiled, kernels
-from vattn.attach import CACHE_KEYWORDS, Forward, deciding, greedy
+from vattn.attach import CACHE_KEYWORDS, Forward, Greedy, deciding, greedy
 from vattn.cache import KVCache
 from vattn.step import Outline, Step, UnsupportedError
 from vattn.store import Store
@@ -136,32 +136,33 @@ class Decoder:
         cache, base, length = grown
         output = None
         on_device = call.ids.is_cuda
-        with torch.cuda.device(call.ids.device) if on_device else contextlib.nullcontext():
-            plan = self._plan(forward.model, store, call, cache, base, length)
+        with torch.cuda.device(call.ids.device) if on_device else contextlib.nullcontext(), forward.step():
+            plan = self._plan(forward, store, call, cache, base, length)
             token = deciding.set(True)  # what is called meanwhile is the model itself
             try:
                 if not plan.refused:
                     output = self._try(plan, forward, call, store, length)
                 if output is not None and plan.replayed and not plan.stayed():
-                    plan = self._plan(forward.model, store, call, cache, base, length, anew=True)
+                    plan = self._plan(forward, store, call, cache, base, length, anew=True)
                     output = self._try(plan, forward, call, store, length)
             finally:
                 deciding.reset(token)
                 store.lengths = [length + (output is not None)] * len(store.lengths)
             if output is not None:
-                self._begin(plan, store, length + 1)
+                self._begin(plan, forward, store, length + 1)
         if output is not None and not forward.refused:
             self._counts["replayed" if plan.replayed else "eager"] += 1
+            self._counts["ahead"] += plan.early
         return output
 
     def _plan(
-        self, model: Any, store: Store, call: _Call, cache: KVCache, base: int, length: int, *, anew: bool = False
+        self, forward: Forward, store: Store, call: _Call, cache: KVCache, base: int, length: int, *, anew: bool = False
     ) -> _Plan:
         for key in [key for key, plan in self._plans.items() if plan.step.cache is not cache]:
             del self._plans[key]  # it was built anew
-        key = (id(model), base, call.key)
+        key = (id(forward.model), base, call.key)
         plan = None if anew else self._plans.get(key)
-        if plan is not None and not plan.is_of(model, everything=length != plan.length + 1):
+        if plan is not None and not plan.is_of(forward, everything=length != plan.length + 1):
             plan = None
         if plan is None:
             windows = sorted({window for window in store.windows if window is not None})
@@ -169,14 +170,21 @@ class Decoder:
                 self._streams = tuple(torch.cuda.Stream(call.ids.device) for _ in range(3))  # type: ignore[no-untyped-call]
             stream, side, ahead = self._streams or (None, None, None)
             if self._compiled:
-                compiled.lay_side_by_side(model)
+                self._lay_side_by_side(forward)
             step = Step(cache, base, call.ids.shape[0], self._attention, self.capture, side)
-            plan = self._plans[key] = _Plan(step, model, call, windows, stream, ahead)
+            plan = self._plans[key] = _Plan(step, forward, call, windows, stream, ahead)
             while len(self._plans) > _MOST_GRAPHS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
         plan.length = length
         return plan
+
+    def _lay_side_by_side(self, forward: Forward) -> None:
+        try:
+            forward.move(compiled.lay_side_by_side)
+        except torch.OutOfMemoryError:
+            forward.moves += 1  # some may lie elsewhere
+            self._fall_back("weights stay where they are: there is no memory to lay them side by side")
 
     def _try(self, plan: _Plan, forward: Forward, call: _Call, store: Store, length: int) -> Any:
         step = plan.step
@@ -194,7 +202,7 @@ class Decoder:
         return self._run(plan, forward, call, store, length)
 
     def _run(self, plan: _Plan, forward: Forward, call: _Call, store: Store, length: int) -> Any:
-        if self._has_begun(plan, call, store, length):
+        if self._has_begun(plan, forward, call, store, length):
             return plan.output(call)
         plan.fill(call, length)
         if plan.steady(length):
@@ -206,26 +214,25 @@ class Decoder:
             # The model's configuration changes for a moment, and other threads would see it.
             return self._run_alone(plan, forward, call, store, length) if alone else None
 
-    def _begin(self, plan: _Plan, store: Store, length: int) -> None:
+    def _begin(self, plan: _Plan, forward: Forward, store: Store, length: int) -> None:
         """Replays the step at this length with the most likely tokens, where they are most likely the next ones."""
-        run = greedy() if self._run_ahead else None
+        run = greedy(forward.model) if self._run_ahead else None
         if run is None or not run.goes_on(store) or not plan.replayed or not plan.steady(length):
             return
         if plan.guesses and store.grow_ahead(length):
-            plan.begin(length)
             store.ahead = plan.wait
+            plan.begin(length, run)
 
-    def _has_begun(self, plan: _Plan, call: _Call, store: Store, length: int) -> bool:
+    def _has_begun(self, plan: _Plan, forward: Forward, call: _Call, store: Store, length: int) -> bool:
         """Whether this step runs already, on what it is called with; waits for what runs."""
         begun = plan.begun == length and plan.steady(length)
         right = begun and plan.fits(call)  # an error here leaves what has begun to who lands it
         wait, store.ahead = store.ahead, None
         if wait is not None:
             wait()
-        if begun and (run := greedy()):
+        if begun and (run := greedy(forward.model)):
             run.note(right)
-        self._counts["ahead"] += right
-        plan.replayed = right
+        plan.replayed = plan.early = right
         return right
 
     def _run_alone(self, plan: _Plan, forward: Forward, call: _Call, store: Store, length: int) -> Any:
@@ -391,7 +398,7 @@ class _Plan:
     def __init__(
         self,
         step: Step,
-        model: Any,
+        forward: Forward,
         call: _Call,
         windows: list[int],
         stream: torch.cuda.Stream | None,
@@ -399,7 +406,9 @@ class _Plan:
     ) -> None:
         self.step = step
         self.length = -1  # at the last step
+        model = forward.model
         self._model = weakref.ref(model)
+        self._moves = forward.moves
         modules = list(model.modules())
         configs = (getattr(module, "config", None) for module in modules)
         self._configs = list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())
@@ -428,7 +437,8 @@ class _Plan:
         self._tested: set[bool] = set()  # steps with padding or without that agreed with transformers'
         self._windows = windows  # that no step so far has been long enough for
         self.replays_tested = False
-        self.replayed = False  # the last step
+        self.replayed = False  # the last step, which nothing has been computed behind
+        self.early = False  # the last step, before its call
         self.compiled: Any = None  # the model's forward; False when it is not
         self.graph: Any = None
         self.graph_bytes = 0
@@ -441,9 +451,12 @@ class _Plan:
             self._guessed, self._done = (torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
         self.capturable = device.type == "cuda"
 
-    def is_of(self, model: Any, *, everything: bool) -> bool:
+    def is_of(self, forward: Forward, *, everything: bool) -> bool:
         """Whether the model is the one, as far as can be said at once, or with ``everything`` in all it computes by."""
-        if self._model() is not model or _addresses(self._weights[:1]) != self._addresses[:1]:
+        model = forward.model
+        if self._model() is not model or self._moves != forward.moves:
+            return False
+        if _addresses(self._weights[:1]) != self._addresses[:1]:
             return False
         if not everything:
             return True
@@ -524,13 +537,19 @@ class _Plan:
     def guesses(self) -> bool:
         """Whether the tokens and positions of the next step can be told from this one's."""
         logits = self.captured and self.captured[1].get("logits")
-        return logits is not None and logits.dim() == 3 and self._tensors["input_ids"].dtype == torch.int64
+        ids = self._tensors["input_ids"]
+        return logits is not None and logits.dim() == 3 and len(logits) == len(ids) and ids.dtype == torch.int64
 
-    def begin(self, length: int) -> None:
+    def begin(self, length: int, run: Greedy) -> None:
         """Replays the step at this length behind the one before, with the tokens of its highest logits."""
         assert self.captured is not None
+        ids, logits = self._tensors["input_ids"], self.captured[1]["logits"][:, -1]
         with self._ahead_of_call():
-            torch.argmax(self.captured[1]["logits"][:, -1], dim=-1, keepdim=True, out=self._tensors["input_ids"])
+            if len(ids) > 1 and run.ends:
+                ended = functools.reduce(torch.logical_or, (ids == end for end in {run.pad, *run.ends}))
+                ids.copy_(torch.where(ended, run.pad, logits.argmax(-1, keepdim=True)))
+            else:
+                torch.argmax(logits, dim=-1, keepdim=True, out=ids)
             for name, tensor in self._tensors.items():
                 if name != "input_ids" and name not in self._made_up:
                     tensor.add_(1)
@@ -548,8 +567,10 @@ class _Plan:
             return
         self._ahead.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._ahead):
-            yield
-            self._done.record()
+            try:
+                yield
+            finally:
+                self._done.record()
 
     def fits(self, call: _Call) -> bool:
         """Whether the step that has begun is the one that is called for."""
@@ -561,6 +582,7 @@ class _Plan:
     def wait(self) -> None:
         """What the stream does from now on comes behind the step that has begun."""
         self.begun = -1
+        self.replayed = False
         if self._ahead is not None:
             torch.cuda.current_stream(self._ahead.device).wait_event(self._done)
 

@@ -200,9 +200,10 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         capture: False does not capture decode steps into CUDA graphs.
         compiled: compiles decode steps by ``torch.compile`` before they are captured, which takes its time for each
             batch size; a dict is passed on as its ``options``. Weights of linear layers side by side in a module then
-            come to lie side by side in memory.
+            come to lie side by side in memory, see ``vattn.compiled.lay_side_by_side``.
         run_ahead: lets a greedy ``generate`` begin the next captured step with the most likely tokens while the host is
-            at the last one's; a step of others is computed again. False begins none before its call.
+            at the last one's; a step of others is computed again. False begins none before its call; it is for logits
+            processors and stopping criteria that write to the model's weights, which a step that runs already has read.
 
     Raises (at the first call that needs it, and then the layer called has not changed; on one device no layer has):
         SequenceTooLong: a sequence would exceed ``max_len``.

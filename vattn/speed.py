@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -134,18 +136,22 @@ def kernel_speed(device: str, scale: int = 1) -> Iterator[dict[str, Any]]:
                 continue
             for kind in MEMORIES:
                 row: dict[str, Any] = {"work": work.name, "kernel": kernel.name, "memory": kind}
-                memories: list[_Memory] = []
-                try:
-                    memories += (_Memory(k, work, device, kernel.tail_rows) for k in (None, kind))
-                    rates = [
-                        work.rate(s) for s in _seconds(device, *(_call(kernel, work, m, device) for m in memories))
-                    ]
-                    unit, row["torch's"], row["virtual"] = rates[0][0], rates[0][1], rates[1][1]
-                    yield {**row, "unit": unit, "virtual / torch's": row["virtual"] / row["torch's"]}
-                except torch.OutOfMemoryError:
-                    yield {**row, "error": "out of memory"}
-                for memory in memories:
-                    memory.close()
+                yield row | _on_memories(kernel, work, kind, device)
+
+
+def _on_memories(kernel: Kernel, work: _Work, kind: Kind, device: str) -> dict[str, Any]:
+    """The rates on torch's memory and on virtual memory of some kind."""
+    with contextlib.ExitStack() as memories:
+        try:
+            calls = []
+            for each in (None, kind):
+                memory = _Memory(each, work, device, kernel.tail_rows)
+                memories.callback(memory.close)
+                calls.append(_call(kernel, work, memory, device))
+            (unit, ours), (_, virtual) = map(work.rate, _seconds(device, *calls))
+        except torch.OutOfMemoryError:
+            return {"error": "out of memory"}
+    return {"torch's": ours, "virtual": virtual, "unit": unit, "virtual / torch's": virtual / ours}
 
 
 class Clock(StoppingCriteria):  # type: ignore[misc]
@@ -164,8 +170,8 @@ class Clock(StoppingCriteria):  # type: ignore[misc]
 
     def steps(self) -> list[float]:
         """The seconds from each step to the next."""
-        pairs = list(zip(self._ticks, self._ticks[1:], strict=False))
-        if pairs and isinstance(pairs[0][0], float):
+        pairs = itertools.pairwise(self._ticks)
+        if all(isinstance(tick, float) for tick in self._ticks):
             return [b - a for a, b in pairs]
         self._ticks[-1].synchronize()
         return [a.elapsed_time(b) / 1e3 for a, b in pairs]
