@@ -7,9 +7,10 @@ import torch
 
 from vattn import KVCache, KVLayout, kernels
 from vattn.kernels import KERNELS, Kernel, Scores, Spans, Task
+from vattn.layout import GRANULARITY
 
 LENGTHS = [1, 64, 127, 128, 129, 300, 512]
-SHAPES = [(8, 2, 64), (4, 4, 128), (8, 8, 64), (8, 1, 256)]  # query heads, KV heads, head dim
+SHAPES = [(8, 2, 64), (4, 4, 128), (8, 8, 64), (8, 1, 256), (6, 2, 96), (2, 2, 192)]  # query heads, KV heads, head dim
 FEATURES = ["plain", "window", "padding", "softcap", "sinks", "uniform"]
 PADDING, WINDOW = 5, 100
 
@@ -17,18 +18,26 @@ PADDING, WINDOW = 5, 100
 class Filled:
     """A cache with a sequence of each length, random K and V in it, and nothing mapped behind what a kernel may load.
 
-    A row fills a granule on the host, and a granule holds 64 rows and more on a device.
+    A row fills a granule on the host, and a granule holds eight rows on a device.
     """
 
     def __init__(self, kernel: Kernel, task: Task, lengths: list[int]) -> None:
         torch.manual_seed(0)
         dtype = str(task.dtype).removeprefix("torch.")
+        layers = (
+            2 if task.device == "cpu" else GRANULARITY // 8 // (task.kv_heads * task.head_dim * task.dtype.itemsize)
+        )
         layout = KVLayout.uniform(
-            layers=2, kv_heads=task.kv_heads, head_dim=task.head_dim, v_head_dim=task.v_head_dim, max_len=1024,
+            layers=layers, kv_heads=task.kv_heads, head_dim=task.head_dim, v_head_dim=task.v_head_dim, max_len=1024,
             dtype=dtype, **({"granularity": 4096} if task.device == "cpu" else {}),
         )  # fmt: skip
         self.cache = KVCache(
-            layout, slots=len(lengths), device=task.device, lookahead=0, mapper=False, tail_rows=kernel.tail_rows
+            layout,
+            slots=len(lengths),
+            device=task.device,
+            lookahead=0,
+            mapper=False,
+            tail_rows=kernel.tail(task.head_dim),
         )
         self.sequences = [self.cache.open(slot=slot) for slot in range(len(lengths))]
         for sequence, length in zip(self.sequences, lengths, strict=True):

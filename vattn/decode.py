@@ -83,11 +83,10 @@ class Decoder:
         self._counts = {"replayed": 0, "eager": 0, "ahead": 0, "captures": 0}
         self._kernels: dict[str, None] = {}
 
-    def room(self) -> dict[str, int]:
-        """Rows beside a sequence's that the kernels load which it may come to use, as options of the store."""
+    def kernels(self) -> tuple[kernels.Kernel, ...]:
+        """Those that steps may come to use."""
         auto = self._attention == "auto"
-        found = [kernel for kernel in kernels.named(self._attention) if not (auto and kernel.missing())]
-        return {name: max(getattr(kernel, name) for kernel in found) for name in ("head_rows", "tail_rows")}
+        return tuple(kernel for kernel in kernels.named(self._attention) if not (auto and kernel.missing()))
 
     def stats(self) -> DecodeStats:
         return DecodeStats(

@@ -241,7 +241,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             layout=layout,
             lookahead=lookahead,
             mapper=mapper,
-            **({} if model is None else decoder.room()),
+            kernels=() if model is None else decoder.kernels(),
         )
         super().__init__(config=config)
         _virtualize(self, options)

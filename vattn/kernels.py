@@ -128,8 +128,8 @@ class Kernel:
     """One attention kernel.
 
     ``source`` says where it comes from; ``head_rows`` and ``tail_rows`` are how many rows before and behind a span it
-    may load, without using them; ``capturable`` says whether a decode step can be captured into a CUDA graph, and
-    replayed while the spans grow.
+    may load at most, without using them, see ``tail``; ``capturable`` says whether a decode step can be captured into a
+    CUDA graph, and replayed while the spans grow.
     """
 
     name: ClassVar[str]
@@ -137,6 +137,10 @@ class Kernel:
     head_rows: ClassVar[int] = 0
     tail_rows: ClassVar[int] = 0
     capturable: ClassVar[bool] = True
+
+    def tail(self, head_dim: int) -> int:
+        """Rows behind a span that it may load at a head dim, at most ``tail_rows``."""
+        return self.tail_rows
 
     def missing(self) -> str | None:
         """Why the kernel cannot run on this machine, or None."""
@@ -382,7 +386,11 @@ class Flash3(Kernel):
 
     name = "fa3"
     source = "fa3-fwd"
-    tail_rows = 224  # a tile of K less one, whatever the lengths
+    _TILES: ClassVar[dict[int, int]] = {64: 192, 96: 144, 128: 176, 192: 128, 256: 80}  # rows of K, by head dims up to
+    tail_rows = max(_TILES.values()) - 1
+
+    def tail(self, head_dim: int) -> int:
+        return next((rows for dim, rows in self._TILES.items() if head_dim <= dim), self.tail_rows + 1) - 1
 
     def missing(self) -> str | None:
         if not torch.cuda.is_available():

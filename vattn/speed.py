@@ -145,7 +145,7 @@ def _on_memories(kernel: Kernel, work: _Work, kind: Kind, device: str) -> dict[s
         try:
             calls = []
             for each in (None, kind):
-                memory = _Memory(each, work, device, kernel.tail_rows)
+                memory = _Memory(each, work, device, kernel.tail(DIM))
                 memories.callback(memory.close)
                 calls.append(_call(kernel, work, memory, device))
             (unit, ours), (_, virtual) = map(work.rate, _seconds(device, *calls))

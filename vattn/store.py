@@ -18,6 +18,7 @@ import torch
 
 from vattn.cache import KVCache, Sequence, Share, check_budget, resolve_device
 from vattn.errors import Error
+from vattn.kernels import Kernel
 from vattn.layout import GRANULARITY, ITEMSIZES, Group, Kind, KVLayout, LayerShape
 
 _SPARE_SLOTS = 64  # slots reserved when their number is left open: addresses cost nothing
@@ -103,9 +104,7 @@ class Options:
     layout: Kind = "interleaved"
     lookahead: int | None = None
     mapper: bool = True
-    # Rows that the kernels of decode steps may load beside a sequence's, on devices: before its window, behind its end.
-    head_rows: int = 0
-    tail_rows: int = 0
+    kernels: tuple[Kernel, ...] = ()  # that decode steps may use on devices
 
     def __post_init__(self) -> None:
         for name, least in (("max_len", 1), ("slots", 1), ("lookahead", 0)):
@@ -333,7 +332,9 @@ class Store:
 
     def _room_before(self, place: Place, length: int) -> int:
         """The length that windows must stay for, so that kernels find the rows before the window of another one."""
-        return length if place[0].type == "cpu" else max(0, length - self.options.head_rows)
+        if place[0].type == "cpu":
+            return length
+        return max(0, length - max((kernel.head_rows for kernel in self.options.kernels), default=0))
 
     def view(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What a layer holds, ``[batch, kv_heads, length, head_dim]``; of a window only what it still needs."""
@@ -563,12 +564,13 @@ class Store:
             granularity=self.granularity,
         )
         slots = max(self.options.slots or 1, min(slots, _SPARE_ADDRESSES // layout.slot_bytes))
+        tails = (kernel.tail(shape.head_dim) for kernel in self.options.kernels for shape in layers.values())
         cache = KVCache(
             layout,
             slots=slots,
             device=place[0],
             budget=budget,
-            tail_rows=0 if place[0].type == "cpu" else self.options.tail_rows,
+            tail_rows=0 if place[0].type == "cpu" else max(tails, default=0),
             lookahead=self.options.lookahead,
             mapper=self.options.mapper,
         )
