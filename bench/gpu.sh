@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: builds in place, tests, checks memory accesses and measures, in under 8 minutes.
-# Usage: bench/gpu.sh [OUT_FOLDER [map | serve | share | decode | speed | endure]]; with `map` it builds and measures the mapper instead, for as
-# long again; with `serve` it serves a trace on one GPU and on all of them; with `share` it tests and measures sharing, with
-# `decode` kernels and decode steps; with `speed` it measures these, with `endure` long generations and many calls.
+# Usage: bench/gpu.sh [OUT_FOLDER [map | serve | share | decode | speed | endure]]. After the folder, another job instead,
+# for as long again: `map` measures the mapper; `serve` serves a trace on one GPU and on all of them; `share` tests and
+# measures sharing; `decode` tests kernels and decode steps; `speed` measures these; `endure` long generations and many
+# calls.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}

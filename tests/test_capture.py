@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import unittest.mock
 
 import pytest
 import torch
@@ -350,14 +351,15 @@ def test_an_error_around_a_step_that_begins_leaves_nothing_of_it(where, device, 
 def test_no_memory_for_a_step_before_its_call_is_no_error(device, monkeypatch):
     model = build("llama-gqa", "sdpa", device)
     expected = generated(model, DynamicCache(config=model.config), max_new_tokens=24)
-    grow_all = KVCache.grow_all
+    grow_ahead = store.Store.grow_ahead
 
-    def refusing(self, sequences, length, *, keep):
-        if keep == 0 and length > 20:  # ahead of its call
-            raise OutOfPages("no")
-        grow_all(self, sequences, length, keep=keep)
+    def refusing(self, length):
+        with monkeypatch.context() as full:
+            if length > 20:
+                full.setattr(KVCache, "grow_all", unittest.mock.Mock(side_effect=OutOfPages("no")))
+            return grow_ahead(self, length)
 
-    monkeypatch.setattr(KVCache, "grow_all", refusing)
+    monkeypatch.setattr(store.Store, "grow_ahead", refusing)
     with virtual_of(model) as cache:
         assert torch.equal(generated(model, cache, max_new_tokens=24), expected)
         assert 0 < cache.decode_stats().ahead < 10
