@@ -163,16 +163,19 @@ class Forward(_Method):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or deciding.get():
             return self.original(*args, **kwargs)
+        prompt: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         for name in CACHE_KEYWORDS:
-            cache = kwargs.get(name)
+            cache: Any = kwargs.get(name)
             if getattr(cache, "decoder", None) is not None:
-                if (output := cache.decode_step(self, args, kwargs)) is not None:  # type: ignore[union-attr]
+                if (output := cache.decode_step(self, args, kwargs)) is not None:
                     return output
-                cache.decoder.interrupt()  # type: ignore[union-attr]
+                cache.decoder.interrupt()
+                prompt = cache.prompt(self, kwargs)
         with self._lock:
             self._calls += 1
         try:
-            return self.original(*args, **kwargs)
+            with prompt:
+                return self.original(*args, **kwargs)
         finally:
             with self._lock:
                 self._calls -= 1

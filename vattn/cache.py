@@ -400,20 +400,31 @@ class KVCache:
         finally:
             self.close_all(made)
 
-    def grow_all(self, sequences: list[Sequence], length: int, *, keep: int) -> None:
+    def grow_all(self, sequences: list[Sequence], length: int | list[int], *, keep: int | list[int]) -> None:
         """Brings several sequences to ``length`` positions at once: all of them, or none when it raises.
 
         Args:
             sequences: running sequences of this cache.
-            length: positions each shall have at least.
-            keep: the shortest length that they may still be truncated to; see ``Sequence.grow``.
+            length: positions each shall have at least, one number for all or one for each.
+            keep: the shortest length that they may still be truncated to, of all or of each; see ``Sequence.grow``.
         """
         slots = self._slots_of(sequences)
-        _require_at_least("length", length, 0)
-        _require_at_least("keep", keep, 0)
-        self._grow(slots, length, keep)
-        for sequence in sequences:
-            sequence.length = max(sequence.length, length)
+        lengths, keeps = _of_each("length", length, slots), _of_each("keep", keep, slots)
+        alike: dict[tuple[int, int], list[int]] = {}
+        for slot, n, kept in zip(slots, lengths, keeps, strict=True):
+            alike.setdefault((n, kept), []).append(slot)
+        grown: list[int] = []
+        try:
+            for (n, kept), some in alike.items():
+                self._grow(some, n, kept)
+                grown += some
+        except BaseException:
+            for sequence in sequences:
+                if sequence.slot in grown:
+                    self._arena.truncate([sequence.slot], sequence.length, self._stream())
+            raise
+        for sequence, n in zip(sequences, lengths, strict=True):
+            sequence.length = max(sequence.length, n)
 
     def truncate_all(self, sequences: list[Sequence], length: int) -> None:
         """Keeps the first ``length`` positions of several sequences: of all of them, or of none when it raises."""
@@ -959,6 +970,17 @@ def _budget_bytes(budget: int | float | None, driver: _core.Driver, held: int = 
     if isinstance(budget, float):
         return int(budget * (driver.memory_info()[0] + held))
     return _UNLIMITED if budget is None else min(budget, _UNLIMITED)
+
+
+def _of_each(name: str, value: int | list[int], of: list[int]) -> list[int]:
+    """One number for each."""
+    if isinstance(value, int):
+        value = [value] * len(of)
+    if len(value) != len(of):
+        raise ValueError(f"{name} must be one number or one for each of {len(of)} sequences, not {len(value)}")
+    for each in value:
+        _require_at_least(name, each, 0)
+    return value
 
 
 def _require_at_least(name: str, value: int, least: int) -> None:

@@ -26,6 +26,7 @@ from transformers.utils import ModelOutput
 from vattn import compiled, kernels
 from vattn.attach import CACHE_KEYWORDS, Forward, Greedy, deciding, greedy
 from vattn.cache import KVCache
+from vattn.padding import Padding
 from vattn.step import Outline, Step, UnsupportedError
 from vattn.store import Store
 
@@ -116,19 +117,29 @@ class Decoder:
         """One of the same settings, for another cache."""
         return Decoder(self._named, self.capture, self._compiled, self._run_ahead)
 
-    def step(self, store: Store, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The output of a decode step, or None: then it is no such step, and nothing has changed."""
+    def takes(self, forward: Forward, device: torch.device) -> bool:
+        """Whether steps of a model on a device are computed on slot tensors, as far as can be said before one."""
         if not self.enabled or torch.is_grad_enabled() or forward.model.training:
-            return None
+            return False
         if forward.refused:
             self._fallback = forward.refused
-            return None
+            return False
+        # Where nothing is to be captured transformers' own way is as good. Autocast keeps copies of weights for as long
+        # as it lasts: they are no part of a step.
+        return (self._named is not None or device.type == "cuda") and not torch.is_autocast_enabled(device.type)
+
+    def step(self, store: Store, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output of a decode step, or None: then it is no such step, and nothing has changed."""
         call = _Call.of(forward.parameters, args, kwargs)
-        # Autocast keeps copies of weights for as long as it lasts: they are no part of a step.
-        if call is None or torch.is_autocast_enabled(call.ids.device.type):
-            return None
-        if self._named is None and not call.ids.is_cuda:
-            return None  # where nothing is to be captured transformers' own way is as good
+        output = None
+        if call is not None:
+            if self.takes(forward, call.ids.device):
+                output = self._step(store, forward, call)
+            if output is None:  # others may follow, and would copy
+                store.restore_padding()
+        return output
+
+    def _step(self, store: Store, forward: Forward, call: _Call) -> Any:
         grown = store.grow_for_step(call.ids.shape[0], call.ids.device)
         if grown is None:
             return None
@@ -176,6 +187,7 @@ class Decoder:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
         plan.length = length
+        plan.set_padding(store.padding)
         return plan
 
     def _lay_side_by_side(self, forward: Forward) -> None:
@@ -493,6 +505,10 @@ class _Plan:
         given = [(self._tensors[name], tensor) for name, tensor in call.tensors.items() if tensor is not None]
         torch._foreach_copy_([mine for mine, _ in given], [theirs for _, theirs in given], non_blocking=True)
         self.set_length(length)
+
+    def set_padding(self, padding: Padding | None) -> None:
+        if self.step.set_padding(padding):
+            self._set_length = -1
 
     def set_length(self, length: int) -> None:
         """Brings what is made up of the length to it."""

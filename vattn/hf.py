@@ -64,10 +64,15 @@ class _VirtualLayer(DynamicLayer):  # type: ignore[misc]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends ``[batch, kv_heads, n, head_dim]`` and returns views of all that a query may see."""
-        new, k, v, (_, _, end) = self._store.take(self._index, key_states, value_states)
-        with torch.no_grad():
-            write(new, *self._store.leading(key_states, value_states))
-        self._store.lengths[self._index] = end
+        store, index = self._store, self._index
+        if unpadded := store.append_unpadded(index, key_states, value_states):
+            k, v = unpadded
+            store.lengths[index] += key_states.shape[2]
+        else:
+            new, k, v, (_, _, end) = store.take(index, key_states, value_states)
+            with torch.no_grad():
+                write(new, *store.leading(key_states, value_states))
+            store.lengths[index] = end
         if not self.is_initialized:
             self.lazy_initialization(key_states)
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
@@ -329,7 +334,28 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         ]
         return other
 
+    @contextlib.contextmanager
+    def unpadded(self, attention_mask: torch.Tensor | None) -> Iterator[None]:
+        """While it lasts, a prompt that the empty cache is given is stored without its padding on the left.
+
+        Calls of a model that take vattn's decode steps do so by themselves. What else than steps comes behind such a
+        prompt gets copies with zeros for the padding, and whatever needs all of a row at once, as ``crop``,
+        ``reorder_cache`` and the ``keys`` of a layer, stores the padding, as zeros.
+
+        Args:
+            attention_mask: ``[batch, length]``, 0 or False for the padding; None, and one that hides anything else
+                than a part on the left, changes nothing.
+        """
+        with self._store.unpadded(attention_mask):
+            yield
+
     decoder: Decoder | None = None
+
+    def prompt(self, forward: Forward, kwargs: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+        """Is around a model's call that is no decode step."""
+        mask = kwargs.get("attention_mask")
+        takes_steps = self.decoder is not None and self.decoder.takes(forward, forward.model.device)
+        return self.unpadded(mask if takes_steps and isinstance(mask, torch.Tensor) and mask.dim() == 2 else None)
 
     def decode_step(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Computes a model's call as a decode step; None where it is none, or the cache was made without the model."""

@@ -22,7 +22,6 @@ from vattn.layout import Kind, KVLayout
 HEADS, KV_HEADS, DIM = 32, 8, 128  # of the kernels' measurement, Llama-3-8B's
 BANDWIDTH = 3.0e12  # bytes a second that an H100 reads, of which floors are made
 MEMORIES: tuple[Kind, ...] = ("compact", "interleaved")  # virtual ones, of 32 layers
-_CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -181,15 +180,15 @@ def _layout_of(model: Any) -> KVLayout:
     return KVLayout.from_config(model.config, max_len=1, dtype=str(model.dtype).removeprefix("torch."))
 
 
-def _fill(cache: Any, model: Any, batch: int, length: int) -> None:
-    """Random K and V of a prompt, as the model would write them."""
-    for start in range(0, length, _CHUNK):
-        n = min(_CHUNK, length - start)
+def _fill(cache: Any, model: Any, mask: torch.Tensor) -> None:
+    """Random K and V of a prompt with this mask, ``[batch, length]``, as the model would write them."""
+    batch, length = mask.shape
+    with cache.unpadded(mask) if isinstance(cache, VirtualCache) else contextlib.nullcontext():
         for layer, shape in enumerate(_layout_of(model).layers):
             assert shape is not None
-            k = torch.randn(batch, shape.kv_heads, n, shape.head_dim, device=model.device, dtype=model.dtype)
+            k = torch.randn(batch, shape.kv_heads, length, shape.head_dim, device=model.device, dtype=model.dtype)
             if isinstance(cache, StaticCache):
-                cache.update(k, k, layer, {"cache_position": torch.arange(start, start + n, device=model.device)})
+                cache.update(k, k, layer, {"cache_position": torch.arange(length, device=model.device)})
             else:
                 cache.update(k, k, layer)
 
@@ -244,11 +243,11 @@ def decode_speed(
     if hasattr(model.forward, "refused"):
         model.forward.refused = None  # by what was measured before
     cache = make(batch, longest + steps + 8)
-    with torch.no_grad():
-        _fill(cache, model, batch, longest)
     ids = torch.randint(1, model.config.vocab_size, (batch, longest + 1), device=device)
     padding = longest - torch.tensor(lengths, device=device)
     mask = (torch.arange(longest + 1, device=device) >= padding[:, None]).long()
+    with torch.no_grad():
+        _fill(cache, model, mask[:, :-1])
     clock = Clock()
     options = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, CACHE_KEYWORD: cache}
     model.generate(ids, attention_mask=mask, stopping_criteria=StoppingCriteriaList([clock]), **options)

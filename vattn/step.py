@@ -16,6 +16,7 @@ from vattn import kernels
 from vattn.append import append
 from vattn.cache import KVCache
 from vattn.kernels import Kernel, Scores, Spans, Task
+from vattn.padding import Padding
 from vattn.store import Store
 
 _NAME = "vattn"  # of the attention function
@@ -34,7 +35,8 @@ class Step:
     """What ``VirtualCache.update`` and the attention function do in a decode step of a batch.
 
     Row i of the batch is slot ``base + i``. ``starts`` and ``ends``, int32 ``[batch]`` on the device, are the first row
-    that the queries see but for windows, and one past the row that the step appends.
+    of the slot that the queries see but for windows, and one past the row that the step appends. ``hidden`` is how many
+    positions the attention mask hides on the left, stored or not.
     """
 
     def __init__(
@@ -52,8 +54,9 @@ class Step:
         with torch.inference_mode(False):
             self.slots = torch.arange(batch, dtype=torch.int32, device=cache.device)
             self._rows = self.slots.long()
-            self.starts, self.ends = torch.zeros_like(self.slots), torch.zeros_like(self.slots)
-        self._last_start = 0
+            self.starts, self.ends, self.hidden, self._less = (torch.zeros_like(self.slots) for _ in range(4))
+        self._padding: Padding | None = None
+        self._most_hidden = 0
         self._side = side  # on CUDA
         if side is not None:
             self._before = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -64,7 +67,19 @@ class Step:
 
     @property
     def padded(self) -> bool:
-        return self._last_start > 0
+        return self._most_hidden > 0
+
+    def set_padding(self, padding: Padding | None) -> bool:
+        """Takes what of the positions is not stored; whether that is something else than before."""
+        if padding is self._padding:
+            return False
+        self._padding = padding
+        self._less.copy_(-torch.tensor([0] * self._batch if padding is None else padding.rows, dtype=torch.int32))
+        if padding is None:  # it is stored now
+            self.starts.copy_(self.hidden)
+        else:
+            self._hide_least()
+        return True
 
     def mark(self) -> None:
         """What the stream has to do now comes before the mask is looked at, and what comes later does not."""
@@ -72,7 +87,7 @@ class Step:
             self._before.record()
 
     def starts_fit(self, mask: torch.Tensor | None, length: int) -> bool:
-        """Whether a mask, ``[batch, length + 1]``, hides just what is before the starts."""
+        """Whether a mask, ``[batch, length + 1]``, hides just what was hidden so far."""
         if mask is None or mask.shape != (self._batch, length + 1):
             return mask is None and not self.padded
         if self._side is None:
@@ -82,29 +97,43 @@ class Step:
             return torch.equal(mask.to(self.ends.device) != 0, self._seen_from(length))
 
     def set_starts(self, mask: torch.Tensor | None, length: int) -> bool:
-        """Takes the padding from a mask; False, and no padding, when it is anything else than on the left."""
-        self._last_start = 0
-        self.starts.zero_()
-        if mask is None:
-            return True
-        if mask.shape != (self._batch, length + 1):
-            return False
-        visible = mask.to(self.ends.device) != 0
-        self.starts.copy_(length + 1 - visible.sum(1))
-        if not torch.equal(visible, self._seen_from(length)):
-            self.starts.zero_()
-            return False
-        self._last_start = int(self.starts.max())
+        """Takes the padding from a mask; False, and no padding, when it is anything else than on the left.
+
+        Raises:
+            ValueError: the mask shows what is not stored.
+        """
+        self._hide_least()
+        if mask is not None:
+            if mask.shape != (self._batch, length + 1):
+                return False
+            visible = mask.to(self.ends.device) != 0
+            self.hidden.copy_(length + 1 - visible.sum(1))
+            if not torch.equal(visible, self._seen_from(length)):
+                self._hide_least()
+                return False
+        elif self._padding is not None:
+            self.hidden.zero_()
+        torch.add(self.hidden, self._less, out=self.starts)
+        self._most_hidden = int(self.hidden.max())
+        if self._padding is not None and int(self.starts.min()) < 0:
+            self._hide_least()
+            raise ValueError("attention_mask shows padding that the prompt's has hidden: it is not stored")
         return True
 
+    def _hide_least(self) -> None:
+        """Shows all that is stored."""
+        torch.neg(self._less, out=self.hidden)
+        self.starts.zero_()
+        self._most_hidden = 0 if self._padding is None else max(self._padding.rows)
+
     def _seen_from(self, length: int) -> torch.Tensor:
-        return torch.arange(length + 1, device=self.ends.device) >= self.starts[:, None]
+        return torch.arange(length + 1, device=self.ends.device) >= self.hidden[:, None]
 
     def set_length(self, length: int) -> None:
         """Brings the ends to one past a row at ``length``."""
-        if self._last_start > length:  # of other sequences
-            self.set_starts(None, length)
-        self.ends.fill_(length + 1)
+        if self._most_hidden > length:  # of other sequences
+            self._hide_least()
+        torch.add(self._less, length + 1, out=self.ends)
 
     @contextlib.contextmanager
     def run(self, store: Store, length: int, configs: list[Any]) -> Iterator[None]:
@@ -138,7 +167,11 @@ class Step:
         mine = self.append(layer, k, v)
         window = self.store.windows[layer]
         first = 0 if window is None else max(self._length + 1 - window, 0)
-        keys, values = (t[:, first : self._length + 1].transpose(1, 2) for t in mine)
+        if self._padding is None:
+            keys, values = (t[:, first : self._length + 1].transpose(1, 2) for t in mine)
+        else:  # what such a model reads is not used, see ``run``
+            n = self._length + 1 - first
+            keys, values = (t.new_zeros(1, 1, 1, 1).expand(*t.shape[:2], n, t.shape[3]) for t in (k, v))
         self._returned[id(keys)] = layer, keys, values
         self._waiting.add(layer)
         self.store.lengths[layer] = self._length + 1

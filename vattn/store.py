@@ -20,6 +20,7 @@ from vattn.cache import KVCache, Sequence, Share, check_budget, resolve_device
 from vattn.errors import Error
 from vattn.kernels import Kernel
 from vattn.layout import GRANULARITY, ITEMSIZES, Group, Kind, KVLayout, LayerShape
+from vattn.padding import Padding
 
 _SPARE_SLOTS = 64  # slots reserved when their number is left open: addresses cost nothing
 _SPARE_ADDRESSES = 1 << 45  # but there is an end to them
@@ -156,6 +157,8 @@ class Store:
         self.moved: dict[int, int] = {}  # of layers whose rows were copied: the first position that came along
         self.recording = False
         self.floor = 0  # while recording: the length at the last crop, which must stay reachable
+        self.padding: Padding | None = None  # while rows are stored without it
+        self._hidden: Padding | None = None  # of a prompt that is to come
         self.ahead: Callable[[], None] | None = None  # waits for a step that runs at the length so far, uncalled for
         self.closed = False
 
@@ -191,26 +194,15 @@ class Store:
 
     def _prepare(self, index: int, k: torch.Tensor, v: torch.Tensor) -> Ready:
         """Checks an update, grows the rows for it, and makes the views that serve all layers of its group."""
-        self._require_open()
-        if k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3]:
-            raise ValueError(
-                f"key_states and value_states must be [batch, kv_heads, tokens, head_dim] with equal batch, heads "
-                f"and tokens, not {tuple(k.shape)} and {tuple(v.shape)}"
-            )
+        self._require_fit(index, k, v)
         batch, _, n, _ = k.shape
-        self._require_slots(batch)
-        self._learn(index, k, v)
         place, start = self.placed[index][0], self.lengths[index]
         in_step = len(self.seen) == len(self.placed) and self.lengths.count(start) == len(self.lengths)
-        try:
+        with self._unlearning(index):
             self._set_rows(place, batch)
             self._find_twins(place, k, v, start)
             keep = self._room_before(place, start) if in_step and not self.recording else self._keep(place)
             self.caches[place].grow_all(self.rows[place][:: self.twins], start + n, keep=keep)
-        except BaseException:
-            if start == 0:  # it has seen nothing yet, and may come in another shape
-                self.unlearn(index)
-            raise
 
         lane, step = self.lanes[index], (k.shape, v.numel(), start + n)
         if self.twins > 1:
@@ -227,6 +219,99 @@ class Store:
             self.ready.update((layer, r) for layer, r in ready if layer in self.seen and self.lengths[layer] == start)
         return self.ready.pop(index)
 
+    @contextlib.contextmanager
+    def unpadded(self, mask: torch.Tensor | None) -> Iterator[None]:
+        """While it lasts a prompt is stored without the padding on the left that a mask hides, ``[batch, length]``."""
+        empty = not any(self.lengths) and not self.recording and not self.open_ended and all(self.cached)
+        self._hidden = Padding.of(mask) if mask is not None and empty else None
+        try:
+            yield
+        finally:
+            self._hidden = None
+
+    def append_unpadded(self, index: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Appends K and V of one layer to rows that are stored without their padding.
+
+        Returns what a query may see, padding included: of a prompt what it is given, later copies. None where rows are
+        stored as they are.
+        """
+        first = not any(self.lengths)
+        if first and self.padding is not self._hidden:
+            self._require_open()
+            self.padding = self._hidden
+        if self.padding is None:
+            return None
+        self._require_fit(index, k, v)
+        batch, _, n, _ = k.shape
+        place, start = self.placed[index][0], self.lengths[index]
+        if batch != len(self.padding) or (first and n <= max(self.padding.rows)) or k.requires_grad or v.requires_grad:
+            self.restore_padding()
+        with self._unlearning(index):
+            if first:
+                self._set_rows(place, batch)
+                self._find_twins(place, k, v, start)
+            if self.padding is None or self.twins > 1:  # which share memory as they are
+                self.padding = None
+                return None
+            self._set_rows(place, batch)
+            keep = self.padding.stored(self._keep(place))
+            self.caches[place].grow_all(self.rows[place], self.padding.stored(start + n), keep=keep)
+        lane, seen = self.lanes[index], []
+        first_seen = 0 if lane.window is None else max(start - lane.window + 1, 0)
+        with torch.no_grad():
+            for rows, states in zip(lane.rows(index, batch, 0, self.options.max_len), (k, v), strict=True):
+                self.padding.write(rows, states, start)
+                seen.append(self.padding.padded(rows, first_seen, start + n) if start else states)
+        return seen[0], seen[1]
+
+    def restore_padding(self) -> None:
+        """Stores rows as they are, with zeros where what was hidden has been."""
+        padding = self.padding
+        if padding is None or not any(self.lengths):
+            self.padding = None
+            return
+        self.land()
+        for place, all_rows in self.rows.items():
+            cache, length = self.caches[place], max(self.lengths[layer] for layer in self._layers_of(place))
+            cache.grow_all(all_rows, length, keep=padding.stored(self._keep(place)))
+            if cache.shares(all_rows, 0):
+                cache.own_all(all_rows, 0)
+        self.padding = None
+        for place, all_rows in self.rows.items():
+            for layer in self._filled(place):
+                firsts = self._firsts(place, layer)
+                with torch.no_grad():
+                    for rows in self.lanes[layer].rows(layer, len(all_rows), 0, self.options.max_len):
+                        padding.restore(rows, firsts, self.lengths[layer])
+                moved = [first + pad for first, pad in zip(firsts, padding.rows, strict=True) if first]
+                if moved:
+                    self.moved[layer] = max(moved)
+
+    def _each(self, length: int) -> int | list[int]:
+        """What each row holds of so many positions."""
+        return length if self.padding is None else self.padding.stored(length)
+
+    @contextlib.contextmanager
+    def _unlearning(self, index: int) -> Iterator[None]:
+        """Forgets after an error what a layer looks like that has seen nothing yet: it may come in another shape."""
+        try:
+            yield
+        except BaseException:
+            if self.lengths[index] == 0:
+                self.unlearn(index)
+            raise
+
+    def _require_fit(self, index: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Checks the K and V of an update."""
+        self._require_open()
+        if k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3]:
+            raise ValueError(
+                f"key_states and value_states must be [batch, kv_heads, tokens, head_dim] with equal batch, heads "
+                f"and tokens, not {tuple(k.shape)} and {tuple(v.shape)}"
+            )
+        self._require_slots(k.shape[0])
+        self._learn(index, k, v)
+
     def grow_for_step(self, batch: int, device: torch.device) -> tuple[KVCache, int, int] | None:
         """Memory for one more position of every row, for who writes it in all layers by himself.
 
@@ -242,7 +327,7 @@ class Store:
         self.settle()
         self.ready.clear()
         keep = self._room_before(place, self.floor if self.recording else length)
-        cache.grow_all(self.rows[place], length + 1, keep=keep)
+        cache.grow_all(self.rows[place], self._each(length + 1), keep=self._each(keep))
         return cache, self.bases[place], length
 
     def grow_ahead(self, length: int) -> bool:
@@ -250,7 +335,7 @@ class Store:
         [cache] = self.caches.values()
         [rows] = self.rows.values()
         try:
-            cache.grow_all(rows, length + 1, keep=0)
+            cache.grow_all(rows, self._each(length + 1), keep=0)
         except Error:
             return False
         return True
@@ -262,7 +347,11 @@ class Store:
         wait, self.ahead = self.ahead, None
         wait()
         for place, rows in self.rows.items():
-            self.caches[place].truncate_all(rows, self.lengths[0])
+            if self.padding is None:
+                self.caches[place].truncate_all(rows, self.lengths[0])
+                continue
+            for row, length in zip(rows, self.padding.stored(self.lengths[0]), strict=True):
+                row.truncate(length)
 
     def _find_twins(self, place: Place, k: torch.Tensor, v: torch.Tensor, start: int) -> None:
         """Notes whether the rows of a prompt are the same in groups, as beams and return sequences begin."""
@@ -339,6 +428,7 @@ class Store:
     def view(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What a layer holds, ``[batch, kv_heads, length, head_dim]``; of a window only what it still needs."""
         self.land()
+        self.restore_padding()
         if index not in self.lanes or not self.rows[self.placed[index][0]]:
             return None
         batch = len(self.rows[self.placed[index][0]])
@@ -355,6 +445,9 @@ class Store:
     def truncate(self, lengths: list[int]) -> None:
         """Shortens the layers to ``lengths``; what no layer needs any more may be given away."""
         self._require_open()
+        if any(lengths):
+            self.restore_padding()
+        self.padding = None
         for layer, first in self.moved.items():
             window, length = self.windows[layer] or 0, lengths[layer]
             if length and max(length - window + 1, 0) < first:
@@ -383,6 +476,7 @@ class Store:
         """Ends every row; their memory is parked for the next batch. What layers looked like is forgotten."""
         self._require_open()
         self.twins = 1
+        self.padding = None
         self.ready.clear()
         self.seen.clear()
         self.signatures.clear()
@@ -408,6 +502,7 @@ class Store:
             return
         self._require_slots(batch)
         self.settle()
+        self.restore_padding()
         self.ready.clear()
         self._rebuild({place: 2 * batch for place in self.caches if self._room(place) < batch})
         chosen = indices.tolist()
@@ -445,7 +540,11 @@ class Store:
     def clone(self) -> Store:
         """A copy with memory of its own."""
         self._require_open()
+        bases = {place: cache.free_slots(len(self.rows[place])) for place, cache in self.caches.items()}
+        if None in bases.values():
+            self.restore_padding()
         other = Store(list(self.windows), list(self.cached), self.options)
+        other.padding = self.padding
         other.open_ended = self.open_ended
         other.seen, other.signatures, other.placed = dict(self.seen), dict(self.signatures), dict(self.placed)
         other.lengths, other.floor, other.recording = list(self.lengths), self.floor, self.recording
@@ -453,9 +552,8 @@ class Store:
         other.common = [list(row) for row in self.common]
         other.moved = dict(self.moved)
         for place, cache in self.caches.items():
-            rows = self.rows[place]
-            base = cache.free_slots(len(rows)) if rows else None
-            if base is None:
+            rows, base = self.rows[place], bases[place]
+            if not rows or base is None:
                 other._build(place, cache.slots, self.options.budget)
                 other._copy_from(self, place)
                 continue
@@ -593,6 +691,8 @@ class Store:
             return
         # What is written next may be where others have their rows.
         self.settle(share="copy")
+        if any(self.lengths):
+            self.restore_padding()
         self.ready.clear()
         old = copy.copy(self)
         bases, sharers, old.sharers = self.bases, self.sharers, {}
@@ -669,6 +769,14 @@ class Store:
         if surplus := self.rows[place][batch:]:
             self.caches[place].close_all(surplus)
             del self.rows[place][batch:]
+
+    def _firsts(self, place: Place, layer: int) -> list[int]:
+        """The first position of a layer that each row still has in its slot."""
+        cache = self.caches[place]
+        group = next(group for group in cache.layout.groups if layer in group.layers)
+        at = group.layers.index(layer)
+        planes = [plane for plane in (group.k_planes[at], group.v_planes[at]) if cache.layout.planes[plane].window]
+        return [max((cache.first_row(row.slot, plane) for plane in planes), default=0) for row in self.rows[place]]
 
     def _first_rows(self, place: Place) -> dict[int, int]:
         """For each layer of a place, the first position that every row still has: windows give back the others."""

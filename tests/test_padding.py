@@ -1,0 +1,250 @@
+"""Batches that are padded on the left: their rows are stored without it, and nothing shows that they are."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import build, prompt, virtual_of
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+
+from vattn import CACHE_KEYWORD, OutOfPages, store
+from vattn.padding import Padding
+
+LENGTH = 40  # of a prompt
+
+
+@pytest.fixture(autouse=True)
+def small(device, monkeypatch):
+    if device == "cpu":
+        monkeypatch.setattr(store.Store, "granularity", 4096)
+
+
+def mixed(device, lengths=(40, 3, 17)):
+    torch.manual_seed(5)
+    ids = torch.randint(3, 99, (len(lengths), LENGTH))
+    mask = (torch.arange(LENGTH) >= LENGTH - torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": (ids * mask).to(device), "attention_mask": mask.to(device)}
+
+
+class Each(StoppingCriteria):
+    """Does something after each step."""
+
+    def __init__(self, do):
+        self.do, self.steps = do, 0
+
+    def __call__(self, input_ids, scores, **options):
+        self.do(self.steps)
+        self.steps += 1
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def generated(model, cache, inputs, do=lambda step: None, **options):
+    options = {"max_new_tokens": 24, "do_sample": False, CACHE_KEYWORD: cache, **options}
+    return model.generate(**inputs, stopping_criteria=StoppingCriteriaList([Each(do)]), **options)
+
+
+def held(cache):
+    """Positions that each row has memory for."""
+    [rows] = cache._store.rows.values()
+    return [row.length for row in rows]
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral", "gemma2", "gpt2", "phi3", "qwen2"])
+def test_rows_are_stored_without_their_padding(name, device):
+    model = build(name, "eager" if name == "gemma2" else "sdpa", device)
+    model.generation_config.eos_token_id = None
+    inputs = mixed(device)
+    expected = generated(model, DynamicCache(config=model.config), inputs)
+    seen = []
+    with virtual_of(model) as cache:
+        for _ in range(2):
+            assert torch.equal(generated(model, cache, inputs, lambda step: seen.append(held(cache))), expected)
+            assert held(cache) == [40 + 23, 3 + 23, 17 + 23]
+            assert cache.get_seq_length() == LENGTH + 23
+            # A step may have begun before its call.
+            assert all(rows[0] - rows[1] == 37 and rows[0] - rows[2] == 23 for rows in seen)
+            cache.check()
+            cache.reset()
+        assert cache.decode_stats().fallback is None
+
+
+def test_memory_is_what_the_tokens_need(device):
+    if device == "cuda":
+        pytest.skip("these few tokens fit the smallest memory that a device maps")
+    model = build("llama-gqa", "sdpa", device)
+    sizes = []
+    for attention in ("auto", None):  # with steps of vattn's, and without
+        with virtual_of(model, attention=attention, mapper=False, lookahead=0) as cache:
+            generated(model, cache, mixed(device, (40, 3, 3, 3)), max_new_tokens=2)
+            sizes.append(cache.stats().peak)
+    assert sizes[0] < 0.5 * sizes[1]
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral"])
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda cache: cache.reorder_cache(torch.tensor([2, 1, 0])) or cache.reorder_cache(torch.tensor([2, 1, 0])),
+        lambda cache: [layer.keys.clone() for layer in cache.layers],
+        lambda cache: cache.batch_repeat_interleave(2) or cache.batch_select_indices(torch.tensor([0, 2, 4])),
+        lambda cache: copy.deepcopy(cache).close(),
+        lambda cache: cache._store.clone().restore_padding(),  # on memory that both share
+        lambda cache: setattr(cache.decoder, "enabled", not cache.decoder.enabled),
+    ],
+    ids=["reordered", "viewed", "repeated", "copied", "copy restored", "eager"],
+)
+@pytest.mark.parametrize("at", [0, 5])
+def test_what_else_is_done_to_a_cache_finds_the_padding(name, act, at, device):
+    model = build(name, "sdpa", device)
+    model.generation_config.eos_token_id = None
+    inputs = mixed(device)
+    expected = generated(model, DynamicCache(config=model.config), inputs)
+    with virtual_of(model) as cache:
+        for _ in range(2):
+            got = generated(model, cache, inputs, lambda step: act(cache) if step in (at, at + 9) else None)
+            assert torch.equal(got, expected)
+            cache.reset()
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral"])
+def test_what_rows_show_is_what_they_were_given(name, device):
+    """K and V where nothing is hidden, and zeros elsewhere; of a window also what is before it."""
+    model = build(name, "sdpa", device)
+    inputs = mixed(device)
+    dynamic = DynamicCache()  # whose layers keep all
+    generated(model, dynamic, inputs, max_new_tokens=20)
+    with virtual_of(model) as cache:
+        generated(model, cache, inputs, max_new_tokens=20)
+        assert cache._store.padding is not None
+        shown = torch.cat([inputs["attention_mask"] != 0, torch.ones(3, 19, dtype=torch.bool, device=device)], 1)
+        for ours, theirs in zip(cache.layers, dynamic.layers, strict=True):
+            for mine, other in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+                visible = shown[:, None, -mine.shape[2] :, None]
+                expected = torch.where(visible, other[:, :, -mine.shape[2] :], 0)
+                torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+        assert held(cache) == [LENGTH + 19] * 3
+
+
+def test_a_later_prompt_goes_on_behind(device):
+    """Several tokens at once: turns, and chunks of a prompt."""
+    model = build("mistral", "sdpa", device)
+    model.generation_config.eos_token_id = None
+    inputs = mixed(device, (40, 36, 38))
+    results = []
+
+    def run(cache):
+        first = generated(model, cache, inputs, max_new_tokens=9)
+        torch.manual_seed(1)
+        ids = torch.cat([first, torch.randint(3, 99, (3, 7)).to(device)], 1)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(3, 16, dtype=torch.int64, device=device)], 1)
+        results.append((first, generated(model, cache, {"input_ids": ids, "attention_mask": mask}, max_new_tokens=9)))
+        return generated(model, cache_of(), inputs, prefill_chunk_size=7)
+
+    cache_of = lambda: DynamicCache(config=model.config)  # noqa: E731
+    chunked = run(cache_of())
+    with virtual_of(model) as cache, virtual_of(model) as other:
+        cache_of = lambda: other  # noqa: E731
+        assert torch.equal(run(cache), chunked)
+        assert held(cache) == [56 + 8 - pad for pad in (0, 4, 2)]
+        assert held(other) == [40 + 23 - pad for pad in (0, 4, 2)]
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_beams_share_memory_rather(device):
+    model = build("llama-gqa", "sdpa", device)
+    inputs = mixed(device)
+    expected = generated(model, DynamicCache(config=model.config), inputs, num_beams=3)
+    with virtual_of(model) as cache:
+        assert torch.equal(generated(model, cache, inputs, num_beams=3), expected)
+
+
+def test_a_mask_that_shows_what_is_not_stored(device):
+    model = build("llama-gqa", "sdpa", device)
+    inputs = mixed(device)
+    more = {"input_ids": inputs["input_ids"][:, -1:], "use_cache": True}
+    with torch.no_grad(), virtual_of(model) as cache:
+        model(**inputs, **{CACHE_KEYWORD: cache}, use_cache=True)
+        lengths = held(cache)
+        for mask in ({}, {"attention_mask": torch.ones(3, LENGTH + 1, device=device)}):
+            with pytest.raises(ValueError, match="attention_mask shows padding that the prompt's has hidden"):
+                model(**more, **mask, **{CACHE_KEYWORD: cache})
+            assert cache.get_seq_length() == LENGTH
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+        got = model(**more, attention_mask=mask, **{CACHE_KEYWORD: cache}).logits
+        assert held(cache) == [length + 1 for length in lengths]
+        dynamic = DynamicCache(config=model.config)
+        model(**inputs, **{CACHE_KEYWORD: dynamic}, use_cache=True)
+        torch.testing.assert_close(got, model(**more, attention_mask=mask, **{CACHE_KEYWORD: dynamic}).logits)
+        # More may come to be hidden than the prompt's did.
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        mask[0, :5] = 0
+        got = model(**more, attention_mask=mask, **{CACHE_KEYWORD: cache}).logits
+        torch.testing.assert_close(got, model(**more, attention_mask=mask, **{CACHE_KEYWORD: dynamic}).logits)
+        # And what is no padding is as ever.
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        mask[0, 30] = 0
+        got = model(**more, attention_mask=mask, **{CACHE_KEYWORD: cache}).logits
+        torch.testing.assert_close(got, model(**more, attention_mask=mask, **{CACHE_KEYWORD: dynamic}).logits)
+
+
+def test_no_memory_for_the_padding_loses_nothing(device):
+    if device == "cuda":
+        pytest.skip("these few tokens fit the smallest memory that a device maps")
+    model = build("llama-gqa", "sdpa", device)
+    model.generation_config.eos_token_id = None
+    inputs = mixed(device, (40, 3, 3, 3))
+    expected = generated(model, DynamicCache(config=model.config), inputs)
+    with virtual_of(model, mapper=False, lookahead=0) as cache:
+        generated(model, cache, inputs, max_new_tokens=2)
+        cache.set_budget(cache.stats().peak)
+        before = held(cache)
+        with pytest.raises(OutOfPages):
+            cache.layers[0].keys  # noqa: B018
+        assert held(cache) == before
+        cache.check()
+        cache.set_budget(None)
+        ids = expected[:, : LENGTH + 2]
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1)
+        got = generated(model, cache, {"input_ids": ids, "attention_mask": mask}, max_new_tokens=22)
+        assert torch.equal(got, expected)
+
+
+def test_a_model_that_is_refused_finds_its_padding(device):
+    model = build("llama-gqa", "sdpa", device)
+    expected = generated(model, DynamicCache(config=model.config), mixed(device))
+    with virtual_of(model) as cache:
+        model.forward.refused = "it is not to be trusted"
+        assert torch.equal(generated(model, cache, mixed(device)), expected)
+        model.forward.refused = None
+        cache.reset()
+
+        def refuse(step):
+            model.forward.refused = "it is not to be trusted" if step == 7 else None
+
+        assert torch.equal(generated(model, cache, mixed(device), refuse), expected)
+        assert cache._store.padding is None
+
+
+def test_engines_can_say_what_the_padding_is(device):
+    model = build("llama-gqa", "sdpa", device)
+    inputs = mixed(device)
+    with torch.no_grad(), virtual_of(model.config, attention=None) as cache:
+        with cache.unpadded(inputs["attention_mask"]):
+            inner = model.model(**inputs, **{CACHE_KEYWORD: cache}, use_cache=True)
+        assert held(cache) == [40, 3, 17]
+        torch.testing.assert_close(inner[0], model.model(**inputs, use_cache=False)[0])
+
+
+def test_padding_of_masks():
+    assert Padding.of(torch.ones(2, 5)) is None
+    assert Padding.of(torch.tensor([[0, 1, 1], [0, 0, 0]])) is None  # nothing to see
+    assert Padding.of(torch.tensor([[0, 1, 1], [1, 1, 0]])) is None
+    assert Padding.of(torch.tensor([[0, 1, 0], [1, 1, 1]])) is None
+    found = Padding.of(torch.tensor([[False, True, True], [True, True, True]]))
+    assert found is not None
+    assert found.rows == [1, 0]
+    assert found.stored(1) == [0, 1]
+    assert prompt(2, 10, "cpu", padded=True)["attention_mask"][1, :3].sum() == 0

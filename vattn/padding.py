@@ -1,0 +1,64 @@
+"""``Padding``: rows of a batch that are stored without what their attention mask hides on the left.
+
+Positions count from the left of the batch, padding included, as transformers counts them; row ``i`` keeps position
+``p`` at ``p - padding[i]`` of its slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+
+class Padding:
+    """How many positions of each row are not stored."""
+
+    def __init__(self, rows: list[int]) -> None:
+        self.rows = rows
+
+    @classmethod
+    def of(cls, mask: torch.Tensor) -> Padding | None:
+        """Of an attention mask, ``[batch, length]``; None where it hides anything else than a part on the left."""
+        seen = mask != 0
+        hidden = mask.shape[1] - seen.sum(1)
+        left = torch.arange(mask.shape[1], device=mask.device) >= hidden[:, None]
+        *rows, right = [*hidden.tolist(), torch.equal(seen, left)]
+        return cls(rows) if right and 0 < max(rows) < mask.shape[1] else None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def stored(self, length: int) -> list[int]:
+        """What each row holds of so many positions."""
+        return [max(0, length - pad) for pad in self.rows]
+
+    def write(self, new: torch.Tensor, states: torch.Tensor, start: int) -> None:
+        """Writes positions from ``start`` on, ``[batch, heads, n, dim]``, to rows ``[batch, heads, max_len, dim]``."""
+        for row, state, at, end in self._spans(new, states, start, start + states.shape[2]):
+            row[:, at:end] = state[:, state.shape[1] - (end - at) :]
+
+    def padded(self, rows: torch.Tensor, first: int, end: int) -> torch.Tensor:
+        """A copy of positions [first, end), ``[batch, heads, end - first, dim]``, with zeros for the padding."""
+        copied = rows.new_zeros(*rows.shape[:2], end - first, rows.shape[3])
+        for row, copy, at, stop in self._spans(rows, copied, first, end):
+            copy[:, copy.shape[1] - (stop - at) :] = row[:, at:stop]
+        return copied
+
+    def _spans(
+        self, rows: torch.Tensor, others: torch.Tensor, first: int, end: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int, int]]:
+        return zip(rows, others, self.stored(first), self.stored(end), strict=True)
+
+    def restore(self, rows: torch.Tensor, firsts: list[int], length: int) -> None:
+        """Moves rows of so many positions to where they are with padding, which becomes zeros.
+
+        Args:
+            rows: ``[batch, heads, max_len, dim]``.
+            firsts: what each row still holds begins there, in its slot.
+            length: of all rows, padding included.
+        """
+        for row, pad, first in zip(rows, self.rows, firsts, strict=True):
+            if pad:
+                row[:, first + pad : length] = row[:, first : length - pad].clone()
+                row[:, first : first + pad] = 0
