@@ -3,7 +3,8 @@
 One layer of Llama-3-8B's heads in bfloat16; the virtual caches hold 32 layers and one is computed on, in turns with the
 same kernel on torch's memory. ``TB/s`` counts the K and V that a decode step reads, ``TFLOP/s`` the products of a
 causal prefill. ``prefill_virtual_over_cudamalloc``: the rate of prefills on interleaved rows over that on torch's
-memory, of the kernel that is fastest there, the lower of all works. Without a GPU small ones run, to try the script.
+memory, of the kernel that is fastest there, the lower of all works. ``prefill_contiguous_over_paged``: over that on
+shuffled pages, of a kernel that takes them, likewise. Without a GPU small ones run, to try the script.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ def main() -> None:
             prefills.setdefault(row["work"], []).append(row)
     best = [max(of_work, key=lambda row: float(row["torch's"])) for of_work in prefills.values()]
     bars = {"prefill_virtual_over_cudamalloc": min(row["virtual / torch's"] for row in best)}
+    if paged := [row["virtual / paged"] for of_work in prefills.values() for row in of_work if "paged" in row]:
+        bars["prefill_contiguous_over_paged"] = min(paged)
     report.write("kernels", options.device, rows, bars, options.out)
 
 

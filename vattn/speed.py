@@ -21,6 +21,7 @@ from vattn.layout import Kind, KVLayout
 
 HEADS, KV_HEADS, DIM = 32, 8, 128  # of the kernels' measurement, Llama-3-8B's
 BANDWIDTH = 3.0e12  # bytes a second that an H100 reads, of which floors are made
+_PAGE = 16  # rows of a page of paged prompts; steps have pages of 64
 MEMORIES: tuple[Kind, ...] = ("compact", "interleaved")  # virtual ones, of 32 layers
 
 
@@ -147,10 +148,27 @@ def _on_memories(kernel: Kernel, work: _Work, kind: Kind, device: str) -> dict[s
                 memory = _Memory(each, work, device, kernel.tail(DIM))
                 memories.callback(memory.close)
                 calls.append(_call(kernel, work, memory, device))
-            (unit, ours), (_, virtual) = map(work.rate, _seconds(device, *calls))
+            if hasattr(kernel, "paged"):
+                calls.append(_paged_call(kernel, work, device))
+            (unit, ours), (_, virtual), *paged = map(work.rate, _seconds(device, *calls))
         except torch.OutOfMemoryError:
             return {"error": "out of memory"}
-    return {"torch's": ours, "virtual": virtual, "unit": unit, "virtual / torch's": virtual / ours}
+    row = {"torch's": ours, "virtual": virtual, "unit": unit, "virtual / torch's": virtual / ours}
+    return row | ({"paged": paged[0][1], "virtual / paged": virtual / paged[0][1]} if paged else {})
+
+
+def _paged_call(kernel: Any, work: _Work, device: str) -> Callable[[], Any]:
+    """On shuffled pages in torch's memory."""
+    size = 64 if not work.prefill else _PAGE
+    counts = [-(-length // size) for length in work.lengths]
+    places = torch.randperm(sum(counts), dtype=torch.int32, device=device)
+    shape = len(places), size, KV_HEADS, DIM
+    k, v = (torch.randn(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
+    q = torch.randn(sum(work.new), HEADS, DIM, dtype=torch.bfloat16, device=device)
+    call: Callable[[], Any] = kernel.paged(
+        q, k, v, list(torch.split(places, counts)), work.lengths, work.new, Scores(scale=DIM**-0.5)
+    )
+    return call
 
 
 class Clock(StoppingCriteria):  # type: ignore[misc]
