@@ -84,10 +84,10 @@ def attentions(name: str) -> list[str]:
     return ["sdpa", "eager"] if _class(name)._supports_sdpa else ["eager"]
 
 
-def build(name: str, attention: str, device: str) -> Any:
+def build(name: str, attention: str, device: str, **more: Any) -> Any:
     torch.manual_seed(0)
     prefix, config_class, changes = {**MODELS, **MORE}[name]
-    config = getattr(transformers, config_class or f"{prefix}Config")(**{**_SHAPE, **changes})
+    config = getattr(transformers, config_class or f"{prefix}Config")(**{**_SHAPE, **changes, **more})
     model = _class(name)._from_config(config, attn_implementation=attention)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -238,9 +238,12 @@ CASES = [
 ]
 
 
-def generated(model: Any, cache: Any, batch: int = 2, length: int = 10, **options: Any) -> torch.Tensor:
+def generated(
+    model: Any, cache: Any, batch: int = 2, length: int = 10, padded: bool = False, **options: Any
+) -> torch.Tensor:
     options = {"max_new_tokens": 12, "do_sample": False, **options}
-    return model.generate(**prompt(batch, length, model.device.type), **{CACHE_KEYWORD: cache}, **options)
+    inputs = prompt(batch, length, model.device.type, padded=padded)
+    return model.generate(**inputs, **{CACHE_KEYWORD: cache}, **options)
 
 
 def adaptable(model: Any) -> Any:

@@ -9,7 +9,13 @@ import torch
 
 
 def append(
-    k_new: torch.Tensor, v_new: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, rows: torch.Tensor
+    k_new: torch.Tensor,
+    v_new: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ends: torch.Tensor,
+    rows: torch.Tensor,
+    scales: tuple[torch.Tensor, torch.Tensor] | tuple[None, None] = (None, None),
 ) -> None:
     """Writes row ``ends[i] - 1`` of slot i: in one kernel where Triton is there, and in two else.
 
@@ -20,19 +26,28 @@ def append(
         v: ``[batch, max_len, kv_heads, v_head_dim]``.
         ends: int32 ``[batch]``.
         rows: int64 ``[batch]``, counting up from 0 on.
+        scales: float32 ``[1]`` or ``[kv_heads]``, what K and V are divided by where they are stored in fewer bits.
     """
     kernel = _kernel() if k.is_cuda else None
     if kernel is None:
         at = ends.long() - 1
-        k[rows, at] = k_new.to(k.dtype)
-        v[rows, at] = v_new.to(v.dtype)
+        for new, slots, scale in zip((k_new, v_new), (k, v), scales, strict=True):
+            if slots.dtype.itemsize == 1:
+                limit = torch.finfo(slots.dtype).max
+                new = (new if scale is None else new / scale[:, None]).clamp(-limit, limit)
+                slots.view(torch.uint8)[rows, at] = new.to(slots.dtype).view(torch.uint8)
+            else:
+                slots[rows, at] = new.to(slots.dtype)
         return
     batch, heads, dim = k_new.shape
     v_dim = v_new.shape[2]
     block = 1 << (max(dim, v_dim) - 1).bit_length()
+    k_scale, v_scale = (ends if scale is None else scale for scale in scales)  # of none any pointer will do
     kernel[batch, heads](
-        k_new, v_new, k, v, ends, *k_new.stride(), *v_new.stride(), *k.stride()[:3], *v.stride()[:3],
-        dim=dim, v_dim=v_dim, block=block,
+        k_new, v_new, k, v, ends, k_scale, v_scale,
+        *k_new.stride(), *v_new.stride(), *k.stride()[:3], *v.stride()[:3],
+        dim=dim, v_dim=v_dim, block=block, limit=torch.finfo(k.dtype).max if k.dtype.itemsize == 1 else 0.0,
+        scaled=scales[0] is not None, k_heads=k_scale.numel(), v_heads=v_scale.numel(),
     )  # fmt: skip
 
 
@@ -46,17 +61,26 @@ def _kernel() -> Any:
 
     @triton.jit  # type: ignore[untyped-decorator]
     def kernel(  # type: ignore[no-untyped-def]
-        k_new, v_new, k, v, ends,
+        k_new, v_new, k, v, ends, k_scale, v_scale,
         k_new_b, k_new_h, k_new_d, v_new_b, v_new_h, v_new_d, k_slot, k_row, k_head, v_slot, v_row, v_head,
-        dim: tl.constexpr, v_dim: tl.constexpr, block: tl.constexpr,
+        dim: tl.constexpr, v_dim: tl.constexpr, block: tl.constexpr, limit: tl.constexpr, scaled: tl.constexpr,
+        k_heads: tl.constexpr, v_heads: tl.constexpr,
     ):  # fmt: skip
         sequence = tl.program_id(0).to(tl.int64)  # products of strides do not fit 32 bits
         head = tl.program_id(1).to(tl.int64)
         row = (tl.load(ends + sequence) - 1).to(tl.int64)
         at = tl.arange(0, block)
         new = tl.load(k_new + sequence * k_new_b + head * k_new_h + at * k_new_d, mask=at < dim)
+        if scaled:
+            new = new / tl.load(k_scale + head % k_heads)
+        if limit:
+            new = tl.clamp(new.to(tl.float32), -limit, limit).to(k.dtype.element_ty)
         tl.store(k + sequence * k_slot + row * k_row + head * k_head + at, new, mask=at < dim)
         new = tl.load(v_new + sequence * v_new_b + head * v_new_h + at * v_new_d, mask=at < v_dim)
+        if scaled:
+            new = new / tl.load(v_scale + head % v_heads)
+        if limit:
+            new = tl.clamp(new.to(tl.float32), -limit, limit).to(v.dtype.element_ty)
         tl.store(v + sequence * v_slot + row * v_row + head * v_head + at, new, mask=at < v_dim)
 
     return kernel

@@ -23,6 +23,7 @@ from vattn.cache import CacheStats, KVCache, TrimOnOOM
 from vattn.decode import Decoder
 from vattn.decode import DecodeStats as DecodeStats
 from vattn.layout import Kind
+from vattn.scales import Scales
 from vattn.step import running
 from vattn.store import Options, Store, write
 
@@ -65,8 +66,8 @@ class _VirtualLayer(DynamicLayer):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends ``[batch, kv_heads, n, head_dim]`` and returns views of all that a query may see."""
         store, index = self._store, self._index
-        if unpadded := store.append_unpadded(index, key_states, value_states):
-            k, v = unpadded
+        if (apart := store.append_apart(index, key_states, value_states)) is not None:
+            k, v = apart
             store.lengths[index] += key_states.shape[2]
         else:
             new, k, v, (_, _, end) = store.take(index, key_states, value_states)
@@ -209,6 +210,11 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         run_ahead: lets a greedy ``generate`` begin the next captured step with the most likely tokens while the host is
             at the last one's; a step of others is computed again. False begins none before its call; it is for logits
             processors and stopping criteria that write to the model's weights, which a step that runs already has read.
+        kv_dtype: ``"float8_e4m3fn"`` or ``"float8_e5m2"`` stores K and V in half of the memory of 16 bits, rounded.
+            Decode steps read them by kernels that take them (``flashinfer``, ``reference``); what else comes behind a
+            prompt gets copies, as the ``keys`` of a layer are. None stores what the model computes.
+        kv_scales: what K and V are divided by before they are rounded: two numbers, or two tensors ``[layers]`` or
+            ``[layers, kv_heads]``. None is 1.
 
     Raises (at the first call that needs it, and then the layer called has not changed; on one device no layer has):
         SequenceTooLong: a sequence would exceed ``max_len``.
@@ -233,7 +239,11 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         capture: bool = True,
         compiled: bool | dict[str, Any] = False,
         run_ahead: bool = True,
+        kv_dtype: str | torch.dtype | None = None,
+        kv_scales: tuple[Any, Any] | None = None,
     ) -> None:
+        if kv_dtype is None and kv_scales is not None:
+            raise ValueError("kv_scales need a kv_dtype")
         decoder = Decoder(attention, capture, compiled, run_ahead)
         model = config if isinstance(config, torch.nn.Module) else None
         config = config if model is None else model.config
@@ -247,6 +257,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             lookahead=lookahead,
             mapper=mapper,
             kernels=() if model is None else decoder.kernels(),
+            scales=None if kv_dtype is None else Scales(kv_dtype, kv_scales),
         )
         super().__init__(config=config)
         _virtualize(self, options)

@@ -77,7 +77,8 @@ class Task:
 
     ``queries`` is ``"one"`` for a decode step, ``"first"`` for a prompt that begins its sequence, ``"chunk"`` for
     several queries behind a past. ``whole_slots``: a slot is a whole number of rows, so that the slots of a tensor are
-    one row after the other. ``window``: queries see only so many rows, themselves included.
+    one row after the other. ``window``: queries see only so many rows, themselves included. ``kv_dtype``: of K and V,
+    where it is not that of queries.
     """
 
     device: str
@@ -86,6 +87,7 @@ class Task:
     kv_heads: int
     head_dim: int
     v_head_dim: int
+    kv_dtype: torch.dtype | None = None
     queries: str = "one"
     window: bool = False
     softcap: bool = False
@@ -102,6 +104,7 @@ class Task:
             kv_heads=k.shape[-2],
             head_dim=k.shape[-1],
             v_head_dim=v.shape[-1],
+            kv_dtype=None if k.dtype == q.dtype else k.dtype,
             whole_slots=all(t.stride(0) % t.stride(1) == 0 for t in (k, v)),
             **more,
         )
@@ -137,6 +140,7 @@ class Kernel:
     head_rows: ClassVar[int] = 0
     tail_rows: ClassVar[int] = 0
     capturable: ClassVar[bool] = True
+    kv_dtypes: ClassVar[tuple[torch.dtype, ...]] = ()  # of K and V in decoding, beside that of queries
 
     def tail(self, head_dim: int) -> int:
         """Rows behind a span that it may load at a head dim, at most ``tail_rows``."""
@@ -211,6 +215,7 @@ class Reference(Kernel):
     name = "reference"
     source = "torch operations"
     capturable = False
+    kv_dtypes = (torch.float8_e4m3fn, torch.float8_e5m2)
 
     def refuses(self, task: Task) -> str | None:
         return None
@@ -452,6 +457,7 @@ class FlashInfer(Kernel):
 
     name = "flashinfer"
     source = "flashinfer-python, compiled"
+    kv_dtypes = (torch.float8_e4m3fn,)
     _PAGE = 64
 
     def missing(self) -> str | None:
@@ -469,6 +475,8 @@ class FlashInfer(Kernel):
             return (None if fits else "it takes head dims 64, 128 and 256") if not task.sinks else "it has no sinks"
         if task.softcap:
             return "it has no soft cap in decoding"
+        if task.kv_dtype is not None and task.head_dim not in (64, 128, 256):
+            return "it takes head dims 64, 128 and 256 of fp8"
         return None if task.head_dim % 16 == 0 else "it takes head dims that are multiples of 16"
 
     def decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scores: Scores) -> torch.Tensor:
@@ -500,7 +508,7 @@ class FlashInfer(Kernel):
         scratch = spans.once("scratch", lambda: torch.empty(size, dtype=torch.uint8, device=device))
         signals = spans.once("signals", lambda: torch.zeros(4 * batch * kv_heads, dtype=torch.uint32, device=device))
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        _flashinfer().xqa.xqa(
+        _flashinfer().xqa(
             q.contiguous()[:, None], k, v, table, lengths[:, None].view(torch.uint32), out[:, None], scratch, signals,
             kv_heads, self._PAGE, q_scale=scores.scale * dim**0.5,
             sinks=None if scores.sinks is None else scores.sinks.float().reshape(kv_heads, -1),
@@ -562,7 +570,6 @@ class FlashInfer(Kernel):
 def _flashinfer() -> Any:
     try:
         import flashinfer
-        import flashinfer.xqa
     except (ImportError, OSError):
         return None
     return flashinfer
@@ -667,6 +674,12 @@ def many_shapes() -> Any:
     return torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=1024)
 
 
+def _refused_kv(kernel: Kernel, task: Task) -> str | None:
+    if task.kv_dtype is None or (task.kv_dtype in kernel.kv_dtypes and task.queries == "one"):
+        return None
+    return f"it takes no {str(task.kv_dtype).removeprefix('torch.')} K and V"
+
+
 def choose(task: Task, *, name: str = "auto", capturable: bool = False) -> Kernel:
     """The kernel for a task: the one named, or the first that this machine has and that does it.
 
@@ -680,7 +693,7 @@ def choose(task: Task, *, name: str = "auto", capturable: bool = False) -> Kerne
     """
     reasons = []
     for kernel in named(name):
-        reason = kernel.missing() or kernel.refuses(task)
+        reason = kernel.missing() or _refused_kv(kernel, task) or kernel.refuses(task)
         if not reason and capturable and not kernel.capturable:
             reason = "it cannot be captured"
         if not reason:

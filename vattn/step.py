@@ -167,7 +167,7 @@ class Step:
         mine = self.append(layer, k, v)
         window = self.store.windows[layer]
         first = 0 if window is None else max(self._length + 1 - window, 0)
-        if self._padding is None:
+        if self._padding is None and self.store.options.scales is None:
             keys, values = (t[:, first : self._length + 1].transpose(1, 2) for t in mine)
         else:  # what such a model reads is not used, see ``run``
             n = self._length + 1 - first
@@ -185,7 +185,7 @@ class Step:
             batch = slice(self._base, self._base + self._batch)
             self._views[layer] = self.cache.k(layer)[batch], self.cache.v(layer)[batch]
         mine = self._views[layer]
-        append(k[:, :, 0], v[:, :, 0], *mine, self.ends, self._rows)
+        append(k[:, :, 0], v[:, :, 0], *mine, self.ends, self._rows, self._scales_of(layer))
         return mine
 
     def attend(self, at: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Scores) -> torch.Tensor:
@@ -218,7 +218,19 @@ class Step:
                 raise UnsupportedError(str(error)) from None
             self._kernels[key] = kernel
             self.used[kernel.name] = None
-        return kernel.decode(q[:, :, 0], *mine, self._spans_of(window), how)[:, None]
+        k_scale, v_scale = self._scales_of(layer)
+        q = q[:, :, 0] if k_scale is None else self._scaled(q[:, :, 0], k_scale)
+        out = kernel.decode(q, *mine, self._spans_of(window), how)
+        return (out if v_scale is None else self._scaled(out, v_scale))[:, None]
+
+    def _scales_of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        scales = self.store.options.scales
+        return (None, None) if scales is None else scales.at(layer, self.ends.device)
+
+    def _scaled(self, states: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """``[batch, query_heads, dim]``, each head times the scale of its KV head."""
+        heads = states.shape[1] // len(scale) if len(scale) > 1 else 1
+        return (states.float() * scale.repeat_interleave(heads)[:, None]).to(states.dtype)
 
     def _spans_of(self, window: int | None) -> Spans:
         if window not in self._spans:

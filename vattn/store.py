@@ -21,6 +21,7 @@ from vattn.errors import Error
 from vattn.kernels import Kernel
 from vattn.layout import GRANULARITY, ITEMSIZES, Group, Kind, KVLayout, LayerShape
 from vattn.padding import Padding
+from vattn.scales import Scales
 
 _SPARE_SLOTS = 64  # slots reserved when their number is left open: addresses cost nothing
 _SPARE_ADDRESSES = 1 << 45  # but there is an end to them
@@ -75,6 +76,8 @@ class Lane:
         """Makes positions [first, end) of some rows, in all layers, what they are in others."""
         for written in self._written:
             rows = written[:, :batch, :, first:end]
+            if rows.dtype.itemsize == 1:  # which torch does not index
+                rows = rows.view(torch.uint8)
             # Many positions layer by layer: what is read is held until it is written.
             for part in rows.unbind(0) if end - first > _MOVED_AT_ONCE else (rows,):
                 part.index_copy_(-4, targets, part.index_select(-4, sources))
@@ -106,6 +109,7 @@ class Options:
     lookahead: int | None = None
     mapper: bool = True
     kernels: tuple[Kernel, ...] = ()  # that decode steps may use on devices
+    scales: Scales | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("max_len", 1), ("slots", 1), ("lookahead", 0)):
@@ -229,8 +233,8 @@ class Store:
         finally:
             self._hidden = None
 
-    def append_unpadded(self, index: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Appends K and V of one layer to rows that are stored without their padding.
+    def append_apart(self, index: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Appends K and V of one layer to rows that are stored without their padding, or in fewer bits.
 
         Returns what a query may see, padding included: of a prompt what it is given, later copies. None where rows are
         stored as they are.
@@ -239,30 +243,59 @@ class Store:
         if first and self.padding is not self._hidden:
             self._require_open()
             self.padding = self._hidden
-        if self.padding is None:
+        scales = self.options.scales
+        if self.padding is None and scales is None:
             return None
         self._require_fit(index, k, v)
         batch, _, n, _ = k.shape
         place, start = self.placed[index][0], self.lengths[index]
-        if batch != len(self.padding) or (first and n <= max(self.padding.rows)) or k.requires_grad or v.requires_grad:
-            self.restore_padding()
+        if (padding := self.padding) is not None:
+            fits = batch == len(padding) and not (first and n <= max(padding.rows))
+            if not fits or k.requires_grad or v.requires_grad:
+                self.restore_padding()
         with self._unlearning(index):
             if first:
                 self._set_rows(place, batch)
                 self._find_twins(place, k, v, start)
-            if self.padding is None or self.twins > 1:  # which share memory as they are
+            if self.twins > 1:  # which share memory as they are
                 self.padding = None
+            if self.padding is None and scales is None:
                 return None
             self._set_rows(place, batch)
-            keep = self.padding.stored(self._keep(place))
-            self.caches[place].grow_all(self.rows[place], self.padding.stored(start + n), keep=keep)
-        lane, seen = self.lanes[index], []
-        first_seen = 0 if lane.window is None else max(start - lane.window + 1, 0)
+            keep = self._each(self._keep(place))
+            self.caches[place].grow_all(self.rows[place], self._each(start + n), keep=keep)
+        lane, padding = self.lanes[index], self.padding
+        first_seen, end = 0 if lane.window is None else max(start - lane.window + 1, 0), start + n
         with torch.no_grad():
-            for rows, states in zip(lane.rows(index, batch, 0, self.options.max_len), (k, v), strict=True):
-                self.padding.write(rows, states, start)
-                seen.append(self.padding.padded(rows, first_seen, start + n) if start else states)
-        return seen[0], seen[1]
+            for rows, states in zip(
+                lane.rows(index, batch, 0, self.options.max_len), self._rounded(index, k, v), strict=True
+            ):
+                if padding is None:
+                    rows[:, :, start:end] = states
+                else:
+                    padding.write(rows, states, start)
+            if start == 0:
+                return k, v
+            held = lane.rows(index, batch, first_seen, end)
+            if padding is not None:
+                every = lane.rows(index, batch, 0, self.options.max_len)
+                held = padding.padded(every[0], first_seen, end), padding.padded(every[1], first_seen, end)
+            return self._read(index, *held)
+
+    def _rounded(self, index: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of a layer as they are stored."""
+        if (scales := self.options.scales) is None:
+            return k, v
+        k_scale, v_scale = scales.at(index, k.device)
+        return scales.rounded(k, k_scale), scales.rounded(v, v_scale)
+
+    def _read(self, index: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is stored of a layer as the model computes with it."""
+        if (scales := self.options.scales) is None:
+            return k, v
+        k_scale, v_scale = scales.at(index, k.device)
+        k_dtype, v_dtype = self.signatures[index][3:5]
+        return scales.read(k, k_scale, k_dtype), scales.read(v, v_scale, v_dtype)
 
     def restore_padding(self) -> None:
         """Stores rows as they are, with zeros where what was hidden has been."""
@@ -358,7 +391,7 @@ class Store:
         batch, n = k.shape[0], k.shape[2]
         layout = self.caches[place].layout
         large = n * layout.bytes_per_token >= layout.granularity
-        differ = k.requires_grad or v.requires_grad or batch == 1 or not large
+        differ = k.requires_grad or v.requires_grad or batch == 1 or not large or self.options.scales is not None
         first = not any(self.lengths)  # layer of a new prompt
         if first:
             self.twins = 1
@@ -426,7 +459,10 @@ class Store:
         return max(0, length - max((kernel.head_rows for kernel in self.options.kernels), default=0))
 
     def view(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What a layer holds, ``[batch, kv_heads, length, head_dim]``; of a window only what it still needs."""
+        """What a layer holds, ``[batch, kv_heads, length, head_dim]``; of a window only what it still needs.
+
+        In fewer bits it holds something else: then these are copies.
+        """
         self.land()
         self.restore_padding()
         if index not in self.lanes or not self.rows[self.placed[index][0]]:
@@ -440,7 +476,7 @@ class Store:
         if alone and batch > 1:
             k, v = lane.rows(index, 1, first, length)
             return k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)
-        return lane.rows(index, len(self.rows[self.placed[index][0]]), first, length)
+        return self._read(index, *lane.rows(index, len(self.rows[self.placed[index][0]]), first, length))
 
     def truncate(self, lengths: list[int]) -> None:
         """Shortens the layers to ``lengths``; what no layer needs any more may be given away."""
@@ -595,12 +631,15 @@ class Store:
         signature = _signature(k, v)
         if signature == self.signatures.get(index):
             return
+        # Under autocast the two may differ; writing converts, and nothing is lost.
+        dtype = torch.promote_types(k.dtype, v.dtype)
+        if (scales := self.options.scales) is not None:
+            scales.check(index, len(self.windows), k.shape[1])
         shape = LayerShape(
             kv_heads=k.shape[1],
             head_dim=k.shape[3],
             v_head_dim=v.shape[3],
-            # Under autocast the two may differ; writing converts, and nothing is lost.
-            dtype=str(torch.promote_types(k.dtype, v.dtype)).removeprefix("torch."),
+            dtype=str(dtype if scales is None else scales.dtype).removeprefix("torch."),
             window=self.windows[index],
         )
         found = ((k.device, index if self.open_ended else -1), shape)
@@ -610,7 +649,7 @@ class Store:
                 "VirtualCache for each model"
             )
         for name, want, got in (
-            ("dtype", self.options.dtype, getattr(torch, shape.dtype)),
+            ("dtype", self.options.dtype, dtype),
             ("device", self.options.device, k.device),
         ):
             if want is not None and want != got:

@@ -1,0 +1,68 @@
+"""``Scales``: K and V in fewer bits than a model computes in, each divided by a scale before it is rounded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+FORMATS = ("float8_e4m3fn", "float8_e5m2")
+
+
+class Scales:
+    """The dtype that K and V are stored in, and what they are divided by.
+
+    Args:
+        dtype: one of ``FORMATS``, as a name or torch's.
+        scales: of K and of V: numbers, or tensors ``[layers]`` or ``[layers, kv_heads]``; None divides by nothing.
+    """
+
+    def __init__(self, dtype: str | torch.dtype, scales: tuple[Any, Any] | None = None) -> None:
+        name = str(dtype).removeprefix("torch.")
+        if name not in FORMATS:
+            raise ValueError(f"kv_dtype must be one of {', '.join(FORMATS)}, not {name!r}")
+        self.dtype = getattr(torch, name)
+        self._limit = torch.finfo(self.dtype).max
+        self._of: list[torch.Tensor] = []
+        for scale in scales or ():
+            self._of.append(torch.as_tensor(scale, dtype=torch.float32).detach())
+            if self._of[-1].dim() > 2 or not bool((self._of[-1] > 0).all()) or not bool(self._of[-1].isfinite().all()):
+                raise ValueError(
+                    "kv_scales must be positive numbers, or tensors of them: [layers] or [layers, kv_heads]"
+                )
+        if len(self._of) not in (0, 2):
+            raise ValueError(f"kv_scales must be two, of K and of V, not {len(self._of)}")
+        self._placed: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def check(self, layer: int, layers: int, kv_heads: int) -> None:
+        """Whether they are of a model's shape.
+
+        Raises:
+            ValueError: they are not.
+        """
+        for scale in self._of:
+            fits = scale.dim() == 0 or (scale.shape[0] == layers and (scale.dim() == 1 or scale.shape[1] == kv_heads))
+            if not fits:
+                raise ValueError(
+                    f"kv_scales are {list(scale.shape)}: layer {layer} of {layers} has {kv_heads} KV heads"
+                )
+
+    def at(self, layer: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        """Of a layer, float32 ``[1]`` or ``[kv_heads]`` on a device; None where nothing is divided."""
+        if not self._of:
+            return None, None
+        if (layer, device) not in self._placed:
+            with torch.inference_mode(False):
+                k, v = ((scale if scale.dim() == 0 else scale[layer]).reshape(-1).to(device) for scale in self._of)
+            self._placed[layer, device] = k, v
+        return self._placed[layer, device]
+
+    def rounded(self, states: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        """K or V ``[batch, kv_heads, n, dim]`` as they are stored; what is too large becomes the largest there is."""
+        if scale is not None:
+            states = states / scale[:, None, None]
+        return states.clamp(-self._limit, self._limit).to(self.dtype)
+
+    def read(self, stored: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """What is stored, as the model computes with it."""
+        return stored.to(dtype) if scale is None else (stored.float() * scale[:, None, None]).to(dtype)
