@@ -133,14 +133,15 @@ def test_memory_is_half_of_that_of_16_bits(device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"])
 @pytest.mark.parametrize("heads", [(8, 2, 64), (8, 1, 128)])
-def test_kernels_on_fp8(heads):
+def test_kernels_on_fp8(heads, device):
     """Against the definition in float64 on what is stored, with nothing mapped behind what a kernel may load."""
     from test_kernels import LENGTHS, Filled, expected, queries_of
 
     query_heads, kv_heads, dim = heads
     task = Task(
-        device="cuda", dtype=torch.bfloat16, query_heads=query_heads, kv_heads=kv_heads, head_dim=dim, v_head_dim=dim,
+        device=device, dtype=torch.bfloat16, query_heads=query_heads, kv_heads=kv_heads, head_dim=dim, v_head_dim=dim,
         kv_dtype=torch.float8_e4m3fn,
     )  # fmt: skip
     tried = []
@@ -148,7 +149,7 @@ def test_kernels_on_fp8(heads):
         if kernel.missing() or kernels._refused_kv(kernel, task) or kernel.refuses(task):
             continue
         filled = Filled(kernel, task, LENGTHS)
-        spans = Spans.of([(slot, 0, n) for slot, n in enumerate(LENGTHS)], "cuda")
+        spans = Spans.of([(slot, 0, n) for slot, n in enumerate(LENGTHS)], device)
         q, how = queries_of(task, len(LENGTHS)), Scores(scale=0.1)
         got = kernel.decode(q, filled.k, filled.v, spans, how)
         want = expected(q, filled.k, filled.v, spans, [1] * len(LENGTHS), how)
@@ -160,9 +161,10 @@ def test_kernels_on_fp8(heads):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"])
 @pytest.mark.skipif(KERNELS["flashinfer"].missing() is not None, reason="flashinfer-python is not there")
-def test_captured_steps_on_fp8():
-    model = build("llama-gqa", "sdpa", "cuda", head_dim=64).bfloat16()
+def test_captured_steps_on_fp8(device):
+    model = build("llama-gqa", "sdpa", device, head_dim=64).bfloat16()
     with virtual_of(model, kv_dtype=FP8, attention="flashinfer") as cache:
         generated(model, cache, max_new_tokens=24)
         stats = cache.decode_stats()

@@ -73,13 +73,13 @@ def _kernel() -> Any:
         new = tl.load(k_new + sequence * k_new_b + head * k_new_h + at * k_new_d, mask=at < dim)
         if scaled:
             new = new / tl.load(k_scale + head % k_heads)
-        if limit:
+        if limit > 0:
             new = tl.clamp(new.to(tl.float32), -limit, limit).to(k.dtype.element_ty)
         tl.store(k + sequence * k_slot + row * k_row + head * k_head + at, new, mask=at < dim)
         new = tl.load(v_new + sequence * v_new_b + head * v_new_h + at * v_new_d, mask=at < v_dim)
         if scaled:
             new = new / tl.load(v_scale + head % v_heads)
-        if limit:
+        if limit > 0:
             new = tl.clamp(new.to(tl.float32), -limit, limit).to(v.dtype.element_ty)
         tl.store(v + sequence * v_slot + row * v_row + head * v_head + at, new, mask=at < v_dim)
 

@@ -78,7 +78,7 @@ class Task:
     ``queries`` is ``"one"`` for a decode step, ``"first"`` for a prompt that begins its sequence, ``"chunk"`` for
     several queries behind a past. ``whole_slots``: a slot is a whole number of rows, so that the slots of a tensor are
     one row after the other. ``window``: queries see only so many rows, themselves included. ``kv_dtype``: of K and V,
-    where it is not that of queries.
+    where it is not that of queries. ``reach``: elements from the first to the last one of a slot tensor.
     """
 
     device: str
@@ -93,6 +93,7 @@ class Task:
     softcap: bool = False
     sinks: bool = False
     whole_slots: bool = True
+    reach: int = 0
 
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **more: Any) -> Task:
@@ -106,8 +107,14 @@ class Task:
             v_head_dim=v.shape[-1],
             kv_dtype=None if k.dtype == q.dtype else k.dtype,
             whole_slots=all(t.stride(0) % t.stride(1) == 0 for t in (k, v)),
+            reach=reach_of(k, v),
             **more,
         )
+
+
+def reach_of(*tensors: torch.Tensor) -> int:
+    """Elements from the first to the last one of a tensor, the most of some."""
+    return max(sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)) for t in tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -475,6 +482,8 @@ class FlashInfer(Kernel):
             return (None if fits else "it takes head dims 64, 128 and 256") if not task.sinks else "it has no sinks"
         if task.softcap:
             return "it has no soft cap in decoding"
+        if task.reach >= task.head_dim * 2**32:
+            return "it reaches 2**32 heads only"
         if task.kv_dtype is not None and task.head_dim not in (64, 128, 256):
             return "it takes head dims 64, 128 and 256 of fp8"
         return None if task.head_dim % 16 == 0 else "it takes head dims that are multiples of 16"
@@ -593,7 +602,7 @@ class Flex(Kernel):
             return "it is used for decoding only"
         if min(task.head_dim, task.v_head_dim) < 16:
             return "it takes head dims from 16 on"
-        return None
+        return None if task.reach < 2**31 else "it reaches 2**31 elements only"  # beyond it does not compile
 
     def decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scores: Scores) -> torch.Tensor:
         if not spans.adjacent:

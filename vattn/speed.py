@@ -8,7 +8,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from transformers import DynamicCache, StaticCache, StoppingCriteria, StoppingCr
 
 from vattn.cache import KVCache
 from vattn.hf import CACHE_KEYWORD, VirtualCache
-from vattn.kernels import KERNELS, Kernel, Scores, Spans, Task
+from vattn.kernels import KERNELS, Kernel, Scores, Spans, Task, reach_of
 from vattn.layout import Kind, KVLayout
 
 HEADS, KV_HEADS, DIM = 32, 8, 128  # of the kernels' measurement, Llama-3-8B's
@@ -87,12 +87,14 @@ class _Memory:
 
 
 def _seconds(device: str, *calls: Callable[[], Any]) -> list[float]:
-    """The median time of each of some calls, one after the other in turn, launched without waiting for the host."""
+    """The median time of each of some calls, in turns forth and back, launched without waiting for the host."""
     for call in calls * 3:
         call()
     times: list[list[float]] = [[] for _ in calls]
-    for _ in range(20 if device != "cpu" else 1):
-        for call, took in zip(calls, times, strict=True):
+    turns = list(zip(calls, times, strict=True))
+    for _ in range(30 if device != "cpu" else 1):
+        turns.reverse()
+        for call, took in turns:
             if device == "cpu":
                 start = time.perf_counter()
                 call()
@@ -136,10 +138,10 @@ def kernel_speed(device: str, scale: int = 1) -> Iterator[dict[str, Any]]:
                 continue
             for kind in MEMORIES:
                 row: dict[str, Any] = {"work": work.name, "kernel": kernel.name, "memory": kind}
-                yield row | _on_memories(kernel, work, kind, device)
+                yield row | _on_memories(kernel, work, task, kind, device)
 
 
-def _on_memories(kernel: Kernel, work: _Work, kind: Kind, device: str) -> dict[str, Any]:
+def _on_memories(kernel: Kernel, work: _Work, task: Task, kind: Kind, device: str) -> dict[str, Any]:
     """The rates on torch's memory and on virtual memory of some kind."""
     with contextlib.ExitStack() as memories:
         try:
@@ -147,6 +149,8 @@ def _on_memories(kernel: Kernel, work: _Work, kind: Kind, device: str) -> dict[s
             for each in (None, kind):
                 memory = _Memory(each, work, device, kernel.tail(DIM))
                 memories.callback(memory.close)
+                if reason := kernel.refuses(replace(task, reach=reach_of(memory.k, memory.v))):
+                    return {"error": reason}
                 calls.append(_call(kernel, work, memory, device))
             if hasattr(kernel, "paged"):
                 calls.append(_paged_call(kernel, work, device))
