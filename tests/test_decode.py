@@ -438,8 +438,8 @@ def test_one_wrong_row_is_a_difference():
     b = torch.randn(64, 1, 100, dtype=torch.bfloat16)
     a = b.clone()
     a[5] = torch.randn(1, 100)
-    assert decode._difference((b,), (b,)) is None
-    assert decode._difference((a,), (b,)).startswith("by ")
+    assert decode._difference(b, b) is None
+    assert decode._difference(a, b).startswith("by ")
 
 
 def test_models_that_adapt_another(device):

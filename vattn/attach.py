@@ -128,6 +128,8 @@ class Forward(_Method):
         super()._set(model, function)
         self.parameters = tuple(inspect.signature(self.original).parameters)
         self.refused: str | None = None  # why the model's steps are not computed on slot tensors
+        self.trusted = False  # whether one was what transformers computes, each layer on its own K and V
+        self.prompts: bool | None = None  # whether prompts on kernels are, where one was tried
         self.moves = 0  # how often the weights were laid elsewhere
         self._lock = threading.RLock()
         self._calls = 0  # of the model itself, that run now
@@ -163,7 +165,7 @@ class Forward(_Method):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or deciding.get():
             return self.original(*args, **kwargs)
-        prompt: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        prompt: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         for name in CACHE_KEYWORDS:
             cache: Any = kwargs.get(name)
             if getattr(cache, "decoder", None) is not None:
@@ -171,14 +173,16 @@ class Forward(_Method):
                     return output
                 cache.decoder.interrupt()
                 prompt = cache.prompt(self, kwargs)
-        with self._lock:
-            self._calls += 1
-        try:
-            with prompt:
-                return self.original(*args, **kwargs)
-        finally:
+        with prompt as computed:
+            if computed is not None and (output := computed(args)) is not None:
+                return output
             with self._lock:
-                self._calls -= 1
+                self._calls += 1
+            try:
+                return self.original(*args, **kwargs)
+            finally:
+                with self._lock:
+                    self._calls -= 1
 
 
 class Generate(_Method):

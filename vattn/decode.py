@@ -26,7 +26,8 @@ from transformers.utils import ModelOutput
 from vattn import compiled, kernels
 from vattn.attach import CACHE_KEYWORDS, Forward, Greedy, deciding, greedy
 from vattn.cache import KVCache
-from vattn.padding import Padding
+from vattn.padding import Padding, hidden
+from vattn.prompt import Prompt
 from vattn.step import Outline, Step, UnsupportedError
 from vattn.store import Store
 
@@ -43,6 +44,7 @@ class DecodeStats:
         replayed: steps that were replays of a graph.
         eager: steps on slot tensors that were not, among them those that transformers computed too, to compare.
         ahead: of the replayed ones, those that had begun before they were called for.
+        prompts: calls with several tokens for each row whose attention was a kernel's of vattn.
         captures: graphs captured so far.
         graphs: graphs kept, at most 8: the least recently used goes first.
         graph_bytes: device memory that capturing them took.
@@ -53,6 +55,7 @@ class DecodeStats:
     replayed: int
     eager: int
     ahead: int
+    prompts: int
     captures: int
     graphs: int
     graph_bytes: int
@@ -81,7 +84,7 @@ class Decoder:
         self._pool: Any = None
         self._streams: tuple[torch.cuda.Stream, ...] = ()  # for captures, which share a pool, and beside replays
         self._fallback: str | None = None
-        self._counts = {"replayed": 0, "eager": 0, "ahead": 0, "captures": 0}
+        self._counts = {"replayed": 0, "eager": 0, "ahead": 0, "prompts": 0, "captures": 0}
         self._kernels: dict[str, None] = {}
 
     def kernels(self) -> tuple[kernels.Kernel, ...]:
@@ -138,6 +141,56 @@ class Decoder:
             if output is None:  # others may follow, and would copy
                 store.restore_padding()
         return output
+
+    def prompt(self, store: Store, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output of a call with several tokens for each row, on kernels; or None, and nothing has changed."""
+        tokens = args[0] if args else kwargs.get("input_ids")
+        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        if not forward.trusted or forward.prompts is False or not isinstance(tokens, torch.Tensor) or tokens.dim() < 2:
+            return None
+        (batch, n), lengths, mask = tokens.shape[:2], list(store.lengths), kwargs.get("attention_mask")
+        start = lengths[0] if lengths else 0
+        if n < 2 or len(set(lengths)) != 1 or kwargs.get("output_attentions") or kwargs.get("labels") is not None:
+            return None
+        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != (batch, start + n)):
+            return None
+        if (hides := [0] * batch if mask is None else hidden(mask)) is None:
+            return None
+        prompt = Prompt(hides, start, n, store.windows, self._attention)
+        with forward.alone() as alone:
+            if not alone:
+                return None
+            token = deciding.set(True)
+            try:
+                return self._prompt(prompt, store, forward, args, kwargs)
+            except UnsupportedError as reason:
+                _LOG.debug("a prompt runs as transformers runs it: %s", reason)
+                if reason.of_model:
+                    forward.prompts = False
+                store.lengths = lengths
+                return None
+            finally:
+                deciding.reset(token)
+
+    def _prompt(
+        self, prompt: Prompt, store: Store, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The first that a model computes is computed by transformers too, whose result is the one."""
+        lengths = list(store.lengths)
+        with prompt.run(configs_of(forward.model)):
+            ours = forward.original(*args, **kwargs)
+        if forward.prompts is None:
+            last = ours[0][:, -1:].clone()
+            del ours
+            store.lengths = lengths
+            ours = forward.original(*args, **kwargs)
+            difference = _difference(last, ours[0][:, -1:])
+            forward.prompts = difference is None
+            if difference:
+                _LOG.warning("prompts run as transformers runs them: kernels give other logits (%s)", difference)
+                return ours
+        self._counts["prompts"] += 1
+        return ours
 
     def _step(self, store: Store, forward: Forward, call: _Call) -> Any:
         grown = store.grow_for_step(call.ids.shape[0], call.ids.device)
@@ -259,7 +312,7 @@ class Decoder:
             output = plan.output(call)
             if length != plan.captured_at:
                 # What was a constant of the step that was captured shows in one that is longer.
-                difference = _difference(output, plan.run(forward, call, store, length))
+                difference = _difference(output[0], plan.run(forward, call, store, length)[0])
                 if difference:
                     return self._untrust(plan, forward, difference)
                 plan.replays_tested = True
@@ -284,10 +337,11 @@ class Decoder:
         theirs = forward.original(**call.given)
         if torch.isnan(theirs[0]).any():
             return theirs  # which tells nothing
-        if difference := _difference(ours, theirs):
+        if difference := _difference(ours[0], theirs[0]):
             self._refuse(forward, f"its attention is not what the kernels compute ({difference})")
             return theirs
         plan.note_tested(length)
+        forward.trusted = not plan.step.odd
         self._kernels |= dict.fromkeys(plan.step.used)
         return theirs
 
@@ -421,8 +475,7 @@ class _Plan:
         self._model = weakref.ref(model)
         self._moves = forward.moves
         modules = list(model.modules())
-        configs = (getattr(module, "config", None) for module in modules)
-        self._configs = list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())
+        self._configs = configs_of(model)
         self._weights = _weights(model)
         self._addresses = _addresses(self._weights)
         self._state = _state(model, self._configs)
@@ -641,6 +694,12 @@ def _end_capture(graph: Any, pool: Any, stream: torch.cuda.Stream) -> None:
         torch.zeros((), device=stream.device)
 
 
+def configs_of(model: Any) -> list[Any]:
+    """The configurations by which a model's modules choose their attention."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())
+
+
 def _weights(model: Any) -> list[torch.Tensor]:
     """The tensors that hold a model's weights."""
     found: list[torch.Tensor] = []
@@ -679,13 +738,13 @@ def _state(model: Any, configs: list[Any]) -> list[Any]:
     return [modules, *map(settings, model.modules()), *map(settings, configs)]
 
 
-def _difference(ours: Any, theirs: Any) -> str | None:
+def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> str | None:
     """How the logits of any row differ, if by more than rounding does in a whole model, of other or fused kernels."""
-    a, b = ours[0].float(), theirs[0].float()
+    a, b = ours.float(), theirs.float()
     if a.shape != b.shape:
         return f"{tuple(a.shape)} for {tuple(b.shape)}"
     worst = float(((a - b).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp_min(1e-30)).max())
-    return None if worst <= (1e-3 if theirs[0].dtype == torch.float32 else 0.25) else f"by {worst:.1%}"
+    return None if worst <= (1e-3 if theirs.dtype == torch.float32 else 0.25) else f"by {worst:.1%}"
 
 
 def _first_line(error: BaseException) -> str:

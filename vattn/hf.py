@@ -272,7 +272,8 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         # This runs for every layer of every token; the way through the layer is for what is out of the ordinary.
         store = self._store
         if self.decoder is not None and (step := running()) is not None and step.store is store:
-            return step.update(layer_idx, key_states, value_states)
+            k, v = step.update(layer_idx, key_states, value_states)
+            return k, v
         if ready := store.ready.get(layer_idx):
             new, k, v, (k_shape, v_numel, end) = ready
             if (
@@ -362,11 +363,15 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
 
     decoder: Decoder | None = None
 
-    def prompt(self, forward: Forward, kwargs: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
-        """Is around a model's call that is no decode step."""
+    @contextlib.contextmanager
+    def prompt(self, forward: Forward, kwargs: dict[str, Any]) -> Iterator[Callable[[tuple[Any, ...]], Any] | None]:
+        """Is around a model's call that is no decode step; yields what may compute it, of its other arguments."""
+        if self.decoder is None or not self.decoder.takes(forward, forward.model.device):
+            yield None
+            return
         mask = kwargs.get("attention_mask")
-        takes_steps = self.decoder is not None and self.decoder.takes(forward, forward.model.device)
-        return self.unpadded(mask if takes_steps and isinstance(mask, torch.Tensor) and mask.dim() == 2 else None)
+        with self.unpadded(mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None):
+            yield lambda args: self.decoder and self.decoder.prompt(self._store, forward, args, kwargs)
 
     def decode_step(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Computes a model's call as a decode step; None where it is none, or the cache was made without the model."""

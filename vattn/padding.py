@@ -11,6 +11,18 @@ from collections.abc import Iterator
 import torch
 
 
+def hidden(mask: torch.Tensor) -> list[int] | None:
+    """Positions that an attention mask, ``[batch, length]``, hides in each row: all on the left, and not all there are.
+
+    None where it hides others.
+    """
+    seen = mask != 0
+    count = mask.shape[1] - seen.sum(1)
+    left = torch.arange(mask.shape[1], device=mask.device) >= count[:, None]
+    rows: list[int] = count.tolist()
+    return rows if max(rows) < mask.shape[1] and torch.equal(seen, left) else None
+
+
 class Padding:
     """How many positions of each row are not stored."""
 
@@ -19,12 +31,9 @@ class Padding:
 
     @classmethod
     def of(cls, mask: torch.Tensor) -> Padding | None:
-        """Of an attention mask, ``[batch, length]``; None where it hides anything else than a part on the left."""
-        seen = mask != 0
-        hidden = mask.shape[1] - seen.sum(1)
-        left = torch.arange(mask.shape[1], device=mask.device) >= hidden[:, None]
-        *rows, right = [*hidden.tolist(), torch.equal(seen, left)]
-        return cls(rows) if right and 0 < max(rows) < mask.shape[1] else None
+        """Of an attention mask, ``[batch, length]``; None where it hides nothing, or else than a part on the left."""
+        rows = hidden(mask)
+        return cls(rows) if rows and any(rows) else None
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -270,6 +270,8 @@ def decode_speed(
     mask = (torch.arange(longest + 1, device=device) >= padding[:, None]).long()
     with torch.no_grad():
         _fill(cache, model, mask[:, :-1])
+    if on_gpu:
+        torch.cuda.empty_cache()  # what has been filled in is no part of steps
     clock = Clock()
     options = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, CACHE_KEYWORD: cache}
     model.generate(ids, attention_mask=mask, stopping_criteria=StoppingCriteriaList([clock]), **options)

@@ -20,7 +20,7 @@ from vattn.padding import Padding
 from vattn.store import Store
 
 _NAME = "vattn"  # of the attention function
-_running: contextvars.ContextVar[Step | None] = contextvars.ContextVar("step", default=None)
+_running: contextvars.ContextVar[Any] = contextvars.ContextVar("step", default=None)
 
 
 class UnsupportedError(Exception):
@@ -142,16 +142,10 @@ class Step:
         self._returned: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = {}
         self._waiting: set[int] = set()
         self._spans: dict[int | None, Spans] = {}
-        token = _running.set(self)
-        before = [(config, config._attn_implementation) for config in configs]
         try:
-            for config, _ in before:
-                config._attn_implementation_internal = _NAME
-            yield
+            with attending(self, configs):
+                yield
         finally:
-            for config, name in before:
-                config._attn_implementation_internal = name
-            _running.reset(token)
             store.lengths = [length] * len(store.lengths)  # who takes the step says that it is taken
             del self.store, self._returned, self._spans
         if self._waiting:
@@ -242,8 +236,23 @@ class Step:
         return self._spans[window]
 
 
-def running() -> Step | None:
-    """The step that this thread computes now, if it is one."""
+@contextlib.contextmanager
+def attending(to: Any, configs: list[Any]) -> Iterator[None]:
+    """While it lasts the attention of the model with these configurations is that of a step, or something like it."""
+    token = _running.set(to)
+    before = [(config, config._attn_implementation) for config in configs]
+    try:
+        for config, _ in before:
+            config._attn_implementation_internal = _NAME
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation_internal = name
+        _running.reset(token)
+
+
+def running() -> Any:
+    """The step, or what is like it, that this thread computes now, if any."""
     return _running.get()
 
 
@@ -272,8 +281,12 @@ def _attention(
         raise UnsupportedError(f"its attention takes {strange[0]}", of_model=True)
     if others.get("dropout"):
         raise UnsupportedError("its attention drops out")
+    causal = others.get("is_causal")
+    if not (getattr(module, "is_causal", True) if causal is None else causal) and query.shape[2] > 1:
+        raise UnsupportedError("its attention is not causal", of_model=True)
     how = Scores(scale=scale, softcap=softcap, sinks=s_aux, window=sliding_window)
-    return step.attend(getattr(module, "layer_idx", None), query, key, value, how), None
+    out: torch.Tensor = step.attend(getattr(module, "layer_idx", None), query, key, value, how)
+    return out, None
 
 
 def _mask(
@@ -288,13 +301,14 @@ def _mask(
         raise UnsupportedError("it adds to the mask", of_model=True)
     with torch.device("cpu"):
         zero = torch.zeros((), dtype=torch.int64)
-        at = torch.tensor(3 if local_size is None else local_size + local_size // 2)
-        rows = torch.arange(int(at) + 1)
+        last = 3 if local_size is None else local_size + local_size // 2
+        rows = torch.arange(last + 1)
         try:
-            seen = torch.as_tensor(mask_function(zero, zero, at, rows)).expand(rows.shape)
+            seen = [torch.as_tensor(mask_function(zero, zero, at, rows)).expand(rows.shape) for at in rows[[1, -1]]]
         except Exception:
             raise UnsupportedError("its mask depends on more than positions", of_model=True) from None
-    if not torch.equal(seen, rows > at - (local_size or len(rows))):
+    expected = [(rows <= at) & (rows > at - (local_size or len(rows))) for at in rows[[1, -1]]]
+    if not all(map(torch.equal, seen, expected)):
         raise UnsupportedError("its mask is neither causal nor a sliding window", of_model=True)
 
 
@@ -314,8 +328,7 @@ def _decode(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Appends K and V to a layer and attends to it, in the step that runs. Nothing else of a model sees the layer."""
-    step = running()
-    assert step is not None
+    step: Step = running()
     step.append(layer, k, v)
     return step.attend_to(layer, q, Scores(scale=scale, softcap=softcap or None, sinks=sinks, window=window or None))
 

@@ -1,0 +1,140 @@
+"""Prompts on kernels: of models whose steps are trusted, behind what a cache holds, padded or not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import MODELS, attentions, build, generated, prompt, virtual_of
+from transformers import DynamicCache
+
+from vattn import CACHE_KEYWORD, kernels, store
+
+# Their attention is another one, or expands what the cache holds.
+OTHERS = ("t5", "deepseek_v3")
+
+
+@pytest.fixture(autouse=True)
+def small(device, monkeypatch):
+    if device == "cpu":
+        monkeypatch.setattr(store.Store, "granularity", 4096)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kernel", ["reference", "sdpa"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in OTHERS])
+def test_exact(name, kernel, padded, device):
+    model = build(name, attentions(name)[0], device)
+    options = {"batch": 3, "length": 30, "padded": padded, "max_new_tokens": 24}
+    expected = generated(model, DynamicCache(config=model.config), **options)
+    chunked = generated(model, DynamicCache(config=model.config), prefill_chunk_size=11, **options)
+    with virtual_of(model, attention=kernel, capture=False) as cache:
+        for calls in range(4):
+            assert torch.equal(generated(model, cache, **options), expected)
+            prompts = cache.decode_stats().prompts
+            takes = kernel == "reference" or name not in ("gemma2", "gpt_oss")  # a soft cap, sinks
+            assert prompts == (calls if takes else 0)  # not the first, before which no step was trusted
+            cache.check()
+            cache.reset()
+        assert torch.equal(generated(model, cache, prefill_chunk_size=11, **options), chunked)
+        if takes:
+            assert cache.decode_stats().prompts == 3 + 3
+            assert model.forward.prompts
+
+
+def test_logits_are_those_of_the_model(device):
+    """Of every token that is no padding, behind a past too."""
+    model = build("mistral", "sdpa", device)
+    inputs = prompt(3, 40, device, padded=True)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    with torch.no_grad(), virtual_of(model, attention="reference", capture=False) as cache:
+        generated(model, cache)
+        for _ in range(2):  # the first is computed by transformers too
+            cache.reset()
+            dynamic = DynamicCache(config=model.config)
+            for first, end in ((0, 25), (25, 33), (33, 40)):
+                part = {"input_ids": ids[:, first:end], "attention_mask": mask[:, :end], "use_cache": True}
+                got, want = (model(**part, **{CACHE_KEYWORD: c}).logits for c in (cache, dynamic))
+                shown = mask[:, first:end] != 0
+                torch.testing.assert_close(got[shown], want[shown], rtol=1e-3, atol=1e-4)
+        assert cache.decode_stats().prompts == 6
+
+
+def test_a_model_that_is_another_one_in_prompts_is_found_out(device, caplog):
+    model = build("llama-gqa", "sdpa", device)
+    forward = model.model.norm.forward
+    seen = []
+
+    def several(states):
+        """Computes something else at every other time that it is given several tokens."""
+        if states.shape[1] == 1:
+            return forward(states)
+        seen.append(1)
+        return forward(states) * (1 if len(seen) % 2 else -1)
+
+    with virtual_of(model, attention="reference", capture=False) as cache:
+        generated(model, cache)
+        cache.reset()
+        model.model.norm.forward = several
+        generated(model, cache)
+        assert model.forward.prompts is False
+        assert "kernels give other logits" in caplog.text
+        assert cache.decode_stats().prompts == 0
+        model.model.norm.forward = forward
+        cache.reset()
+        assert torch.equal(generated(model, cache), generated(model, DynamicCache(config=model.config)))
+        assert cache.decode_stats().prompts == 0
+
+
+def test_what_is_no_prompt_of_a_decoder(device):
+    model = build("llama-gqa", "sdpa", device)
+    inputs = prompt(2, 12, device)
+    dynamic = lambda: DynamicCache(config=model.config)  # noqa: E731
+    with torch.no_grad(), virtual_of(model, attention="reference", capture=False) as cache:
+        generated(model, cache)
+        for changed in (
+            {"attention_mask": torch.ones(2, 1, 12, 12, device=device).tril().bool()},
+            {"attention_mask": torch.cat([inputs["attention_mask"][:, 1:], torch.zeros(2, 1, device=device)], 1)},
+            {"output_attentions": True},
+            {"labels": inputs["input_ids"]},
+        ):
+            cache.reset()
+            if "output_attentions" in changed:
+                model.set_attn_implementation("eager")
+            got, want = (model(**{**inputs, **changed}, **{CACHE_KEYWORD: c}) for c in (cache, dynamic()))
+            torch.testing.assert_close(got.logits[:, :-1], want.logits[:, :-1], rtol=1e-3, atol=1e-4)
+            assert (got.attentions is None) == (want.attentions is None)
+        assert cache.decode_stats().prompts == 0
+        # A model that is not causal is none for these kernels, and nothing of a try is left.
+        for layer in model.model.layers:
+            layer.self_attn.is_causal = False
+        cache.reset()
+        model(**inputs, **{CACHE_KEYWORD: cache})
+        assert cache.get_seq_length() == 12
+        assert cache.decode_stats().prompts == 0
+        assert model.forward.prompts is False
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"])
+@pytest.mark.parametrize("kernel", ["auto", "fa2", "fa3"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_on_flash_attention(kernel, padded, device):
+    if kernel != "auto" and (reason := kernels.KERNELS[kernel].missing()):
+        pytest.skip(reason)
+    model = build("llama-gqa", "sdpa", device, head_dim=64).bfloat16()
+    inputs = prompt(3, 120, device, padded=padded)
+    with torch.no_grad(), virtual_of(model, attention=kernel) as cache:
+        generated(model, cache)
+        for _ in range(2):
+            cache.reset()
+            dynamic = DynamicCache(config=model.config)
+            for first, end in ((0, 50), (50, 120)):
+                mask = inputs["attention_mask"][:, :end]
+                part = {"input_ids": inputs["input_ids"][:, first:end], "attention_mask": mask, "use_cache": True}
+                got, want = (model(**part, **{CACHE_KEYWORD: c}).logits for c in (cache, dynamic))
+                shown = mask[:, first:] != 0
+                difference = (got[shown].float() - want[shown].float()).norm() / want[shown].float().norm()
+                assert float(difference) < 0.1
+        # Of what is not padded "auto" leaves a first prompt to transformers where FlashAttention-3 is missing.
+        least = 2 if kernel == "auto" and not padded else 4
+        assert cache.decode_stats().prompts >= least

@@ -1,0 +1,91 @@
+"""``Prompt``: a call of a Hugging Face model with several tokens for each row, whose attention is a stock kernel's."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+from vattn import kernels
+from vattn.kernels import Kernel, Scores, Spans, Task
+from vattn.step import UnsupportedError, attending
+
+# Faster than what transformers calls for such queries, see docs/benchmarks.md, and there without compiling.
+_FASTER = {"first": ("fa3",), "padded": ("fa3", "fa2"), "chunk": ("fa3", "fa2")}
+
+
+class Prompt:
+    """The rows of a batch that go on behind what a cache holds of them.
+
+    Args:
+        hidden: positions of each row that its attention mask hides on the left.
+        start: positions that the cache holds, padding included.
+        n: tokens of each row, padding included.
+        windows: of the layers.
+        attention: the name of the kernel, or ``"auto"`` for one that is faster than transformers' own.
+    """
+
+    store = None  # updates of the cache are as ever
+
+    def __init__(self, hidden: list[int], start: int, n: int, windows: list[int | None], attention: str) -> None:
+        self._hidden, self._end, self._n = hidden, start + n, n
+        self._counts = [min(n, self._end - pad) for pad in hidden]
+        self._queries = "chunk" if start else "first"
+        self._windows = windows
+        self._attention = attention
+        self._spans: dict[Any, Spans] = {}
+        self._places: dict[torch.device, torch.Tensor] = {}
+
+    def run(self, configs: list[Any]) -> contextlib.AbstractContextManager[None]:
+        """While it lasts the model with these configurations computes this prompt."""
+        return attending(self, configs)
+
+    def attend(self, at: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Scores) -> torch.Tensor:
+        """Of the module at a layer, on all that the cache has returned: ``[batch, heads, tokens, dim]`` each.
+
+        Returns ``[batch, tokens, heads, dim]``, zeros where a query is padding.
+        """
+        if at is None or q.shape[2] != self._n or k.shape[2] > self._end:
+            raise UnsupportedError("its attention is of other rows than it is given")
+        batch, heads, n, _ = q.shape
+        windows = [window for window in (self._windows[at], how.window) if window is not None]
+        how = Scores(scale=how.scale, softcap=how.softcap, sinks=how.sinks, window=min(windows, default=None))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        kernel, spans = self._kernel(q, k, v, how), self._spans_of(k)
+        packed = q.reshape(batch * n, heads, -1)
+        if not any(self._hidden):
+            out = kernel.prefill(packed, k, v, spans, self._counts, how)
+        else:
+            places = self._places_on(q.device)
+            seen = kernel.prefill(packed[places], k, v, spans, self._counts, how)
+            out = seen.new_zeros(batch * n, *seen.shape[1:]).index_copy_(0, places, seen)
+        return out.view(batch, n, *out.shape[1:])
+
+    def _kernel(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Scores) -> Kernel:
+        options: dict[str, Any] = {"softcap": how.softcap is not None, "sinks": how.sinks is not None}
+        task = Task.of(q, k, v, queries=self._queries, window=how.window is not None, **options)
+        kind = "padded" if any(self._hidden) and self._queries == "first" else self._queries
+        names = _FASTER[kind] if self._attention == "auto" else (self._attention,)
+        for name in names:
+            with contextlib.suppress(ValueError):
+                return kernels.choose(task, name=name)
+        raise UnsupportedError("no kernel is faster than transformers' own")
+
+    def _spans_of(self, k: torch.Tensor) -> Spans:
+        """Of rows of which a window may have left out the first."""
+        key = k.device, k.shape[1]
+        if key not in self._spans:
+            left_out = self._end - k.shape[1]
+            spans = [(row, max(0, pad - left_out), k.shape[1]) for row, pad in enumerate(self._hidden)]
+            self._spans[key] = Spans.of(spans, k.device)
+        return self._spans[key]
+
+    def _places_on(self, device: torch.device) -> torch.Tensor:
+        """Which of all tokens are queries."""
+        if device not in self._places:
+            rows = [
+                torch.arange((row + 1) * self._n - count, (row + 1) * self._n) for row, count in enumerate(self._counts)
+            ]
+            self._places[device] = torch.cat(rows).to(device)
+        return self._places[device]
