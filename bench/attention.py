@@ -16,12 +16,7 @@ import report
 from vattn import speed
 
 
-def main() -> None:
-    options = report.options(__doc__.splitlines()[0]).parse_args()
-    rows: list[dict[str, Any]] = []
-    for row in speed.kernel_speed(options.device, 1 if options.device.startswith("cuda") else 64):
-        rows.append(row)
-        print(row, flush=True)
+def bars_of(rows: list[dict[str, Any]]) -> dict[str, float]:
     prefills: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row.get("unit") == "TFLOP/s" and row["memory"] == "interleaved":
@@ -30,7 +25,20 @@ def main() -> None:
     bars = {"prefill_virtual_over_cudamalloc": min(row["virtual / torch's"] for row in best)}
     if paged := [row["virtual / paged"] for of_work in prefills.values() for row in of_work if "paged" in row]:
         bars["prefill_contiguous_over_paged"] = min(paged)
-    report.write("kernels", options.device, rows, bars, options.out)
+    return bars
+
+
+def main() -> None:
+    options = report.options(__doc__.splitlines()[0]).parse_args()
+    works: dict[str, list[dict[str, Any]]] = {}
+    for row in speed.kernel_speed(options.device, 1 if options.device.startswith("cuda") else 64):
+        print(row, flush=True)
+        if works and row["work"] not in works:  # as far as it is
+            rows = sum(works.values(), [])
+            report.write("kernels", options.device, rows, bars_of(rows), options.out)
+        works.setdefault(row["work"], []).append(row)
+    rows = sum(works.values(), [])
+    report.write("kernels", options.device, rows, bars_of(rows), options.out)
 
 
 if __name__ == "__main__":
