@@ -30,14 +30,12 @@ def bars_of(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def main() -> None:
     options = report.options(__doc__.splitlines()[0]).parse_args()
-    works: dict[str, list[dict[str, Any]]] = {}
+    rows: list[dict[str, Any]] = []
     for row in speed.kernel_speed(options.device, 1 if options.device.startswith("cuda") else 64):
-        print(row, flush=True)
-        if works and row["work"] not in works:  # as far as it is
-            rows = sum(works.values(), [])
+        if rows and row["work"] != rows[-1]["work"]:  # as far as it is
             report.write("kernels", options.device, rows, bars_of(rows), options.out)
-        works.setdefault(row["work"], []).append(row)
-    rows = sum(works.values(), [])
+        rows.append(row)
+        print(row, flush=True)
     report.write("kernels", options.device, rows, bars_of(rows), options.out)
 
 

@@ -26,7 +26,6 @@ SECTIONS = {
     "map": "Mapping memory: the driver's calls, prompts, growth and served requests",
     "sharing": "Forks, prefixes, beams and swapping",
     "generate": "Decode steps of a Llama-3-8B shape",
-    "generate_mixed": "Decode steps of the same, 64 sequences of 64 to 4096 tokens, padded on the left",
     "kernels": "Attention kernels on virtual memory and on torch's",
     "architectures": "Decode steps of each architecture, tiny models with random weights",
     "endurance": "One long generation, and many calls on one cache",
@@ -75,6 +74,7 @@ BARS = {
         }.items()
     },
     "prefill_virtual_over_cudamalloc": "prefill, the fastest kernel on virtual rows over torch's memory, the lowest",
+    "prefill_contiguous_over_paged": "prefill of a kernel on virtual rows over its form on shuffled pages, the lowest",
     "captured_architectures": "architectures whose decode steps are captured",
     "step_over_floor_64_mixed": "decode step of 64 sequences of 64 to 4096 tokens over its floor",
     **{

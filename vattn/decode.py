@@ -82,7 +82,7 @@ class Decoder:
         self.enabled = True
         self._plans: OrderedDict[Any, _Plan] = OrderedDict()
         self._pool: Any = None
-        self._streams: tuple[torch.cuda.Stream, ...] = ()  # for captures, which share a pool, and beside replays
+        self._ahead: torch.cuda.Stream | None = None  # where steps begin before their calls
         self._fallback: str | None = None
         self._counts = {"replayed": 0, "eager": 0, "ahead": 0, "prompts": 0, "captures": 0}
         self._kernels: dict[str, None] = {}
@@ -229,13 +229,13 @@ class Decoder:
             plan = None
         if plan is None:
             windows = sorted({window for window in store.windows if window is not None})
-            if call.ids.is_cuda and not self._streams:
-                self._streams = tuple(torch.cuda.Stream(call.ids.device) for _ in range(3))  # type: ignore[no-untyped-call]
-            stream, side, ahead = self._streams or (None, None, None)
+            stream, side = _streams(call.ids.device) if call.ids.is_cuda else (None, None)
+            if call.ids.is_cuda and self._ahead is None:
+                self._ahead = torch.cuda.Stream(call.ids.device)  # type: ignore[no-untyped-call]
             if self._compiled:
                 self._lay_side_by_side(forward)
             step = Step(cache, base, call.ids.shape[0], self._attention, self.capture, side)
-            plan = self._plans[key] = _Plan(step, forward, call, windows, stream, ahead)
+            plan = self._plans[key] = _Plan(step, forward, call, windows, stream, self._ahead)
             while len(self._plans) > _MOST_GRAPHS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
@@ -666,6 +666,12 @@ class _Plan:
                 yield
         finally:
             torch.cuda.current_stream().wait_stream(self.stream)
+
+
+@functools.cache
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """For captures, and for what is looked at beside replays: few, since cuBLAS keeps memory for every stream."""
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def record(run: Callable[[], Any], pool: Any, stream: Any) -> tuple[Any, Any]:
