@@ -18,8 +18,8 @@ This page is made by `make docs` from the files in `bench/results`, which name t
 Measure again with `bench/gpu.sh` on a machine with a GPU, or with a single script, e.g.
 `python bench/latency.py --device cpu --out bench/results`.
 """
-# Benchmarks with figures.
-DRAWN = ("map",)
+# Benchmarks with figures, and what of ``plots`` draws them, which is imported to draw only.
+DRAWN = {"map": "mapping", "generate": "generate", "kernels": "kernels"}
 # Which benchmark, in what order, and what is to be said of it; a row's keys are its columns.
 SECTIONS = {
     "latency": "Latency of growing and updating",
@@ -146,10 +146,10 @@ def main() -> int:
             return 1
         return 0
     PAGE.write_text(page())
-    from plots import mapping
+    import plots
 
     for path, figure in figures().items():
-        mapping(json.loads(path.read_text()), figure)
+        getattr(plots, DRAWN[path.stem.split("-")[0]])(json.loads(path.read_text()), figure)
     return 0
 
 

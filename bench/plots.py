@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,66 @@ from matplotlib import pyplot as plt  # noqa: E402 - after the backend is chosen
 
 def mapping(result: dict[str, Any], path: Path) -> None:
     """The driver's calls, a prompt, a growth and served requests, by policy."""
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    rows = result["rows"]
-    _calls(axes[0, 0], [row for row in rows if row.get("through") == "vattn"])
-    _prompts(axes[0, 1], [row for row in rows if "tokens" in row and "vattn ms" in row])
-    _growth(axes[1, 0], [row for row in rows if "growing by" in row])
-    _served(axes[1, 1], [row for row in rows if "calls / 1000 tokens" in row])
+    with _figure(result, path, 2, 2) as axes:
+        rows = result["rows"]
+        _calls(axes[0, 0], [row for row in rows if row.get("through") == "vattn"])
+        _prompts(axes[0, 1], [row for row in rows if "tokens" in row and "vattn ms" in row])
+        _growth(axes[1, 0], [row for row in rows if "growing by" in row])
+        _served(axes[1, 1], [row for row in rows if "calls / 1000 tokens" in row])
+
+
+def generate(result: dict[str, Any], path: Path) -> None:
+    """Steps and memory of each cache, by the sequences that are behind."""
+    rows = [row for row in result["rows"] if "error" not in row]
+    points = list(dict.fromkeys(row["point"] for row in rows))
+    with _figure(result, path, len(points), 2) as axes:
+        for point, (steps, memory) in zip(points, axes, strict=True):
+            mine = [row for row in rows if row["point"] == point]
+            caches = [row["cache"].removeprefix("vattn ") for row in mine]
+            _bars(steps, caches, [row["step ms p50"] for row in mine], "ms, median")
+            steps.axvline(mine[0]["floor ms"], color="black", linewidth=0.8)
+            steps.set(xscale="log", title=f"A step behind {point}; the line is its floor")
+            _bars(memory, caches, [row["device used"] / 1e9 for row in mine], "GB of the device")
+            memory.set(title="Memory, weights included")
+
+
+def kernels(result: dict[str, Any], path: Path) -> None:
+    """Each kernel on each memory, by work."""
+    rows = [row for row in result["rows"] if "error" not in row]
+    works = list(dict.fromkeys(row["work"] for row in rows))
+    kinds = {"torch's": ("interleaved", "torch's"), "paged": ("interleaved", "paged")}
+    kinds |= {f"virtual, {kind}": (kind, "virtual") for kind in ("compact", "interleaved")}
+    with _figure(result, path, len(works), 1) as axes:
+        for work, part in zip(works, axes[:, 0], strict=True):
+            mine = [row for row in rows if row["work"] == work]
+            names = list(dict.fromkeys(row["kernel"] for row in mine))
+            for number, (label, (memory, column)) in enumerate(kinds.items()):
+                rates = {row["kernel"]: row[column] for row in mine if row["memory"] == memory and column in row}
+                places = [names.index(name) + 0.2 * number - 0.3 for name in rates]
+                part.barh(places, list(rates.values()), 0.2, label=label)
+            part.set(title=work, xlabel=mine[0]["unit"])
+            part.set_yticks(range(len(names)), names)
+            part.invert_yaxis()
+        axes[0, 0].legend()
+
+
+@contextlib.contextmanager
+def _figure(result: dict[str, Any], path: Path, rows: int, columns: int) -> Iterator[Any]:
+    """The axes, ``[rows, columns]``, of what is saved in the end."""
+    size = (10, 3.5 * rows if rows < 3 else 2.2 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    yield axes
     figure.suptitle(f"{result['hardware']}, commit {result['commit'][:12]}")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
+
+
+def _bars(axes: Any, names: list[str], values: list[float], unit: str) -> None:
+    axes.bar_label(axes.barh(names, values), fmt="%.3g", padding=2)
+    axes.set(xlabel=unit)
+    axes.margins(x=0.12)
+    axes.invert_yaxis()
 
 
 def _calls(axes: Any, rows: list[dict[str, Any]]) -> None:
