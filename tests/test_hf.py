@@ -310,7 +310,7 @@ def test_every_driver_call_failing_once_in_a_generation(llama, monkeypatch, mapp
 
     def run(k):
         driver = vattn._core.host_driver(PAGE, capacity=1000 * PAGE)
-        monkeypatch.setattr(vattn.cache, "_driver", lambda *args: driver)
+        monkeypatch.setattr(vattn.cache, "driver_of", lambda *args: driver)
         cache = VirtualCache(llama.config, max_len=200, mapper=mapper)
         driver.fail_at(k)
         with contextlib.suppress(DriverError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vattn.cache import CacheStats, KVCache, Sequence
+from vattn.cache import CacheStats, KVCache
 from vattn.errors import (
     BackendUnavailable,
     DriverError,
@@ -14,6 +14,7 @@ from vattn.errors import (
     SequenceTooLong,
 )
 from vattn.layout import KVLayout, LayerShape
+from vattn.sequence import Sequence
 from vattn.swap import SwapCosts
 
 if TYPE_CHECKING:

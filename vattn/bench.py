@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from vattn import _core
-from vattn.cache import KVCache, resolve_device
+from vattn.cache import KVCache
+from vattn.device import resolve_device
 from vattn.errors import OutOfPages
 from vattn.layout import GRANULARITY, KVLayout
 from vattn.pages import Pages

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import functools
-import os
 import socket
 import threading
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vattn import _core, export
-from vattn.errors import BackendUnavailable, OutOfDeviceMemory, OutOfPages
+from vattn.device import UNLIMITED, TrimOnOOM, budget_bytes, driver_of, mapper_of, resolve_device
+from vattn.errors import OutOfDeviceMemory, OutOfPages
 from vattn.layout import GRANULARITY, Group, Kind, KVLayout
 from vattn.prefix import PrefixTree
+from vattn.sequence import Sequence, Share, ids_of, require_at_least
 
-_UNLIMITED = 1 << 62  # bytes; more than any machine has
 _HOT = 2  # forks of known rows after which they are compacted
-
-Share = Literal["auto", "alias", "copy"]
-
-# The background thread of each device of this process; a cache keeps its own alive.
-_mappers: weakref.WeakValueDictionary[tuple[int, str], _core.Mapper] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -143,18 +134,18 @@ class KVCache:
             ("host_budget", host_budget or 0, 0),
             ("capacity", capacity, 0),
         ):
-            _require_at_least(name, value, least)
+            require_at_least(name, value, least)
         self.layout = layout
         self.slots = slots
         self.device = resolve_device(device)
-        driver = _driver(self.device, layout.granularity, capacity, exportable)
-        self._mapper = _mapper_of(self.device) if mapper else None
+        driver = driver_of(self.device, layout.granularity, capacity, exportable)
+        self._mapper = mapper_of(self.device) if mapper else None
         self._arena = _core.Arena(
             driver,
             [(plane.row_bytes, plane.window or 0) for plane in layout.planes],
             slots=slots,
             max_len=layout.max_len,
-            budget=_budget_bytes(budget, driver),
+            budget=budget_bytes(budget, driver),
             growth_divisor=growth_divisor,
             tail_rows=tail_rows,
             lookahead=lookahead,
@@ -242,13 +233,13 @@ class KVCache:
             ValueError: the slot, or every slot, is in use; or ``tokens`` are given for a model with recurrent layers,
                 whose state is no row.
         """
-        _require_at_least("slot", slot or 0, 0)
-        _require_at_least("expected", expected, 0)
+        require_at_least("slot", slot or 0, 0)
+        require_at_least("expected", expected, 0)
         if tokens is not None:
             if slot is not None:
                 raise ValueError("slot cannot be chosen where tokens are given: they choose it")
             self._require_rows_only()
-            if known := self._open_known(_ids(tokens)[:-1]):
+            if known := self._open_known(ids_of(tokens)[:-1]):
                 return known
         return Sequence(self, self._arena.acquire(slot, expected=expected, stream=self._stream()))
 
@@ -261,7 +252,7 @@ class KVCache:
             ValueError: not all of the tokens are known, see ``Sequence.remember``; or every slot is in use.
             OutOfPages, OutOfDeviceMemory: as in ``Sequence.fork``.
         """
-        ids = _ids(tokens)
+        ids = ids_of(tokens)
         self._require_rows_only()
         pinned = self._open_known(ids, whole=True)
         if pinned is None:
@@ -375,7 +366,7 @@ class KVCache:
         """
         slots = self._slots_of(targets)
         [slot] = self._slots_of([source])
-        _require_at_least("length", length, 0)
+        require_at_least("length", length, 0)
         self._fork(slot, length, slots, share=share)
         for target in targets:
             target.length = length
@@ -429,7 +420,7 @@ class KVCache:
     def truncate_all(self, sequences: list[Sequence], length: int) -> None:
         """Keeps the first ``length`` positions of several sequences: of all of them, or of none when it raises."""
         slots = self._slots_of(sequences)
-        _require_at_least("length", length, 0)
+        require_at_least("length", length, 0)
         self._arena.truncate(slots, length, self._stream())
         for sequence in sequences:
             sequence.length = length
@@ -460,7 +451,7 @@ class KVCache:
         For who writes rows that are already there. When it raises OutOfPages or OutOfDeviceMemory, no row has changed.
         """
         slots = self._slots_of(sequences)
-        _require_at_least("length", length, 0)
+        require_at_least("length", length, 0)
         try:
             self._arena.own(slots, length, self._stream())
         except OutOfDeviceMemory:
@@ -497,7 +488,7 @@ class KVCache:
             OutOfPages: running sequences need more; the budget is as it was.
         """
         held = self.stats().physical if isinstance(budget, float) else 0
-        self._arena.set_budget(_budget_bytes(budget, self._arena.driver, held))
+        self._arena.set_budget(budget_bytes(budget, self._arena.driver, held))
 
     def trim_on_oom(self) -> TrimOnOOM:
         """While it lasts, a torch operation of this thread that runs out of device memory is tried again after a trim.
@@ -524,7 +515,7 @@ class KVCache:
             "driver_calls": driver.counts(),
             "background_calls": driver.counts(background=True),
         }
-        if stats["budget"] == _UNLIMITED:
+        if stats["budget"] == UNLIMITED:
             stats["budget"] = None
         return CacheStats(**stats)
 
@@ -641,337 +632,6 @@ class KVCache:
             return raw.view(getattr(torch, shape.dtype))
 
 
-def _ids(tokens: Iterable[int]) -> tuple[int, ...]:
-    return tuple(tokens.tolist() if isinstance(tokens, torch.Tensor) else tokens)
-
-
-class Sequence:
-    """One sequence of a ``KVCache``: a slot and a length. Close it, or use it in a ``with`` statement.
-
-    Attributes:
-        slot: the row of ``cache.k(layer)`` that is this sequence's; -1 while it has none.
-        length: positions that are mapped and may be read and written, once it has a slot.
-    """
-
-    def __init__(self, cache: KVCache, slot: int, length: int = 0) -> None:
-        self.cache = cache
-        self.slot = slot
-        self.length = length
-        self._slots: tuple[int, ...] = (slot,)
-        self._open = True
-        self._swapped: _core.Swapped | None = None
-
-    def grow(self, n: int = 1) -> int:
-        """Makes room for ``n`` more positions and returns the new length.
-
-        Rows before a layer's sliding window, as seen from the length before the call, are given back.
-
-        Raises:
-            SequenceTooLong: beyond ``max_len``.
-            OutOfPages: the budget is spent.
-            OutOfDeviceMemory: the device is full.
-            ValueError: the sequence is closed, or ``n`` is negative.
-
-        After an error nothing has changed.
-        """
-        if n < 0:
-            raise ValueError(f"n must not be negative, not {n}: use truncate to shorten a sequence")
-        self._require_open()
-        length = self.length + n
-        self.cache._grow(self._slots, length, self.length)
-        self.length = length
-        return length
-
-    @property
-    def capacity(self) -> int:
-        """Positions that ``grow`` can bring the sequence to without waiting for memory."""
-        self._require_open()
-        return self.cache._arena.capacity(self.slot)
-
-    def prefetch(self, length: int) -> bool:
-        """Asks for memory for ``length`` positions without waiting for it, and returns whether it is there.
-
-        With a mapper it is mapped in the background, as far as the budget and what is free allow without taking from
-        other sequences; ask again, or look at ``capacity``, to know. Without one it is mapped before this returns. The
-        memory stays with the sequence until ``truncate``.
-
-        Raises:
-            SequenceTooLong: beyond ``max_len``.
-            ValueError: the sequence is closed, or ``length`` is negative.
-            OutOfPages, OutOfDeviceMemory: as in ``grow``, without a mapper only.
-        """
-        self._require_open()
-        _require_at_least("length", length, 0)
-        return self.cache._arena.prefetch(self.slot, length)
-
-    def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Tells that work on the sequence is queued on ``stream``, beside the streams current at ``grow``.
-
-        Its memory is not unmapped, nor used on another stream, before that work is done.
-        """
-        self._require_open()
-        if self.cache.device.type == "cuda":
-            self.cache._arena.use(self.slot, stream.cuda_stream)
-
-    def truncate(self, length: int) -> None:
-        """Keeps the first ``length`` positions. Their memory stays mapped until somebody needs it.
-
-        Raises:
-            ValueError: the sequence is closed or shorter than that, or a sliding window has moved past ``length``.
-        """
-        self.cache.truncate_all([self], length)
-
-    def fork(self, length: int | None = None, n: int = 1, *, share: Share = "auto") -> list[Sequence]:
-        """Makes ``n`` sequences that start with the first ``length`` positions of this one; by default all of them.
-
-        Whole extents of memory are shared, and what lies behind the last of them is copied on the device. Each sequence
-        goes on by itself: who is truncated into what it shares gets its own before it grows.
-
-        Args:
-            length: positions to take over, at most ``self.length``.
-            n: sequences to make.
-            share: ``"alias"`` shares, ``"copy"`` copies everything, ``"auto"`` does what costs less time and memory.
-                When the device has nearly as many mappings as it takes, all of them copy.
-
-        Raises:
-            ValueError: the sequence is closed or shorter than that, a sliding window has moved past ``length``, or
-                there are not so many slots.
-            OutOfPages, OutOfDeviceMemory: as in ``grow``; nothing has changed then.
-        """
-        self._require_open()
-        _require_at_least("n", n, 1)
-        made: list[Sequence] = []
-        try:
-            for _ in range(n):
-                made.append(self.cache._open_empty(self.slot))
-            self.cache.fork_all(self, made, self.length if length is None else length, share=share)
-        except BaseException:
-            self.cache.close_all(made)
-            raise
-        return made
-
-    def remember(self, tokens: Iterable[int]) -> None:
-        """Tells whose rows the first of this sequence are, so that others that begin alike start behind them.
-
-        They are known from now on, as far as the work queued on the sequence's streams writes them, and stay known when
-        the sequence is closed, until the memory is needed: who was of use least recently goes first, from the end on.
-
-        Args:
-            tokens: ids of the first tokens of the sequence, at most ``length``.
-
-        Raises:
-            ValueError: the sequence is closed or shorter than that, or the model has recurrent layers.
-        """
-        self._require_open()
-        self.cache._require_rows_only()
-        self.cache._remember(self.slot, _ids(tokens))
-
-    def export(self, to: socket.socket, *, timeout: float = 30.0) -> None:
-        """Hands the rows to another process on the same device, which takes them by ``KVCache.import_sequence``.
-
-        Nothing is copied but what does not fill an extent. What is queued on the sequence's streams is waited for. The
-        sequence goes on as it was; what it has in common with the other process neither of them writes any more.
-
-        Args:
-            to: a connected Unix socket, to a process of the same user.
-            timeout: seconds that any step may take.
-
-        Raises:
-            Error: the other process has gone, was silent for too long, refused, or belongs to another user.
-            ValueError: the cache was not made ``exportable``, the layouts differ, or every slot is in use.
-            OutOfPages: as in ``fork``.
-        """
-        self._require_open()
-        if not self.cache._arena.driver.exportable:
-            raise ValueError("the cache cannot export: make it with exportable=True")
-        with export.telling(to, timeout):
-            [copy] = self.fork(share="alias")
-            runs: export.ExportedRuns = []
-            try:
-                runs = self.cache._arena.export_rows(copy.slot, self.cache._stream())
-                export.send(to, self.cache._exported_layout(), self.length, runs)
-            finally:
-                for _, extents in runs:
-                    for _, descriptor in extents:
-                        os.close(descriptor)
-                copy.close()
-
-    def swap_out(self) -> None:
-        """Moves the sequence to page-locked host memory and lets its slot go, without waiting for the copy.
-
-        What was queued on the sequence's streams comes first. Its memory serves others when the copy is done. Rows that
-        it shares stay with who else has them; what ``remember`` was told is forgotten.
-
-        Raises:
-            OutOfPages: ``host_budget`` is spent; nothing has changed.
-            ValueError: the sequence is closed or swapped out.
-        """
-        self._require_open()
-        self._swapped = self.cache._arena.swap_out(self.slot, self.cache._stream())
-        self.slot, self._slots = -1, ()
-
-    def swap_in(self, *, slot: int | None = None) -> None:
-        """Brings the sequence back, to ``slot`` or any, without waiting for the copy.
-
-        What is queued on the current stream from now on comes after it.
-
-        Raises:
-            OutOfPages, OutOfDeviceMemory: as in ``grow``; the sequence is still swapped out.
-            ValueError: the sequence is not swapped out, or the slot, or every slot, is in use.
-        """
-        if self._swapped is None:
-            raise ValueError("the sequence is not swapped out")
-        self.slot = self.cache._swap_in(self._swapped, slot)
-        self._slots, self._swapped = (self.slot,), None
-
-    @property
-    def swapped(self) -> bool:
-        """Whether the sequence is in host memory."""
-        return self._swapped is not None
-
-    def compact(self, length: int | None = None, *, forks: int = 0) -> None:
-        """Moves the first ``length`` positions, by default all, into one extent that a fork shares in one driver call.
-
-        What does not fill a granule stays where it is. The address stays what it is; the rows are copied on the device,
-        and what is queued on the sequence's streams is waited for. Forks made before keep what they share. Layers with
-        a sliding window are left as they are. Until it is done, the memory is taken twice.
-
-        Args:
-            length: positions to move, at most ``self.length``.
-            forks: so many forks of these positions that come next find what they share mapped already, each in a slot
-                that nobody uses now and that is theirs until somebody else needs it.
-
-        Raises:
-            OutOfPages, OutOfDeviceMemory: there is not so much memory; nothing has changed then, or all but the forks.
-            ValueError: the sequence is closed, or shorter than that; or there are not so many slots.
-        """
-        self._require_open()
-        _require_at_least("length", length or 0, 0)
-        _require_at_least("forks", forks, 0)
-        length = self.length if length is None else length
-        self.cache._arena.compact(self.slot, length)
-        if forks:
-            self.cache._make_ready(self, length, forks)
-
-    def k(self, layer: int) -> torch.Tensor:
-        """This sequence's K, ``[length, kv_heads, head_dim]``, a view."""
-        self._require_open()
-        return self.cache.k(layer)[self.slot, : self.length]
-
-    def v(self, layer: int) -> torch.Tensor:
-        """This sequence's V, ``[length, kv_heads, v_head_dim]``, a view."""
-        self._require_open()
-        return self.cache.v(layer)[self.slot, : self.length]
-
-    def close(self, *, tokens: Iterable[int] | None = None) -> None:
-        """Ends the sequence and parks its slot. Closing twice is allowed.
-
-        Args:
-            tokens: what to ``remember`` before.
-        """
-        if not self._open:
-            return
-        if tokens is not None:
-            self.remember(tokens)
-        if self._swapped is not None:
-            self._open, self._swapped, self.length = False, None, 0
-        else:
-            self.cache.close_all([self])
-
-    def __enter__(self) -> Sequence:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        state = f"length {self.length}" if self._open else "closed"
-        if self.swapped:
-            state += ", swapped out"
-        return f"Sequence(slot {self.slot}, {state})"
-
-    def _require_open(self) -> None:
-        if not self._open:
-            raise ValueError("the sequence is closed: open a new one with KVCache.open")
-        if self._swapped is not None:
-            raise ValueError("the sequence is swapped out: swap it in first")
-
-
-class TrimOnOOM(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Tries a torch operation that runs out of device memory once more, after a trim."""
-
-    def __init__(self, trim: Callable[[], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.trim = trim
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with contextlib.suppress(torch.OutOfMemoryError):
-            return func(*args, **(kwargs or {}))
-        # Out of the handler: the error's traceback keeps what the operation had allocated.
-        self.trim()
-        return func(*args, **(kwargs or {}))
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """The device with its index; raises BackendUnavailable when vattn or this machine cannot use it."""
-    device = torch.device(device)
-    if device.type == "cpu":
-        return torch.device("cpu")
-    if device.type != "cuda":
-        raise BackendUnavailable(f"device {str(device)!r} is not supported: use 'cuda' or 'cpu'")
-    if not torch.cuda.is_available():
-        why = _core.probe_cuda()["why"] or f"this torch, {torch.__version__}, is built without CUDA or sees no device"
-        raise BackendUnavailable(f"device {str(device)!r} cannot be used: {why}. Use device='cpu' instead")
-    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-
-
-def _driver(device: torch.device, granularity: int, capacity: int, exportable: bool) -> _core.Driver:
-    if device.type == "cpu":
-        return _core.host_driver(granularity, capacity=capacity, exportable=exportable)
-    if capacity:
-        raise ValueError("capacity simulates a device on the host: it cannot be given for a CUDA device")
-    driver = _core.cuda_driver(device.index, exportable=exportable)
-    if driver.granularity != granularity:
-        raise ValueError(f"granularity must be {driver.granularity} on {device}, not {granularity}")
-    return driver
-
-
-def _mapper_of(device: torch.device) -> _core.Mapper:
-    key = os.getpid(), str(device)  # a thread does not survive a fork
-    mapper = _mappers.get(key)
-    if mapper is None:
-        mapper = _mappers[key] = _core.Mapper()
-    return mapper
-
-
-@atexit.register
-def _stop_mappers() -> None:
-    for (pid, _), mapper in list(_mappers.items()):
-        if pid == os.getpid():
-            mapper.stop()
-
-
-def check_budget(budget: int | float | None) -> None:
-    """Raises ValueError unless it is bytes, a part of what is free, or None."""
-    if budget is None:
-        return
-    if not isinstance(budget, int | float):
-        raise ValueError(f"budget must be bytes, a part of the free memory as a float, or None, not {budget!r}")
-    if isinstance(budget, float) and not 0 < budget <= 1:
-        raise ValueError(f"budget as a part of the free memory must be in (0, 1], not {budget}")
-    if budget < 0:
-        raise ValueError(f"budget must not be negative, not {budget}")
-
-
-def _budget_bytes(budget: int | float | None, driver: _core.Driver, held: int = 0) -> int:
-    check_budget(budget)
-    if isinstance(budget, float):
-        return int(budget * (driver.memory_info()[0] + held))
-    return _UNLIMITED if budget is None else min(budget, _UNLIMITED)
-
-
 def _of_each(name: str, value: int | list[int], of: list[int]) -> list[int]:
     """One number for each."""
     if isinstance(value, int):
@@ -979,11 +639,5 @@ def _of_each(name: str, value: int | list[int], of: list[int]) -> list[int]:
     if len(value) != len(of):
         raise ValueError(f"{name} must be one number or one for each of {len(of)} sequences, not {len(value)}")
     for each in value:
-        _require_at_least(name, each, 0)
+        require_at_least(name, each, 0)
     return value
-
-
-def _require_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        bound = f"be at least {least}" if least else "not be negative"
-        raise ValueError(f"{name} must {bound}, not {value}")

@@ -19,9 +19,10 @@ import transformers
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from vattn.attach import Forward, attach
-from vattn.cache import CacheStats, KVCache, TrimOnOOM
+from vattn.cache import CacheStats, KVCache
 from vattn.decode import Decoder
 from vattn.decode import DecodeStats as DecodeStats
+from vattn.device import TrimOnOOM
 from vattn.layout import Kind
 from vattn.scales import Scales
 from vattn.step import running

@@ -23,7 +23,7 @@ MEMORY_CALLS = ("create", "map", "set_access", "unmap", "release")
 
 
 class ServedSequence(Protocol):
-    """What a server needs of a sequence; see ``vattn.cache.Sequence``."""
+    """What a server needs of a sequence; see ``vattn.Sequence``."""
 
     @property
     def capacity(self) -> int: ...

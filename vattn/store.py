@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 
-from vattn.cache import KVCache, Sequence, Share, check_budget, resolve_device
+from vattn.cache import KVCache
+from vattn.device import check_budget, resolve_device
 from vattn.errors import Error
 from vattn.kernels import Kernel
 from vattn.layout import GRANULARITY, ITEMSIZES, Group, Kind, KVLayout, LayerShape
 from vattn.padding import Padding
 from vattn.scales import Scales
+from vattn.sequence import Sequence, Share
 
 _SPARE_SLOTS = 64  # slots reserved when their number is left open: addresses cost nothing
 _SPARE_ADDRESSES = 1 << 45  # but there is an end to them

@@ -10,7 +10,8 @@ from typing import Literal
 
 import torch
 
-from vattn.cache import KVCache, resolve_device
+from vattn.cache import KVCache
+from vattn.device import resolve_device
 from vattn.layout import GRANULARITY, KVLayout
 
 

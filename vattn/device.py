@@ -1,0 +1,97 @@
+"""What a device gives to the caches on it: the driver, a background thread, a budget, and memory when it is full."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vattn import _core
+from vattn.errors import BackendUnavailable
+
+UNLIMITED = 1 << 62  # bytes; more than any machine has
+
+# The background thread of each device of this process; a cache keeps its own alive.
+_mappers: weakref.WeakValueDictionary[tuple[int, str], _core.Mapper] = weakref.WeakValueDictionary()
+
+
+class TrimOnOOM(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tries a torch operation that runs out of device memory once more, after a trim."""
+
+    def __init__(self, trim: Callable[[], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.trim = trim
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return func(*args, **(kwargs or {}))
+        # Out of the handler: the error's traceback keeps what the operation had allocated.
+        self.trim()
+        return func(*args, **(kwargs or {}))
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device with its index; raises BackendUnavailable when vattn or this machine cannot use it."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise BackendUnavailable(f"device {str(device)!r} is not supported: use 'cuda' or 'cpu'")
+    if not torch.cuda.is_available():
+        why = _core.probe_cuda()["why"] or f"this torch, {torch.__version__}, is built without CUDA or sees no device"
+        raise BackendUnavailable(f"device {str(device)!r} cannot be used: {why}. Use device='cpu' instead")
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+
+
+def driver_of(device: torch.device, granularity: int, capacity: int, exportable: bool) -> _core.Driver:
+    """The driver of a device, or a simulated one of the host with so many bytes."""
+    if device.type == "cpu":
+        return _core.host_driver(granularity, capacity=capacity, exportable=exportable)
+    if capacity:
+        raise ValueError("capacity simulates a device on the host: it cannot be given for a CUDA device")
+    driver = _core.cuda_driver(device.index, exportable=exportable)
+    if driver.granularity != granularity:
+        raise ValueError(f"granularity must be {driver.granularity} on {device}, not {granularity}")
+    return driver
+
+
+def mapper_of(device: torch.device) -> _core.Mapper:
+    """The background thread of a device in this process."""
+    key = os.getpid(), str(device)  # a thread does not survive a fork
+    mapper = _mappers.get(key)
+    if mapper is None:
+        mapper = _mappers[key] = _core.Mapper()
+    return mapper
+
+
+@atexit.register
+def _stop_mappers() -> None:
+    for (pid, _), mapper in list(_mappers.items()):
+        if pid == os.getpid():
+            mapper.stop()
+
+
+def check_budget(budget: int | float | None) -> None:
+    """Raises ValueError unless it is bytes, a part of what is free, or None."""
+    if budget is None:
+        return
+    if not isinstance(budget, int | float):
+        raise ValueError(f"budget must be bytes, a part of the free memory as a float, or None, not {budget!r}")
+    if isinstance(budget, float) and not 0 < budget <= 1:
+        raise ValueError(f"budget as a part of the free memory must be in (0, 1], not {budget}")
+    if budget < 0:
+        raise ValueError(f"budget must not be negative, not {budget}")
+
+
+def budget_bytes(budget: int | float | None, driver: _core.Driver, held: int = 0) -> int:
+    """A budget in bytes, where those that are held already count as free."""
+    check_budget(budget)
+    if isinstance(budget, float):
+        return int(budget * (driver.memory_info()[0] + held))
+    return UNLIMITED if budget is None else min(budget, UNLIMITED)
