@@ -36,7 +36,7 @@ def measured(model: Any, point: str, name: str, make: Any, steps: int) -> dict[s
     try:
         steps = steps if "captured" in name or "compile" in name else 12
         row = speed.decode_speed(model, point, POINTS[point], name, make, steps)
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (torch.OutOfMemoryError, MemoryError, ImportError) as error:
         row = {"point": point, "cache": name, "error": str(error).splitlines()[0]}
     print(row, flush=True)
     return row
@@ -49,7 +49,9 @@ def captured(rows: list[dict[str, Any]], point: str) -> list[dict[str, Any]]:
 def main() -> None:
     parser = report.options(__doc__.splitlines()[0])
     parser.add_argument("--points", nargs="*", default=list(POINTS), choices=list(POINTS))
-    parser.add_argument("--peers", nargs="*", default=["dynamic", "static"], help="also static_compile")
+    parser.add_argument(
+        "--peers", nargs="*", default=["dynamic", "static"], help="also static_compile, offloaded, quantized"
+    )
     parser.add_argument(
         "--kernels", nargs="*", default=["fa2", "fa3", "flashinfer", "best+compiled"],
         help="with +compiled or +tuned; best is the one of those before whose step was the shortest",

@@ -21,6 +21,7 @@ run() { # a name, then a command: keeps going, remembers failure, shows the end 
   fi
 }
 pytest="python3 -m pytest -q -p no:benchmark -m 'not model'"
+steps=(tests/test_decode.py tests/test_capture.py tests/test_padding.py tests/test_prompt.py tests/test_scales.py)
 run build python3 setup.py build_ext --inplace
 if [ "${2:-}" = map ]; then
   run map timeout 540 python3 bench/map.py --device cuda --out "$out"
@@ -32,11 +33,11 @@ if [ "${2:-}" = serve ]; then
 fi
 if [ "${2:-}" = decode ]; then
   # A kernel that faults ends its process: one for each.
-  for kernel in fa2 fa3 flex sdpa reference; do
+  for kernel in fa2 fa3 flashinfer flex sdpa reference; do
     run "kernel_$kernel" timeout 300 bash -c "$pytest tests/test_kernels.py -m gpu -k $kernel" &
   done
   for job in $(jobs -p); do wait "$job" || failed=1; done
-  run decode timeout 180 bash -c "$pytest tests/test_decode.py tests/test_capture.py -m gpu -n 6"
+  run decode timeout 240 bash -c "$pytest ${steps[*]} -m gpu -n 8"
   run architectures timeout 120 bash -c "$pytest tests/test_architectures.py -m gpu --tables $out"
   exit $failed
 fi
@@ -55,7 +56,7 @@ if [ "${2:-}" = share ]; then
   run sharing timeout 300 python3 bench/sharing.py --device cuda --out "$out"
   exit $failed
 fi
-others="--ignore tests/test_hf_exact.py --ignore tests/test_kernels.py --ignore tests/test_decode.py --ignore tests/test_capture.py --ignore tests/test_architectures.py"
+others=$(printf -- '--ignore %s ' tests/test_hf_exact.py tests/test_kernels.py tests/test_architectures.py "${steps[@]}")
 run core timeout 240 bash -c "$pytest tests $others"
 run exact timeout 240 bash -c "$pytest tests/test_hf_exact.py -k cuda -n 8"
 # The contract provokes refusals on purpose, and one test a fault in a process of its own.

@@ -71,6 +71,8 @@ BARS = {
             "_dynamic": "DynamicCache",
             "_static": "StaticCache",
             "_static_compile": "StaticCache compiled",
+            "_offloaded": "DynamicCache offloaded",
+            "_quantized": "QuantizedCache of 4 bits",
         }.items()
     },
     "prefill_virtual_over_cudamalloc": "prefill, the fastest kernel on virtual rows over torch's memory, the lowest",

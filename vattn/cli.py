@@ -280,7 +280,7 @@ def _bench_generate(options: argparse.Namespace) -> dict[str, list[dict[str, Any
     with torch.device(options.device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if on_gpu else torch.float32).eval()
     model.generation_config.eos_token_id = None
-    kernels = [name for name in ("fa3", "fa2", "flex") if not KERNELS[name].missing()]
+    kernels = [name for name in ("fa3", "fa2", "flashinfer", "flex") if not KERNELS[name].missing()]
     ways = speed.ways(model, max(4096, 2 * options.context), kernels, ["dynamic", "static"])
     lengths = [options.context] * options.batch
     point = f"{options.batch} x {options.context}"

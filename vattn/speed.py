@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import DynamicCache, StaticCache, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, QuantizedCache, StaticCache, StoppingCriteria, StoppingCriteriaList
 
 from vattn.cache import KVCache
 from vattn.hf import CACHE_KEYWORD, VirtualCache
@@ -222,7 +222,8 @@ def ways(model: Any, max_len: int, kernels: list[str], peers: list[str]) -> dict
         model: the model that they are for.
         max_len: of the virtual ones.
         kernels: of captured decode steps: names, with ``+compiled`` or ``+tuned`` behind.
-        peers: of ``"dynamic"``, ``"static"``, ``"static_compile"``.
+        peers: of ``"dynamic"``, ``"static"``, ``"static_compile"``, ``"offloaded"`` (on CUDA), ``"quantized"`` (4 bits,
+            by optimum-quanto).
     """
     tuned = {"max_autotune": True, "coordinate_descent_tuning": True}
     compiling: dict[str, Any] = {"": False, "compiled": True, "tuned": tuned}
@@ -241,6 +242,8 @@ def ways(model: Any, max_len: int, kernels: list[str], peers: list[str]) -> dict
         "dynamic": lambda batch, length: DynamicCache(config=config),
         "static": lambda batch, length: StaticCache(config=config, max_cache_len=length),
         "static_compile": lambda batch, length: StaticCache(config=config, max_cache_len=length),
+        "offloaded": lambda batch, length: DynamicCache(config=config, offloading=True),
+        "quantized": lambda batch, length: QuantizedCache("quanto", config),
     }
     return made | {peer: others[peer] for peer in peers}
 
