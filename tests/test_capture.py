@@ -25,10 +25,10 @@ class Retold:
     def __init__(self, run):
         self.run, self.output = run, run()
         # What a capture would keep of the model.
-        self.kept = [(m, m.active_adapter) for m in run.args[0].model.modules() if hasattr(m, "active_adapter")]
+        self.kept = [(m, m.active_adapter) for m in run.args[0].forward.model.modules() if hasattr(m, "active_adapter")]
 
     def replay(self):
-        store = self.run.args[2]
+        store = self.run.args[0].store
         lengths = list(store.lengths)
         now = [m.active_adapter for m, _ in self.kept]
         for module, adapter in self.kept:

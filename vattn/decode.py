@@ -133,11 +133,11 @@ class Decoder:
 
     def step(self, store: Store, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of a decode step, or None: then it is no such step, and nothing has changed."""
-        call = _Call.of(forward.parameters, args, kwargs)
+        call = _Call.of(forward, store, args, kwargs)
         output = None
         if call is not None:
             if self.takes(forward, call.ids.device):
-                output = self._step(store, forward, call)
+                output = self._step(call)
             if output is None:  # others may follow, and would copy
                 store.restore_padding()
         return output
@@ -192,35 +192,35 @@ class Decoder:
         self._counts["prompts"] += 1
         return ours
 
-    def _step(self, store: Store, forward: Forward, call: _Call) -> Any:
+    def _step(self, call: _Call) -> Any:
+        store, forward = call.store, call.forward
         grown = store.grow_for_step(call.ids.shape[0], call.ids.device)
         if grown is None:
             return None
-        cache, base, length = grown
+        cache, base, call.length = grown
         output = None
         on_device = call.ids.is_cuda
         with torch.cuda.device(call.ids.device) if on_device else contextlib.nullcontext(), forward.step():
-            plan = self._plan(forward, store, call, cache, base, length)
+            plan = self._plan(call, cache, base)
             token = deciding.set(True)  # what is called meanwhile is the model itself
             try:
                 if not plan.refused:
-                    output = self._try(plan, forward, call, store, length)
+                    output = self._try(plan, call)
                 if output is not None and plan.replayed and not plan.stayed():
-                    plan = self._plan(forward, store, call, cache, base, length, anew=True)
-                    output = self._try(plan, forward, call, store, length)
+                    plan = self._plan(call, cache, base, anew=True)
+                    output = self._try(plan, call)
             finally:
                 deciding.reset(token)
-                store.lengths = [length + (output is not None)] * len(store.lengths)
+                store.lengths = [call.length + (output is not None)] * len(store.lengths)
             if output is not None:
-                self._begin(plan, forward, store, length + 1)
+                self._begin(plan, call)
         if output is not None and not forward.refused:
             self._counts["replayed" if plan.replayed else "eager"] += 1
             self._counts["ahead"] += plan.early
         return output
 
-    def _plan(
-        self, forward: Forward, store: Store, call: _Call, cache: KVCache, base: int, length: int, *, anew: bool = False
-    ) -> _Plan:
+    def _plan(self, call: _Call, cache: KVCache, base: int, *, anew: bool = False) -> _Plan:
+        forward, store, length = call.forward, call.store, call.length
         for key in [key for key, plan in self._plans.items() if plan.step.cache is not cache]:
             del self._plans[key]  # it was built anew
         key = (id(forward.model), base, call.key)
@@ -235,7 +235,7 @@ class Decoder:
             if self._compiled:
                 self._lay_side_by_side(forward)
             step = Step(cache, base, call.ids.shape[0], self._attention, self.capture, side)
-            plan = self._plans[key] = _Plan(step, forward, call, windows, stream, self._ahead)
+            plan = self._plans[key] = _Plan(step, call, windows, stream, self._ahead)
             while len(self._plans) > _MOST_GRAPHS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
@@ -250,102 +250,104 @@ class Decoder:
             forward.moves += 1  # some may lie elsewhere
             self._fall_back("weights stay where they are: there is no memory to lay them side by side")
 
-    def _try(self, plan: _Plan, forward: Forward, call: _Call, store: Store, length: int) -> Any:
-        step = plan.step
+    def _try(self, plan: _Plan, call: _Call) -> Any:
+        step, length = plan.step, call.length
         step.mark()
         # Once the steps are replays the mask is looked at beside them.
         steady = plan.steady(length)
         fits = not steady and step.starts_fit(call.mask, length)
         if steady or fits:
-            output = self._run(plan, forward, call, store, length)
+            output = self._run(plan, call)
             if fits or output is None or step.starts_fit(call.mask, length):
                 return output
         if not step.set_starts(call.mask, length):
             self._fall_back("the attention mask is no left padding")
             return None
-        return self._run(plan, forward, call, store, length)
+        return self._run(plan, call)
 
-    def _run(self, plan: _Plan, forward: Forward, call: _Call, store: Store, length: int) -> Any:
-        if self._has_begun(plan, forward, call, store, length):
+    def _run(self, plan: _Plan, call: _Call) -> Any:
+        if self._has_begun(plan, call):
             return plan.output(call)
-        plan.fill(call, length)
-        if plan.steady(length):
+        plan.fill(call)
+        if plan.steady(call.length):
             plan.replay()
             output = plan.output(call)
-            plan.set_length(length + 1)  # most likely the next, which then need not wait for it
+            plan.set_length(call.length + 1)  # most likely the next, which then need not wait for it
             return output
-        with forward.alone() as alone:
+        with call.forward.alone() as alone:
             # The model's configuration changes for a moment, and other threads would see it.
-            return self._run_alone(plan, forward, call, store, length) if alone else None
+            return self._run_alone(plan, call) if alone else None
 
-    def _begin(self, plan: _Plan, forward: Forward, store: Store, length: int) -> None:
-        """Replays the step at this length with the most likely tokens, where they are most likely the next ones."""
-        run = greedy(forward.model) if self._run_ahead else None
+    def _begin(self, plan: _Plan, call: _Call) -> None:
+        """Replays the step behind a call with the most likely tokens, where they are most likely the next ones."""
+        store, length = call.store, call.length + 1
+        run = greedy(call.forward.model) if self._run_ahead else None
         if run is None or not run.goes_on(store) or not plan.replayed or not plan.steady(length):
             return
         if plan.guesses and store.grow_ahead(length):
             store.ahead = plan.wait
             plan.begin(length, run)
 
-    def _has_begun(self, plan: _Plan, forward: Forward, call: _Call, store: Store, length: int) -> bool:
+    def _has_begun(self, plan: _Plan, call: _Call) -> bool:
         """Whether this step runs already, on what it is called with; waits for what runs."""
+        store, length = call.store, call.length
         begun = plan.begun == length and plan.steady(length)
         right = begun and plan.fits(call)  # an error here leaves what has begun to who lands it
         wait, store.ahead = store.ahead, None
         if wait is not None:
             wait()
-        if begun and (run := greedy(forward.model)):
+        if begun and (run := greedy(call.forward.model)):
             run.note(right)
         plan.replayed = plan.early = right
         return right
 
-    def _run_alone(self, plan: _Plan, forward: Forward, call: _Call, store: Store, length: int) -> Any:
+    def _run_alone(self, plan: _Plan, call: _Call) -> Any:
         """A step that is no plain replay: compared, captured, or eager."""
         try:
-            if not plan.tested(length):
-                return self._compare(plan, forward, call, store, length)
+            if not plan.tested(call.length):
+                return self._compare(plan, call)
             if self.capture and plan.capturable and plan.graph is None:
-                self._capture(plan, forward, call, store, length)
+                self._capture(plan, call)
             if plan.graph is None:
-                return plan.run(forward, call, store, length)
+                return plan.run(call)
             plan.replay()
             output = plan.output(call)
-            if length != plan.captured_at:
+            if call.length != plan.captured_at:
                 # What was a constant of the step that was captured shows in one that is longer.
-                difference = _difference(output[0], plan.run(forward, call, store, length)[0])
+                difference = _difference(output[0], plan.run(call)[0])
                 if difference:
-                    return self._untrust(plan, forward, difference)
+                    return self._untrust(plan, call.forward, difference)
                 plan.replays_tested = True
             return output
         except UnsupportedError as reason:
             if reason.of_model:
-                self._refuse(forward, str(reason))
+                self._refuse(call.forward, str(reason))
             else:
                 plan.refused = True
                 self._fall_back(f"decodes as transformers does: {reason}")
             return None
 
-    def _compare(self, plan: _Plan, forward: Forward, call: _Call, store: Store, length: int) -> Any:
+    def _compare(self, plan: _Plan, call: _Call) -> Any:
         """A step that transformers computes too, whose result is the one."""
         try:
             with plan.beside():
-                ours = plan.run(forward, call, store, length)
+                ours = plan.run(call)
         except (UnsupportedError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise UnsupportedError(f"{type(error).__name__}: {error}") from error
-        theirs = forward.original(**call.given)
+        theirs = call.forward.original(**call.given)
         if torch.isnan(theirs[0]).any():
             return theirs  # which tells nothing
         if difference := _difference(ours[0], theirs[0]):
-            self._refuse(forward, f"its attention is not what the kernels compute ({difference})")
+            self._refuse(call.forward, f"its attention is not what the kernels compute ({difference})")
             return theirs
-        plan.note_tested(length)
-        forward.trusted = not plan.step.odd
+        plan.note_tested(call.length)
+        call.forward.trusted = not plan.step.odd
         self._kernels |= dict.fromkeys(plan.step.used)
         return theirs
 
-    def _capture(self, plan: _Plan, forward: Forward, call: _Call, store: Store, length: int) -> None:
+    def _capture(self, plan: _Plan, call: _Call) -> None:
         if reason := plan.obstacle():
             plan.capturable = False
             self._fall_back(f"the step is not captured: {reason}")
@@ -353,10 +355,10 @@ class Decoder:
         if self._pool is None or not any(other.graph for other in self._plans.values()):
             self._pool = torch.cuda.graph_pool_handle()  # one that no graph uses any more takes no other
         if self._compiled and plan.compiled is None:
-            self._compile(plan, forward, call, store, length)
+            self._compile(plan, call)
         torch.cuda.empty_cache()  # as the capture begins with; else its memory could not be told
         before = torch.cuda.memory_reserved(plan.step.ends.device)
-        run = functools.partial(plan.run, forward, call, store, length, compiled=bool(plan.compiled))
+        run = functools.partial(plan.run, call, compiled=bool(plan.compiled))
         try:
             graph, output = record(run, self._pool, plan.stream)
         except UnsupportedError:
@@ -368,20 +370,20 @@ class Decoder:
             _LOG.debug("a capture failed", exc_info=True)
             self._fall_back(f"the step cannot be captured: {_first_line(error)}")
             return
-        plan.note_captured(graph, output, length)
+        plan.note_captured(graph, output, call.length)
         plan.graph_bytes = max(0, torch.cuda.memory_reserved(plan.step.ends.device) - before)
         self._counts["captures"] += 1
 
-    def _compile(self, plan: _Plan, forward: Forward, call: _Call, store: Store, length: int) -> None:
+    def _compile(self, plan: _Plan, call: _Call) -> None:
         plan.compiled = False
         if plan.step.odd:
             self._fall_back("the step is not compiled: its layers share K and V")
             return
         options = self._compiled if isinstance(self._compiled, dict) else None
-        plan.compiled = compiled.compiled(forward.original, options)
+        plan.compiled = compiled.compiled(call.forward.original, options)
         try:
             with plan.beside(), kernels.many_shapes():
-                plan.run(forward, call, store, length, compiled=True)
+                plan.run(call, compiled=True)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever the model does that the compiler does not take
@@ -411,12 +413,15 @@ class Decoder:
 class _Call:
     """A model's call as a decode step: its ids, its mask, the tensors and what else it was given."""
 
+    forward: Forward
+    store: Store
     ids: torch.Tensor  # [batch, 1]
     mask: torch.Tensor | None  # [batch, length + 1]
     tensors: dict[str, torch.Tensor | None]  # None: to be made up
     caches: dict[str, Any]  # by keyword
     others: dict[str, Any]
     given: dict[str, Any]
+    length: int = -1  # of the sequences before it
 
     @property
     def key(self) -> Any:
@@ -424,8 +429,9 @@ class _Call:
         return shapes, tuple(self.caches), tuple(sorted(self.others.items()))
 
     @classmethod
-    def of(cls, parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
+    def of(cls, forward: Forward, store: Store, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
         """None where it is none, or has arguments that are not known to be the same in every step."""
+        parameters = forward.parameters
         given = dict(kwargs)
         if args:
             if len(args) > 1 or "input_ids" in kwargs or parameters[:1] != ("input_ids",):
@@ -454,7 +460,7 @@ class _Call:
                 return None
         if others.get("output_attentions") or others.get("output_hidden_states") or others.get("return_dict") is False:
             return None
-        return cls(ids, mask, tensors, caches, others, given)
+        return cls(forward, store, ids, mask, tensors, caches, others, given)
 
 
 class _Plan:
@@ -463,7 +469,6 @@ class _Plan:
     def __init__(
         self,
         step: Step,
-        forward: Forward,
         call: _Call,
         windows: list[int],
         stream: torch.cuda.Stream | None,
@@ -471,9 +476,9 @@ class _Plan:
     ) -> None:
         self.step = step
         self.length = -1  # at the last step
-        model = forward.model
+        model = call.forward.model
         self._model = weakref.ref(model)
-        self._moves = forward.moves
+        self._moves = call.forward.moves
         modules = list(model.modules())
         self._configs = configs_of(model)
         self._weights = _weights(model)
@@ -554,10 +559,9 @@ class _Plan:
         self.graph, self.captured_at, self.replays_tested = graph, length, False
         self.captured = type(output), {n: v if isinstance(v, torch.Tensor) else None for n, v in output.items()}
 
-    def fill(self, call: _Call, length: int) -> None:
-        given = [(self._tensors[name], tensor) for name, tensor in call.tensors.items() if tensor is not None]
-        torch._foreach_copy_([mine for mine, _ in given], [theirs for _, theirs in given], non_blocking=True)
-        self.set_length(length)
+    def fill(self, call: _Call) -> None:
+        torch._foreach_copy_(*map(list, zip(*self._given(call), strict=True)), non_blocking=True)
+        self.set_length(call.length)
 
     def set_padding(self, padding: Padding | None) -> None:
         if self.step.set_padding(padding):
@@ -571,10 +575,10 @@ class _Plan:
             self.step.set_length(length)
             self._set_length = length
 
-    def run(self, forward: Forward, call: _Call, store: Store, length: int, *, compiled: bool = False) -> Any:
-        caches = {name: Outline(store.windows) for name in call.caches} if compiled else call.caches
-        with self.step.run(store, length, self._configs):
-            output = (self.compiled if compiled else forward.original)(**call.others, **caches, **self._tensors)
+    def run(self, call: _Call, *, compiled: bool = False) -> Any:
+        caches = {name: Outline(call.store.windows) for name in call.caches} if compiled else call.caches
+        with self.step.run(call.store, call.length, self._configs):
+            output = (self.compiled if compiled else call.forward.original)(**call.others, **caches, **self._tensors)
         if not isinstance(output, ModelOutput):
             raise UnsupportedError("its output is no ModelOutput")
         for name, value in output.items():
@@ -644,8 +648,11 @@ class _Plan:
         """Whether the step that has begun is the one that is called for."""
         if self._ahead is not None:
             torch.cuda.current_stream().wait_event(self._guessed)
-        given = ((self._tensors[name], tensor) for name, tensor in call.tensors.items() if tensor is not None)
-        return all(torch.equal(mine, theirs) for mine, theirs in given)
+        return all(torch.equal(mine, theirs) for mine, theirs in self._given(call))
+
+    def _given(self, call: _Call) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What the graph reads and what a call gives for it."""
+        return [(self._tensors[name], tensor) for name, tensor in call.tensors.items() if tensor is not None]
 
     def wait(self) -> None:
         """What the stream does from now on comes behind the step that has begun."""
