@@ -560,7 +560,8 @@ class _Plan:
         self.captured = type(output), {n: v if isinstance(v, torch.Tensor) else None for n, v in output.items()}
 
     def fill(self, call: _Call) -> None:
-        torch._foreach_copy_(*map(list, zip(*self._given(call), strict=True)), non_blocking=True)
+        given = self._given(call)
+        torch._foreach_copy_([mine for mine, _ in given], [theirs for _, theirs in given], non_blocking=True)
         self.set_length(call.length)
 
     def set_padding(self, padding: Padding | None) -> None:
