@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -108,6 +109,14 @@ def test_a_batch_grows_together():
     with pytest.raises(OutOfPages):
         cache.grow_all(rows, 400, keep=3)
     assert [row.length for row in rows] == [3, 3, 3]
+    cache.grow_all(rows, [4, 3, 9], keep=[3, 3, 3])
+    with pytest.raises(OutOfPages):
+        cache.grow_all(rows, [5, 400, 400], keep=3)
+    assert [row.length for row in rows] == [4, 3, 9]
+    assert [cache.map()[row.slot]["length"] for row in rows] == [4, 3, 9]
+    cache.grow_all(rows, np.int64(3), keep=0)
+    with pytest.raises(ValueError, match="length must be one number or one for each of 3 sequences, not 2"):
+        cache.grow_all(rows, [9, 9], keep=0)
 
 
 def test_a_batch_is_of_running_sequences_of_the_cache():

@@ -119,6 +119,7 @@ class Parallel(nn.Module):
         (lambda x: x, 3),
         (lambda x: x.add_(1), 3),
         (lambda x: functional.relu(x, inplace=True), 3),
+        (lambda x: functional.silu(x, True), 3),
         (lambda x: torch.sigmoid(x, out=x), 3),
     ],
 )
@@ -134,12 +135,13 @@ def test_each_run_of_neighbours_is_joined(changes, joined):
     assert not compiled.lay_side_by_side(model)
 
 
-def test_an_input_that_changes_parts_a_run():
+@pytest.mark.parametrize("change", [lambda x: x.add_(1), lambda x: functional.relu(x, True), lambda x: x.__iadd__(1)])
+def test_an_input_that_changes_parts_a_run(change):
     class Changed(Parallel):
         def forward(self, x, **options):
             x = x * 2
             q = self.attention["q"](x)
-            x += 1
+            change(x)
             return (q + self.attention["k"](x) + self.attention["v"](x),)
 
     torch.manual_seed(0)

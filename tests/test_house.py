@@ -53,7 +53,7 @@ PYTHON = {
     "prompt.py": {"kernels", "step"},
     "attach.py": set(),
     "compiled.py": set(),
-    "decode.py": {"attach", "cache", "compiled", "kernels", "padding", "prompt", "step", "store"},
+    "decode.py": {"attach", "cache", "compiled", "errors", "kernels", "padding", "prompt", "step", "store"},
     "hf.py": {"attach", "cache", "decode", "device", "layout", "scales", "step", "store"},
     "swap.py": {"cache", "device", "layout"},
     "demo.py": {"hf", "layout"},

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import unittest.mock
 
 import pytest
 import torch
 from models import build, prompt, virtual_of
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
-from vattn import CACHE_KEYWORD, OutOfPages, store
+from vattn import CACHE_KEYWORD, KVCache, OutOfPages, store
 from vattn.padding import Padding
 
 LENGTH = 40  # of a prompt
@@ -226,6 +227,119 @@ def test_a_model_that_is_refused_finds_its_padding(device):
 
         assert torch.equal(generated(model, cache, mixed(device), refuse), expected)
         assert cache._store.padding is None
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral"])
+def test_what_is_blank_stays_hidden(name, device):
+    """Also where it is stored, as zeros, by then."""
+    model = build(name, "sdpa", device)
+    inputs = mixed(device)
+    ids = inputs["input_ids"]
+    with torch.no_grad(), virtual_of(model) as cache:
+        for act in (lambda: None, lambda: cache.layers[0].keys, lambda: cache.reorder_cache(torch.tensor([1, 0, 2]))):
+            cache.reset()
+            model(**inputs, **{CACHE_KEYWORD: cache})
+            act()
+            shows = torch.ones(3, LENGTH + 4, device=device)
+            for n, given in ((4, None), (1, None), (4, shows), (1, shows[:, : LENGTH + 1])):
+                with pytest.raises(ValueError, match="attention_mask shows padding"):
+                    model(ids[:, :n], attention_mask=given, **{CACHE_KEYWORD: cache})
+                assert cache.get_seq_length() == LENGTH
+        cache.reset()
+        model(ids, **{CACHE_KEYWORD: cache})  # of others nothing is hidden
+
+
+def test_forks_after_an_error_do_not_share_what_is_written(device):
+    """Rows may have grown for what failed."""
+    model = build("llama-gqa", "sdpa", device)
+    inputs = mixed(device)
+    ids, mask = inputs["input_ids"][:, -1:], torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1)
+
+    def logits(cache, n):
+        step = {"input_ids": ids + n, "attention_mask": mask[:, : LENGTH + 1 + n], "use_cache": True}
+        return model(**step, **{CACHE_KEYWORD: cache}).logits
+
+    with torch.no_grad(), virtual_of(model) as cache:
+        model(**inputs, **{CACHE_KEYWORD: cache})
+        dynamic = DynamicCache(config=model.config)
+        model(**inputs, **{CACHE_KEYWORD: dynamic})
+        with pytest.raises(ValueError, match="shows padding"):
+            model(ids, **{CACHE_KEYWORD: cache})
+        assert held(cache)[0] <= LENGTH + 1
+        other = copy.deepcopy(cache)
+        for n in range(2):
+            expected = logits(dynamic, n)
+            for one in (cache, other):
+                torch.testing.assert_close(logits(one, n), expected, rtol=1e-3, atol=1e-4)
+        other.close()
+
+
+def test_no_memory_while_the_padding_is_restored(device, monkeypatch):
+    model = build("llama-gqa", "sdpa", device)
+    model.generation_config.eos_token_id = None
+    inputs = mixed(device)
+    expected = generated(model, DynamicCache(config=model.config), inputs)
+    with virtual_of(model) as cache:
+        generated(model, cache, inputs, max_new_tokens=2)
+        other = copy.deepcopy(cache)  # with which it shares, so that restoring needs memory of its own
+        before = held(cache)
+        with monkeypatch.context() as full:
+            full.setattr(KVCache, "own_all", unittest.mock.Mock(side_effect=OutOfPages("no")))
+            with pytest.raises(OutOfPages):
+                cache.layers[0].keys  # noqa: B018
+        assert held(cache) == before
+        with monkeypatch.context() as full:
+            full.setattr(torch, "empty_like", unittest.mock.Mock(side_effect=torch.OutOfMemoryError))
+            with pytest.raises(torch.OutOfMemoryError):
+                cache.layers[0].keys  # noqa: B018
+        assert held(cache) == before
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1)
+        more = {"input_ids": expected[:, : LENGTH + 2], "attention_mask": mask}
+        for one in (cache, other):
+            assert torch.equal(generated(model, one, more, max_new_tokens=22), expected)
+        with monkeypatch.context() as broken:
+            broken.setattr(Padding, "restore", unittest.mock.Mock(side_effect=KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                cache.layers[0].keys  # noqa: B018
+        assert cache.get_seq_length() == 0  # rather than half of it
+        assert torch.equal(generated(model, cache, inputs), expected)
+        other.close()
+
+
+@pytest.mark.parametrize("chunk", [None, 5, 1])
+def test_padding_of_a_longer_batch_is_forgotten(chunk, device):
+    model = build("llama-gqa", "sdpa", device)
+    model.generation_config.eos_token_id = None
+    long = mixed(device)
+    short = {name: tensor[:, -12:] for name, tensor in mixed(device, (12, 8, 9)).items()}
+    options = {} if chunk is None else {"prefill_chunk_size": chunk}
+    expected = [generated(model, DynamicCache(config=model.config), each, **options) for each in (long, short)]
+    with virtual_of(model) as cache:
+        for _ in range(2):
+            for inputs, tokens in zip((long, short), expected, strict=True):
+                assert torch.equal(generated(model, cache, inputs, **options), tokens)
+                cache.reset()
+        assert model.forward.refused is None
+
+
+def test_models_of_any_kind_and_masks_by_place(device):
+    model = build("llama-gqa", "sdpa", device)
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.config = model, model.config
+
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, **options):
+            return self.inner(input_ids, attention_mask, position_ids, **options)
+
+    inputs = mixed(device)
+    expected = model(**inputs, use_cache=False).logits[:, -1]
+    wrapper = Wrapper().eval()
+    with torch.no_grad(), virtual_of(wrapper) as cache:
+        got = wrapper(inputs["input_ids"], inputs["attention_mask"], **{CACHE_KEYWORD: cache}).logits[:, -1]
+        torch.testing.assert_close(got, expected)
+        assert held(cache) == [40, 3, 17]
 
 
 def test_engines_can_say_what_the_padding_is(device):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from models import MODELS, attentions, build, generated, prompt, virtual_of
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vattn import CACHE_KEYWORD, kernels, store
 
@@ -75,7 +79,9 @@ def test_a_model_that_is_another_one_in_prompts_is_found_out(device, caplog):
         generated(model, cache)
         cache.reset()
         model.model.norm.forward = several
-        generated(model, cache)
+        for _ in range(2):  # which is another model, whose steps are trusted anew
+            cache.reset()
+            generated(model, cache)
         assert model.forward.prompts is False
         assert "kernels give other logits" in caplog.text
         assert cache.decode_stats().prompts == 0
@@ -111,7 +117,113 @@ def test_what_is_no_prompt_of_a_decoder(device):
         model(**inputs, **{CACHE_KEYWORD: cache})
         assert cache.get_seq_length() == 12
         assert cache.decode_stats().prompts == 0
-        assert model.forward.prompts is False
+
+
+def test_a_mask_by_place_is_one(device):
+    model = build("llama-gqa", "sdpa", device)
+    inputs = prompt(3, 20, device, padded=True)
+    expected = model(**inputs, use_cache=False).logits[:, -1]
+    with torch.no_grad(), virtual_of(model, attention="reference", capture=False) as cache:
+        for _ in range(3):
+            generated(model, cache)
+            cache.reset()
+            got = model(inputs["input_ids"], inputs["attention_mask"], **{CACHE_KEYWORD: cache}).logits[:, -1]
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+            cache.reset()
+        assert cache.decode_stats().prompts >= 3
+
+
+@pytest.mark.parametrize("name", ["phi3", "gpt_neox", "llama-gqa"])
+def test_k_and_v_that_the_model_laid_out_otherwise(name, device, monkeypatch):
+    seen = []
+    prefill = kernels.Reference.prefill
+    monkeypatch.setattr(
+        kernels.Reference, "prefill", lambda self, q, k, v, *args: seen.append((k, v)) or prefill(self, q, k, v, *args)
+    )
+    model = build(name, "sdpa", device)
+    with virtual_of(model, attention="reference", capture=False) as cache:
+        for _ in range(2):
+            generated(model, cache, batch=3, length=20, padded=True)
+            cache.reset()
+    assert any(k.shape[1] == 20 for k, _ in seen)
+    assert all(kernels.alike(k, v) for k, v in seen)
+    k = torch.zeros(2, 9, 4, 8)
+    v = torch.zeros(2, 4, 9, 8).transpose(1, 2)
+    assert not kernels.Task.of(k, k, v).whole_slots
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no compiler"), torch.OutOfMemoryError()])
+def test_a_kernel_that_fails_leaves_prompts_to_transformers(error, device, monkeypatch):
+    model = build("llama-gqa", "sdpa", device)
+    expected = generated(model, DynamicCache(config=model.config))
+    prefill = kernels.Reference.prefill
+
+    def failing(self, q, k, v, spans, counts, scores):
+        if max(counts) > 1:
+            raise error
+        return prefill(self, q, k, v, spans, counts, scores)
+
+    monkeypatch.setattr(kernels.Reference, "prefill", failing)
+    with virtual_of(model, attention="reference", capture=False) as cache:
+        for _ in range(3):
+            assert torch.equal(generated(model, cache), expected)
+            cache.reset()
+        assert cache.decode_stats().prompts == 0
+        assert cache.decode_stats().fallback is None
+
+
+def test_trust_ends_where_the_model_computes_otherwise(device):
+    model = build("llama-gqa", "sdpa", device)
+    expected = generated(model, DynamicCache(config=model.config))
+    with virtual_of(model, attention="reference", capture=False) as cache:
+        for _ in range(2):
+            generated(model, cache)
+            cache.reset()
+        assert cache.decode_stats().prompts == 1
+
+        def scaled(module, query, *args, scaling=None, **options):
+            return ALL_ATTENTION_FUNCTIONS["sdpa"](module, 3 * query, *args, scaling=scaling, **options)
+
+        AttentionInterface.register("scaled", scaled)
+        AttentionMaskInterface.register("scaled", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        model.set_attn_implementation("scaled")
+        other = generated(model, DynamicCache(config=model.config))
+        assert not torch.equal(other, expected)
+        assert torch.equal(generated(model, cache), other)
+        cache.reset()
+        model.forward.refused = None  # as its steps now are
+        model.set_attn_implementation("eager")
+        model.config.output_attentions = True
+        with torch.no_grad():
+            assert len(model(**prompt(2, 9, device), **{CACHE_KEYWORD: cache}).attentions) == 4
+
+
+def test_other_threads_are_handed_on(device):
+    model = build("llama-gqa", "sdpa", device)
+    inputs = prompt(3, 30, device, padded=True)
+    expected = model.model(**inputs, use_cache=False)[0][:, -1]
+    stop, results = threading.Event(), []
+
+    def call():
+        with torch.no_grad():
+            while not stop.is_set():
+                results.append(model.model(**inputs, use_cache=False)[0][:, -1])
+
+    with virtual_of(model, attention="reference", capture=False) as cache:
+        generated(model, cache)
+        cache.reset()
+        thread = threading.Thread(target=call)
+        thread.start()
+        for _ in range(6):
+            generated(model, cache, batch=2, length=40, max_new_tokens=3)
+            cache.reset()
+        stop.set()
+        thread.join()
+        assert cache.decode_stats().prompts >= 5
+    assert len(results) > 3
+    for result in results:
+        torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4)
+    assert model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.gpu

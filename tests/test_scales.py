@@ -191,3 +191,20 @@ def test_misuse_is_told(device):
     assert cache.get_seq_length() == 0
     with pytest.raises(ValueError, match="kv_dtype"):
         Scales("float32")
+
+
+def test_layers_without_states_have_none_to_read(device):
+    model = build("llama-gqa", "sdpa", device)
+    with virtual_of(model, kv_dtype=FP8, attention="reference", capture=False) as cache:
+        k = torch.randn(2, 2, 9, 16, device=device)
+        cache.update(k, k, 1)
+        assert cache.layers[0].keys.shape[2] == 0
+        cache.layers[1].reset()
+        assert cache.layers[1].keys.shape[2] == 0
+    cache = VirtualCache(None, max_len=20, kv_dtype=FP8, kv_scales=(torch.tensor([1.0, 2.0]), 1.0))
+    for layer in range(2):  # which are as many as come
+        cache.update(k, k, layer)
+        torch.testing.assert_close(cache.layers[layer].keys, k, rtol=0.07, atol=1e-2)
+    with pytest.raises(ValueError, match=r"kv_scales are \[2\]: layer 2 has 2 KV heads"):
+        cache.update(k, k, 2)
+    cache.close()

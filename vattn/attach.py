@@ -128,7 +128,7 @@ class Forward(_Method):
         super()._set(model, function)
         self.parameters = tuple(inspect.signature(self.original).parameters)
         self.refused: str | None = None  # why the model's steps are not computed on slot tensors
-        self.trusted = False  # whether one was what transformers computes, each layer on its own K and V
+        self.trusted: Any = None  # in what state one was what transformers computes, each layer on its own K and V
         self.prompts: bool | None = None  # whether prompts on kernels are, where one was tried
         self.moves = 0  # how often the weights were laid elsewhere
         self._lock = threading.RLock()
@@ -172,10 +172,12 @@ class Forward(_Method):
                 if (output := cache.decode_step(self, args, kwargs)) is not None:
                     return output
                 cache.decoder.interrupt()
-                prompt = cache.prompt(self, kwargs)
-        with prompt as computed:
-            if computed is not None and (output := computed(args)) is not None:
-                return output
+                prompt = cache.prompt(self, {**dict(zip(self.parameters, args, strict=False)), **kwargs})
+        with prompt as on_kernels:
+            if on_kernels is not None:
+                output = on_kernels(lambda: self.original(*args, **kwargs))
+                if output is not None:
+                    return output
             with self._lock:
                 self._calls += 1
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import socket
 import threading
 from collections.abc import Iterable
@@ -634,8 +635,8 @@ class KVCache:
 
 def _of_each(name: str, value: int | list[int], of: list[int]) -> list[int]:
     """One number for each."""
-    if isinstance(value, int):
-        value = [value] * len(of)
+    if not isinstance(value, list):
+        value = [operator.index(value)] * len(of)
     if len(value) != len(of):
         raise ValueError(f"{name} must be one number or one for each of {len(of)} sequences, not {len(value)}")
     for each in value:

@@ -191,8 +191,12 @@ def _changes(node: Any) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or node.target in _WRITERS or bool({"out", "inplace"} & {k for k, v in node.kwargs.items() if v})
+    in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+    if in_place or node.target in _WRITERS or any(node.kwargs.get(name) for name in ("out", "inplace")):
+        return True
+    # Those of torch.nn.functional may be told so by place.
+    names = getattr(getattr(node.target, "__code__", None), "co_varnames", ())
+    return "inplace" in names and any(arg is True for arg in node.args)
 
 
 def _place(tensor: torch.Tensor) -> tuple[int, int]:

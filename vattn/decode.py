@@ -26,7 +26,8 @@ from transformers.utils import ModelOutput
 from vattn import compiled, kernels
 from vattn.attach import CACHE_KEYWORDS, Forward, Greedy, deciding, greedy
 from vattn.cache import KVCache
-from vattn.padding import Padding, hidden
+from vattn.errors import Error
+from vattn.padding import hidden
 from vattn.prompt import Prompt
 from vattn.step import Outline, Step, UnsupportedError
 from vattn.store import Store
@@ -86,6 +87,7 @@ class Decoder:
         self._fallback: str | None = None
         self._counts = {"replayed": 0, "eager": 0, "ahead": 0, "prompts": 0, "captures": 0}
         self._kernels: dict[str, None] = {}
+        self._slower: set[tuple[int, str]] = set()  # models and kinds of prompts that no kernel is faster for
 
     def kernels(self) -> tuple[kernels.Kernel, ...]:
         """Those that steps may come to use."""
@@ -124,6 +126,9 @@ class Decoder:
         """Whether steps of a model on a device are computed on slot tensors, as far as can be said before one."""
         if not self.enabled or torch.is_grad_enabled() or forward.model.training:
             return False
+        config = getattr(forward.model, "config", None)
+        if getattr(config, "output_attentions", False) or getattr(config, "output_hidden_states", False):
+            return False
         if forward.refused:
             self._fallback = forward.refused
             return False
@@ -134,59 +139,71 @@ class Decoder:
     def step(self, store: Store, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of a decode step, or None: then it is no such step, and nothing has changed."""
         call = _Call.of(forward, store, args, kwargs)
-        output = None
-        if call is not None:
-            if self.takes(forward, call.ids.device):
-                output = self._step(call)
-            if output is None:  # others may follow, and would copy
-                store.restore_padding()
-        return output
+        return self._step(call) if call is not None and self.takes(forward, call.ids.device) else None
 
-    def prompt(self, store: Store, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The output of a call with several tokens for each row, on kernels; or None, and nothing has changed."""
-        tokens = args[0] if args else kwargs.get("input_ids")
-        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-        if not forward.trusted or forward.prompts is False or not isinstance(tokens, torch.Tensor) or tokens.dim() < 2:
+    def prompt(self, store: Store, forward: Forward, given: dict[str, Any], compute: Callable[[], Any]) -> Any:
+        """The output of a call with several tokens for each row, on kernels; or None, and nothing has changed.
+
+        Args:
+            store: of the cache.
+            forward: of the model, which takes steps.
+            given: its arguments by name, ``input_ids`` or ``inputs_embeds`` among them.
+            compute: the call of the model itself.
+        """
+        tokens, mask, lengths = tokens_of(given), given.get("attention_mask"), list(store.lengths)
+        (batch, n), start = tokens.shape[:2], lengths[0] if lengths else 0
+        if n < 2 or len(set(lengths)) != 1 or given.get("labels") is not None:
             return None
-        (batch, n), lengths, mask = tokens.shape[:2], list(store.lengths), kwargs.get("attention_mask")
-        start = lengths[0] if lengths else 0
-        if n < 2 or len(set(lengths)) != 1 or kwargs.get("output_attentions") or kwargs.get("labels") is not None:
+        if given.get("output_attentions") or given.get("return_dict") is False:
             return None
         if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != (batch, start + n)):
+            return None
+        configs = configs_of(forward.model)
+        if forward.trusted is None or forward.prompts is False or forward.trusted != _state(forward.model, configs):
             return None
         if (hides := [0] * batch if mask is None else hidden(mask)) is None:
             return None
         prompt = Prompt(hides, start, n, store.windows, self._attention)
-        with forward.alone() as alone:
-            if not alone:
-                return None
-            token = deciding.set(True)
-            try:
-                return self._prompt(prompt, store, forward, args, kwargs)
-            except UnsupportedError as reason:
-                _LOG.debug("a prompt runs as transformers runs it: %s", reason)
-                if reason.of_model:
-                    forward.prompts = False
-                store.lengths = lengths
-                return None
-            finally:
-                deciding.reset(token)
+        if (id(forward), prompt.kind) in self._slower:
+            return None
+        token = deciding.set(True)
+        try:
+            return self._prompt(prompt, configs, store, forward, compute)
+        except UnsupportedError as reason:
+            _LOG.debug("a prompt runs as transformers runs it: %s", reason)
+            if reason.of_model:
+                forward.prompts = False
+            if prompt.slower:
+                self._slower.add((id(forward), prompt.kind))
+            store.lengths = lengths
+            return None
+        finally:
+            deciding.reset(token)
 
     def _prompt(
-        self, prompt: Prompt, store: Store, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, prompt: Prompt, configs: list[Any], store: Store, forward: Forward, compute: Callable[[], Any]
     ) -> Any:
         """The first that a model computes is computed by transformers too, whose result is the one."""
         lengths = list(store.lengths)
-        with prompt.run(configs_of(forward.model)):
-            ours = forward.original(*args, **kwargs)
+        try:
+            with prompt.run(configs):
+                ours = compute()
+        except UnsupportedError:
+            raise
+        except Exception as error:
+            if forward.prompts:
+                raise
+            ours_alone = not isinstance(error, (Error, torch.OutOfMemoryError))
+            raise UnsupportedError(f"{type(error).__name__}: {error}", of_model=ours_alone) from error
         if forward.prompts is None:
             last = ours[0][:, -1:].clone()
             del ours
             store.lengths = lengths
-            ours = forward.original(*args, **kwargs)
-            difference = _difference(last, ours[0][:, -1:])
-            forward.prompts = difference is None
-            if difference:
+            ours = compute()
+            if not torch.isnan(ours[0][:, -1:]).any():  # which tells nothing
+                difference = _difference(last, ours[0][:, -1:], rounded=store.options.scales is not None)
+                forward.prompts = difference is None
+            if forward.prompts is False:
                 _LOG.warning("prompts run as transformers runs them: kernels give other logits (%s)", difference)
                 return ours
         self._counts["prompts"] += 1
@@ -240,7 +257,7 @@ class Decoder:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
         plan.length = length
-        plan.set_padding(store.padding)
+        plan.set_padding(store, length)
         return plan
 
     def _lay_side_by_side(self, forward: Forward) -> None:
@@ -260,6 +277,7 @@ class Decoder:
             output = self._run(plan, call)
             if fits or output is None or step.starts_fit(call.mask, length):
                 return output
+        call.store.require_hidden(call.mask)
         if not step.set_starts(call.mask, length):
             self._fall_back("the attention mask is no left padding")
             return None
@@ -314,7 +332,7 @@ class Decoder:
             output = plan.output(call)
             if call.length != plan.captured_at:
                 # What was a constant of the step that was captured shows in one that is longer.
-                difference = _difference(output[0], plan.run(call)[0])
+                difference = _difference(output[0], plan.run(call)[0], rounded=call.rounded)
                 if difference:
                     return self._untrust(plan, call.forward, difference)
                 plan.replays_tested = True
@@ -339,11 +357,12 @@ class Decoder:
         theirs = call.forward.original(**call.given)
         if torch.isnan(theirs[0]).any():
             return theirs  # which tells nothing
-        if difference := _difference(ours[0], theirs[0]):
+        if difference := _difference(ours[0], theirs[0], rounded=call.rounded):
             self._refuse(call.forward, f"its attention is not what the kernels compute ({difference})")
             return theirs
         plan.note_tested(call.length)
-        call.forward.trusted = not plan.step.odd
+        if not plan.step.odd and (state := _state(call.forward.model, plan.configs)) != call.forward.trusted:
+            call.forward.trusted, call.forward.prompts = state, None
         self._kernels |= dict.fromkeys(plan.step.used)
         return theirs
 
@@ -424,6 +443,10 @@ class _Call:
     length: int = -1  # of the sequences before it
 
     @property
+    def rounded(self) -> bool:
+        return self.store.options.scales is not None
+
+    @property
     def key(self) -> Any:
         shapes = tuple((name, None if t is None else (t.shape, t.dtype)) for name, t in self.tensors.items())
         return shapes, tuple(self.caches), tuple(sorted(self.others.items()))
@@ -480,10 +503,10 @@ class _Plan:
         self._model = weakref.ref(model)
         self._moves = call.forward.moves
         modules = list(model.modules())
-        self._configs = configs_of(model)
+        self.configs = configs_of(model)
         self._weights = _weights(model)
         self._addresses = _addresses(self._weights)
-        self._state = _state(model, self._configs)
+        self._state = _state(model, self.configs)
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._adapters = [
             (vars(module), name, copy.copy(value))
@@ -529,7 +552,7 @@ class _Plan:
             return False
         if not everything:
             return True
-        return _addresses(_weights(model)) == self._addresses and _state(model, self._configs) == self._state
+        return _addresses(_weights(model)) == self._addresses and _state(model, self.configs) == self._state
 
     def stayed(self) -> bool:
         """Whether the weights are where they were, the adapters too, and there still are no hooks."""
@@ -564,8 +587,8 @@ class _Plan:
         torch._foreach_copy_([mine for mine, _ in given], [theirs for _, theirs in given], non_blocking=True)
         self.set_length(call.length)
 
-    def set_padding(self, padding: Padding | None) -> None:
-        if self.step.set_padding(padding):
+    def set_padding(self, store: Store, length: int) -> None:
+        if self.step.set_padding(store.padding, store.blank, length):
             self._set_length = -1
 
     def set_length(self, length: int) -> None:
@@ -578,7 +601,7 @@ class _Plan:
 
     def run(self, call: _Call, *, compiled: bool = False) -> Any:
         caches = {name: Outline(call.store.windows) for name in call.caches} if compiled else call.caches
-        with self.step.run(call.store, call.length, self._configs):
+        with self.step.run(call.store, call.length, self.configs):
             output = (self.compiled if compiled else call.forward.original)(**call.others, **caches, **self._tensors)
         if not isinstance(output, ModelOutput):
             raise UnsupportedError("its output is no ModelOutput")
@@ -708,6 +731,12 @@ def _end_capture(graph: Any, pool: Any, stream: torch.cuda.Stream) -> None:
         torch.zeros((), device=stream.device)
 
 
+def tokens_of(given: dict[str, Any]) -> Any:
+    """The tokens of a model's call, ``[batch, n, ...]``, or None."""
+    found = (given.get(name) for name in ("input_ids", "inputs_embeds"))
+    return next((t for t in found if isinstance(t, torch.Tensor) and t.dim() >= 2), None)
+
+
 def configs_of(model: Any) -> list[Any]:
     """The configurations by which a model's modules choose their attention."""
     configs = (getattr(module, "config", None) for module in model.modules())
@@ -749,16 +778,21 @@ def _state(model: Any, configs: list[Any]) -> list[Any]:
         (id(module), tuple(module._forward_hooks), tuple(module._forward_pre_hooks), id(vars(module).get("forward")))
         for module in model.modules()
     ]
-    return [modules, *map(settings, model.modules()), *map(settings, configs)]
+    names = [config._attn_implementation for config in configs]
+    return [modules, names, *map(settings, model.modules()), *map(settings, configs)]
 
 
-def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> str | None:
-    """How the logits of any row differ, if by more than rounding does in a whole model, of other or fused kernels."""
+def _difference(ours: torch.Tensor, theirs: torch.Tensor, *, rounded: bool = False) -> str | None:
+    """How the logits of any row differ, if by more than rounding does in a whole model, of other or fused kernels.
+
+    Where K and V are ``rounded`` to fewer bits, one of them that is rounded otherwise is a difference of its own.
+    """
     a, b = ours.float(), theirs.float()
     if a.shape != b.shape:
         return f"{tuple(a.shape)} for {tuple(b.shape)}"
     worst = float(((a - b).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp_min(1e-30)).max())
-    return None if worst <= (1e-3 if theirs.dtype == torch.float32 else 0.25) else f"by {worst:.1%}"
+    bound = 0.25 if theirs.dtype != torch.float32 else 2e-2 if rounded else 1e-3
+    return None if worst <= bound else f"by {worst:.1%}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from vattn.attach import Forward, attach
 from vattn.cache import CacheStats, KVCache
-from vattn.decode import Decoder
+from vattn.decode import Decoder, tokens_of
 from vattn.decode import DecodeStats as DecodeStats
 from vattn.device import TrimOnOOM
 from vattn.layout import Kind
@@ -365,14 +365,20 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
     decoder: Decoder | None = None
 
     @contextlib.contextmanager
-    def prompt(self, forward: Forward, kwargs: dict[str, Any]) -> Iterator[Callable[[tuple[Any, ...]], Any] | None]:
-        """Is around a model's call that is no decode step; yields what may compute it, of its other arguments."""
-        if self.decoder is None or not self.decoder.takes(forward, forward.model.device):
+    def prompt(self, forward: Forward, given: dict[str, Any]) -> Iterator[Callable[[Callable[[], Any]], Any] | None]:
+        """Is around a model's call that is no decode step, with its arguments by name; yields what may compute it."""
+        store, tokens, mask = self._store, tokens_of(given), given.get("attention_mask")
+        flat = isinstance(mask, torch.Tensor) and mask.dim() == 2
+        if mask is None or flat:
+            store.require_hidden(mask)
+        if tokens is not None and tokens.shape[1] == 1:
+            store.restore_padding()  # others may follow, and would copy
+        if self.decoder is None or tokens is None or not self.decoder.takes(forward, tokens.device):
             yield None
             return
-        mask = kwargs.get("attention_mask")
-        with self.unpadded(mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None):
-            yield lambda args: self.decoder and self.decoder.prompt(self._store, forward, args, kwargs)
+        decoder = self.decoder
+        with self.unpadded(mask if flat else None):
+            yield lambda compute: decoder.prompt(store, forward, given, compute)
 
     def decode_step(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Computes a model's call as a decode step; None where it is none, or the cache was made without the model."""
@@ -459,7 +465,7 @@ def install(**options: Any) -> Iterator[None]:
     """While it lasts, every ``DynamicCache`` that is made in this process is a ``VirtualCache``.
 
     Args:
-        options: as in ``VirtualCache``; ``max_len`` is needed.
+        options: those of ``VirtualCache`` up to ``mapper``; ``max_len`` is needed.
 
     Caches with ``offloading=True`` stay what they are, and those made before or inside live on after it.
     """

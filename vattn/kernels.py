@@ -76,9 +76,10 @@ class Task:
     """What a kernel is to do; its parts are what kernels differ in.
 
     ``queries`` is ``"one"`` for a decode step, ``"first"`` for a prompt that begins its sequence, ``"chunk"`` for
-    several queries behind a past. ``whole_slots``: a slot is a whole number of rows, so that the slots of a tensor are
-    one row after the other. ``window``: queries see only so many rows, themselves included. ``kv_dtype``: of K and V,
-    where it is not that of queries. ``reach``: elements from the first to the last one of a slot tensor.
+    several queries behind a past. ``whole_slots``: a slot is a whole number of rows, of K as of V, so that the slots of
+    a tensor are one row after the other. ``window``: queries see only so many rows, themselves included.
+    ``kv_dtype``: of K and V, where it is not that of queries. ``reach``: elements from the first to the last one of a
+    slot tensor.
     """
 
     device: str
@@ -106,10 +107,15 @@ class Task:
             head_dim=k.shape[-1],
             v_head_dim=v.shape[-1],
             kv_dtype=None if k.dtype == q.dtype else k.dtype,
-            whole_slots=all(t.stride(0) % t.stride(1) == 0 for t in (k, v)),
+            whole_slots=all(t.stride(0) % t.stride(1) == 0 for t in (k, v)) and alike(k, v),
             reach=reach_of(k, v),
             **more,
         )
+
+
+def alike(k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether slots are as many rows apart in K as in V."""
+    return k.stride(0) * v.stride(1) == v.stride(0) * k.stride(1)
 
 
 def reach_of(*tensors: torch.Tensor) -> int:
@@ -514,8 +520,9 @@ class FlashInfer(Kernel):
         count = torch.cuda.get_device_properties(device).multi_processor_count
         # Partial results of as many blocks as the device has processors, or one for each head of a sequence.
         size = 4 * max(2 * count, batch * kv_heads) * max(32, heads // kv_heads) * (dim + 64)
-        scratch = spans.once("scratch", lambda: torch.empty(size, dtype=torch.uint8, device=device))
-        signals = spans.once("signals", lambda: torch.zeros(4 * batch * kv_heads, dtype=torch.uint32, device=device))
+        scratch = spans.once(("scratch", size), lambda: torch.empty(size, dtype=torch.uint8, device=device))
+        count = 4 * batch * kv_heads
+        signals = spans.once(("signals", count), lambda: torch.zeros(count, dtype=torch.uint32, device=device))
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         _flashinfer().xqa(
             q.contiguous()[:, None], k, v, table, lengths[:, None].view(torch.uint32), out[:, None], scratch, signals,

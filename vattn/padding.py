@@ -20,7 +20,7 @@ def hidden(mask: torch.Tensor) -> list[int] | None:
     count = mask.shape[1] - seen.sum(1)
     left = torch.arange(mask.shape[1], device=mask.device) >= count[:, None]
     rows: list[int] = count.tolist()
-    return rows if max(rows) < mask.shape[1] and torch.equal(seen, left) else None
+    return rows if rows and max(rows) < mask.shape[1] and torch.equal(seen, left) else None
 
 
 class Padding:
@@ -59,15 +59,36 @@ class Padding:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int, int]]:
         return zip(rows, others, self.stored(first), self.stored(end), strict=True)
 
-    def restore(self, rows: torch.Tensor, firsts: list[int], length: int) -> None:
+    def restore(self, rows: torch.Tensor, firsts: list[int], length: int, block: torch.Tensor) -> None:
         """Moves rows of so many positions to where they are with padding, which becomes zeros.
 
         Args:
             rows: ``[batch, heads, max_len, dim]``.
             firsts: what each row still holds begins there, in its slot.
             length: of all rows, padding included.
+            block: ``[heads, n, dim]``, what so many positions are held in meanwhile.
         """
         for row, pad, first in zip(rows, self.rows, firsts, strict=True):
-            if pad:
-                row[:, first + pad : length] = row[:, first : length - pad].clone()
-                row[:, first : first + pad] = 0
+            if not pad:
+                continue
+            for end in range(length - pad, first, -block.shape[1]):
+                begin = max(first, end - block.shape[1])
+                held = block[:, : end - begin].copy_(row[:, begin:end])
+                row[:, begin + pad : end + pad] = held
+            row[:, first : first + pad] = 0
+
+    def chosen(self, rows: list[int]) -> Padding:
+        """Of a batch of some of the rows."""
+        return Padding([self.rows[row] for row in rows])
+
+    def cropped(self, length: int) -> Padding | None:
+        """Of what is left of so many positions."""
+        rows = [min(pad, length) for pad in self.rows]
+        return Padding(rows) if any(rows) else None
+
+    def shown(self, mask: torch.Tensor | None) -> bool:
+        """Whether a mask, ``[batch, length]``, shows any of it."""
+        if mask is None:
+            return True
+        hidden_by = torch.tensor(self.rows, device=mask.device)[:, None]
+        return bool(((torch.arange(mask.shape[1], device=mask.device) < hidden_by) & (mask != 0)).any())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vattn import kernels
-from vattn.kernels import Kernel, Scores, Spans, Task
+from vattn.kernels import Kernel, Scores, Spans, Task, alike
 from vattn.step import UnsupportedError, attending
 
 # Faster than what transformers calls for such queries, see docs/benchmarks.md, and there without compiling.
@@ -32,6 +32,8 @@ class Prompt:
         self._hidden, self._end, self._n = hidden, start + n, n
         self._counts = [min(n, self._end - pad) for pad in hidden]
         self._queries = "chunk" if start else "first"
+        self.kind = "padded" if any(hidden) and not start else self._queries
+        self.slower = False  # whether no kernel does it, or is faster than transformers' own
         self._windows = windows
         self._attention = attention
         self._spans: dict[Any, Spans] = {}
@@ -52,6 +54,8 @@ class Prompt:
         windows = [window for window in (self._windows[at], how.window) if window is not None]
         how = Scores(scale=how.scale, softcap=how.softcap, sinks=how.sinks, window=min(windows, default=None))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if not alike(k, v):  # as the model made them
+            k, v = k.contiguous(), v.contiguous()
         kernel, spans = self._kernel(q, k, v, how), self._spans_of(k)
         packed = q.reshape(batch * n, heads, -1)
         if not any(self._hidden):
@@ -65,11 +69,11 @@ class Prompt:
     def _kernel(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Scores) -> Kernel:
         options: dict[str, Any] = {"softcap": how.softcap is not None, "sinks": how.sinks is not None}
         task = Task.of(q, k, v, queries=self._queries, window=how.window is not None, **options)
-        kind = "padded" if any(self._hidden) and self._queries == "first" else self._queries
-        names = _FASTER[kind] if self._attention == "auto" else (self._attention,)
+        names = _FASTER[self.kind] if self._attention == "auto" else (self._attention,)
         for name in names:
             with contextlib.suppress(ValueError):
                 return kernels.choose(task, name=name)
+        self.slower = True
         raise UnsupportedError("no kernel is faster than transformers' own")
 
     def _spans_of(self, k: torch.Tensor) -> Spans:

@@ -34,18 +34,19 @@ class Scales:
             raise ValueError(f"kv_scales must be two, of K and of V, not {len(self._of)}")
         self._placed: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def check(self, layer: int, layers: int, kv_heads: int) -> None:
-        """Whether they are of a model's shape.
+    def check(self, layer: int, layers: int | None, kv_heads: int) -> None:
+        """Whether they are of a model's shape, whose number of layers may not be known.
 
         Raises:
             ValueError: they are not.
         """
         for scale in self._of:
-            fits = scale.dim() == 0 or (scale.shape[0] == layers and (scale.dim() == 1 or scale.shape[1] == kv_heads))
-            if not fits:
-                raise ValueError(
-                    f"kv_scales are {list(scale.shape)}: layer {layer} of {layers} has {kv_heads} KV heads"
-                )
+            if scale.dim() == 0:
+                continue
+            enough = scale.shape[0] > layer if layers is None else scale.shape[0] == layers
+            if not enough or (scale.dim() == 2 and scale.shape[1] != kv_heads):
+                of = "" if layers is None else f" of {layers}"
+                raise ValueError(f"kv_scales are {list(scale.shape)}: layer {layer}{of} has {kv_heads} KV heads")
 
     def at(self, layer: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
         """Of a layer, float32 ``[1]`` or ``[kv_heads]`` on a device; None where nothing is divided."""

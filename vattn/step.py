@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vattn import kernels
 from vattn.append import append
@@ -54,8 +58,10 @@ class Step:
         with torch.inference_mode(False):
             self.slots = torch.arange(batch, dtype=torch.int32, device=cache.device)
             self._rows = self.slots.long()
-            self.starts, self.ends, self.hidden, self._less = (torch.zeros_like(self.slots) for _ in range(4))
+            zeros = (torch.zeros_like(self.slots) for _ in range(5))
+            self.starts, self.ends, self.hidden, self._less, self._least = zeros
         self._padding: Padding | None = None
+        self._blank: Padding | None = None
         self._most_hidden = 0
         self._side = side  # on CUDA
         if side is not None:
@@ -69,16 +75,15 @@ class Step:
     def padded(self) -> bool:
         return self._most_hidden > 0
 
-    def set_padding(self, padding: Padding | None) -> bool:
-        """Takes what of the positions is not stored; whether that is something else than before."""
-        if padding is self._padding:
+    def set_padding(self, padding: Padding | None, blank: Padding | None, length: int) -> bool:
+        """Takes what of the positions is not stored, what is blank; whether that is something else than before."""
+        if padding is self._padding and blank is self._blank and self._most_hidden <= length:
             return False
-        self._padding = padding
-        self._less.copy_(-torch.tensor([0] * self._batch if padding is None else padding.rows, dtype=torch.int32))
-        if padding is None:  # it is stored now
-            self.starts.copy_(self.hidden)
-        else:
-            self._hide_least()
+        self._padding, self._blank = padding, blank
+        for tensor, given in ((self._less, padding), (self._least, blank)):
+            tensor.copy_(torch.tensor([0] * self._batch if given is None else given.rows, dtype=torch.int32))
+        self._less.neg_()
+        self._hide_least()
         return True
 
     def mark(self) -> None:
@@ -97,42 +102,32 @@ class Step:
             return torch.equal(mask.to(self.ends.device) != 0, self._seen_from(length))
 
     def set_starts(self, mask: torch.Tensor | None, length: int) -> bool:
-        """Takes the padding from a mask; False, and no padding, when it is anything else than on the left.
-
-        Raises:
-            ValueError: the mask shows what is not stored.
-        """
+        """Takes the padding from a mask; False, and least of it, when it is anything else than on the left."""
         self._hide_least()
         if mask is not None:
             if mask.shape != (self._batch, length + 1):
                 return False
             visible = mask.to(self.ends.device) != 0
             self.hidden.copy_(length + 1 - visible.sum(1))
-            if not torch.equal(visible, self._seen_from(length)):
+            most = int(self.hidden.max())
+            if most > length or not torch.equal(visible, self._seen_from(length)):
                 self._hide_least()
                 return False
-        elif self._padding is not None:
-            self.hidden.zero_()
-        torch.add(self.hidden, self._less, out=self.starts)
-        self._most_hidden = int(self.hidden.max())
-        if self._padding is not None and int(self.starts.min()) < 0:
-            self._hide_least()
-            raise ValueError("attention_mask shows padding that the prompt's has hidden: it is not stored")
+            self._most_hidden = most
+            torch.add(self.hidden, self._less, out=self.starts)
         return True
 
     def _hide_least(self) -> None:
-        """Shows all that is stored."""
-        torch.neg(self._less, out=self.hidden)
-        self.starts.zero_()
-        self._most_hidden = 0 if self._padding is None else max(self._padding.rows)
+        """Shows all but what is blank."""
+        self.hidden.copy_(self._least)
+        torch.add(self.hidden, self._less, out=self.starts)
+        self._most_hidden = 0 if self._blank is None else max(self._blank.rows)
 
     def _seen_from(self, length: int) -> torch.Tensor:
         return torch.arange(length + 1, device=self.ends.device) >= self.hidden[:, None]
 
     def set_length(self, length: int) -> None:
         """Brings the ends to one past a row at ``length``."""
-        if self._most_hidden > length:  # of other sequences
-            self._hide_least()
         torch.add(self._less, length + 1, out=self.ends)
 
     @contextlib.contextmanager
@@ -238,17 +233,56 @@ class Step:
 
 @contextlib.contextmanager
 def attending(to: Any, configs: list[Any]) -> Iterator[None]:
-    """While it lasts the attention of the model with these configurations is that of a step, or something like it."""
+    """While it lasts the attention of the model with these configurations is that of a step, or something like it.
+
+    It is so for this thread; what others call meanwhile is handed on to what the configurations named before.
+    """
     token = _running.set(to)
-    before = [(config, config._attn_implementation) for config in configs]
-    try:
-        for config, _ in before:
+    with _naming:
+        for config in configs:
+            named = _named.setdefault(id(config), _Named(config, config._attn_implementation))
+            named.times += 1
             config._attn_implementation_internal = _NAME
+    try:
         yield
     finally:
-        for config, name in before:
-            config._attn_implementation_internal = name
+        with _naming:
+            for config in configs:
+                named = _named[id(config)]
+                named.times -= 1
+                if not named.times:
+                    config._attn_implementation_internal = named.before
+                    del _named[id(config)]
         _running.reset(token)
+
+
+@dataclass
+class _Named:
+    """A configuration that names this attention for a while, so many times at once."""
+
+    config: Any
+    before: str
+    times: int = 0
+
+
+_naming = threading.Lock()
+_named: dict[int, _Named] = {}
+
+
+def _name_of(config: Any) -> str:
+    """What is meant by another thread whose configuration names this attention."""
+    named = _named.get(id(config))
+    names = {each.before for each in list(_named.values())} if named is None else {named.before}
+    if len(names) != 1:
+        raise RuntimeError(f"the attention {_NAME!r} runs within the decode steps of a VirtualCache only")
+    return names.pop()
+
+
+def _hand_on(module: Any, *args: Any, **options: Any) -> Any:
+    name = _name_of(getattr(module, "config", None))
+    if name in ALL_ATTENTION_FUNCTIONS:
+        return ALL_ATTENTION_FUNCTIONS[name](module, *args, **options)
+    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **options)
 
 
 def running() -> Any:
@@ -262,19 +296,18 @@ def _attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **others: Any,
-) -> tuple[torch.Tensor, None]:
+    **options: Any,
+) -> Any:
+    names = ("scaling", "sliding_window", "softcap", "s_aux")
+    scaling, sliding_window, softcap, s_aux = map(options.get, names)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if torch.compiler.is_compiling():
-        options = (module.layer_idx, scale, softcap or 0.0, sliding_window or 0, s_aux)
-        return torch.ops.vattn.decode(query, key, value, *options), None
+        plain = (module.layer_idx, scale, softcap or 0.0, sliding_window or 0, s_aux)
+        return torch.ops.vattn.decode(query, key, value, *plain), None
     step = running()
     if step is None:
-        raise RuntimeError(f"the attention {_NAME!r} runs within the decode steps of a VirtualCache only")
+        return _hand_on(module, query, key, value, attention_mask, **options)
+    others = {name: value for name, value in options.items() if name not in names}
     if attention_mask is not None:
         raise UnsupportedError("it makes a mask of its own", of_model=True)
     if strange := [name for name in ("position_bias", "head_mask") if others.get(name) is not None]:
@@ -289,15 +322,16 @@ def _attention(
     return out, None
 
 
-def _mask(
-    *args: Any, mask_function: Callable[..., Any], local_size: int | None = None, use_vmap: bool = False, **others: Any
-) -> None:
+def _mask(*args: Any, **options: Any) -> Any:
     """No mask: a step sees all rows, or those of its window. What is neither is refused."""
     if torch.compiler.is_compiling():
-        return  # it was looked at before
+        return None  # it was looked at before
+    if running() is None:
+        return ALL_MASK_ATTENTION_FUNCTIONS[_name_of(options.get("config"))](*args, **options)
+    local_size, mask_function = options.get("local_size"), options["mask_function"]
     if local_size == 0:
-        return  # for layers that a model does not have
-    if use_vmap:
+        return None  # for layers that a model does not have
+    if options.get("use_vmap"):
         raise UnsupportedError("it adds to the mask", of_model=True)
     with torch.device("cpu"):
         zero = torch.zeros((), dtype=torch.int64)
@@ -310,6 +344,7 @@ def _mask(
     expected = [(rows <= at) & (rows > at - (local_size or len(rows))) for at in rows[[1, -1]]]
     if not all(map(torch.equal, seen, expected)):
         raise UnsupportedError("its mask is neither causal nor a sliding window", of_model=True)
+    return None
 
 
 AttentionInterface.register(_NAME, _attention)

@@ -164,6 +164,7 @@ class Store:
         self.recording = False
         self.floor = 0  # while recording: the length at the last crop, which must stay reachable
         self.padding: Padding | None = None  # while rows are stored without it
+        self.blank: Padding | None = None  # what of the rows is not stored, or was not and is zeros now
         self._hidden: Padding | None = None  # of a prompt that is to come
         self.ahead: Callable[[], None] | None = None  # waits for a step that runs at the length so far, uncalled for
         self.closed = False
@@ -229,11 +230,18 @@ class Store:
     def unpadded(self, mask: torch.Tensor | None) -> Iterator[None]:
         """While it lasts a prompt is stored without the padding on the left that a mask hides, ``[batch, length]``."""
         empty = not any(self.lengths) and not self.recording and not self.open_ended and all(self.cached)
-        self._hidden = Padding.of(mask) if mask is not None and empty else None
+        before = self._hidden
+        if mask is not None:
+            self._hidden = Padding.of(mask) if empty else None
         try:
             yield
         finally:
-            self._hidden = None
+            self._hidden = before
+
+    def require_hidden(self, mask: torch.Tensor | None) -> None:
+        """Raises ValueError where a mask, ``[batch, length]``, shows what is not stored; None shows all."""
+        if self.blank is not None and any(self.lengths) and self.blank.shown(mask):
+            raise ValueError("attention_mask shows padding that the prompt's has hidden: it is not stored")
 
     def append_apart(self, index: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Appends K and V of one layer to rows that are stored without their padding, or in fewer bits.
@@ -242,9 +250,9 @@ class Store:
         stored as they are.
         """
         first = not any(self.lengths)
-        if first and self.padding is not self._hidden:
+        if first:
             self._require_open()
-            self.padding = self._hidden
+            self.padding = self.blank = self._hidden
         scales = self.options.scales
         if self.padding is None and scales is None:
             return None
@@ -260,27 +268,27 @@ class Store:
                 self._set_rows(place, batch)
                 self._find_twins(place, k, v, start)
             if self.twins > 1:  # which share memory as they are
-                self.padding = None
+                self.padding = self.blank = None
             if self.padding is None and scales is None:
                 return None
             self._set_rows(place, batch)
-            keep = self._each(self._keep(place))
-            self.caches[place].grow_all(self.rows[place], self._each(start + n), keep=keep)
+            mine = self.rows[place]
+            if any(row.length < held for row, held in zip(mine, self._held(start + n, mine), strict=True)):
+                self.caches[place].grow_all(mine, self._each(start + n), keep=self._each(self._keep(place)))
         lane, padding = self.lanes[index], self.padding
         first_seen, end = 0 if lane.window is None else max(start - lane.window + 1, 0), start + n
         with torch.no_grad():
-            for rows, states in zip(
-                lane.rows(index, batch, 0, self.options.max_len), self._rounded(index, k, v), strict=True
-            ):
+            every = lane.rows(index, batch, 0, self.options.max_len)
+            for rows, states in zip(every, self._rounded(index, k, v), strict=True):
                 if padding is None:
                     rows[:, :, start:end] = states
                 else:
                     padding.write(rows, states, start)
             if start == 0:
                 return k, v
-            held = lane.rows(index, batch, first_seen, end)
-            if padding is not None:
-                every = lane.rows(index, batch, 0, self.options.max_len)
+            if padding is None:
+                held = lane.rows(index, batch, first_seen, end)
+            else:
                 held = padding.padded(every[0], first_seen, end), padding.padded(every[1], first_seen, end)
             return self._read(index, *held)
 
@@ -293,38 +301,69 @@ class Store:
 
     def _read(self, index: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What is stored of a layer as the model computes with it."""
-        if (scales := self.options.scales) is None:
+        if (scales := self.options.scales) is None or index not in self.signatures:  # there is nothing of it yet
             return k, v
         k_scale, v_scale = scales.at(index, k.device)
         k_dtype, v_dtype = self.signatures[index][3:5]
         return scales.read(k, k_scale, k_dtype), scales.read(v, v_scale, v_dtype)
 
     def restore_padding(self) -> None:
-        """Stores rows as they are, with zeros where what was hidden has been."""
+        """Stores rows as they are, with zeros where what was hidden has been.
+
+        When it finds no memory nothing has changed; when it is interrupted while rows move the cache is empty.
+        """
         padding = self.padding
         if padding is None or not any(self.lengths):
             self.padding = None
             return
         self.land()
-        for place, all_rows in self.rows.items():
-            cache, length = self.caches[place], max(self.lengths[layer] for layer in self._layers_of(place))
-            cache.grow_all(all_rows, length, keep=padding.stored(self._keep(place)))
-            if cache.shares(all_rows, 0):
-                cache.own_all(all_rows, 0)
+        blocks: dict[Any, torch.Tensor] = {}
+        try:
+            for place, all_rows in self.rows.items():
+                cache, length = self.caches[place], max(self.lengths[layer] for layer in self._layers_of(place))
+                cache.grow_all(all_rows, length, keep=padding.stored(self._keep(place)))
+                if cache.shares(all_rows, 0):
+                    cache.own_all(all_rows, 0)
+                for layer in self._filled(place):
+                    for rows in self.lanes[layer].rows(layer, 1, 0, _MOVED_AT_ONCE):
+                        if (rows.shape, rows.dtype, place) not in blocks:
+                            blocks[rows.shape, rows.dtype, place] = torch.empty_like(rows[0])
+        except BaseException:
+            self._shorten()
+            raise
         self.padding = None
-        for place, all_rows in self.rows.items():
-            for layer in self._filled(place):
-                firsts = self._firsts(place, layer)
-                with torch.no_grad():
-                    for rows in self.lanes[layer].rows(layer, len(all_rows), 0, self.options.max_len):
-                        padding.restore(rows, firsts, self.lengths[layer])
-                moved = [first + pad for first, pad in zip(firsts, padding.rows, strict=True) if first]
-                if moved:
-                    self.moved[layer] = max(moved)
+        try:
+            for place in self.rows:
+                for layer in self._filled(place):
+                    self._restore_layer(place, layer, padding, blocks)
+        except BaseException:
+            self.reset()
+            raise
+
+    def _restore_layer(self, place: Place, layer: int, padding: Padding, blocks: dict[Any, torch.Tensor]) -> None:
+        firsts, batch, lane = self._firsts(place, layer), len(self.rows[place]), self.lanes[layer]
+        some = lane.rows(layer, 1, 0, _MOVED_AT_ONCE)
+        with torch.no_grad():
+            for part, rows in zip(some, lane.rows(layer, batch, 0, self.options.max_len), strict=True):
+                padding.restore(rows, firsts, self.lengths[layer], blocks[part.shape, part.dtype, place])
+        moved = [first + pad for first, pad in zip(firsts, padding.rows, strict=True) if first]
+        if moved:
+            self.moved[layer] = max(moved)
 
     def _each(self, length: int) -> int | list[int]:
         """What each row holds of so many positions."""
         return length if self.padding is None else self.padding.stored(length)
+
+    def _held(self, length: int, rows: list[Sequence]) -> list[int]:
+        return [length] * len(rows) if self.padding is None else self.padding.stored(length)
+
+    def _shorten(self) -> None:
+        """Takes back what rows were grown by for something that has failed: a fork would share it."""
+        for place, rows in self.rows.items():
+            length = max((self.lengths[layer] for layer in self._layers_of(place)), default=0)
+            for row, held in zip(rows, self._held(length, rows), strict=True):
+                if row.length > held:
+                    row.truncate(held)
 
     @contextlib.contextmanager
     def _unlearning(self, index: int) -> Iterator[None]:
@@ -381,12 +420,7 @@ class Store:
             return
         wait, self.ahead = self.ahead, None
         wait()
-        for place, rows in self.rows.items():
-            if self.padding is None:
-                self.caches[place].truncate_all(rows, self.lengths[0])
-                continue
-            for row, length in zip(rows, self.padding.stored(self.lengths[0]), strict=True):
-                row.truncate(length)
+        self._shorten()
 
     def _find_twins(self, place: Place, k: torch.Tensor, v: torch.Tensor, start: int) -> None:
         """Notes whether the rows of a prompt are the same in groups, as beams and return sequences begin."""
@@ -417,6 +451,7 @@ class Store:
         """Gives rows that were the same so far a memory, shared or their own."""
         if self.twins == 1:
             return
+        self._shorten()
         if self._uneven():
             share = "copy"
         for place, rows in self.rows.items():
@@ -478,7 +513,7 @@ class Store:
         if alone and batch > 1:
             k, v = lane.rows(index, 1, first, length)
             return k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)
-        return self._read(index, *lane.rows(index, len(self.rows[self.placed[index][0]]), first, length))
+        return self._read(index, *lane.rows(index, batch, first, length))
 
     def truncate(self, lengths: list[int]) -> None:
         """Shortens the layers to ``lengths``; what no layer needs any more may be given away."""
@@ -486,6 +521,7 @@ class Store:
         if any(lengths):
             self.restore_padding()
         self.padding = None
+        self.blank = self.blank and self.blank.cropped(max(lengths, default=0))
         for layer, first in self.moved.items():
             window, length = self.windows[layer] or 0, lengths[layer]
             if length and max(length - window + 1, 0) < first:
@@ -514,7 +550,7 @@ class Store:
         """Ends every row; their memory is parked for the next batch. What layers looked like is forgotten."""
         self._require_open()
         self.twins = 1
-        self.padding = None
+        self.padding = self.blank = None
         self.ready.clear()
         self.seen.clear()
         self.signatures.clear()
@@ -541,6 +577,7 @@ class Store:
         self._require_slots(batch)
         self.settle()
         self.restore_padding()
+        self._shorten()
         self.ready.clear()
         self._rebuild({place: 2 * batch for place in self.caches if self._room(place) < batch})
         chosen = indices.tolist()
@@ -572,6 +609,7 @@ class Store:
                 self.moved.update(dict.fromkeys(lane.layers, first[lane.layers[0]]))
         for place in places:
             self._close_rows(place, batch)
+        self.blank = self.blank and self.blank.chosen(chosen)
         shortest = min(self.lengths[layer] for layer in self.placed)
         self.common = [[shortest if a == b else min(shortest, self.common[a][b]) for b in chosen] for a in chosen]
 
@@ -579,10 +617,11 @@ class Store:
         """A copy with memory of its own."""
         self._require_open()
         bases = {place: cache.free_slots(len(self.rows[place])) for place, cache in self.caches.items()}
+        self._shorten()
         if None in bases.values():
             self.restore_padding()
         other = Store(list(self.windows), list(self.cached), self.options)
-        other.padding = self.padding
+        other.padding, other.blank = self.padding, self.blank
         other.open_ended = self.open_ended
         other.seen, other.signatures, other.placed = dict(self.seen), dict(self.signatures), dict(self.placed)
         other.lengths, other.floor, other.recording = list(self.lengths), self.floor, self.recording
@@ -636,7 +675,7 @@ class Store:
         # Under autocast the two may differ; writing converts, and nothing is lost.
         dtype = torch.promote_types(k.dtype, v.dtype)
         if (scales := self.options.scales) is not None:
-            scales.check(index, len(self.windows), k.shape[1])
+            scales.check(index, None if self.open_ended else len(self.windows), k.shape[1])
         shape = LayerShape(
             kv_heads=k.shape[1],
             head_dim=k.shape[3],
