@@ -48,7 +48,7 @@ PYTHON = {
     "padding.py": set(),
     "scales.py": set(),
     "store.py": {"cache", "device", "errors", "kernels", "layout", "padding", "scales", "sequence"},
-    "append.py": set(),
+    "append.py": {"scales"},
     "step.py": {"append", "cache", "kernels", "padding", "store"},
     "prompt.py": {"kernels", "step"},
     "attach.py": set(),

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from vattn.scales import rounded
+
 
 def append(
     k_new: torch.Tensor,
@@ -33,9 +35,8 @@ def append(
         at = ends.long() - 1
         for new, slots, scale in zip((k_new, v_new), (k, v), scales, strict=True):
             if slots.dtype.itemsize == 1:
-                limit = torch.finfo(slots.dtype).max
-                new = (new if scale is None else new / scale[:, None]).clamp(-limit, limit)
-                slots.view(torch.uint8)[rows, at] = new.to(slots.dtype).view(torch.uint8)
+                stored = rounded(new[:, :, None], scale, slots.dtype)[:, :, 0]
+                slots.view(torch.uint8)[rows, at] = stored.view(torch.uint8)
             else:
                 slots[rows, at] = new.to(slots.dtype)
         return

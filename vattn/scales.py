@@ -9,6 +9,12 @@ import torch
 FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 
+def rounded(states: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """States ``[..., kv_heads, n, dim]`` over the scales of their heads, and no larger than a dtype goes."""
+    limit = torch.finfo(dtype).max
+    return (states if scale is None else states / scale[:, None, None]).clamp(-limit, limit).to(dtype)
+
+
 class Scales:
     """The dtype that K and V are stored in, and what they are divided by.
 
@@ -22,7 +28,6 @@ class Scales:
         if name not in FORMATS:
             raise ValueError(f"kv_dtype must be one of {', '.join(FORMATS)}, not {name!r}")
         self.dtype = getattr(torch, name)
-        self._limit = torch.finfo(self.dtype).max
         self._of: list[torch.Tensor] = []
         for scale in scales or ():
             self._of.append(torch.as_tensor(scale, dtype=torch.float32).detach())
@@ -60,9 +65,7 @@ class Scales:
 
     def rounded(self, states: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         """K or V ``[batch, kv_heads, n, dim]`` as they are stored; what is too large becomes the largest there is."""
-        if scale is not None:
-            states = states / scale[:, None, None]
-        return states.clamp(-self._limit, self._limit).to(self.dtype)
+        return rounded(states, scale, self.dtype)
 
     def read(self, stored: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """What is stored, as the model computes with it."""

@@ -273,8 +273,9 @@ class Store:
                 return None
             self._set_rows(place, batch)
             mine = self.rows[place]
-            if any(row.length < held for row, held in zip(mine, self._held(start + n, mine), strict=True)):
-                self.caches[place].grow_all(mine, self._each(start + n), keep=self._each(self._keep(place)))
+            lengths = self._held(start + n, mine)
+            if any(row.length < length for row, length in zip(mine, lengths, strict=True)):
+                self.caches[place].grow_all(mine, lengths, keep=self._held(self._keep(place), mine))
         lane, padding = self.lanes[index], self.padding
         first_seen, end = 0 if lane.window is None else max(start - lane.window + 1, 0), start + n
         with torch.no_grad():
@@ -350,11 +351,8 @@ class Store:
         if moved:
             self.moved[layer] = max(moved)
 
-    def _each(self, length: int) -> int | list[int]:
-        """What each row holds of so many positions."""
-        return length if self.padding is None else self.padding.stored(length)
-
     def _held(self, length: int, rows: list[Sequence]) -> list[int]:
+        """What each row holds of so many positions."""
         return [length] * len(rows) if self.padding is None else self.padding.stored(length)
 
     def _shorten(self) -> None:
@@ -401,7 +399,8 @@ class Store:
         self.settle()
         self.ready.clear()
         keep = self._room_before(place, self.floor if self.recording else length)
-        cache.grow_all(self.rows[place], self._each(length + 1), keep=self._each(keep))
+        rows = self.rows[place]
+        cache.grow_all(rows, self._held(length + 1, rows), keep=self._held(keep, rows))
         return cache, self.bases[place], length
 
     def grow_ahead(self, length: int) -> bool:
@@ -409,7 +408,7 @@ class Store:
         [cache] = self.caches.values()
         [rows] = self.rows.values()
         try:
-            cache.grow_all(rows, self._each(length + 1), keep=0)
+            cache.grow_all(rows, self._held(length + 1, rows), keep=0)
         except Error:
             return False
         return True
@@ -521,7 +520,6 @@ class Store:
         if any(lengths):
             self.restore_padding()
         self.padding = None
-        self.blank = self.blank and self.blank.cropped(max(lengths, default=0))
         for layer, first in self.moved.items():
             window, length = self.windows[layer] or 0, lengths[layer]
             if length and max(length - window + 1, 0) < first:
@@ -542,6 +540,7 @@ class Store:
             if rows and shortest < longest and self.caches[place].shares(rows, shortest):
                 self.caches[place].own_all(rows, shortest)  # the shorter layers write where the longer have their rows
         self.lengths = lengths
+        self.blank = self.blank and self.blank.cropped(max(lengths, default=0))
         self.moved = {layer: first for layer, first in self.moved.items() if lengths[layer]}
         self.floor = max(lengths, default=0)
         self.ready.clear()
@@ -852,23 +851,27 @@ class Store:
 
     def _firsts(self, place: Place, layer: int) -> list[int]:
         """The first position of a layer that each row still has in its slot."""
-        cache = self.caches[place]
-        group = next(group for group in cache.layout.groups if layer in group.layers)
-        at = group.layers.index(layer)
-        planes = [plane for plane in (group.k_planes[at], group.v_planes[at]) if cache.layout.planes[plane].window]
-        return [max((cache.first_row(row.slot, plane) for plane in planes), default=0) for row in self.rows[place]]
+        group = next(group for group in self.caches[place].layout.groups if layer in group.layers)
+        at, planes = group.layers.index(layer), self._plane_firsts(place)
+        everything = [0] * len(self.rows[place])
+        k, v = (planes.get(plane, everything) for plane in (group.k_planes[at], group.v_planes[at]))
+        return list(map(max, k, v))
 
-    def _first_rows(self, place: Place) -> dict[int, int]:
-        """For each layer of a place, the first position that every row still has: windows give back the others."""
+    def _plane_firsts(self, place: Place) -> dict[int, list[int]]:
+        """For each plane with a window, the first position that each row still has in its slot."""
         cache = self.caches[place]
-        firsts = {
-            number: max((cache.first_row(row.slot, number) for row in self.rows[place]), default=0)
+        return {
+            number: [cache.first_row(row.slot, number) for row in self.rows[place]]
             for number, plane in enumerate(cache.layout.planes)
             if plane.window
         }
+
+    def _first_rows(self, place: Place) -> dict[int, int]:
+        """For each layer of a place, the first position that every row still has: windows give back the others."""
+        firsts = {number: max(rows, default=0) for number, rows in self._plane_firsts(place).items()}
         return {
             layer: max(firsts.get(k, 0), firsts.get(v, 0), self.moved.get(layer, 0))
-            for group in cache.layout.groups
+            for group in self.caches[place].layout.groups
             for layer, k, v in zip(group.layers, group.k_planes, group.v_planes, strict=True)
         }
 
