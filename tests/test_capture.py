@@ -16,7 +16,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from vattn import CACHE_KEYWORD, KVCache, OutOfPages, SequenceTooLong, VirtualCache, decode, store
+from vattn import CACHE_KEYWORD, KVCache, OutOfPages, SequenceTooLong, VirtualCache, decode, plan, store
 
 
 class Retold:
@@ -50,13 +50,13 @@ def device(request, monkeypatch):
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *device: 0)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
         monkeypatch.setattr(decode, "record", lambda run, pool, stream: (graph := Retold(run), graph.output))
-        made = decode._Plan.__init__
+        made = plan.Plan.__init__
 
         def capturable(self, *args):
             made(self, *args)
             self.capturable = True
 
-        monkeypatch.setattr(decode._Plan, "__init__", capturable)
+        monkeypatch.setattr(plan.Plan, "__init__", capturable)
     return request.param
 
 
@@ -326,7 +326,7 @@ def test_an_error_around_a_step_that_begins_leaves_nothing_of_it(where, device, 
     model.generation_config.eos_token_id = None
     expected = generated(model, DynamicCache(config=model.config), max_new_tokens=30)
     with virtual_of(model) as cache:
-        owner = store.Store if where == "grow_ahead" else decode._Plan
+        owner = store.Store if where == "grow_ahead" else plan.Plan
         original, calls = getattr(owner, where), []
 
         def interrupted(*args):
@@ -386,8 +386,8 @@ def test_weights_laid_elsewhere_by_another_cache_are_noticed_before_a_replay(dev
     model.generation_config.eos_token_id = None
     expected = generated(model, DynamicCache(config=model.config), max_new_tokens=24)
     with virtual_of(model) as cache, virtual_of(model, compiled=True) as other:
-        replays, replay = [], decode._Plan.replay
-        monkeypatch.setattr(decode._Plan, "replay", lambda self: (replays.append(self.stayed()), replay(self)))
+        replays, replay = [], plan.Plan.replay
+        monkeypatch.setattr(plan.Plan, "replay", lambda self: (replays.append(self.stayed()), replay(self)))
         criteria = StoppingCriteriaList([At(20, lambda: generated(model, other, max_new_tokens=4))])
         got = generated(model, cache, max_new_tokens=24, stopping_criteria=criteria)
         assert torch.equal(got, expected)

@@ -20,10 +20,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from vattn.attach import Forward, attach
 from vattn.cache import CacheStats, KVCache
-from vattn.decode import Decoder, tokens_of
+from vattn.decode import Decoder
 from vattn.decode import DecodeStats as DecodeStats
 from vattn.device import TrimOnOOM
 from vattn.layout import Kind
+from vattn.plan import tokens_of
 from vattn.scales import Scales
 from vattn.step import running
 from vattn.store import Options, Store, write

@@ -1,0 +1,341 @@
+"""``Plan``: the steps of one batch size and one set of arguments, their inputs in place and their graph."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+from vattn.attach import CACHE_KEYWORDS, Forward, Greedy
+from vattn.step import Outline, Step, UnsupportedError
+from vattn.store import Store
+
+
+@dataclass
+class Call:
+    """A model's call as a decode step: its ids, its mask, the tensors and what else it was given."""
+
+    forward: Forward
+    store: Store
+    ids: torch.Tensor  # [batch, 1]
+    mask: torch.Tensor | None  # [batch, length + 1]
+    tensors: dict[str, torch.Tensor | None]  # None: to be made up
+    caches: dict[str, Any]  # by keyword
+    others: dict[str, Any]
+    given: dict[str, Any]
+    length: int = -1  # of the sequences before it
+
+    @property
+    def rounded(self) -> bool:
+        return self.store.options.scales is not None
+
+    @property
+    def key(self) -> Any:
+        shapes = tuple((name, None if t is None else (t.shape, t.dtype)) for name, t in self.tensors.items())
+        return shapes, tuple(self.caches), tuple(sorted(self.others.items()))
+
+    @classmethod
+    def of(cls, forward: Forward, store: Store, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        """None where it is none, or has arguments that are not known to be the same in every step."""
+        parameters = forward.parameters
+        given = dict(kwargs)
+        if args:
+            if len(args) > 1 or "input_ids" in kwargs or parameters[:1] != ("input_ids",):
+                return None
+            given["input_ids"] = args[0]
+        ids = given.get("input_ids")
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.shape[1] != 1 or "position_ids" not in parameters:
+            return None
+        mask = given.get("attention_mask")
+        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
+            return None
+        tensors: dict[str, torch.Tensor | None] = {"input_ids": ids, "position_ids": None}
+        if "cache_position" in parameters:
+            tensors["cache_position"] = None
+        caches, others = {}, {}
+        for name, value in given.items():
+            if name in ("input_ids", "attention_mask") or value is None:
+                continue
+            if name in ("position_ids", "cache_position") and isinstance(value, torch.Tensor):
+                tensors[name] = value
+            elif name in CACHE_KEYWORDS:
+                caches[name] = value
+            elif isinstance(value, (bool, int, float, str)):
+                others[name] = value
+            else:
+                return None
+        if others.get("output_attentions") or others.get("output_hidden_states") or others.get("return_dict") is False:
+            return None
+        return cls(forward, store, ids, mask, tensors, caches, others, given)
+
+
+class Plan:
+    """The steps of one batch size: what they are given in place, and their graph once there is one."""
+
+    def __init__(
+        self,
+        step: Step,
+        call: Call,
+        windows: list[int],
+        stream: torch.cuda.Stream | None,
+        ahead: torch.cuda.Stream | None,
+    ) -> None:
+        self.step = step
+        self.length = -1  # at the last step
+        model = call.forward.model
+        self._model = weakref.ref(model)
+        self._moves = call.forward.moves
+        modules = list(model.modules())
+        self.configs = configs_of(model)
+        self._weights = _weights(model)
+        self._addresses = _addresses(self._weights)
+        self._state = state_of(model, self.configs)
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._adapters = [
+            (vars(module), name, copy.copy(value))
+            for module in modules
+            for name, value in vars(module).items()
+            if "adapter" in name and isinstance(value, (bool, str, list))
+        ]
+        device, batch = call.ids.device, call.ids.shape[0]
+        shapes = {"position_ids": (batch, 1), "cache_position": (1,)}
+        with torch.inference_mode(False):
+            self._tensors = {
+                name: torch.zeros(shapes[name], dtype=torch.int64, device=device)
+                if tensor is None
+                else torch.empty_like(tensor)
+                for name, tensor in call.tensors.items()
+            }
+        self._made_up = [name for name, tensor in call.tensors.items() if tensor is None]
+        self._set_length = -1
+        self.refused = False
+        self._tested: set[bool] = set()  # steps with padding or without that agreed with transformers'
+        self._windows = windows  # that no step so far has been long enough for
+        self.replays_tested = False
+        self.replayed = False  # the last step, which nothing has been computed behind
+        self.early = False  # the last step, before its call
+        self.compiled: Any = None  # the model's forward; False when it is not
+        self.graph: Any = None
+        self.graph_bytes = 0
+        self.captured_at = -1
+        self.captured: tuple[type, dict[str, Any]] | None = None  # the class of the output and its fields
+        self.stream = stream
+        self.begun = -1  # the length of a step that has begun before its call
+        self._ahead = ahead
+        if ahead is not None:
+            self._guessed, self._done = (torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
+        self.capturable = device.type == "cuda"
+
+    def is_of(self, forward: Forward, *, everything: bool) -> bool:
+        """Whether the model is the one, as far as can be said at once, or with ``everything`` in all it computes by."""
+        model = forward.model
+        if self._model() is not model or self._moves != forward.moves:
+            return False
+        if _addresses(self._weights[:1]) != self._addresses[:1]:
+            return False
+        if not everything:
+            return True
+        return _addresses(_weights(model)) == self._addresses and state_of(model, self.configs) == self._state
+
+    def stayed(self) -> bool:
+        """Whether the weights are where they were, the adapters too, and there still are no hooks."""
+        return (
+            _addresses(self._weights) == self._addresses
+            and not any(self._hooks)
+            and all(settings[name] == value for settings, name, value in self._adapters)
+        )
+
+    def obstacle(self) -> str | None:
+        """What of the model a graph would leave out."""
+        if any(self._hooks):
+            return "the model has forward hooks, which a replay does not call"
+        if any(t.numel() and not t.data_ptr() for t in self._weights):
+            return "the model's weights have no address"
+        return None
+
+    def tested(self, length: int) -> bool:
+        """Whether steps like one at this length have agreed with transformers'."""
+        return self.step.padded in self._tested and not any(window <= length for window in self._windows)
+
+    def note_tested(self, length: int) -> None:
+        self._tested.add(self.step.padded)
+        self._windows = [window for window in self._windows if window > length]
+
+    def note_captured(self, graph: Any, output: Any, length: int) -> None:
+        self.graph, self.captured_at, self.replays_tested = graph, length, False
+        self.captured = type(output), {n: v if isinstance(v, torch.Tensor) else None for n, v in output.items()}
+
+    def fill(self, call: Call) -> None:
+        given = self._given(call)
+        torch._foreach_copy_([mine for mine, _ in given], [theirs for _, theirs in given], non_blocking=True)
+        self.set_length(call.length)
+
+    def set_padding(self, store: Store, length: int) -> None:
+        if self.step.set_padding(store.padding, store.blank, length):
+            self._set_length = -1
+
+    def set_length(self, length: int) -> None:
+        """Brings what is made up of the length to it."""
+        if length != self._set_length:
+            for name in self._made_up:
+                self._tensors[name].fill_(length)
+            self.step.set_length(length)
+            self._set_length = length
+
+    def run(self, call: Call, *, compiled: bool = False) -> Any:
+        caches = {name: Outline(call.store.windows) for name in call.caches} if compiled else call.caches
+        with self.step.run(call.store, call.length, self.configs):
+            output = (self.compiled if compiled else call.forward.original)(**call.others, **caches, **self._tensors)
+        if not isinstance(output, ModelOutput):
+            raise UnsupportedError("its output is no ModelOutput")
+        for name, value in output.items():
+            if not isinstance(value, (torch.Tensor, Cache)):
+                raise UnsupportedError(f"its output has {name}, which is no tensor")
+        return output
+
+    def steady(self, length: int) -> bool:
+        """Whether a step at this length is a replay, and nothing of it is left to be tested."""
+        return self.graph is not None and self.replays_tested and self.tested(length)
+
+    def replay(self) -> None:
+        self.graph.replay()
+        self.replayed = True
+
+    def output(self, call: Call) -> Any:
+        """Of the last replay, for the caller to keep."""
+        assert self.captured is not None
+        kind, fields = self.captured
+        cache = next(iter(call.caches.values()))
+        return kind(**{name: cache if value is None else value.clone() for name, value in fields.items()})
+
+    def again(self) -> None:
+        self.set_length(self.length)
+        self.graph.replay()
+
+    @property
+    def guesses(self) -> bool:
+        """Whether the tokens and positions of the next step can be told from this one's."""
+        logits = self.captured and self.captured[1].get("logits")
+        ids = self._tensors["input_ids"]
+        return logits is not None and logits.dim() == 3 and len(logits) == len(ids) and ids.dtype == torch.int64
+
+    def begin(self, length: int, run: Greedy) -> None:
+        """Replays the step at this length behind the one before, with the tokens of its highest logits."""
+        assert self.captured is not None
+        ids, logits = self._tensors["input_ids"], self.captured[1]["logits"][:, -1]
+        with self._ahead_of_call():
+            if len(ids) > 1 and run.ends:
+                ended = functools.reduce(torch.logical_or, (ids == end for end in {run.pad, *run.ends}))
+                ids.copy_(torch.where(ended, run.pad, logits.argmax(-1, keepdim=True)))
+            else:
+                torch.argmax(logits, dim=-1, keepdim=True, out=ids)
+            for name, tensor in self._tensors.items():
+                if name != "input_ids" and name not in self._made_up:
+                    tensor.add_(1)
+            self.set_length(length)
+            if self._ahead is not None:
+                self._guessed.record()
+            self.graph.replay()
+        self.begun = length
+
+    @contextlib.contextmanager
+    def _ahead_of_call(self) -> Iterator[None]:
+        """On a stream where what the caller does with the last step is not waited for."""
+        if self._ahead is None:
+            yield
+            return
+        self._ahead.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._ahead):
+            try:
+                yield
+            finally:
+                self._done.record()
+
+    def fits(self, call: Call) -> bool:
+        """Whether the step that has begun is the one that is called for."""
+        if self._ahead is not None:
+            torch.cuda.current_stream().wait_event(self._guessed)
+        return all(torch.equal(mine, theirs) for mine, theirs in self._given(call))
+
+    def _given(self, call: Call) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What the graph reads and what a call gives for it."""
+        return [(self._tensors[name], tensor) for name, tensor in call.tensors.items() if tensor is not None]
+
+    def wait(self) -> None:
+        """What the stream does from now on comes behind the step that has begun."""
+        self.begun = -1
+        self.replayed = False
+        if self._ahead is not None:
+            torch.cuda.current_stream(self._ahead.device).wait_event(self._done)
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """On a stream of its own, as a capture is: libraries set themselves up there."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:
+            torch.cuda.current_stream().wait_stream(self.stream)
+
+
+def tokens_of(given: dict[str, Any]) -> Any:
+    """The tokens of a model's call, ``[batch, n, ...]``, or None."""
+    found = (given.get(name) for name in ("input_ids", "inputs_embeds"))
+    return next((t for t in found if isinstance(t, torch.Tensor) and t.dim() >= 2), None)
+
+
+def configs_of(model: Any) -> list[Any]:
+    """The configurations by which a model's modules choose their attention."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())
+
+
+def _weights(model: Any) -> list[torch.Tensor]:
+    """The tensors that hold a model's weights."""
+    found: list[torch.Tensor] = []
+
+    def add(tensor: torch.Tensor) -> None:
+        if hasattr(tensor, "__tensor_flatten__"):
+            for name in tensor.__tensor_flatten__()[0]:
+                add(getattr(tensor, name))
+        else:
+            found.append(tensor)
+
+    for tensors in (model.parameters(), model.buffers()):
+        for tensor in tensors:
+            add(tensor)
+    return found
+
+
+def _addresses(tensors: list[torch.Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def state_of(model: Any, configs: list[Any]) -> list[Any]:
+    """What a model's computation may depend on beside its weights, e.g. which adapter is active."""
+
+    def settings(of: Any) -> tuple[Any, ...]:
+        return tuple(
+            (name, tuple(map(str, value)) if isinstance(value, list) else value)
+            for name, value in vars(of).items()
+            if isinstance(value, (bool, int, float, str, list)) and name != "_attn_implementation_internal"
+        )
+
+    modules = [
+        (id(module), tuple(module._forward_hooks), tuple(module._forward_pre_hooks), id(vars(module).get("forward")))
+        for module in model.modules()
+    ]
+    names = [config._attn_implementation for config in configs]
+    return [modules, names, *map(settings, model.modules()), *map(settings, configs)]
