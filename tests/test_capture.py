@@ -50,13 +50,8 @@ def device(request, monkeypatch):
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *device: 0)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
         monkeypatch.setattr(decode, "record", lambda run, pool, stream: (graph := Retold(run), graph.output))
-        made = plan.Plan.__init__
-
-        def capturable(self, *args):
-            made(self, *args)
-            self.capturable = True
-
-        monkeypatch.setattr(plan.Plan, "__init__", capturable)
+        for module in (plan, decode):
+            monkeypatch.setattr(module, "capturable", lambda device: True)
     return request.param
 
 
@@ -91,14 +86,72 @@ def test_one_capture_serves_growth_and_every_later_call(name, device):
 
 def test_graphs_are_bounded(device):
     model = build("llama-gqa", "sdpa", device)
-    with virtual_of(model, slots=12) as cache:
-        for batch in range(1, 12):
+    with virtual_of(model, slots=48) as cache:
+        for batch in (1, 2, 4, 8, 16, 24, 32, 40, 48):
             expected = generated(model, DynamicCache(config=model.config), batch=batch)
             assert torch.equal(generated(model, cache, batch=batch), expected)
             cache.reset()
         stats = cache.decode_stats()
-        assert stats.captures == 11
+        assert stats.captures == 9
         assert stats.graphs == 8
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral", "mixtral", "gpt2"])
+def test_batches_of_other_sizes_share_a_graph(name, padded, device):
+    model = build(name, "sdpa", device)
+    with virtual_of(model) as cache:
+        for batch in (5, 8, 7, 3, 4, 6, 11, 16, 9):
+            options = {"batch": batch, "padded": padded, "length": 10 + 3 * batch}
+            expected = generated(model, DynamicCache(config=model.config), **options)
+            assert torch.equal(generated(model, cache, **options), expected)
+            cache.check()
+            cache.reset()
+        stats = cache.decode_stats()
+        assert stats.captures == stats.graphs == 3  # of 4, 8 and 16 rows
+        assert stats.ahead
+        assert model.forward.by_rows
+
+
+def test_rows_that_leave_a_batch(device):
+    model = build("llama-gqa", "sdpa", device)
+    model.generation_config.eos_token_id = None
+    whole = generated(model, DynamicCache(config=model.config), 7, 20, max_new_tokens=30)
+    with virtual_of(model) as cache:
+        generated(model, cache, 7, 20, max_new_tokens=10)
+        for keep, upto in (([0, 2, 3, 5, 6], 40), ([1, 3, 4], 50)):
+            kept = torch.tensor(keep, device=device)
+            whole = whole[kept]
+            cache.batch_select_indices(kept)
+            ids = whole[:, : cache.get_seq_length() + 1]
+            options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": upto - ids.shape[1]}
+            got = model.generate(ids, **options, do_sample=False, **{CACHE_KEYWORD: cache})
+            assert torch.equal(got, whole[:, :upto])
+            cache.check()
+        assert cache.decode_stats().captures == 2
+
+
+def test_a_graph_of_as_many_rows_as_slots(device):
+    model = build("llama-gqa", "sdpa", device)
+    with virtual_of(model, slots=5) as cache:
+        expected = generated(model, DynamicCache(config=model.config), batch=5)
+        assert torch.equal(generated(model, cache, batch=5), expected)
+        assert cache.decode_stats().captures == 1
+
+
+def test_rows_that_depend_on_each_other_have_graphs_of_their_own(device):
+    model = build("llama-gqa", "sdpa", device)
+    mlp = model.model.layers[1].mlp
+    alone = mlp.forward
+    mlp.forward = lambda x: alone(x - x.mean(0))
+    with virtual_of(model) as cache:
+        for batch in (3, 5, 3):
+            expected = generated(model, DynamicCache(config=model.config), batch=batch)
+            assert torch.equal(generated(model, cache, batch=batch), expected)
+            cache.reset()
+        assert not model.forward.by_rows
+        assert model.forward.refused is None
+        assert cache.decode_stats().captures == 2
 
 
 def test_weights_that_move_are_noticed(device):

@@ -53,21 +53,12 @@ PYTHON = {
     "prompt.py": {"kernels", "step"},
     "attach.py": set(),
     "compiled.py": set(),
-    "plan.py": {"attach", "step", "store"},
+    "plan.py": {"attach", "capture", "step", "store"},
     "capture.py": set(),
-    "decode.py": {
-        "attach",
-        "cache",
-        "capture",
-        "compiled",
-        "errors",
-        "kernels",
-        "padding",
-        "plan",
-        "prompt",
-        "step",
-        "store",
-    },
+    "decode.py": (
+        {"append", "attach", "cache", "capture", "compiled", "errors", "kernels", "padding", "plan", "prompt"}
+        | {"step", "store"}
+    ),
     "hf.py": {"attach", "cache", "decode", "device", "layout", "plan", "scales", "step", "store"},
     "swap.py": {"cache", "device", "layout"},
     "demo.py": {"hf", "layout"},

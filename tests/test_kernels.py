@@ -129,6 +129,22 @@ def test_decode(feature, kernel, task):
 
 @pytest.mark.parametrize(
     ("feature", "kernel", "task"),
+    [case for case in features(["plain", "softcap", "sinks"]) if case.values[1].capturable],
+)
+def test_a_span_without_rows(feature, kernel, task):
+    """Idle rows of a graph: of their slots nothing is mapped."""
+    require(kernel)
+    filled = Filled(kernel, task, [300, 0, 128, 0])
+    q = queries_of(task, 4)
+    how = how_of(feature, task)
+    spans = Spans.of([(0, 0, 300), (1, 0, 0), (2, 0, 128), (3, 0, 0)], task.device)
+    got = kernel.decode(q, filled.k, filled.v, spans, how)[[0, 2]]
+    now = Spans.of([(0, 0, 300), (2, 0, 128)], task.device)
+    close(got, expected(q[[0, 2]], filled.k, filled.v, now, [1, 1], how))
+
+
+@pytest.mark.parametrize(
+    ("feature", "kernel", "task"),
     [
         case
         for queries in ("first", "chunk")

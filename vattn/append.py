@@ -26,12 +26,14 @@ def append(
         v_new: ``[batch, kv_heads, v_head_dim]``.
         k: ``[batch, max_len, kv_heads, head_dim]``, a view of the batch's slots; their memory at that row is mapped.
         v: ``[batch, max_len, kv_heads, v_head_dim]``.
-        ends: int32 ``[batch]``.
+        ends: int32 ``[batch]``; of a slot that is idle 0, and nothing is written there.
         rows: int64 ``[batch]``, counting up from 0 on.
         scales: float32 ``[1]`` or ``[kv_heads]``, what K and V are divided by where they are stored in fewer bits.
     """
     kernel = _kernel() if k.is_cuda else None
     if kernel is None:
+        if not k.is_cuda and bool((idle := ends <= 0).any()):
+            k_new, v_new, ends, rows = (t[~idle] for t in (k_new, v_new, ends, rows))
         at = ends.long() - 1
         for new, slots, scale in zip((k_new, v_new), (k, v), scales, strict=True):
             if slots.dtype.itemsize == 1:
@@ -50,6 +52,11 @@ def append(
         dim=dim, v_dim=v_dim, block=block, limit=torch.finfo(k.dtype).max if k.dtype.itemsize == 1 else 0.0,
         scaled=scales[0] is not None, k_heads=k_scale.numel(), v_heads=v_scale.numel(),
     )  # fmt: skip
+
+
+def takes_idle(device: torch.device) -> bool:
+    """Whether slots may be idle in a step that is captured."""
+    return device.type == "cpu" or _kernel() is not None
 
 
 @functools.cache
@@ -71,17 +78,18 @@ def _kernel() -> Any:
         head = tl.program_id(1).to(tl.int64)
         row = (tl.load(ends + sequence) - 1).to(tl.int64)
         at = tl.arange(0, block)
-        new = tl.load(k_new + sequence * k_new_b + head * k_new_h + at * k_new_d, mask=at < dim)
+        k_part, v_part = (row >= 0) & (at < dim), (row >= 0) & (at < v_dim)
+        new = tl.load(k_new + sequence * k_new_b + head * k_new_h + at * k_new_d, mask=k_part)
         if scaled:
             new = new / tl.load(k_scale + head % k_heads)
         if limit > 0:
             new = tl.clamp(new.to(tl.float32), -limit, limit).to(k.dtype.element_ty)
-        tl.store(k + sequence * k_slot + row * k_row + head * k_head + at, new, mask=at < dim)
-        new = tl.load(v_new + sequence * v_new_b + head * v_new_h + at * v_new_d, mask=at < v_dim)
+        tl.store(k + sequence * k_slot + row * k_row + head * k_head + at, new, mask=k_part)
+        new = tl.load(v_new + sequence * v_new_b + head * v_new_h + at * v_new_d, mask=v_part)
         if scaled:
             new = new / tl.load(v_scale + head % v_heads)
         if limit > 0:
             new = tl.clamp(new.to(tl.float32), -limit, limit).to(v.dtype.element_ty)
-        tl.store(v + sequence * v_slot + row * v_row + head * v_head + at, new, mask=at < v_dim)
+        tl.store(v + sequence * v_slot + row * v_row + head * v_head + at, new, mask=v_part)
 
     return kernel

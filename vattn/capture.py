@@ -13,6 +13,11 @@ import torch
 _capturing = threading.RLock()
 
 
+def capturable(device: torch.device) -> bool:
+    """Whether there are graphs."""
+    return device.type == "cuda"
+
+
 @functools.cache
 def streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
     """For captures, and for what is looked at beside replays: few, since cuBLAS keeps memory for every stream."""

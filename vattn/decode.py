@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from vattn import compiled, kernels
+from vattn.append import takes_idle
 from vattn.attach import Forward, deciding, greedy
 from vattn.cache import KVCache
-from vattn.capture import record, streams
+from vattn.capture import capturable, record, streams
 from vattn.errors import Error
 from vattn.padding import hidden
 from vattn.plan import Call, Plan, configs_of, state_of, tokens_of
@@ -236,7 +237,8 @@ class Decoder:
         forward, store, length = call.forward, call.store, call.length
         for key in [key for key, plan in self._plans.items() if plan.step.cache is not cache]:
             del self._plans[key]  # it was built anew
-        key = (id(forward.model), base, call.key)
+        rows, spare = self._rows_of(call, base, cache.slots)
+        key = (id(forward.model), base, call.key(rows), spare)
         plan = None if anew else self._plans.get(key)
         if plan is not None and not plan.is_of(forward, everything=length != plan.length + 1):
             plan = None
@@ -247,14 +249,21 @@ class Decoder:
                 self._ahead = torch.cuda.Stream(call.ids.device)  # type: ignore[no-untyped-call]
             if self._compiled:
                 self._lay_side_by_side(forward)
-            step = Step(cache, base, call.ids.shape[0], self._attention, self.capture, side)
-            plan = self._plans[key] = Plan(step, call, windows, stream, self._ahead)
+            step = Step(cache, base, rows, self._attention, self.capture, side)
+            plan = self._plans[key] = Plan(step, call, rows, spare, windows, stream, self._ahead)
             while len(self._plans) > _MOST_GRAPHS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
         plan.length = length
+        plan.set_live(call)
         plan.set_padding(store, length)
         return plan
+
+    def _rows_of(self, call: Call, base: int, slots: int) -> tuple[int, bool]:
+        """How many rows a plan for a call has, and whether some of them may be idle."""
+        rows, device = call.bucket(), call.ids.device
+        shared = self.capture and capturable(device) and takes_idle(device) and call.forward.by_rows
+        return (rows, rows > 2) if shared and base + rows <= slots else (call.batch, False)
 
     def _lay_side_by_side(self, forward: Forward) -> None:
         try:
@@ -334,7 +343,9 @@ class Decoder:
                 plan.replays_tested = True
             return output
         except UnsupportedError as reason:
-            if reason.of_model:
+            if plan.spare:
+                self._go_by_batches(call.forward, str(reason))
+            elif reason.of_model:
                 self._refuse(call.forward, str(reason))
             else:
                 plan.refused = True
@@ -353,7 +364,11 @@ class Decoder:
         theirs = call.forward.original(**call.given)
         if torch.isnan(theirs[0]).any():
             return theirs  # which tells nothing
-        if difference := _difference(ours[0], theirs[0], rounded=call.rounded):
+        difference = _difference(ours[0], theirs[0], rounded=call.rounded)
+        if difference and plan.idle:
+            self._go_by_batches(call.forward, difference)
+            return theirs
+        if difference:
             self._refuse(call.forward, f"its attention is not what the kernels compute ({difference})")
             return theirs
         plan.note_tested(call.length)
@@ -373,7 +388,7 @@ class Decoder:
             self._compile(plan, call)
         torch.cuda.empty_cache()  # as the capture begins with; else its memory could not be told
         before = torch.cuda.memory_reserved(plan.step.ends.device)
-        run = functools.partial(plan.run, call, compiled=bool(plan.compiled))
+        run = functools.partial(plan.compute, call, compiled=bool(plan.compiled))
         try:
             graph, output = record(run, self._pool, plan.stream)
         except UnsupportedError:
@@ -398,7 +413,7 @@ class Decoder:
         plan.compiled = compiled.compiled(call.forward.original, options)
         try:
             with plan.beside(), kernels.many_shapes():
-                plan.run(call, compiled=True)
+                plan.compute(call, compiled=True)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever the model does that the compiler does not take
@@ -413,6 +428,11 @@ class Decoder:
             self._fall_back(f"the step is not compiled: compiled it gives other logits ({difference})")
         else:
             self._refuse(forward, f"a replayed step gives other logits than one that is not ({difference})")
+
+    def _go_by_batches(self, forward: Forward, reason: str) -> None:
+        """What a model gives for some rows may depend on others: each batch size has plans of its own."""
+        _LOG.debug("graphs are of one batch size each: %s", reason)
+        forward.by_rows = False
 
     def _refuse(self, forward: Forward, reason: str) -> None:
         forward.refused = f"{type(forward.model).__name__} decodes as transformers does: {reason}"

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from vattn.attach import CACHE_KEYWORDS, Forward, Greedy
+from vattn.capture import capturable
 from vattn.step import Outline, Step, UnsupportedError
 from vattn.store import Store
 
@@ -34,13 +35,31 @@ class Call:
     length: int = -1  # of the sequences before it
 
     @property
+    def batch(self) -> int:
+        return len(self.ids)
+
+    @property
     def rounded(self) -> bool:
         return self.store.options.scales is not None
 
-    @property
-    def key(self) -> Any:
-        shapes = tuple((name, None if t is None else (t.shape, t.dtype)) for name, t in self.tensors.items())
+    def bucket(self) -> int:
+        """Rows of a graph for this batch: 1, 2, 4, 8 or a multiple of 8; just its own where they cannot be more."""
+        if any(tensor is not None and tensor.dim() > 2 for tensor in self.tensors.values()):
+            return self.batch
+        return 1 << (self.batch - 1).bit_length() if self.batch <= 8 else -(-self.batch // 8) * 8
+
+    def key(self, rows: int) -> Any:
+        """What a plan with so many rows is for."""
+        shapes = tuple((n, None if t is None else (self.shape(t, rows), t.dtype)) for n, t in self.tensors.items())
         return shapes, tuple(self.caches), tuple(sorted(self.others.items()))
+
+    def shape(self, tensor: torch.Tensor, rows: int) -> tuple[int, ...]:
+        """Of one of the arguments, in a plan with so many rows."""
+        return (rows, *tensor.shape[1:]) if self.by_rows(tensor) else tuple(tensor.shape)
+
+    def by_rows(self, tensor: torch.Tensor) -> bool:
+        """Whether an argument has something for each row, rather than the same for all."""
+        return tensor.dim() == 2 and len(tensor) == self.batch
 
     @classmethod
     def of(cls, forward: Forward, store: Store, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
@@ -78,12 +97,24 @@ class Call:
 
 
 class Plan:
-    """The steps of one batch size: what they are given in place, and their graph once there is one."""
+    """The steps of so many rows: what they are given in place, and their graph once there is one.
+
+    Args:
+        step: of them.
+        call: the first one.
+        rows: of what is computed; those that a call has not are idle.
+        spare: whether there may be such rows.
+        windows: of the layers, without None.
+        stream: where captures are made.
+        ahead: where steps begin before their calls.
+    """
 
     def __init__(
         self,
         step: Step,
         call: Call,
+        rows: int,
+        spare: bool,
         windows: list[int],
         stream: torch.cuda.Stream | None,
         ahead: torch.cuda.Stream | None,
@@ -105,16 +136,18 @@ class Plan:
             for name, value in vars(module).items()
             if "adapter" in name and isinstance(value, (bool, str, list))
         ]
-        device, batch = call.ids.device, call.ids.shape[0]
-        shapes = {"position_ids": (batch, 1), "cache_position": (1,)}
+        self.rows, self.spare = rows, spare
+        device = call.ids.device
+        shapes = {"position_ids": (rows, 1), "cache_position": (1,)}
         with torch.inference_mode(False):
             self._tensors = {
                 name: torch.zeros(shapes[name], dtype=torch.int64, device=device)
                 if tensor is None
-                else torch.empty_like(tensor)
+                else torch.zeros(call.shape(tensor, rows), dtype=tensor.dtype, device=tensor.device)
                 for name, tensor in call.tensors.items()
             }
         self._made_up = [name for name, tensor in call.tensors.items() if tensor is None]
+        self._live = -1
         self._set_length = -1
         self.refused = False
         self._tested: set[bool] = set()  # steps with padding or without that agreed with transformers'
@@ -132,7 +165,7 @@ class Plan:
         self._ahead = ahead
         if ahead is not None:
             self._guessed, self._done = (torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
-        self.capturable = device.type == "cuda"
+        self.capturable = capturable(device)
 
     def is_of(self, forward: Forward, *, everything: bool) -> bool:
         """Whether the model is the one, as far as can be said at once, or with ``everything`` in all it computes by."""
@@ -178,6 +211,25 @@ class Plan:
         torch._foreach_copy_([mine for mine, _ in given], [theirs for _, theirs in given], non_blocking=True)
         self.set_length(call.length)
 
+    def set_live(self, call: Call) -> None:
+        """Lets the rows be idle that a call has not."""
+        if call.batch == self._live:
+            return
+        if self.begun >= 0:
+            self.wait()
+        self._live = call.batch
+        self._mine = dict(self._tensors)
+        with torch.inference_mode(False):
+            for name, given in call.tensors.items():
+                if given is not None and call.by_rows(given):
+                    self._mine[name] = self._tensors[name][: call.batch]
+        self.step.set_live(call.batch)
+        self._set_length = -1
+
+    @property
+    def idle(self) -> bool:
+        return self._live < self.rows
+
     def set_padding(self, store: Store, length: int) -> None:
         if self.step.set_padding(store.padding, store.blank, length):
             self._set_length = -1
@@ -190,7 +242,13 @@ class Plan:
             self.step.set_length(length)
             self._set_length = length
 
-    def run(self, call: Call, *, compiled: bool = False) -> Any:
+    def run(self, call: Call) -> Any:
+        """What the model gives for a call."""
+        output = self.compute(call)
+        return type(output)(**{n: self._seen(v) for n, v in output.items()}) if self.idle else output
+
+    def compute(self, call: Call, *, compiled: bool = False) -> Any:
+        """What the model gives for a call, idle rows included."""
         caches = {name: Outline(call.store.windows) for name in call.caches} if compiled else call.caches
         with self.step.run(call.store, call.length, self.configs):
             output = (self.compiled if compiled else call.forward.original)(**call.others, **caches, **self._tensors)
@@ -199,6 +257,8 @@ class Plan:
         for name, value in output.items():
             if not isinstance(value, (torch.Tensor, Cache)):
                 raise UnsupportedError(f"its output has {name}, which is no tensor")
+            if self.spare and isinstance(value, torch.Tensor) and value.shape[:1] != (self.rows,):
+                raise UnsupportedError(f"its output has {name}, which is not of its rows")
         return output
 
     def steady(self, length: int) -> bool:
@@ -214,7 +274,11 @@ class Plan:
         assert self.captured is not None
         kind, fields = self.captured
         cache = next(iter(call.caches.values()))
-        return kind(**{name: cache if value is None else value.clone() for name, value in fields.items()})
+        return kind(**{name: cache if value is None else self._seen(value).clone() for name, value in fields.items()})
+
+    def _seen(self, value: Any) -> Any:
+        """Without idle rows."""
+        return value[: self._live] if isinstance(value, torch.Tensor) and self.idle else value
 
     def again(self) -> None:
         self.set_length(self.length)
@@ -230,14 +294,14 @@ class Plan:
     def begin(self, length: int, run: Greedy) -> None:
         """Replays the step at this length behind the one before, with the tokens of its highest logits."""
         assert self.captured is not None
-        ids, logits = self._tensors["input_ids"], self.captured[1]["logits"][:, -1]
+        ids, logits = self._mine["input_ids"], self._seen(self.captured[1]["logits"])[:, -1]
         with self._ahead_of_call():
             if len(ids) > 1 and run.ends:
                 ended = functools.reduce(torch.logical_or, (ids == end for end in {run.pad, *run.ends}))
                 ids.copy_(torch.where(ended, run.pad, logits.argmax(-1, keepdim=True)))
             else:
                 torch.argmax(logits, dim=-1, keepdim=True, out=ids)
-            for name, tensor in self._tensors.items():
+            for name, tensor in self._mine.items():
                 if name != "input_ids" and name not in self._made_up:
                     tensor.add_(1)
             self.set_length(length)
@@ -267,7 +331,7 @@ class Plan:
 
     def _given(self, call: Call) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """What the graph reads and what a call gives for it."""
-        return [(self._tensors[name], tensor) for name, tensor in call.tensors.items() if tensor is not None]
+        return [(self._mine[name], tensor) for name, tensor in call.tensors.items() if tensor is not None]
 
     def wait(self) -> None:
         """What the stream does from now on comes behind the step that has begun."""

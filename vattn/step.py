@@ -40,7 +40,8 @@ class Step:
 
     Row i of the batch is slot ``base + i``. ``starts`` and ``ends``, int32 ``[batch]`` on the device, are the first row
     of the slot that the queries see but for windows, and one past the row that the step appends. ``hidden`` is how many
-    positions the attention mask hides on the left, stored or not.
+    positions the attention mask hides on the left, stored or not. Rows from ``live`` on are idle: their slots are no
+    business of the step, and their ``ends`` are 0.
     """
 
     def __init__(
@@ -58,11 +59,9 @@ class Step:
         with torch.inference_mode(False):
             self.slots = torch.arange(batch, dtype=torch.int32, device=cache.device)
             self._rows = self.slots.long()
-            zeros = (torch.zeros_like(self.slots) for _ in range(5))
-            self.starts, self.ends, self.hidden, self._less, self._least = zeros
-        self._padding: Padding | None = None
-        self._blank: Padding | None = None
-        self._most_hidden = 0
+            self._of_rows = [torch.zeros_like(self.slots) for _ in range(5)]
+        self.starts, self.ends, *_ = self._of_rows
+        self.set_live(batch)
         self._side = side  # on CUDA
         if side is not None:
             self._before = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -70,6 +69,15 @@ class Step:
         self._views: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.odd = False  # whether a layer attends to another one's K and V
         self.used: dict[str, None] = {}  # names of kernels
+
+    def set_live(self, live: int) -> None:
+        """Lets the rows from there on be idle; of none is known what is hidden."""
+        self.live = live
+        with torch.inference_mode(False):
+            self._starts, self._ends, self.hidden, self._less, self._least = (t.zero_()[:live] for t in self._of_rows)
+        self._padding: Padding | None = None
+        self._blank: Padding | None = None
+        self._most_hidden = 0
 
     @property
     def padded(self) -> bool:
@@ -81,7 +89,7 @@ class Step:
             return False
         self._padding, self._blank = padding, blank
         for tensor, given in ((self._less, padding), (self._least, blank)):
-            tensor.copy_(torch.tensor([0] * self._batch if given is None else given.rows, dtype=torch.int32))
+            tensor.copy_(torch.tensor([0] * self.live if given is None else given.rows, dtype=torch.int32))
         self._less.neg_()
         self._hide_least()
         return True
@@ -92,8 +100,8 @@ class Step:
             self._before.record()
 
     def starts_fit(self, mask: torch.Tensor | None, length: int) -> bool:
-        """Whether a mask, ``[batch, length + 1]``, hides just what was hidden so far."""
-        if mask is None or mask.shape != (self._batch, length + 1):
+        """Whether a mask, ``[live, length + 1]``, hides just what was hidden so far."""
+        if mask is None or mask.shape != (self.live, length + 1):
             return mask is None and not self.padded
         if self._side is None:
             return torch.equal(mask != 0, self._seen_from(length))
@@ -105,7 +113,7 @@ class Step:
         """Takes the padding from a mask; False, and least of it, when it is anything else than on the left."""
         self._hide_least()
         if mask is not None:
-            if mask.shape != (self._batch, length + 1):
+            if mask.shape != (self.live, length + 1):
                 return False
             visible = mask.to(self.ends.device) != 0
             self.hidden.copy_(length + 1 - visible.sum(1))
@@ -114,13 +122,13 @@ class Step:
                 self._hide_least()
                 return False
             self._most_hidden = most
-            torch.add(self.hidden, self._less, out=self.starts)
+            torch.add(self.hidden, self._less, out=self._starts)
         return True
 
     def _hide_least(self) -> None:
         """Shows all but what is blank."""
         self.hidden.copy_(self._least)
-        torch.add(self.hidden, self._less, out=self.starts)
+        torch.add(self.hidden, self._less, out=self._starts)
         self._most_hidden = 0 if self._blank is None else max(self._blank.rows)
 
     def _seen_from(self, length: int) -> torch.Tensor:
@@ -128,7 +136,7 @@ class Step:
 
     def set_length(self, length: int) -> None:
         """Brings the ends to one past a row at ``length``."""
-        torch.add(self._less, length + 1, out=self.ends)
+        torch.add(self._less, length + 1, out=self._ends)
 
     @contextlib.contextmanager
     def run(self, store: Store, length: int, configs: list[Any]) -> Iterator[None]:
@@ -156,7 +164,7 @@ class Step:
         mine = self.append(layer, k, v)
         window = self.store.windows[layer]
         first = 0 if window is None else max(self._length + 1 - window, 0)
-        if self._padding is None and self.store.options.scales is None:
+        if self._padding is None and self.store.options.scales is None and self.live == self._batch:
             keys, values = (t[:, first : self._length + 1].transpose(1, 2) for t in mine)
         else:  # what such a model reads is not used, see ``run``
             n = self._length + 1 - first
