@@ -45,6 +45,21 @@ def test_exact(name, kernel, padded, device):
             assert model.forward.prompts
 
 
+def test_experts_may_be_computed_by_other_means(device):
+    """As ``generate`` lets them be on devices, in prompts and in steps."""
+    model = build("mixtral", "sdpa", device)
+    expected = generated(model, DynamicCache(config=model.config))
+    with virtual_of(model, attention="reference", capture=False) as cache:
+        for means in ("eager", "grouped_mm", "eager"):
+            model.config._experts_implementation_internal = means
+            assert torch.equal(generated(model, cache, max_new_tokens=1), expected[:, :11])
+            model.config._experts_implementation_internal = "eager"
+            cache.reset()
+            assert torch.equal(generated(model, cache), expected)
+            cache.reset()
+        assert cache.decode_stats().prompts == 4
+
+
 def test_logits_are_those_of_the_model(device):
     """Of every token that is no padding, behind a past too."""
     model = build("mistral", "sdpa", device)

@@ -156,7 +156,7 @@ class Decoder:
         if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != (batch, start + n)):
             return None
         configs = configs_of(forward.model)
-        if forward.trusted is None or forward.prompts is False or forward.trusted != state_of(forward.model, configs):
+        if forward.trusted is None or forward.prompts is False or forward.trusted != _attends_by(forward, configs):
             return None
         if (hides := [0] * batch if mask is None else hidden(mask)) is None:
             return None
@@ -372,7 +372,7 @@ class Decoder:
             self._refuse(call.forward, f"its attention is not what the kernels compute ({difference})")
             return theirs
         plan.note_tested(call.length)
-        if not plan.step.odd and (state := state_of(call.forward.model, plan.configs)) != call.forward.trusted:
+        if not plan.step.odd and (state := _attends_by(call.forward, plan.configs)) != call.forward.trusted:
             call.forward.trusted, call.forward.prompts = state, None
         self._kernels |= dict.fromkeys(plan.step.used)
         return theirs
@@ -442,6 +442,11 @@ class Decoder:
         if self._fallback != reason:
             _LOG.warning("%s", reason)
         self._fallback = reason
+
+
+def _attends_by(forward: Forward, configs: list[Any]) -> Any:
+    """What a model's attention may depend on. Experts are computed by other means in prompts than in steps."""
+    return state_of(forward.model, configs, leaving_out="_experts_implementation_internal")
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor, *, rounded: bool = False) -> str | None:

@@ -387,14 +387,15 @@ def _addresses(tensors: list[torch.Tensor]) -> list[int]:
     return [tensor.data_ptr() for tensor in tensors]
 
 
-def state_of(model: Any, configs: list[Any]) -> list[Any]:
-    """What a model's computation may depend on beside its weights, e.g. which adapter is active."""
+def state_of(model: Any, configs: list[Any], *, leaving_out: str | None = None) -> list[Any]:
+    """What a model's computation may depend on beside its weights, e.g. which adapter is active, but for a setting."""
 
     def settings(of: Any) -> tuple[Any, ...]:
         return tuple(
             (name, tuple(map(str, value)) if isinstance(value, list) else value)
             for name, value in vars(of).items()
-            if isinstance(value, (bool, int, float, str, list)) and name != "_attn_implementation_internal"
+            if isinstance(value, (bool, int, float, str, list))
+            and name not in ("_attn_implementation_internal", leaving_out)
         )
 
     modules = [
