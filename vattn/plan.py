@@ -1,4 +1,4 @@
-"""``Plan``: the steps of one batch size and one set of arguments, their inputs in place and their graph."""
+"""``Plan``: the steps of so many rows and one set of arguments, their inputs in place and their graph; ``Call``."""
 
 from __future__ import annotations
 
