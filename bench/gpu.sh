@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: builds in place, tests, checks memory accesses and measures, in under 8 minutes.
-# Usage: bench/gpu.sh [OUT_FOLDER [map | serve | share | decode | speed | endure]]. After the folder, another job instead,
-# for as long again: `map` measures the mapper; `serve` serves a trace on one GPU and on all of them; `share` tests and
-# measures sharing; `decode` tests kernels and decode steps; `speed` measures these; `endure` long generations and many
-# calls.
+# Usage: bench/gpu.sh [OUT_FOLDER [map | serve | share | decode | kernels | generate | endure]]. After the folder, another job
+# instead, for as long again: `map` measures the mapper; `serve` serves a trace on one GPU and on all of them; `share`
+# tests and measures sharing; `decode` tests kernels and decode steps; `kernels` and `generate` measure these; `endure`
+# long generations and many calls.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
@@ -21,7 +21,7 @@ run() { # a name, then a command: keeps going, remembers failure, shows the end 
   fi
 }
 pytest="python3 -m pytest -q -p no:benchmark -m 'not model'"
-steps=(tests/test_decode.py tests/test_capture.py tests/test_padding.py tests/test_prompt.py tests/test_scales.py)
+steps=(tests/test_{decode,capture,compiled,halves,padding,prompt,scales}.py)
 run build python3 setup.py build_ext --inplace
 if [ "${2:-}" = map ]; then
   run map timeout 540 python3 bench/map.py --device cuda --out "$out"
@@ -41,9 +41,12 @@ if [ "${2:-}" = decode ]; then
   run architectures timeout 120 bash -c "$pytest tests/test_architectures.py -m gpu --tables $out"
   exit $failed
 fi
-if [ "${2:-}" = speed ]; then
-  run attention timeout 150 python3 bench/attention.py --device cuda --out "$out"
-  run generate timeout 300 python3 bench/generate.py --out "$out"
+if [ "${2:-}" = kernels ]; then
+  run kernels timeout 440 python3 bench/attention.py --device cuda --out "$out"
+  exit $failed
+fi
+if [ "${2:-}" = generate ]; then
+  run generate timeout 450 python3 bench/generate.py --out "$out"
   exit $failed
 fi
 if [ "${2:-}" = endure ]; then

@@ -67,7 +67,7 @@ BARS = {
         f"step_ms_{point}{peer}": f"decode step of generate, {shown} tokens, {what} (ms)"
         for point, shown in _POINTS.items()
         for peer, what in {
-            "": "the fastest of vattn's",
+            "": "the fastest of vattn's in at most 1.06 times the tokens' memory",
             "_dynamic": "DynamicCache",
             "_static": "StaticCache",
             "_static_compile": "StaticCache compiled",
@@ -90,7 +90,7 @@ BARS = {
     "calls_step_drift": "median step of the last tenth of them over the first",
     "calls_ratio_gpus": "memory calls per 1000 tokens, all GPUs at once over one alone, budget live + 20%",
     "calls_ratio_gpus_full": "the same with the budget full",
-    "memory_over_tokens_32x8192": "memory mapped over the bytes of the tokens, 32 x 8192 + 64",
+    "memory.memory_over_tokens_32x8192": "memory mapped over the bytes of the tokens, 32 x 8192 + 64",
     "memory_over_tokens_32x8192_at_once": "memory mapped over the bytes of the tokens, 32 x 8192 + 64",
     "tokens_equal_to_dynamic": "tokens equal to DynamicCache's (1 is yes)",
     "max_batch_8192_vattn": "largest batch of 8192-token prompts, vattn (max_len 16384)",
@@ -119,7 +119,11 @@ def section(title: str, result: dict[str, Any], drawn: Path | None) -> str:
     driver = f", driver {result['driver']}" if result["driver"] else ""
     where = f"{result['hardware']}{driver}; {versions}; commit {result['commit'][:12]}; {result['date'][:10]}"
     lines = [f"## {title}: {result['hardware']}", "", where, "", "| measure | value |", "|---|---|"]
-    lines += [f"| {BARS[name]} | {shown(value)} |" for name, value in result["bars"].items()]
+    benchmark = result["benchmark"]
+    lines += [
+        f"| {BARS.get(f'{benchmark}.{name}') or BARS[name]} | {shown(value)} |"
+        for name, value in result["bars"].items()
+    ]
     if drawn:
         lines += ["", f"![the tables below as figures](plots/{drawn.name})"]
     for keys in dict.fromkeys(tuple(row) for row in result["rows"]):
