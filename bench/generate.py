@@ -67,9 +67,10 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument(
         "--kernels", nargs="*", default=["fa2", "fa3", "flashinfer", "best+compiled"],
-        help="with +compiled or +tuned; best are those before whose step was the shortest, of all and in little memory",
+        help="with +fp8, +compiled or +tuned; best are those before with the shortest step, of all and in little memory",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--name", default="generate", help="of the result")
     options = parser.parse_args()
     model = memory.llama_3_8b()
     best_of = [how for name in options.kernels if (how := name.removeprefix("best+")) != name]
@@ -93,13 +94,13 @@ def main() -> None:
             bars[f"step_ms_{point}"] = best["step ms p50"]
             bars |= {f"step_ms_{point}_{peer}": mine[peer]["step ms p50"] for peer in options.peers if peer in mine}
         bars[f"memory_over_tokens_{point}"] = best["used over weights and tokens"]
-        report.write("generate", "cuda", rows, bars, options.out)  # as far as it is
+        report.write(options.name, "cuda", rows, bars, options.out)  # as far as it is
     point = options.points[0]
     for peer in options.slow_peers:
         rows.append(measured(model, point, peer, speed.ways(model, 131072, [], [peer])[peer], options.steps))
         if "error" not in rows[-1]:
             bars[f"step_ms_{point}_{peer}"] = rows[-1]["step ms p50"]
-        report.write("generate", "cuda", rows, bars, options.out)
+        report.write(options.name, "cuda", rows, bars, options.out)
 
 
 if __name__ == "__main__":

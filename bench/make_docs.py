@@ -26,6 +26,7 @@ SECTIONS = {
     "map": "Mapping memory: the driver's calls, prompts, growth and served requests",
     "sharing": "Forks, prefixes, beams and swapping",
     "generate": "Decode steps of a Llama-3-8B shape",
+    "generate_fp8": "Decode steps of a Llama-3-8B shape, K and V in fp8",
     "kernels": "Attention kernels on virtual memory and on torch's",
     "architectures": "Decode steps of each architecture, tiny models with random weights",
     "endurance": "One long generation, and many calls on one cache",

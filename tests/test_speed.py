@@ -30,12 +30,15 @@ def test_a_causal_prefill_counts_the_pairs_that_it_computes():
 def test_decode_steps_of_each_cache():
     model = build("llama-gqa", "sdpa", "cpu")
     model.generation_config.eos_token_id = None
-    for name, make in speed.ways(model, 256, ["reference"], ["dynamic", "static"]).items():
+    floors = {}
+    for name, make in speed.ways(model, 256, ["reference", "reference+fp8"], ["dynamic", "static"]).items():
         row = speed.decode_speed(model, "mixed", [9, 20, 30], name, make, 8)
+        floors[name] = row["floor ms"]
         assert row["cache"] == name
         assert row["step ms p50"] > row["floor ms"] > 0
         if name.startswith("vattn"):
             kernel = "reference" if "reference" in name else "sdpa"
             assert f"kernel='{kernel}', fallback=None" in row["decode"]
             assert "eager=8" in row["decode"]
+    assert floors["vattn captured, reference+fp8"] < floors["vattn captured, reference"] == floors["dynamic"]
     assert set(KERNELS) >= {"fa2", "fa3", "flex"}

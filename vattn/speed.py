@@ -221,16 +221,20 @@ def ways(model: Any, max_len: int, kernels: list[str], peers: list[str]) -> dict
     Args:
         model: the model that they are for.
         max_len: of the virtual ones.
-        kernels: of captured decode steps: names, with ``+compiled`` or ``+tuned`` behind.
+        kernels: of captured decode steps: names, with ``+fp8``, ``+compiled`` or ``+tuned`` behind.
         peers: of ``"dynamic"``, ``"static"``, ``"static_compile"``, ``"offloaded"`` (on CUDA), ``"quantized"`` (4 bits,
             by optimum-quanto).
     """
     tuned = {"max_autotune": True, "coordinate_descent_tuning": True}
-    compiling: dict[str, Any] = {"": False, "compiled": True, "tuned": tuned}
+    hows: dict[str, dict[str, Any]] = {
+        "compiled": {"compiled": True}, "tuned": {"compiled": tuned}, "fp8": {"kv_dtype": "float8_e4m3fn"}
+    }  # fmt: skip
 
     def virtual(name: str) -> Callable[[int, int], Any]:
-        kernel, _, how = name.partition("+")
-        options = {"attention": kernel, "compiled": compiling[how]}
+        kernel, *parts = name.split("+")
+        options: dict[str, Any] = {"attention": kernel}
+        for part in parts:
+            options |= hows[part]
         return lambda batch, length: VirtualCache(model, max_len=max_len, slots=batch, **options)
 
     made = {f"vattn captured, {name}": virtual(name) for name in kernels}
@@ -280,7 +284,8 @@ def decode_speed(
     model.generate(ids, attention_mask=mask, stopping_criteria=StoppingCriteriaList([clock]), **options)
     took = clock.steps()[max(2, steps // 4) :]
     config, size = model.config, model.dtype.itemsize
-    kv = sum(length + steps for length in lengths) * _layout_of(model).bytes_per_token
+    layouts = [c.layout for c in cache.kv_caches] if isinstance(cache, VirtualCache) else [_layout_of(model)]
+    kv = sum(length + steps for length in lengths) * sum(layout.bytes_per_token for layout in layouts)
     weights = sum(parameter.numel() for parameter in model.parameters()) * size
     floor = (weights - config.vocab_size * config.hidden_size * size + kv) / BANDWIDTH
     row = {
