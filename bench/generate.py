@@ -67,7 +67,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument(
         "--kernels", nargs="*", default=["fa2", "fa3", "flashinfer", "best+compiled"],
-        help="with +fp8, +compiled or +tuned; best are those before with the shortest step, of all and in little memory",
+        help="with +fp8, +compiled or +tuned; best are those before with the shortest step, and in little memory",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--name", default="generate", help="of the result")
