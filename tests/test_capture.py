@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import unittest.mock
 
 import pytest
 import torch
+import transformers
 from models import adaptable, build, generated, virtual_of
 from transformers import (
     DynamicCache,
@@ -110,7 +113,13 @@ def test_batches_of_other_sizes_share_a_graph(name, padded, device):
         stats = cache.decode_stats()
         assert stats.captures == stats.graphs == 3  # of 4, 8 and 16 rows
         assert stats.ahead
-        assert model.forward.by_rows
+
+
+def goes_on(model, cache, whole, upto):
+    """The tokens that a cache goes on to from those that it has, of rows whose tokens are these."""
+    ids = whole[:, : cache.get_seq_length() + 1]
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": upto - ids.shape[1], "do_sample": False}
+    return model.generate(ids, **options, **{CACHE_KEYWORD: cache})
 
 
 def test_rows_that_leave_a_batch(device):
@@ -123,35 +132,117 @@ def test_rows_that_leave_a_batch(device):
             kept = torch.tensor(keep, device=device)
             whole = whole[kept]
             cache.batch_select_indices(kept)
-            ids = whole[:, : cache.get_seq_length() + 1]
-            options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": upto - ids.shape[1]}
-            got = model.generate(ids, **options, do_sample=False, **{CACHE_KEYWORD: cache})
-            assert torch.equal(got, whole[:, :upto])
+            assert torch.equal(goes_on(model, cache, whole, upto), whole[:, :upto])
             cache.check()
         assert cache.decode_stats().captures == 2
 
 
-def test_a_graph_of_as_many_rows_as_slots(device):
+def test_graphs_have_no_more_rows_than_there_are_slots(device, monkeypatch):
+    """Copies come to lie at the end of them."""
+    monkeypatch.setattr(store, "_SPARE_SLOTS", 0)
     model = build("llama-gqa", "sdpa", device)
-    with virtual_of(model, slots=5) as cache:
-        expected = generated(model, DynamicCache(config=model.config), batch=5)
-        assert torch.equal(generated(model, cache, batch=5), expected)
-        assert cache.decode_stats().captures == 1
+    model.generation_config.eos_token_id = None
+    whole = generated(model, DynamicCache(config=model.config), 6, 20, max_new_tokens=30)
+    with virtual_of(model, slots=13) as cache:
+        generated(model, cache, 6, 20, max_new_tokens=3)
+        with contextlib.closing(copy.deepcopy(cache)) as other:
+            assert torch.equal(goes_on(model, other, whole, 35), whole[:, :35])
+            other.batch_select_indices(torch.arange(1, 6, device=device))
+            assert torch.equal(goes_on(model, other, whole[1:], 50), whole[1:])
+            assert other.decode_stats().captures == 1
+            assert [plan.rows for plan in other.decoder._plans.values()] == [6]
+            cache.check()
 
 
-def test_rows_that_depend_on_each_other_have_graphs_of_their_own(device):
+@pytest.mark.parametrize("batches", [(3, 5, 3), (4, 3), (8, 5, 7)])
+def test_rows_that_depend_on_each_other_have_graphs_of_their_own(batches, device):
     model = build("llama-gqa", "sdpa", device)
     mlp = model.model.layers[1].mlp
     alone = mlp.forward
     mlp.forward = lambda x: alone(x - x.mean(0))
     with virtual_of(model) as cache:
-        for batch in (3, 5, 3):
-            expected = generated(model, DynamicCache(config=model.config), batch=batch)
-            assert torch.equal(generated(model, cache, batch=batch), expected)
+        for batch in batches:
+            expected = generated(model, DynamicCache(config=model.config), batch)
+            assert torch.equal(generated(model, cache, batch), expected)
             cache.reset()
-        assert not model.forward.by_rows
         assert model.forward.refused is None
-        assert cache.decode_stats().captures == 2
+        assert cache.decode_stats().captures == len(set(batches))
+
+
+def test_idle_rows_know_nothing_of_an_earlier_batch(device):
+    """The longest position of all rows decides how longrope turns them."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [40.0] * 8, "original_max_position_embeddings": 64}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, **factors}
+    name = "rope_parameters" if transformers.__version__ >= "5" else "rope_scaling"
+    model = build("llama-gqa", "sdpa", device, max_position_embeddings=256, **{name: rope})
+    model.generation_config.eos_token_id = None
+    with virtual_of(model) as cache:
+        for batch, length in ((8, 70), (5, 10), (8, 10), (5, 70), (5, 10)):
+            expected = generated(model, DynamicCache(config=model.config), batch, length)
+            assert torch.equal(generated(model, cache, batch, length), expected)
+            cache.reset()
+        if device == "cpu":  # where nothing is captured that waits for the device
+            assert [plan.rows for plan in cache.decoder._plans.values()] == [8]
+
+
+def test_hooks_see_no_idle_rows(device):
+    model = build("llama-gqa", "sdpa", device)
+    seen = set()
+    model.model.norm.register_forward_hook(lambda module, args, output: seen.add(len(output)))
+    with virtual_of(model) as cache:
+        for batch in (5, 8, 7):
+            expected = generated(model, DynamicCache(config=model.config), batch)
+            seen.clear()
+            assert torch.equal(generated(model, cache, batch), expected)
+            assert seen == {batch}
+            cache.reset()
+        assert "forward hooks" in cache.decode_stats().fallback
+
+
+@pytest.mark.parametrize("batches", [(3, 4), (4, 3)])
+def test_what_is_not_of_rows_has_a_graph_all_the_same(batches, device):
+    model = build("llama-gqa", "sdpa", device)
+    original = model.forward
+
+    def forward(*args, **kwargs):
+        output = original(*args, **kwargs)
+        output["hidden_states"] = output.logits.sum((0, 1))
+        return output
+
+    model.forward = functools.wraps(original)(forward)
+    with virtual_of(model) as cache:
+        for batch in batches:
+            expected = generated(model, DynamicCache(config=model.config), batch, padded=True)
+            assert torch.equal(generated(model, cache, batch, padded=True), expected)
+            assert cache._store.padding.rows == [3 * row for row in range(batch)]
+            cache.reset()
+        stats = cache.decode_stats()
+        assert stats.replayed + stats.eager == 2 * 11
+        assert stats.captures == 2
+        assert stats.fallback is None
+
+
+def test_experts_whose_weights_are_copied_have_no_idle_rows(device):
+    model = build("mixtral", "sdpa", device)
+    model.config._experts_implementation = "batched_mm"
+    with virtual_of(model) as cache:
+        for batch in (3, 4):
+            expected = generated(model, DynamicCache(config=model.config), batch)
+            assert torch.equal(generated(model, cache, batch), expected)
+            cache.reset()
+        assert sorted(plan.rows for plan in cache.decoder._plans.values() if plan.graph) == [3, 4]
+
+
+def test_a_kernel_that_is_not_there_takes_no_graph_from_others(device):
+    model = build("llama-gqa", "sdpa", device)
+    with virtual_of(model) as cache, virtual_of(model, attention="flashinfer") as other:
+        for batch in (8, 5, 6):
+            generated(model, cache, batch)
+            generated(model, other, batch)
+            cache.reset()
+            other.reset()
+        assert cache.decode_stats().captures == 1
+        assert "flashinfer: it" in other.decode_stats().fallback
 
 
 def test_weights_that_move_are_noticed(device):

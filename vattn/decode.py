@@ -218,7 +218,10 @@ class Decoder:
             plan = self._plan(call, cache, base)
             token = deciding.set(True)  # what is called meanwhile is the model itself
             try:
-                if not plan.refused:
+                spare = plan.spare
+                output = self._try(plan, call)
+                if output is None and spare and not plan.spare:
+                    plan = self._plan(call, cache, base)
                     output = self._try(plan, call)
                 if output is not None and plan.replayed and not plan.stayed():
                     plan = self._plan(call, cache, base, anew=True)
@@ -234,11 +237,22 @@ class Decoder:
         return output
 
     def _plan(self, call: Call, cache: KVCache, base: int, *, anew: bool = False) -> Plan:
-        forward, store, length = call.forward, call.store, call.length
+        """One with rows to spare, or where none may be idle with just those of the batch."""
         for key in [key for key, plan in self._plans.items() if plan.step.cache is not cache]:
             del self._plans[key]  # it was built anew
-        rows, spare = self._rows_of(call, base, cache.slots)
-        key = (id(forward.model), base, call.key(rows), spare)
+        device = call.ids.device
+        spare = self.capture and capturable(device) and takes_idle(device)
+        plan = self._plan_of(call, cache, base, min(call.bucket(), cache.slots - base) if spare else call.batch, anew)
+        if plan.rows > call.batch and not plan.spare:
+            plan = self._plan_of(call, cache, base, call.batch, anew)
+            plan.spare = False
+        plan.set_live(call)
+        plan.set_padding(call.store, call.length)
+        return plan
+
+    def _plan_of(self, call: Call, cache: KVCache, base: int, rows: int, anew: bool) -> Plan:
+        forward, store, length = call.forward, call.store, call.length
+        key = (id(forward.model), base, call.key(rows))
         plan = None if anew else self._plans.get(key)
         if plan is not None and not plan.is_of(forward, everything=length != plan.length + 1):
             plan = None
@@ -250,20 +264,12 @@ class Decoder:
             if self._compiled:
                 self._lay_side_by_side(forward)
             step = Step(cache, base, rows, self._attention, self.capture, side)
-            plan = self._plans[key] = Plan(step, call, rows, spare, windows, stream, self._ahead)
+            plan = self._plans[key] = Plan(step, call, rows, windows, stream, self._ahead)
             while len(self._plans) > _MOST_GRAPHS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
         plan.length = length
-        plan.set_live(call)
-        plan.set_padding(store, length)
         return plan
-
-    def _rows_of(self, call: Call, base: int, slots: int) -> tuple[int, bool]:
-        """How many rows a plan for a call has, and whether some of them may be idle."""
-        rows, device = call.bucket(), call.ids.device
-        shared = self.capture and capturable(device) and takes_idle(device) and call.forward.by_rows
-        return (rows, rows > 2) if shared and base + rows <= slots else (call.batch, False)
 
     def _lay_side_by_side(self, forward: Forward) -> None:
         try:
@@ -273,6 +279,8 @@ class Decoder:
             self._fall_back("weights stay where they are: there is no memory to lay them side by side")
 
     def _try(self, plan: Plan, call: Call) -> Any:
+        if plan.refused:
+            return None
         step, length = plan.step, call.length
         step.mark()
         # Once the steps are replays the mask is looked at beside them.
@@ -344,7 +352,7 @@ class Decoder:
             return output
         except UnsupportedError as reason:
             if plan.spare:
-                self._go_by_batches(call.forward, str(reason))
+                plan.spare = False
             elif reason.of_model:
                 self._refuse(call.forward, str(reason))
             else:
@@ -366,7 +374,7 @@ class Decoder:
             return theirs  # which tells nothing
         difference = _difference(ours[0], theirs[0], rounded=call.rounded)
         if difference and plan.idle:
-            self._go_by_batches(call.forward, difference)
+            plan.spare = False
             return theirs
         if difference:
             self._refuse(call.forward, f"its attention is not what the kernels compute ({difference})")
@@ -379,7 +387,7 @@ class Decoder:
 
     def _capture(self, plan: Plan, call: Call) -> None:
         if reason := plan.obstacle():
-            plan.capturable = False
+            plan.capturable = plan.spare = False
             self._fall_back(f"the step is not captured: {reason}")
             return
         if self._pool is None or not any(other.graph for other in self._plans.values()):
@@ -395,7 +403,7 @@ class Decoder:
             self._pool = None
             raise
         except Exception as error:  # whatever the model does that a capture does not take
-            plan.capturable = False
+            plan.capturable = plan.spare = False
             self._pool = None
             _LOG.debug("a capture failed", exc_info=True)
             self._fall_back(f"the step cannot be captured: {_first_line(error)}")
@@ -428,11 +436,6 @@ class Decoder:
             self._fall_back(f"the step is not compiled: compiled it gives other logits ({difference})")
         else:
             self._refuse(forward, f"a replayed step gives other logits than one that is not ({difference})")
-
-    def _go_by_batches(self, forward: Forward, reason: str) -> None:
-        """What a model gives for some rows may depend on others: each batch size has plans of its own."""
-        _LOG.debug("graphs are of one batch size each: %s", reason)
-        forward.by_rows = False
 
     def _refuse(self, forward: Forward, reason: str) -> None:
         forward.refused = f"{type(forward.model).__name__} decodes as transformers does: {reason}"

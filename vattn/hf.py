@@ -206,7 +206,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         attention: the kernel of decode steps, of ``vattn.kernels.KERNELS``, or ``"auto"`` for the first that does it.
             None is ``"auto"`` on CUDA; on a CPU the model's own attention then computes all steps.
         capture: False does not capture decode steps into CUDA graphs. A graph has 1, 2, 4, 8 or a multiple of 8 rows,
-            and serves the batches that have fewer.
+            for the batches that come up to that.
         compiled: compiles decode steps by ``torch.compile`` before they are captured, which takes its time for each
             graph; a dict is passed on as its ``options``. Weights of linear layers side by side in a module then
             come to lie side by side in memory, see ``vattn.compiled.lay_side_by_side``.

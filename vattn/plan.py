@@ -103,7 +103,6 @@ class Plan:
         step: of them.
         call: the first one.
         rows: of what is computed; those that a call has not are idle.
-        spare: whether there may be such rows.
         windows: of the layers, without None.
         stream: where captures are made.
         ahead: where steps begin before their calls.
@@ -114,7 +113,6 @@ class Plan:
         step: Step,
         call: Call,
         rows: int,
-        spare: bool,
         windows: list[int],
         stream: torch.cuda.Stream | None,
         ahead: torch.cuda.Stream | None,
@@ -136,7 +134,7 @@ class Plan:
             for name, value in vars(module).items()
             if "adapter" in name and isinstance(value, (bool, str, list))
         ]
-        self.rows, self.spare = rows, spare
+        self.rows = rows
         device = call.ids.device
         shapes = {"position_ids": (rows, 1), "cache_position": (1,)}
         with torch.inference_mode(False):
@@ -150,7 +148,7 @@ class Plan:
         self._live = -1
         self._set_length = -1
         self.refused = False
-        self._tested: set[bool] = set()  # steps with padding or without that agreed with transformers'
+        self._tested: set[tuple[bool, bool]] = set()  # steps with padding, idle rows or without, as transformers' were
         self._windows = windows  # that no step so far has been long enough for
         self.replays_tested = False
         self.replayed = False  # the last step, which nothing has been computed behind
@@ -166,6 +164,9 @@ class Plan:
         if ahead is not None:
             self._guessed, self._done = (torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
         self.capturable = capturable(device)
+        # Whether rows may be idle. Experts may be computed with a copy of their weights for each token.
+        copied = any(getattr(config, "_experts_implementation", None) == "batched_mm" for config in self.configs)
+        self.spare = self.capturable and rows > 2 and not copied and self.obstacle() is None
 
     def is_of(self, forward: Forward, *, everything: bool) -> bool:
         """Whether the model is the one, as far as can be said at once, or with ``everything`` in all it computes by."""
@@ -196,10 +197,10 @@ class Plan:
 
     def tested(self, length: int) -> bool:
         """Whether steps like one at this length have agreed with transformers'."""
-        return self.step.padded in self._tested and not any(window <= length for window in self._windows)
+        return (self.step.padded, self.idle) in self._tested and not any(window <= length for window in self._windows)
 
     def note_tested(self, length: int) -> None:
-        self._tested.add(self.step.padded)
+        self._tested.add((self.step.padded, self.idle))
         self._windows = [window for window in self._windows if window > length]
 
     def note_captured(self, graph: Any, output: Any, length: int) -> None:
@@ -212,17 +213,16 @@ class Plan:
         self.set_length(call.length)
 
     def set_live(self, call: Call) -> None:
-        """Lets the rows be idle that a call has not."""
+        """Lets the rows be idle that a call has not: nothing of an earlier one is left in them."""
         if call.batch == self._live:
             return
-        if self.begun >= 0:
-            self.wait()
         self._live = call.batch
         self._mine = dict(self._tensors)
         with torch.inference_mode(False):
             for name, given in call.tensors.items():
                 if given is not None and call.by_rows(given):
-                    self._mine[name] = self._tensors[name][: call.batch]
+                    self._mine[name], idle = self._tensors[name].tensor_split([call.batch])
+                    idle.zero_()
         self.step.set_live(call.batch)
         self._set_length = -1
 
