@@ -168,7 +168,7 @@ class Kernel:
         raise NotImplementedError
 
     def decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scores: Scores) -> torch.Tensor:
-        """Attention of one query for each span, which sees all of its rows.
+        """Attention of one query for each span, which sees all of its rows; where there are none it gives anything.
 
         Args:
             q: ``[batch, query_heads, head_dim]``.
