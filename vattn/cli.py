@@ -281,7 +281,8 @@ def _bench_generate(options: argparse.Namespace) -> dict[str, list[dict[str, Any
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if on_gpu else torch.float32).eval()
     model.generation_config.eos_token_id = None
     kernels = [name for name in ("fa3", "fa2", "flashinfer", "flex") if not KERNELS[name].missing()]
-    ways = speed.ways(model, max(4096, 2 * options.context), kernels, ["dynamic", "static"])
+    kernels += [f"{name}+compiled" for name in kernels[:1]]
+    ways = speed.ways(model, max(4096, 2 * options.context), kernels, speed.peers(options.device))
     lengths = [options.context] * options.batch
     point = f"{options.batch} x {options.context}"
     rows = [speed.decode_speed(model, point, lengths, name, make, options.steps) for name, make in ways.items()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import itertools
 import statistics
 import time
@@ -213,6 +214,16 @@ def _fill(cache: Any, model: Any, mask: torch.Tensor) -> None:
                 cache.update(k, k, layer, {"cache_position": torch.arange(length, device=model.device)})
             else:
                 cache.update(k, k, layer)
+
+
+def peers(device: str) -> list[str]:
+    """The caches of transformers that a machine has, see ``ways``."""
+    try:
+        quantized = importlib.util.find_spec("optimum.quanto") is not None
+    except ImportError:
+        quantized = False
+    on_gpu = ["static_compile", "offloaded"] if device.startswith("cuda") else []
+    return ["dynamic", "static", *on_gpu, *["quantized"] * quantized]
 
 
 def ways(model: Any, max_len: int, kernels: list[str], peers: list[str]) -> dict[str, Callable[[int, int], Any]]:
