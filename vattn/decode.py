@@ -44,7 +44,7 @@ class DecodeStats:
         ahead: of the replayed ones, those that had begun before they were called for.
         prompts: calls with several tokens for each row whose attention was a kernel's of vattn.
         captures: graphs captured so far.
-        graphs: graphs kept, at most 8: the least recently used goes first.
+        graphs: graphs kept, at most 8: the least recently used goes first. Each is for batches up to a size.
         graph_bytes: device memory that capturing them took.
         kernel: the attention kernels that steps use, by name.
         fallback: the last reason why a step ran without vattn's attention, or without a graph; None where all did.
@@ -215,17 +215,14 @@ class Decoder:
         output = None
         on_device = call.ids.is_cuda
         with torch.cuda.device(call.ids.device) if on_device else contextlib.nullcontext(), forward.step():
-            plan = self._plan(call, cache, base)
             token = deciding.set(True)  # what is called meanwhile is the model itself
             try:
-                spare = plan.spare
-                output = self._try(plan, call)
-                if output is None and spare and not plan.spare:
-                    plan = self._plan(call, cache, base)
-                    output = self._try(plan, call)
+                plan, output = self._attempt(call, cache, base)
                 if output is not None and plan.replayed and not plan.stayed():
-                    plan = self._plan(call, cache, base, anew=True)
-                    output = self._try(plan, call)
+                    output = None
+                    self._plans = OrderedDict((key, other) for key, other in self._plans.items() if other is not plan)
+                    self.interrupt()
+                    plan, output = self._attempt(call, cache, base)
             finally:
                 deciding.reset(token)
                 store.lengths = [call.length + (output is not None)] * len(store.lengths)
@@ -236,24 +233,33 @@ class Decoder:
             self._counts["ahead"] += plan.early
         return output
 
-    def _plan(self, call: Call, cache: KVCache, base: int, *, anew: bool = False) -> Plan:
+    def _attempt(self, call: Call, cache: KVCache, base: int) -> tuple[Plan, Any]:
+        """The plan of a step, and its output, or None."""
+        while True:
+            plan = self._plan(call, cache, base)
+            spare = plan.spare
+            output = self._try(plan, call)
+            if output is not None or plan.spare == spare:  # else it was found that no rows may be idle
+                return plan, output
+
+    def _plan(self, call: Call, cache: KVCache, base: int) -> Plan:
         """One with rows to spare, or where none may be idle with just those of the batch."""
         for key in [key for key, plan in self._plans.items() if plan.step.cache is not cache]:
             del self._plans[key]  # it was built anew
         device = call.ids.device
         spare = self.capture and capturable(device) and takes_idle(device)
-        plan = self._plan_of(call, cache, base, min(call.bucket(), cache.slots - base) if spare else call.batch, anew)
-        if plan.rows > call.batch and not plan.spare:
-            plan = self._plan_of(call, cache, base, call.batch, anew)
+        plan = self._plan_of(call, cache, base, min(call.bucket(), cache.slots - base) if spare else call.batch)
+        if plan.rows > call.batch and (not plan.spare or plan.copies_experts()):
+            plan = self._plan_of(call, cache, base, call.batch)
             plan.spare = False
         plan.set_live(call)
         plan.set_padding(call.store, call.length)
         return plan
 
-    def _plan_of(self, call: Call, cache: KVCache, base: int, rows: int, anew: bool) -> Plan:
+    def _plan_of(self, call: Call, cache: KVCache, base: int, rows: int) -> Plan:
         forward, store, length = call.forward, call.store, call.length
         key = (id(forward.model), base, call.key(rows))
-        plan = None if anew else self._plans.get(key)
+        plan = self._plans.get(key)
         if plan is not None and not plan.is_of(forward, everything=length != plan.length + 1):
             plan = None
         if plan is None:
@@ -265,7 +271,7 @@ class Decoder:
                 self._lay_side_by_side(forward)
             step = Step(cache, base, rows, self._attention, self.capture, side)
             plan = self._plans[key] = Plan(step, call, rows, windows, stream, self._ahead)
-            while len(self._plans) > _MOST_GRAPHS:
+            while len(self._plans) > 2 * _MOST_GRAPHS:  # those where no rows may be idle may have none
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
         plan.length = length
@@ -365,6 +371,7 @@ class Decoder:
         try:
             with plan.beside():
                 ours = plan.run(call)
+                seen_alone = not plan.idle or plan.sees_live_rows_alone(call, ours[0])
         except (UnsupportedError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -372,12 +379,17 @@ class Decoder:
         theirs = call.forward.original(**call.given)
         if torch.isnan(theirs[0]).any():
             return theirs  # which tells nothing
-        difference = _difference(ours[0], theirs[0], rounded=call.rounded)
-        if difference and plan.idle:
+        if plan.idle and not seen_alone:
             plan.spare = False
             return theirs
-        if difference:
-            self._refuse(call.forward, f"its attention is not what the kernels compute ({difference})")
+        if difference := _difference(ours[0], theirs[0], rounded=call.rounded):
+            if plan.step.padded and call.tensors["position_ids"] is None:
+                plan.refused = True
+                self._fall_back(
+                    f"positions of padded rows are not given, and not what they were taken for ({difference})"
+                )
+            else:
+                self._refuse(call.forward, f"its attention is not what the kernels compute ({difference})")
             return theirs
         plan.note_tested(call.length)
         if not plan.step.odd and (state := _attends_by(call.forward, plan.configs)) != call.forward.trusted:
@@ -392,6 +404,8 @@ class Decoder:
             return
         if self._pool is None or not any(other.graph for other in self._plans.values()):
             self._pool = torch.cuda.graph_pool_handle()  # one that no graph uses any more takes no other
+        for key in [key for key, other in self._plans.items() if other.graph is not None][: 1 - _MOST_GRAPHS]:
+            del self._plans[key]
         if self._compiled and plan.compiled is None:
             self._compile(plan, call)
         torch.cuda.empty_cache()  # as the capture begins with; else its memory could not be told

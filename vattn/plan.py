@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from vattn.attach import CACHE_KEYWORDS, Forward, Greedy
 from vattn.capture import capturable
-from vattn.step import Outline, Step, UnsupportedError
+from vattn.step import Outline, Step, UnsupportedError, attention_of
 from vattn.store import Store
 
 
@@ -164,9 +164,7 @@ class Plan:
         if ahead is not None:
             self._guessed, self._done = (torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
         self.capturable = capturable(device)
-        # Whether rows may be idle. Experts may be computed with a copy of their weights for each token.
-        copied = any(getattr(config, "_experts_implementation", None) == "batched_mm" for config in self.configs)
-        self.spare = self.capturable and rows > 2 and not copied and self.obstacle() is None
+        self.spare = self.capturable and rows > 2 and self.obstacle() is None  # whether rows may be idle
 
     def is_of(self, forward: Forward, *, everything: bool) -> bool:
         """Whether the model is the one, as far as can be said at once, or with ``everything`` in all it computes by."""
@@ -216,7 +214,7 @@ class Plan:
         """Lets the rows be idle that a call has not: nothing of an earlier one is left in them."""
         if call.batch == self._live:
             return
-        self._live = call.batch
+        self._live = -1
         self._mine = dict(self._tensors)
         with torch.inference_mode(False):
             for name, given in call.tensors.items():
@@ -225,10 +223,25 @@ class Plan:
                     idle.zero_()
         self.step.set_live(call.batch)
         self._set_length = -1
+        self._live = call.batch
 
     @property
     def idle(self) -> bool:
         return self._live < self.rows
+
+    def copies_experts(self) -> bool:
+        """Whether experts are computed with a copy of their weights for each token, idle ones too."""
+        return any(getattr(config, "_experts_implementation", None) == "batched_mm" for config in self.configs)
+
+    def sees_live_rows_alone(self, call: Call, output: torch.Tensor) -> bool:
+        """Whether a step whose idle rows have other tokens gives the same."""
+        idle = self._tensors["input_ids"][self._live :]
+        idle.fill_(1)
+        try:
+            again = self.run(call)[0]
+        finally:
+            idle.zero_()
+        return bool(((again - output).float().norm() <= 1e-3 * output.float().norm()).item())
 
     def set_padding(self, store: Store, length: int) -> None:
         if self.step.set_padding(store.padding, store.blank, length):
@@ -402,5 +415,5 @@ def state_of(model: Any, configs: list[Any], *, leaving_out: str | None = None) 
         (id(module), tuple(module._forward_hooks), tuple(module._forward_pre_hooks), id(vars(module).get("forward")))
         for module in model.modules()
     ]
-    names = [config._attn_implementation for config in configs]
+    names = [attention_of(config) for config in configs]
     return [modules, names, *map(settings, model.modules()), *map(settings, configs)]

@@ -87,10 +87,11 @@ class Step:
         """Takes what of the positions is not stored, what is blank; whether that is something else than before."""
         if padding is self._padding and blank is self._blank and self._most_hidden <= length:
             return False
-        self._padding, self._blank = padding, blank
+        self._most_hidden = sys.maxsize  # should this be interrupted
         for tensor, given in ((self._less, padding), (self._least, blank)):
             tensor.copy_(torch.tensor([0] * self.live if given is None else given.rows, dtype=torch.int32))
         self._less.neg_()
+        self._padding, self._blank = padding, blank
         self._hide_least()
         return True
 
@@ -275,6 +276,13 @@ class _Named:
 
 _naming = threading.Lock()
 _named: dict[int, _Named] = {}
+
+
+def attention_of(config: Any) -> str:
+    """The name of the attention that a model computes by, but for steps that run now."""
+    named = _named.get(id(config))
+    name: str = config._attn_implementation if named is None else named.before
+    return name
 
 
 def _name_of(config: Any) -> str:
