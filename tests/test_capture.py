@@ -332,6 +332,7 @@ def test_experts_whose_weights_are_copied_have_no_idle_rows(device):
         assert sorted(plan.rows for plan in cache.decoder._plans.values() if plan.graph) == [3, 4]
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="its older version makes a mask of its own")
 def test_positions_that_are_not_given_keep_no_other_steps_from_kernels(device):
     """Those of OPT come from the mask."""
     model = build("opt", "sdpa", device)
