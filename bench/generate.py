@@ -26,8 +26,6 @@ POINTS: dict[str, list[int]] = {
     "1x130000": [130_000],
     "64_mixed": [64 + (4096 - 64) * i // 63 for i in range(64)],
 }
-
-
 MEMORY = 1.06  # over the tokens'
 
 
@@ -46,10 +44,10 @@ def measured(model: Any, point: str, name: str, make: Any, steps: int) -> dict[s
     return row
 
 
-def fastest(rows: list[dict[str, Any]], point: str, memory: float = math.inf) -> dict[str, Any] | None:
+def fastest(rows: list[dict[str, Any]], point: str, most: float = math.inf) -> dict[str, Any] | None:
     """Of vattn's captured ways with at most so much memory over the tokens', of those that ran."""
     fit = [row for row in rows if row["point"] == point and "captured" in row["cache"] and "error" not in row]
-    fit = [row for row in fit if row["used over weights and tokens"] <= memory]
+    fit = [row for row in fit if row["used over weights and tokens"] <= most]
     return min(fit, key=lambda row: float(row["step ms p50"]), default=None)
 
 

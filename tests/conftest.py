@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vattn import KVCache, _core
+from vattn.store import Store
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,6 +37,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture
+def small(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Granules of a page on the host, so that short sequences meet growth, windows and parked slots."""
+    if device == "cpu":
+        monkeypatch.setattr(Store, "granularity", 4096)
 
 
 @pytest.fixture

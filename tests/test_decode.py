@@ -18,16 +18,11 @@ import transformers
 from models import CASES, MODES, MORE, adaptable, attentions, build, generated, prompt, virtual_of
 from transformers import DynamicCache
 
-from vattn import CACHE_KEYWORD, VirtualCache, decode, kernels, store
+from vattn import CACHE_KEYWORD, VirtualCache, decode, kernels
 
 MAX_LEN = 160
 OTHERS = ("t5", "deepseek_v3")  # their attention is not given what the cache returns, or has no positions
-
-
-@pytest.fixture(autouse=True)
-def small(device, monkeypatch):
-    if device == "cpu":
-        monkeypatch.setattr(store.Store, "granularity", 4096)
+pytestmark = pytest.mark.usefixtures("small")
 
 
 @pytest.mark.parametrize(("name", "attention", "mode"), [case for case in CASES if case[0] not in OTHERS])

@@ -15,17 +15,12 @@ from models import attentions, build, prompt, virtual_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
-from vattn import CACHE_KEYWORD, kernels, store
+from vattn import CACHE_KEYWORD, kernels
 
 SPREAD = 1.5
 BATCH, PROMPT, STEPS = 4, 100, 24
 BACKENDS = [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-
-
-@pytest.fixture(autouse=True)
-def small(device, monkeypatch):
-    if device == "cpu":
-        monkeypatch.setattr(store.Store, "granularity", 4096)
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def logits(model, cache) -> torch.Tensor:

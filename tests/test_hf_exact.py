@@ -8,7 +8,7 @@ from models import CASES, MODES, SPECULATIVE, attentions, build
 from transformers import DynamicCache, EncoderDecoderCache
 
 import vattn
-from vattn import VirtualCache, store
+from vattn import VirtualCache
 
 MAX_LEN = 160
 
@@ -46,11 +46,10 @@ def outcome(run, model, make):
         return type(error)
 
 
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(("name", "attention", "mode"), CASES)
-def test_exact(models, name, attention, device, mode, monkeypatch):
+def test_exact(models, name, attention, device, mode):
     model = models(name, attention, device)
-    if device == "cpu":  # small granules, so that growth, windows and parked slots are met
-        monkeypatch.setattr(store.Store, "granularity", 4096)
     made = []
 
     def make(model):
@@ -77,11 +76,10 @@ def test_exact(models, name, attention, device, mode, monkeypatch):
             part.check()
 
 
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("mode", ["greedy", "beams returned", "reset", "repeat and select", "copied prefix"])
 @pytest.mark.parametrize("name", ["llama-gqa", "gemma3", "deepseek_v3"])
-def test_exact_compact(models, name, mode, device, monkeypatch):
-    if device == "cpu":
-        monkeypatch.setattr(store.Store, "granularity", 4096)
+def test_exact_compact(models, name, mode, device):
     model = models(name, "sdpa", device)
     got = MODES[mode](model, lambda model: virtual(model, layout="compact"))
     for a, b in zip(MODES[mode](model, dynamic), got, strict=True):

@@ -10,16 +10,11 @@ import torch
 from models import build, prompt, virtual_of
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
-from vattn import CACHE_KEYWORD, KVCache, OutOfPages, store
+from vattn import CACHE_KEYWORD, KVCache, OutOfPages
 from vattn.padding import Padding
 
 LENGTH = 40  # of a prompt
-
-
-@pytest.fixture(autouse=True)
-def small(device, monkeypatch):
-    if device == "cpu":
-        monkeypatch.setattr(store.Store, "granularity", 4096)
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def mixed(device, lengths=(40, 3, 17)):

@@ -11,16 +11,11 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vattn import CACHE_KEYWORD, kernels, store
+from vattn import CACHE_KEYWORD, kernels
 
 # Their attention is another one, or expands what the cache holds.
 OTHERS = ("t5", "deepseek_v3")
-
-
-@pytest.fixture(autouse=True)
-def small(device, monkeypatch):
-    if device == "cpu":
-        monkeypatch.setattr(store.Store, "granularity", 4096)
+pytestmark = pytest.mark.usefixtures("small")
 
 
 @pytest.mark.parametrize("padded", [False, True])

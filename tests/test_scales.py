@@ -10,17 +10,12 @@ from models import build, generated, virtual_of
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from vattn import VirtualCache, kernels, store
+from vattn import VirtualCache, kernels
 from vattn.kernels import KERNELS, Scores, Spans, Task
 from vattn.scales import Scales
 
 FP8 = "float8_e4m3fn"
-
-
-@pytest.fixture(autouse=True)
-def small(device, monkeypatch):
-    if device == "cpu":
-        monkeypatch.setattr(store.Store, "granularity", 4096)
+pytestmark = pytest.mark.usefixtures("small")
 
 
 class Rounded(DynamicCache):

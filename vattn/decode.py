@@ -25,7 +25,7 @@ from vattn.cache import KVCache
 from vattn.capture import capturable, record, streams
 from vattn.errors import Error
 from vattn.padding import hidden
-from vattn.plan import Call, Plan, configs_of, state_of, tokens_of
+from vattn.plan import Call, Plan, apart, configs_of, state_of, tokens_of
 from vattn.prompt import Prompt
 from vattn.step import Step, UnsupportedError
 from vattn.store import Store
@@ -471,10 +471,9 @@ def _difference(ours: torch.Tensor, theirs: torch.Tensor, *, rounded: bool = Fal
 
     Where K and V are ``rounded`` to fewer bits, one of them that is rounded otherwise is a difference of its own.
     """
-    a, b = ours.float(), theirs.float()
-    if a.shape != b.shape:
-        return f"{tuple(a.shape)} for {tuple(b.shape)}"
-    worst = float(((a - b).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp_min(1e-30)).max())
+    if ours.shape != theirs.shape:
+        return f"{tuple(ours.shape)} for {tuple(theirs.shape)}"
+    worst = apart(ours, theirs)
     bound = 0.25 if theirs.dtype != torch.float32 else 2e-2 if rounded else 1e-3
     return None if worst <= bound else f"by {worst:.1%}"
 
