@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from vattn import KVCache, KVLayout, kernels
-from vattn.kernels import KERNELS, Kernel, Scores, Spans, Task
+from vattn.kernels import KERNELS, Kernel, Scores, Spans, Task, reach_of
 from vattn.layout import GRANULARITY
 
 LENGTHS = [1, 64, 127, 128, 129, 300, 512]
@@ -18,15 +20,15 @@ PADDING, WINDOW = 5, 100
 class Filled:
     """A cache with a sequence of each length, random K and V in it, and nothing mapped behind what a kernel may load.
 
-    A row fills a granule on the host, and a granule holds eight rows on a device.
+    A row fills a granule on the host, and a granule holds four or five tokens on a device.
     """
 
     def __init__(self, kernel: Kernel, task: Task, lengths: list[int]) -> None:
         torch.manual_seed(0)
         dtype = str(task.dtype).removeprefix("torch.")
-        layers = (
-            2 if task.device == "cpu" else GRANULARITY // 8 // (task.kv_heads * task.head_dim * task.dtype.itemsize)
-        )
+        fits = GRANULARITY // 8 // (task.kv_heads * task.head_dim * task.dtype.itemsize)
+        # A power of two: slots end at whole rows and granules, and would reach too far for some kernels otherwise.
+        layers = 2 if task.device == "cpu" else 1 << fits.bit_length() - 1
         layout = KVLayout.uniform(
             layers=layers, kv_heads=task.kv_heads, head_dim=task.head_dim, v_head_dim=task.v_head_dim, max_len=1024,
             dtype=dtype, **({"granularity": 4096} if task.device == "cpu" else {}),
@@ -45,6 +47,7 @@ class Filled:
             for view in (sequence.k(1), sequence.v(1)):
                 view.copy_(torch.randn_like(view))
         self.k, self.v = self.cache.k(1), self.cache.v(1)
+        assert kernel.refuses(replace(task, reach=reach_of(self.k, self.v))) is None
 
 
 def tasks(**more) -> list:
