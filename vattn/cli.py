@@ -280,7 +280,7 @@ def _bench_generate(options: argparse.Namespace) -> dict[str, list[dict[str, Any
     with torch.device(options.device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if on_gpu else torch.float32).eval()
     model.generation_config.eos_token_id = None
-    kernels = [name for name in ("fa3", "fa2", "flashinfer", "flex") if not KERNELS[name].missing()]
+    kernels = [name for name in ("fa3", "fa2", "flashinfer", "flex") if on_gpu and not KERNELS[name].missing()]
     kernels += [f"{name}+compiled" for name in kernels[:1]]
     ways = speed.ways(model, max(4096, 2 * options.context), kernels, speed.peers(options.device))
     lengths = [options.context] * options.batch
