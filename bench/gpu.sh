@@ -21,7 +21,7 @@ run() { # a name, then a command: keeps going, remembers failure, shows the end 
   fi
 }
 pytest="python3 -m pytest -q -p no:benchmark -m 'not model'"
-steps=(tests/test_{decode,capture,compiled,halves,padding,prompt,scales}.py)
+steps=(tests/test_{decode,capture,idle,ahead,compiled,halves,padding,prompt,scales}.py)
 run build python3 setup.py build_ext --inplace
 if [ "${2:-}" = map ]; then
   run map timeout 540 python3 bench/map.py --device cuda --out "$out"

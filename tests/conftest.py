@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from vattn import KVCache, _core
+from vattn import KVCache, _core, decode, plan
 from vattn.store import Store
 
 
@@ -44,6 +44,42 @@ def small(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Granules of a page on the host, so that short sequences meet growth, windows and parked slots."""
     if device == "cpu":
         monkeypatch.setattr(Store, "granularity", 4096)
+
+
+class Retold:
+    """Stands for a graph where there is no GPU: it computes the step anew, with what the capture knew of the host."""
+
+    def __init__(self, run):
+        self.run, self.output = run, run()
+        # What a capture would keep of the model.
+        self.kept = [(m, m.active_adapter) for m in run.args[0].forward.model.modules() if hasattr(m, "active_adapter")]
+
+    def replay(self):
+        store = self.run.args[0].store
+        lengths = list(store.lengths)
+        now = [m.active_adapter for m, _ in self.kept]
+        for module, adapter in self.kept:
+            module.active_adapter = adapter
+        again = self.run()
+        for (module, _), adapter in zip(self.kept, now, strict=True):
+            module.active_adapter = adapter
+        store.lengths = lengths
+        self.output.logits.copy_(again.logits)
+
+
+@pytest.fixture
+def graphs(device: str, small: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans are captured, on the host as ``Retold`` ones."""
+    if device != "cpu":
+        return
+    if request.node.get_closest_marker("gpu"):
+        pytest.skip("it is of graphs themselves")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *device: 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(decode, "record", lambda run, pool, stream: (graph := Retold(run), graph.output))
+    for module in (plan, decode):
+        monkeypatch.setattr(module, "capturable", lambda device: True)
 
 
 @pytest.fixture

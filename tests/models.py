@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import StoppingCriteria
 
 from vattn import CACHE_KEYWORD, VirtualCache
 
@@ -262,3 +263,15 @@ def virtual_of(model: Any, **options: Any) -> Iterator[VirtualCache]:
     yield cache
     cache.check()
     cache.close()
+
+
+class At(StoppingCriteria):
+    """Does something once, at a length."""
+
+    def __init__(self, length, do):
+        self.length, self.do = length, do
+
+    def __call__(self, input_ids, scores, **options):
+        if input_ids.shape[1] == self.length:
+            self.do()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
