@@ -47,7 +47,8 @@ PYTHON = {
     "kernels.py": set(),
     "padding.py": set(),
     "scales.py": set(),
-    "store.py": {"cache", "device", "errors", "kernels", "layout", "padding", "scales", "sequence"},
+    "lane.py": {"cache", "layout"},
+    "store.py": {"cache", "device", "errors", "kernels", "lane", "layout", "padding", "scales", "sequence"},
     "append.py": {"scales"},
     "step.py": {"append", "cache", "kernels", "padding", "store"},
     "prompt.py": {"kernels", "step"},
@@ -59,7 +60,7 @@ PYTHON = {
         {"append", "attach", "cache", "capture", "compiled", "errors", "kernels", "padding", "plan", "prompt"}
         | {"step", "store"}
     ),
-    "hf.py": {"attach", "cache", "decode", "device", "layout", "plan", "scales", "step", "store"},
+    "hf.py": {"attach", "cache", "decode", "device", "lane", "layout", "plan", "scales", "step", "store"},
     "swap.py": {"cache", "device", "layout"},
     "demo.py": {"hf", "layout"},
     "trace.py": set(),

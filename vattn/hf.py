@@ -23,11 +23,12 @@ from vattn.cache import CacheStats, KVCache
 from vattn.decode import Decoder
 from vattn.decode import DecodeStats as DecodeStats
 from vattn.device import TrimOnOOM
+from vattn.lane import write
 from vattn.layout import Kind
 from vattn.plan import tokens_of
 from vattn.scales import Scales
 from vattn.step import running
-from vattn.store import Options, Store, write
+from vattn.store import Options, Store
 
 _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 CACHE_KEYWORD = "cache" if _VERSION >= (5, 24) else "past_key_values"

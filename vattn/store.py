@@ -11,7 +11,6 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -20,7 +19,8 @@ from vattn.cache import KVCache
 from vattn.device import check_budget, resolve_device
 from vattn.errors import Error
 from vattn.kernels import Kernel
-from vattn.layout import GRANULARITY, ITEMSIZES, Group, Kind, KVLayout, LayerShape
+from vattn.lane import MOVED_AT_ONCE, Lane, Ready
+from vattn.layout import GRANULARITY, ITEMSIZES, Kind, KVLayout, LayerShape
 from vattn.padding import Padding
 from vattn.scales import Scales
 from vattn.sequence import Sequence, Share
@@ -28,74 +28,7 @@ from vattn.sequence import Sequence, Share
 _SPARE_SLOTS = 64  # slots reserved when their number is left open: addresses cost nothing
 _SPARE_ADDRESSES = 1 << 45  # but there is an end to them
 
-_MOVED_AT_ONCE = 256  # positions
-
 Place = tuple[torch.device, int]  # which KVCache: its device, and the layer it is for alone, or -1
-
-
-# What one layer needs for one update: the place for its new K and V, as one tensor of all heads where the group is
-# fused; the views to return; for the whole step the shape of the new K, the elements of the new V, the length left.
-Step = tuple[torch.Size, int, int]
-Ready = tuple[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor, Step]
-
-
-class Lane:
-    """The layers of one group of one ``KVCache``, as ``[layers, slots, kv_heads, max_len, dim]`` tensors."""
-
-    def __init__(self, cache: KVCache, index: int, group: Group, base: int) -> None:
-        k, v, heads = cache.grouped(index)
-        # Where the group is not fused, what is written are K and V themselves.
-        written = (k, v) if heads is None else (heads,)
-        self._k, self._v, *self._written = (t[base:].permute(2, 0, 3, 1, 4) for t in (k, v, *written))
-        self._batch = -1
-        self.layers = group.layers
-        self.window = group.shape.window
-        self.device = cache.device
-
-    def prepare(self, batch: int, start: int, n: int, step: Step) -> Iterator[Ready]:
-        """What each layer needs to append ``n`` positions behind ``start``."""
-        first = 0 if self.window is None else max(start - self.window + 1, 0)
-        seen = start + n - first
-        # Views made in inference mode could not be written outside of it.
-        with torch.inference_mode(False):
-            if batch != self._batch:
-                self._batch = batch
-                self._rows = [t[:, :batch] for t in (self._k, self._v, *self._written)]
-            k, v, *written = self._rows
-            new: list[Any] = [t.narrow(3, start, n).unbind(0) for t in written]
-            places = new[0] if len(new) == 1 else zip(*new, strict=True)
-            k, v = k.narrow(3, first, seen), v.narrow(3, first, seen)
-            return zip(places, k.unbind(0), v.unbind(0), repeat(step, len(self.layers)), strict=True)
-
-    def lead(self, layer: int, batch: int, twins: int, start: int, n: int) -> Any:
-        """The place of ``n`` new positions of one layer behind ``start`` in every so many-th row; see ``write``."""
-        position = self.layers.index(layer)
-        with torch.inference_mode(False):
-            written = [t[position, :batch:twins].narrow(2, start, n) for t in self._written]
-        return written[0] if len(written) == 1 else tuple(written)
-
-    def move(self, sources: torch.Tensor, targets: torch.Tensor, batch: int, first: int, end: int) -> None:
-        """Makes positions [first, end) of some rows, in all layers, what they are in others."""
-        for written in self._written:
-            rows = written[:, :batch, :, first:end]
-            if rows.dtype.itemsize == 1:  # which torch does not index
-                rows = rows.view(torch.uint8)
-            # Many positions layer by layer: what is read is held until it is written.
-            for part in rows.unbind(0) if end - first > _MOVED_AT_ONCE else (rows,):
-                part.index_copy_(-4, targets, part.index_select(-4, sources))
-
-    def rows(self, layer: int, batch: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of one layer at positions [first, end), ``[batch, kv_heads, end - first, dim]``."""
-        position = self.layers.index(layer)
-        return self._k[position, :batch, :, first:end], self._v[position, :batch, :, first:end]
-
-
-def write(new: Any, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-    """Writes one layer's new K and V to their place, see ``Ready``."""
-    if type(new) is tuple:
-        torch._foreach_copy_(new, (key_states, value_states))
-    else:
-        torch.cat((key_states, value_states), 1, out=new)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,7 +259,7 @@ class Store:
                 if cache.shares(all_rows, 0):
                     cache.own_all(all_rows, 0)
                 for layer in self._filled(place):
-                    for rows in self.lanes[layer].rows(layer, 1, 0, _MOVED_AT_ONCE):
+                    for rows in self.lanes[layer].rows(layer, 1, 0, MOVED_AT_ONCE):
                         if (rows.shape, rows.dtype, place) not in blocks:
                             blocks[rows.shape, rows.dtype, place] = torch.empty_like(rows[0])
         except BaseException:
@@ -343,7 +276,7 @@ class Store:
 
     def _restore_layer(self, place: Place, layer: int, padding: Padding, blocks: dict[Any, torch.Tensor]) -> None:
         firsts, batch, lane = self._firsts(place, layer), len(self.rows[place]), self.lanes[layer]
-        some = lane.rows(layer, 1, 0, _MOVED_AT_ONCE)
+        some = lane.rows(layer, 1, 0, MOVED_AT_ONCE)
         with torch.no_grad():
             for part, rows in zip(some, lane.rows(layer, batch, 0, self.options.max_len), strict=True):
                 padding.restore(rows, firsts, self.lengths[layer], blocks[part.shape, part.dtype, place])
