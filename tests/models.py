@@ -275,3 +275,39 @@ class At(StoppingCriteria):
         if input_ids.shape[1] == self.length:
             self.do()
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def molmo2(device: str) -> Any:
+    """A tiny model with images, whose tokens see each other."""
+    heads = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    names = ("image_start_token", "low_res_image_start_token", "image_end_token", "image_patch", "frame_start_token")
+    config = transformers.Molmo2Config(
+        text_config={**_SHAPE, "num_hidden_layers": 2, "head_dim": 16, "additional_vocab_size": 8},
+        vision_config={**heads, "num_hidden_layers": 2, "head_dim": 16, "image_size": [28, 28], "patch_size": 14},
+        adapter_config={**heads, "head_dim": 16, "text_hidden_size": 64, "vision_feature_layer": [-1]},
+        **{f"{name}_id": 101 + i for i, name in enumerate((*names, "frame_end_token"))},
+    )
+    return _random(transformers.Molmo2ForConditionalGeneration, config, device)
+
+
+def qwen2_vl(device: str) -> Any:
+    """A tiny model with images, behind which positions are others than how many tokens come before."""
+    rope = "rope_parameters" if transformers.__version__ >= "5" else "rope_scaling"
+    sections = {"rope_type": "default", "type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    config = transformers.Qwen2VLConfig(
+        text_config={**_SHAPE, "num_hidden_layers": 2, rope: sections},
+        vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 4},
+        image_token_id=90, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93,
+    )  # fmt: skip
+    return _random(transformers.Qwen2VLForConditionalGeneration, config, device)
+
+
+def _random(kind: Any, config: Any, device: str) -> Any:
+    torch.manual_seed(0)
+    model = kind._from_config(config, attn_implementation="sdpa").eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.12)
+    return model.to(device)

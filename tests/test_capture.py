@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
-from models import At, adaptable, build, generated, virtual_of
+from models import At, adaptable, build, generated, prompt, virtual_of
 from transformers import (
     DynamicCache,
     StoppingCriteria,
@@ -154,6 +157,89 @@ def test_adapters_that_change_between_steps_are_noticed(device):
         expected = model.generate(**more, **{CACHE_KEYWORD: dynamic})
         assert torch.equal(model.generate(**more, **{CACHE_KEYWORD: cache}), expected)
         assert cache.decode_stats().captures == 2
+
+
+def test_settings_in_dicts_are_noticed(device):
+    """As PEFT keeps the scale of each adapter, also where a call goes on where the last one ended."""
+    model = build("llama-gqa", "sdpa", device)
+    layer = model.model.layers[1].mlp
+    forward, layer.scaling = layer.forward, {"default": 1.0}
+    layer.forward = lambda states: forward(states) * layer.scaling["default"]
+    texts = []
+    for dynamic in (True, False):
+        layer.scaling["default"] = 1.0
+        with contextlib.ExitStack() as caches:
+            cache = DynamicCache(config=model.config) if dynamic else caches.enter_context(virtual_of(model))
+            texts.append([generated(model, cache)])
+            for scale in (3.0, 2.0):
+                layer.scaling["default"] = scale
+                more = {"attention_mask": torch.ones_like(texts[-1][-1]), "max_new_tokens": 8, "do_sample": False}
+                texts[-1].append(model.generate(texts[-1][-1], **more, **{CACHE_KEYWORD: cache}))
+            if not dynamic:
+                assert cache.decode_stats().captures == 3
+    assert all(map(torch.equal, *texts))
+
+
+@pytest.mark.parametrize("every_call", [True, False])
+def test_weights_that_are_assigned_are_noticed(every_call, device):
+    """Before a call that goes on where the last one ended, or before a step by hand."""
+    model = build("llama-gqa", "sdpa", device)
+    head, other = model.lm_head.weight, torch.nn.Parameter(-model.lm_head.weight.detach())
+    texts = []
+    for dynamic in (True, False):
+        model.lm_head.weight = head
+        with contextlib.ExitStack() as caches, torch.no_grad():
+            cache = DynamicCache(config=model.config) if dynamic else caches.enter_context(virtual_of(model))
+            text = generated(model, cache)
+            model.lm_head.weight = other
+            if every_call:
+                more = {"attention_mask": torch.ones_like(text), "max_new_tokens": 8, "do_sample": False}
+                text = model.generate(text, **more, **{CACHE_KEYWORD: cache})
+            for _ in range(4):
+                text = torch.cat([text, model(text[:, -1:], **{CACHE_KEYWORD: cache}).logits[:, -1:].argmax(-1)], 1)
+            texts.append(text)
+    assert torch.equal(*texts)
+
+
+def test_hooks_that_transformers_leaves_do_no_harm(device):
+    model = build("llama-gqa", "sdpa", device)
+    expected = generated(model, DynamicCache(config=model.config))
+    with virtual_of(model) as cache:
+        for _ in range(2):
+            assert torch.equal(generated(model, cache), expected)
+            cache.reset()
+            with torch.no_grad():
+                model(**prompt(1, 5, device), output_hidden_states=True)
+        stats = cache.decode_stats()
+        assert stats.fallback is None
+        assert stats.replayed == 20
+
+
+def test_global_hooks_are_noticed(device):
+    model = build("llama-gqa", "sdpa", device)
+    seen = []
+    with virtual_of(model) as cache:
+        generated(model, cache)
+        cache.reset()
+        hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1))
+        try:
+            generated(model, cache)
+        finally:
+            hook.remove()
+        assert "the model has forward hooks" in cache.decode_stats().fallback
+        assert len(seen) >= 12 * len(list(model.modules()))
+
+
+def test_weights_go_with_their_model(device):
+    model = build("llama-gqa", "sdpa", device)
+    cache = VirtualCache(model, max_len=160, attention="auto")
+    generated(model, cache)
+    assert cache.decode_stats().captures == 1
+    weight = weakref.ref(model.lm_head.weight)
+    del model
+    cache.reset()
+    gc.collect()
+    assert weight() is None
 
 
 def test_weights_laid_elsewhere_by_another_cache_are_noticed_before_a_replay(device, monkeypatch):

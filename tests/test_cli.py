@@ -96,6 +96,13 @@ def test_bench_generate_times_steps(monkeypatch, capsys):
     assert [row["cache"] for row in rows] == ["vattn eager", "dynamic", "static"]
 
 
+def test_bench_says_what_it_cannot_do(capsys):
+    assert cli.main(["bench", "generate", "--steps", "3"]) == 1
+    assert "steps must be at least 4, not 3" in capsys.readouterr().err
+    assert cli.main(["bench", "kernels", "--device", "tpu"]) == 1
+    assert "device 'tpu' is not supported" in capsys.readouterr().err
+
+
 def test_the_command_is_a_module():
     done = subprocess.run([sys.executable, "-m", "vattn.cli", "--help"], capture_output=True, text=True, check=True)
     assert "demo" in done.stdout

@@ -15,7 +15,7 @@ import weakref
 import pytest
 import torch
 import transformers
-from models import CASES, MODES, MORE, adaptable, attentions, build, generated, prompt, virtual_of
+from models import CASES, MODES, MORE, adaptable, attentions, build, generated, prompt, qwen2_vl, virtual_of
 from transformers import DynamicCache
 
 from vattn import CACHE_KEYWORD, VirtualCache, decode, kernels
@@ -482,3 +482,38 @@ def test_quantized_weights(name, device):
             stats = cache.decode_stats()
             assert stats.fallback is None
             assert stats.eager + stats.replayed == (0 if attention is None and device == "cpu" else 11)
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_positions_behind_an_image(by_hand, device):
+    """A model that is given none adds what it has found in the prompt to them; ``generate`` gives them."""
+    model = qwen2_vl(device)
+    words = torch.randint(3, 80, (1, 12), device=device)
+    image = words.clone()
+    image[0, 3], image[0, 4:8], image[0, 8] = 92, 90, 93
+    seen = {
+        "pixel_values": torch.randn(16, 96, device=device),
+        "image_grid_thw": torch.tensor([[1, 4, 4]], device=device),
+    }
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        seen["mm_token_type_ids"] = (image == 90).long()
+
+    def run(cache, inputs):
+        model.model.rope_deltas = None
+        if not by_hand:
+            return model.generate(**inputs, max_new_tokens=12, do_sample=False, **{CACHE_KEYWORD: cache})
+        with torch.no_grad():
+            outputs = [model(**inputs, **{CACHE_KEYWORD: cache})]
+            for token in range(6):
+                ids = torch.tensor([[5 + token]], device=device)
+                outputs.append(model(ids, **{CACHE_KEYWORD: cache}))
+        return torch.cat([output.logits[:, -1] for output in outputs])
+
+    with virtual_of(model) as cache:
+        for inputs in ({"input_ids": words}, {"input_ids": image, **seen}, {"input_ids": words}):
+            expected = run(DynamicCache(config=model.config.get_text_config()), inputs)
+            torch.testing.assert_close(run(cache, inputs), expected, rtol=1e-3, atol=1e-3)
+            cache.reset()
+        stats = cache.decode_stats()
+        assert ("rope_deltas" in stats.fallback) if by_hand else stats.fallback is None
+        assert stats.eager + stats.replayed >= (12 if by_hand else 33)

@@ -68,7 +68,7 @@ PYTHON = {
     "pages.py": {"_core", "cache", "errors"},
     "bench.py": {"_core", "cache", "device", "errors", "layout", "pages", "replay", "trace"},
     "speed.py": {"cache", "hf", "kernels", "layout"},
-    "cli.py": {"_core", "bench", "cache", "demo", "errors", "kernels", "layout", "speed", "trace"},
+    "cli.py": {"_core", "bench", "cache", "demo", "device", "errors", "kernels", "layout", "speed", "trace"},
     "__init__.py": {"cache", "errors", "hf", "layout", "sequence", "swap"},
 }
 TORCHLESS = {"errors.py", "export.py", "layout.py", "prefix.py", "trace.py"}

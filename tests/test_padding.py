@@ -358,3 +358,17 @@ def test_padding_of_masks():
     assert found.rows == [1, 0]
     assert found.stored(1) == [0, 1]
     assert prompt(2, 10, "cpu", padded=True)["attention_mask"][1, :3].sum() == 0
+
+
+def test_rows_that_are_left_of_a_padded_batch_need_no_mask(device):
+    model = build("llama-gqa", "sdpa", device)
+    inputs = prompt(2, 8, device, padded=True)
+    row = int(inputs["attention_mask"].sum(1).argmax())
+    ids, outputs = inputs["input_ids"], []
+    assert inputs["attention_mask"][row].all()
+    with virtual_of(model) as cache, torch.no_grad():
+        for each in (cache, DynamicCache(config=model.config)):
+            model(**inputs, **{CACHE_KEYWORD: each})
+            each.batch_select_indices(torch.tensor([row], device=device))
+            outputs.append(model(ids[:1, :3], **{CACHE_KEYWORD: each}).logits)
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)

@@ -6,9 +6,11 @@ import threading
 
 import pytest
 import torch
-from models import MODELS, attentions, build, generated, prompt, virtual_of
+import transformers
+from models import MODELS, attentions, build, generated, molmo2, prompt, virtual_of
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vattn import CACHE_KEYWORD, kernels
@@ -260,3 +262,24 @@ def test_on_flash_attention(kernel, padded, device):
         # Of what is not padded "auto" leaves a first prompt to transformers where FlashAttention-3 is missing.
         least = 2 if kernel == "auto" and not padded else 4
         assert cache.decode_stats().prompts >= least
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Molmo2Config"), reason="transformers does not know it yet")
+def test_tokens_of_an_image_see_each_other(device):
+    """Wherever they are in a row: a mask that is causal at its beginning may not be so behind."""
+    model = molmo2(device)
+    kinds = torch.zeros(2, 20, dtype=torch.int64)
+    kinds[:, 6:12] = 1
+    ids = torch.randint(3, 99, (2, 20)).masked_fill(kinds == 1, model.config.image_patch_id).to(device)
+    features = BaseModelOutputWithPooling(pooler_output=(torch.randn(12, 64, device=device),))
+    options = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    image = {"input_ids": ids, "mm_token_type_ids": kinds.to(device), "mm_encoder_outputs": {"image": features}}
+    with virtual_of(model, attention="sdpa", capture=False) as cache:
+        for _ in range(3):
+            generated(model, cache, max_new_tokens=8)
+            cache.reset()
+        assert cache.decode_stats().prompts
+        got = model.generate(**image, **options, **{CACHE_KEYWORD: cache})
+    expected = model.generate(**image, **options, **{CACHE_KEYWORD: DynamicCache(config=model.config)})
+    assert torch.equal(got.sequences, expected.sequences)
+    torch.testing.assert_close(got.logits[0], expected.logits[0], rtol=1e-4, atol=1e-4)

@@ -175,8 +175,13 @@ def test_misuse_is_told(device):
         make(kv_dtype="int8")
     with pytest.raises(ValueError, match="kv_scales need a kv_dtype"):
         make(kv_scales=(1.0, 1.0))
-    with pytest.raises(ValueError, match="kv_scales must be two, of K and of V, not 1"):
+    with pytest.raises(ValueError, match=r"kv_scales must be two, of K and of V, not \(1.0,\)"):
         make(kv_dtype=FP8, kv_scales=(1.0,))
+    for scales in (1.0, (), torch.ones(2, 4), {"k": 1.0, "v": 1.0}):
+        with pytest.raises(ValueError, match="kv_scales must be two, of K and of V"):
+            make(kv_dtype=FP8, kv_scales=scales)
+    with pytest.raises(ValueError, match="kv_scales must be numbers or tensors, not 'a'"):
+        make(kv_dtype=FP8, kv_scales=("a", 1.0))
     for scale in (0.0, float("nan"), torch.ones(1, 2, 3)):
         with pytest.raises(ValueError, match="kv_scales must be positive numbers"):
             make(kv_dtype=FP8, kv_scales=(scale, 1.0))

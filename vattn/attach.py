@@ -191,6 +191,9 @@ class Generate(_Method):
     """A model's ``generate``, which tells where a step may begin before its call, and ends what has begun."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for name in CACHE_KEYWORDS:
+            if (decoder := getattr(kwargs.get(name), "decoder", None)) is not None:
+                decoder.interrupt()
         run = Greedy.of(self.model, kwargs) if len(args) < 2 else None
         token = _greedy.set(run)
         try:

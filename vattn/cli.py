@@ -250,6 +250,9 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from vattn.device import resolve_device
+
+    resolve_device(options.device)
     result = {"map": _bench_map, "kernels": _bench_kernels, "generate": _bench_generate}[options.what](options)
     parts = []
     for name, rows in result.items():
@@ -282,7 +285,8 @@ def _bench_generate(options: argparse.Namespace) -> dict[str, list[dict[str, Any
     model.generation_config.eos_token_id = None
     kernels = [name for name in ("fa3", "fa2", "flashinfer", "flex") if on_gpu and not KERNELS[name].missing()]
     kernels += [f"{name}+compiled" for name in kernels[:1]]
-    ways = speed.ways(model, max(4096, 2 * options.context), kernels, speed.peers(options.device))
+    max_len = max(4096, 2 * options.context, options.context + options.steps + 8)
+    ways = speed.ways(model, max_len, kernels, speed.peers(options.device))
     lengths = [options.context] * options.batch
     point = f"{options.batch} x {options.context}"
     rows = [speed.decode_speed(model, point, lengths, name, make, options.steps) for name, make in ways.items()]

@@ -72,8 +72,15 @@ class Decoder:
         run_ahead: bool = True,
     ) -> None:
         self._named = attention
-        self._attention = attention or "auto"
+        self._attention = "auto" if attention is None else attention
         kernels.named(self._attention)
+        for name, value in (("capture", capture), ("run_ahead", run_ahead)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be True or False, not {value!r}")
+        if not isinstance(compiled, (bool, dict)):
+            raise ValueError(f"compiled must be True, False or torch.compile's options, not {compiled!r}")
+        if compiled and not capture:
+            raise ValueError("compiled steps are captured: leave capture as it is")
         self._compiled = compiled
         self._run_ahead = run_ahead
         self.capture = capture
@@ -286,6 +293,9 @@ class Decoder:
 
     def _try(self, plan: Plan, call: Call) -> Any:
         if plan.refused:
+            return None
+        if plan.makes_up_positions():
+            self._fall_back("positions are not given, and the model's are not how many come before (rope_deltas)")
             return None
         step, length = plan.step, call.length
         step.mark()

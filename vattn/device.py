@@ -38,11 +38,15 @@ class TrimOnOOM(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def resolve_device(device: str | torch.device) -> torch.device:
     """The device with its index; raises BackendUnavailable when vattn or this machine cannot use it."""
-    device = torch.device(device)
+    unsupported = BackendUnavailable(f"device {str(device)!r} is not supported: use 'cuda' or 'cpu'")
+    try:
+        device = torch.device(device)
+    except RuntimeError:  # no name of torch's
+        raise unsupported from None
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type != "cuda":
-        raise BackendUnavailable(f"device {str(device)!r} is not supported: use 'cuda' or 'cpu'")
+        raise unsupported
     if not torch.cuda.is_available():
         why = _core.probe_cuda()["why"] or f"this torch, {torch.__version__}, is built without CUDA or sees no device"
         raise BackendUnavailable(f"device {str(device)!r} cannot be used: {why}. Use device='cpu' instead")
@@ -81,7 +85,7 @@ def check_budget(budget: int | float | None) -> None:
     """Raises ValueError unless it is bytes, a part of what is free, or None."""
     if budget is None:
         return
-    if not isinstance(budget, int | float):
+    if isinstance(budget, bool) or not isinstance(budget, int | float):
         raise ValueError(f"budget must be bytes, a part of the free memory as a float, or None, not {budget!r}")
     if isinstance(budget, float) and not 0 < budget <= 1:
         raise ValueError(f"budget as a part of the free memory must be in (0, 1], not {budget}")

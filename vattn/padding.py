@@ -77,9 +77,10 @@ class Padding:
                 row[:, begin + pad : end + pad] = held
             row[:, first : first + pad] = 0
 
-    def chosen(self, rows: list[int]) -> Padding:
+    def chosen(self, rows: list[int]) -> Padding | None:
         """Of a batch of some of the rows."""
-        return Padding([self.rows[row] for row in rows])
+        left = [self.rows[row] for row in rows]
+        return Padding(left) if any(left) else None
 
     def cropped(self, length: int) -> Padding | None:
         """Of what is left of so many positions."""

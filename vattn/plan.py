@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.modules import module as _of_all
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
@@ -87,6 +88,8 @@ class Call:
                 tensors[name] = value
             elif name in CACHE_KEYWORDS:
                 caches[name] = value
+            elif isinstance(value, torch.Tensor) and value.shape == ids.shape and not value.is_floating_point():
+                tensors[name] = value  # e.g. the kinds of tokens
             elif isinstance(value, (bool, int, float, str)):
                 others[name] = value
             else:
@@ -120,14 +123,24 @@ class Plan:
         self.step = step
         self.length = -1  # at the last step
         model = call.forward.model
-        self._model = weakref.ref(model)
+
+        self._model = weakref.ref(model, functools.partial(_forget, weakref.ref(self)))
         self._moves = call.forward.moves
         modules = list(model.modules())
         self.configs = configs_of(model)
         self._weights = _weights(model)
         self._addresses = _addresses(self._weights)
+        self._held = [
+            (tensors, name, tensor)
+            for module in modules
+            for tensors in (module._parameters, module._buffers)
+            for name, tensor in tensors.items()
+        ]
         self._state = state_of(model, self.configs)
-        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._hooks: list[dict[int, Any]] = [_of_all._global_forward_hooks, _of_all._global_forward_pre_hooks]
+        self._hooks += [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        # What a model that is given no positions adds to them, as it was found in a prompt.
+        self._shifted = [module for module in modules if hasattr(module, "rope_deltas")]
         self._adapters = [
             (vars(module), name, copy.copy(value))
             for module in modules
@@ -180,14 +193,30 @@ class Plan:
     def stayed(self) -> bool:
         """Whether the weights are where they were, the adapters too, and there still are no hooks."""
         return (
-            _addresses(self._weights) == self._addresses
-            and not any(self._hooks)
+            all(tensors.get(name) is tensor for tensors, name, tensor in self._held)
+            and _addresses(self._weights) == self._addresses
+            and not self._hooked()
             and all(settings[name] == value for settings, name, value in self._adapters)
         )
 
+    def forget(self) -> None:
+        """Lets go of a model's weights once it is gone."""
+        self.replayed = False
+        self._weights, self._held, self._hooks, self._adapters, self._shifted = [], [], [], [], []
+
+    def _hooked(self) -> bool:
+        """Whether the model has hooks, but for those that transformers leaves and that do nothing in a step."""
+        idle = "transformers.utils.output_capturing"
+        return any(getattr(hook, "__module__", "") != idle for hooks in self._hooks for hook in hooks.values())
+
+    def makes_up_positions(self) -> bool:
+        """Whether the positions that a call has not given are others than how many come before."""
+        made_up = "position_ids" in self._made_up
+        return made_up and any(module.rope_deltas is not None for module in self._shifted)
+
     def obstacle(self) -> str | None:
         """What of the model a graph would leave out."""
-        if any(self._hooks):
+        if self._hooked():
             return "the model has forward hooks, which a replay does not call"
         if any(t.numel() and not t.data_ptr() for t in self._weights):
             return "the model's weights have no address"
@@ -315,7 +344,7 @@ class Plan:
             else:
                 torch.argmax(logits, dim=-1, keepdim=True, out=ids)
             for name, tensor in self._mine.items():
-                if name != "input_ids" and name not in self._made_up:
+                if name in ("position_ids", "cache_position") and name not in self._made_up:
                     tensor.add_(1)
             self.set_length(length)
             if self._ahead is not None:
@@ -367,6 +396,11 @@ class Plan:
             torch.cuda.current_stream().wait_stream(self.stream)
 
 
+def _forget(plan: weakref.ref[Plan], _: Any) -> None:
+    if (mine := plan()) is not None:
+        mine.forget()
+
+
 def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """The most that the logits of a row differ by, of their norm."""
     a, b = ours.float(), theirs.float()
@@ -409,11 +443,21 @@ def _addresses(tensors: list[torch.Tensor]) -> list[int]:
 def state_of(model: Any, configs: list[Any], *, leaving_out: str | None = None) -> list[Any]:
     """What a model's computation may depend on beside its weights, e.g. which adapter is active, but for a setting."""
 
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return tuple((str(name), plain(each)) for name, each in value.items())
+        if isinstance(value, (list, tuple)):
+            return tuple(map(plain, value))
+        return value if isinstance(value, (bool, int, float, str)) else None
+
     def settings(of: Any) -> tuple[Any, ...]:
         return tuple(
-            (name, tuple(map(str, value)) if isinstance(value, list) else value)
+            (name, plain(value))
             for name, value in vars(of).items()
-            if isinstance(value, (bool, int, float, str, list))
+            if (
+                isinstance(value, (bool, int, float, str, list))
+                or (name[:1] != "_" and isinstance(value, (dict, tuple)))
+            )
             and name not in ("_attn_implementation_internal", leaving_out)
         )
 

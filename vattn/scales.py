@@ -29,14 +29,17 @@ class Scales:
             raise ValueError(f"kv_dtype must be one of {', '.join(FORMATS)}, not {name!r}")
         self.dtype = getattr(torch, name)
         self._of: list[torch.Tensor] = []
+        if scales is not None and not (isinstance(scales, (tuple, list)) and len(scales) == 2):
+            raise ValueError(f"kv_scales must be two, of K and of V, not {scales!r}")
         for scale in scales or ():
-            self._of.append(torch.as_tensor(scale, dtype=torch.float32).detach())
+            try:
+                self._of.append(torch.as_tensor(scale, dtype=torch.float32).detach())
+            except (TypeError, ValueError, RuntimeError):
+                raise ValueError(f"kv_scales must be numbers or tensors, not {scale!r}") from None
             if self._of[-1].dim() > 2 or not bool((self._of[-1] > 0).all()) or not bool(self._of[-1].isfinite().all()):
                 raise ValueError(
                     "kv_scales must be positive numbers, or tensors of them: [layers] or [layers, kv_heads]"
                 )
-        if len(self._of) not in (0, 2):
-            raise ValueError(f"kv_scales must be two, of K and of V, not {len(self._of)}")
         self._placed: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def check(self, layer: int, layers: int | None, kv_heads: int) -> None:

@@ -208,7 +208,8 @@ def _fill(cache: Any, model: Any, mask: torch.Tensor) -> None:
     batch, length = mask.shape
     with cache.unpadded(mask) if isinstance(cache, VirtualCache) else contextlib.nullcontext():
         for layer, shape in enumerate(_layout_of(model).layers):
-            assert shape is not None
+            if shape is None:
+                raise ValueError(f"layer {layer} of {type(model).__name__} has no K and V")
             k = torch.randn(batch, shape.kv_heads, length, shape.head_dim, device=model.device, dtype=model.dtype)
             if isinstance(cache, StaticCache):
                 cache.update(k, k, layer, {"cache_position": torch.arange(length, device=model.device)})
@@ -272,7 +273,9 @@ def decode_speed(
     least two, are not counted: they compare, compile and capture. ``floor ms`` is reading the weights without the
     embedding, K and V, at 3.0 TB/s.
     """
-    device, on_gpu = model.device, model.device.type == "cuda"
+    if steps < 4:
+        raise ValueError(f"steps must be at least 4, not {steps}: the first are not counted")
+    device, on_gpu, text = model.device, model.device.type == "cuda", model.config.get_text_config()
     batch, longest = len(lengths), max(lengths)
     gc.collect()
     if on_gpu:
@@ -283,7 +286,7 @@ def decode_speed(
     if hasattr(model.forward, "refused"):
         model.forward.refused = None  # by what was measured before
     cache = make(batch, longest + steps + 8)
-    ids = torch.randint(1, model.config.vocab_size, (batch, longest + 1), device=device)
+    ids = torch.randint(1, text.vocab_size, (batch, longest + 1), device=device)
     padding = longest - torch.tensor(lengths, device=device)
     mask = (torch.arange(longest + 1, device=device) >= padding[:, None]).long()
     with torch.no_grad():
@@ -294,11 +297,11 @@ def decode_speed(
     options = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, CACHE_KEYWORD: cache}
     model.generate(ids, attention_mask=mask, stopping_criteria=StoppingCriteriaList([clock]), **options)
     took = clock.steps()[max(2, steps // 4) :]
-    config, size = model.config, model.dtype.itemsize
+    size = model.dtype.itemsize
     layouts = [c.layout for c in cache.kv_caches] if isinstance(cache, VirtualCache) else [_layout_of(model)]
     kv = sum(length + steps for length in lengths) * sum(layout.bytes_per_token for layout in layouts)
     weights = sum(parameter.numel() for parameter in model.parameters()) * size
-    floor = (weights - config.vocab_size * config.hidden_size * size + kv) / BANDWIDTH
+    floor = (weights - text.vocab_size * text.hidden_size * size + kv) / BANDWIDTH
     row = {
         "point": point,
         "cache": name,

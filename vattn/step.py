@@ -347,7 +347,9 @@ def _mask(*args: Any, **options: Any) -> Any:
     local_size, mask_function = options.get("local_size"), options["mask_function"]
     if local_size == 0:
         return None  # for layers that a model does not have
-    if options.get("use_vmap"):
+    # What is added by rows or positions, e.g. that the tokens of an image see each other, is causal for a step's token.
+    several = running().store is None
+    if options.get("use_vmap") or (several and options.get("allow_is_causal_skip") is False):
         raise UnsupportedError("it adds to the mask", of_model=True)
     with torch.device("cpu"):
         zero = torch.zeros((), dtype=torch.int64)

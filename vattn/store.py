@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import operator
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -49,8 +50,15 @@ class Options:
     def __post_init__(self) -> None:
         for name, least in (("max_len", 1), ("slots", 1), ("lookahead", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is None and name != "max_len":
+                continue
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise ValueError(f"{name} must be an integer, not {value!r}")
+            object.__setattr__(self, name, operator.index(value))
+            if value < least:
                 raise ValueError(f"{name} must be at least {least}, not {value}")
+        if not isinstance(self.mapper, bool):
+            raise ValueError(f"mapper must be True or False, not {self.mapper!r}")
         if self.layout not in ("interleaved", "compact"):
             raise ValueError(f"layout must be 'interleaved' or 'compact', not {self.layout!r}")
         if self.dtype is not None:
