@@ -143,7 +143,12 @@ class Decoder:
     def step(self, store: Store, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of a decode step, or None: then it is no such step, and nothing has changed."""
         call = Call.of(forward, store, args, kwargs)
-        return self._step(call) if call is not None and self.takes(forward, call.ids.device) else None
+        if call is None or not self.takes(forward, call.ids.device):
+            return None
+        if call.unknown is not None:
+            self._fall_back(f"decodes as transformers does: a step is given {call.unknown}")
+            return None
+        return self._step(call)
 
     def prompt(self, store: Store, forward: Forward, given: dict[str, Any], compute: Callable[[], Any]) -> Any:
         """The output of a call with several tokens for each row, on kernels; or None, and nothing has changed.

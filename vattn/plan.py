@@ -33,6 +33,7 @@ class Call:
     caches: dict[str, Any]  # by keyword
     others: dict[str, Any]
     given: dict[str, Any]
+    unknown: str | None = None  # an argument that is not known to be the same in every step
     length: int = -1  # of the sequences before it
 
     @property
@@ -64,7 +65,7 @@ class Call:
 
     @classmethod
     def of(cls, forward: Forward, store: Store, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        """None where it is none, or has arguments that are not known to be the same in every step."""
+        """None where it is none."""
         parameters = forward.parameters
         given = dict(kwargs)
         if args:
@@ -80,7 +81,7 @@ class Call:
         tensors: dict[str, torch.Tensor | None] = {"input_ids": ids, "position_ids": None}
         if "cache_position" in parameters:
             tensors["cache_position"] = None
-        caches, others = {}, {}
+        caches, others, unknown = {}, {}, None
         for name, value in given.items():
             if name in ("input_ids", "attention_mask") or value is None:
                 continue
@@ -88,15 +89,15 @@ class Call:
                 tensors[name] = value
             elif name in CACHE_KEYWORDS:
                 caches[name] = value
-            elif isinstance(value, torch.Tensor) and value.shape == ids.shape and not value.is_floating_point():
+            elif name != "labels" and isinstance(value, torch.Tensor) and value.shape == ids.shape:
                 tensors[name] = value  # e.g. the kinds of tokens
             elif isinstance(value, (bool, int, float, str)):
                 others[name] = value
             else:
-                return None
+                unknown = name
         if others.get("output_attentions") or others.get("output_hidden_states") or others.get("return_dict") is False:
             return None
-        return cls(forward, store, ids, mask, tensors, caches, others, given)
+        return cls(forward, store, ids, mask, tensors, caches, others, given, unknown)
 
 
 class Plan:
