@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from models import build, prompt
+from models import MODELS, build, prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, MistralConfig, pipeline
 
@@ -19,6 +19,7 @@ from vattn import (
     BackendUnavailable,
     DriverError,
     KVCache,
+    KVLayout,
     OutOfPages,
     SequenceTooLong,
     VirtualCache,
@@ -671,6 +672,15 @@ def test_the_package_loads_transformers_only_when_asked():
     subprocess.run([sys.executable, "-c", script], check=True)
     with pytest.raises(AttributeError, match="no attribute 'Virtual'"):
         _ = vattn.Virtual
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("t5", "gpt2")])
+def test_configurations_tell_what_models_cache(name):
+    model = build(name, "eager", "cpu")
+    cache = VirtualCache(model.config, max_len=100)
+    model(torch.tensor([[5, 17, 9]]), **{CACHE_KEYWORD: cache})
+    told = KVLayout.from_config(model.config, max_len=100, dtype="float32")
+    assert told.layers == cache.kv_caches[0].layout.layers
 
 
 def test_kv_caches_are_kv_caches(llama):

@@ -92,13 +92,16 @@ def test_one_head_for_all_queries():
     assert KVLayout.from_config(falcon, max_len=10).layers[0].kv_heads == 1
 
 
-def test_mla_keeps_expanded_heads():
+def test_mla_keeps_what_transformers_does(monkeypatch):
     config = {
         "num_hidden_layers": 2, "num_attention_heads": 128, "kv_lora_rank": 512,
         "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
     }  # fmt: skip
-    shape = KVLayout.from_config(config, max_len=10).layers[0]
-    assert shape == LayerShape(kv_heads=128, head_dim=192, v_head_dim=128)
+    expanded = LayerShape(kv_heads=128, head_dim=192, v_head_dim=128)
+    latent = LayerShape(kv_heads=1, head_dim=512, v_head_dim=64)
+    for version, shape in (("4.57.6", expanded), ("5.14.1", expanded), ("5.15.0", latent), ("6.0.0.dev0", latent)):
+        monkeypatch.setattr("importlib.metadata.version", lambda name, version=version: version)
+        assert KVLayout.from_config(config, max_len=10).layers[0] == shape
 
 
 def test_gpt2_names_and_nested_and_shared_configs():

@@ -13,6 +13,7 @@ A plane holds ``row_bytes`` for every position of a slot and is mapped by itself
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -285,6 +286,15 @@ class KVLayout:
         return length if plane.window is None else min(length, plane.window)
 
 
+def _caches_latents() -> bool:
+    """Whether transformers caches what MLA expands to the heads, as it does from 5.15 on, or the heads."""
+    try:
+        major, minor, *_ = importlib.metadata.version("transformers").split(".")
+    except importlib.metadata.PackageNotFoundError:
+        return True
+    return (int(major), int(minor)) >= (5, 15)
+
+
 def layer_shapes(config: Any, *, dtype: str | None = None) -> list[LayerShape | None]:
     """The shape of each layer of a model, from a Hugging Face configuration or the mapping of a ``config.json``.
 
@@ -319,12 +329,12 @@ def _described(config: Any, dtype: str | None) -> tuple[list[LayerShape | None],
 
     n_layers: int = need("num_hidden_layers", "n_layer", "num_layers")
     heads: int = need("num_attention_heads", "n_head", "num_heads")
-    if get("kv_lora_rank") is not None:  # MLA, whose cache in transformers holds expanded heads
-        shape = LayerShape(
-            kv_heads=heads,
-            head_dim=need("qk_nope_head_dim") + need("qk_rope_head_dim"),
-            v_head_dim=need("v_head_dim"),
-        )
+    if (rank := get("kv_lora_rank")) is not None:  # MLA
+        rope: int = need("qk_rope_head_dim")
+        if _caches_latents():
+            shape = LayerShape(kv_heads=1, head_dim=rank, v_head_dim=rope)
+        else:
+            shape = LayerShape(kv_heads=heads, head_dim=need("qk_nope_head_dim") + rope, v_head_dim=need("v_head_dim"))
     else:
         if get("global_head_dim") is not None:
             raise ValueError("head_dim differs between layers: give KVLayout the shape of each")

@@ -210,11 +210,14 @@ def _fill(cache: Any, model: Any, mask: torch.Tensor) -> None:
         for layer, shape in enumerate(_layout_of(model).layers):
             if shape is None:
                 raise ValueError(f"layer {layer} of {type(model).__name__} has no K and V")
-            k = torch.randn(batch, shape.kv_heads, length, shape.head_dim, device=model.device, dtype=model.dtype)
+            k, v = (
+                torch.randn(batch, shape.kv_heads, length, dim, device=model.device, dtype=model.dtype)
+                for dim in (shape.head_dim, shape.v_head_dim)
+            )
             if isinstance(cache, StaticCache):
-                cache.update(k, k, layer, {"cache_position": torch.arange(length, device=model.device)})
+                cache.update(k, v, layer, {"cache_position": torch.arange(length, device=model.device)})
             else:
-                cache.update(k, k, layer)
+                cache.update(k, v, layer)
 
 
 def peers(device: str) -> list[str]:
