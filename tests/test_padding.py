@@ -372,3 +372,17 @@ def test_rows_that_are_left_of_a_padded_batch_need_no_mask(device):
             each.batch_select_indices(torch.tensor([row], device=device))
             outputs.append(model(ids[:1, :3], **{CACHE_KEYWORD: each}).logits)
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_longer_than_a_first_chunk_is_stored(device):
+    """Where the mask is already that of the whole prompt."""
+    model = build("llama-gqa", "sdpa", device)
+    ids = prompt(2, 14, device)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, :10] = 0
+    outputs = []
+    with virtual_of(model) as cache, torch.no_grad():
+        for each in (cache, DynamicCache(config=model.config)):
+            model(ids[:, :8], attention_mask=mask, **{CACHE_KEYWORD: each})
+            outputs.append(model(ids[:, 8:], **{CACHE_KEYWORD: each}).logits[0])  # of the row that is not padded
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)

@@ -204,6 +204,8 @@ class Store:
             fits = batch == len(padding) and not (first and n <= max(padding.rows))
             if not fits or k.requires_grad or v.requires_grad:
                 self.restore_padding()
+                if first:  # what is hidden is stored as any other
+                    self.blank = None
         with self._unlearning(index):
             if first:
                 self._set_rows(place, batch)
