@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def record(run: Callable[[], Any], pool: Any, stream: Any) -> tuple[Any, Any]:
     """A graph of what is launched, which is not run, and what it returns."""
     graph = torch.cuda.CUDAGraph()
     # A process captures one at a time. A capture that fails leaves its stream the current one.
-    with _capturing, torch.cuda.stream(torch.cuda.current_stream()):
+    with _capturing, _garbage_kept(), torch.cuda.stream(torch.cuda.current_stream()):
         try:
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 output = run()
@@ -36,6 +37,18 @@ def record(run: Callable[[], Any], pool: Any, stream: Any) -> tuple[Any, Any]:
             _end_capture(graph, pool, stream)
             raise
     return graph, output
+
+
+@contextlib.contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """While it lasts no garbage is collected: a cache among it would wait for the device, which ends a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _end_capture(graph: Any, pool: Any, stream: torch.cuda.Stream) -> None:
