@@ -71,7 +71,7 @@ def test_a_kernel_that_is_not_there_takes_no_graph_from_others(device):
             cache.reset()
             other.reset()
         assert cache.decode_stats().captures == 1
-        assert "flashinfer: it" in other.decode_stats().fallback
+        assert "flashinfer: " in other.decode_stats().fallback
 
 
 def test_weights_that_move_are_noticed(device):
