@@ -517,7 +517,7 @@ def test_positions_behind_an_image(by_hand, device):
         stats = cache.decode_stats()
         told = stats.fallback or ""
         if by_hand:
-            assert "rope_deltas" in told
-            assert stats.eager + stats.replayed >= 12
-        else:  # some versions of transformers give every step the kinds of all tokens
-            assert stats.eager + stats.replayed == (22 if "a step is given mm_token_type_ids" in told else 33)
+            assert "rope_deltas" in told  # which older versions of transformers have of text alone, too
+            assert stats.eager + stats.replayed == (12 if transformers.__version__ >= "5" else 0)
+        else:  # which give every step the sizes of images, too
+            assert stats.eager + stats.replayed == (22 if "a step is given" in told else 33)
