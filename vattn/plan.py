@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.modules import module as _of_all
+from torch.nn.modules import module as all_modules
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
@@ -124,7 +124,6 @@ class Plan:
         self.step = step
         self.length = -1  # at the last step
         model = call.forward.model
-
         self._model = weakref.ref(model, functools.partial(_forget, weakref.ref(self)))
         self._moves = call.forward.moves
         modules = list(model.modules())
@@ -138,7 +137,7 @@ class Plan:
             for name, tensor in tensors.items()
         ]
         self._state = state_of(model, self.configs)
-        self._hooks: list[dict[int, Any]] = [_of_all._global_forward_hooks, _of_all._global_forward_pre_hooks]
+        self._hooks: list[dict[int, Any]] = [all_modules._global_forward_hooks, all_modules._global_forward_pre_hooks]
         self._hooks += [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         # What a model that is given no positions adds to them, as it was found in a prompt.
         self._shifted = [module for module in modules if hasattr(module, "rope_deltas")]
@@ -208,7 +207,8 @@ class Plan:
     def _hooked(self) -> bool:
         """Whether the model has hooks, but for those that transformers leaves and that do nothing in a step."""
         idle = "transformers.utils.output_capturing"
-        return any(getattr(hook, "__module__", "") != idle for hooks in self._hooks for hook in hooks.values())
+        found = (hook for hooks in filter(None, self._hooks) for hook in hooks.values())
+        return any(getattr(hook, "__module__", "") != idle for hook in found)
 
     def makes_up_positions(self) -> bool:
         """Whether the positions that a call has not given are others than how many come before."""
