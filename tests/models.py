@@ -86,16 +86,20 @@ def attentions(name: str) -> list[str]:
 
 
 def build(name: str, attention: str, device: str, **more: Any) -> Any:
-    torch.manual_seed(0)
     prefix, config_class, changes = {**MODELS, **MORE}[name]
     config = getattr(transformers, config_class or f"{prefix}Config")(**{**_SHAPE, **changes, **more})
-    model = _class(name)._from_config(config, attn_implementation=attention)
+    return _random(_class(name), config, attention, device, end=100)
+
+
+def _random(kind: Any, config: Any, attention: str, device: str, end: int | None = None) -> Any:
+    torch.manual_seed(0)
+    model = kind._from_config(config, attn_implementation=attention)
     with torch.no_grad():
         for parameter in model.parameters():
             # Flat random logits would agree by chance; spread ones do not.
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.12)
-    model.generation_config.eos_token_id = 100
+    model.generation_config.eos_token_id = end
     model.generation_config.pad_token_id = 0
     return model.eval().to(device)
 
@@ -287,7 +291,7 @@ def molmo2(device: str) -> Any:
         adapter_config={**heads, "head_dim": 16, "text_hidden_size": 64, "vision_feature_layer": [-1]},
         **{f"{name}_id": 101 + i for i, name in enumerate((*names, "frame_end_token"))},
     )
-    return _random(transformers.Molmo2ForConditionalGeneration, config, device)
+    return _random(transformers.Molmo2ForConditionalGeneration, config, "sdpa", device)
 
 
 def qwen2_vl(device: str) -> Any:
@@ -299,15 +303,4 @@ def qwen2_vl(device: str) -> Any:
         vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 4},
         image_token_id=90, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93,
     )  # fmt: skip
-    return _random(transformers.Qwen2VLForConditionalGeneration, config, device)
-
-
-def _random(kind: Any, config: Any, device: str) -> Any:
-    torch.manual_seed(0)
-    model = kind._from_config(config, attn_implementation="sdpa").eval()
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.12)
-    return model.to(device)
+    return _random(transformers.Qwen2VLForConditionalGeneration, config, "sdpa", device)
