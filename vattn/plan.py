@@ -140,7 +140,7 @@ class Plan:
         self._hooks: list[dict[int, Any]] = [all_modules._global_forward_hooks, all_modules._global_forward_pre_hooks]
         self._hooks += [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         # What a model that is given no positions adds to them, as it was found in a prompt.
-        self._shifted = [module for module in modules if hasattr(module, "rope_deltas")]
+        self._shifted = [vars(module) for module in modules if "rope_deltas" in vars(module)]
         self._adapters = [
             (vars(module), name, copy.copy(value))
             for module in modules
@@ -213,7 +213,7 @@ class Plan:
     def makes_up_positions(self) -> bool:
         """Whether the positions that a call has not given are others than how many come before."""
         made_up = "position_ids" in self._made_up
-        return made_up and any(module.rope_deltas is not None for module in self._shifted)
+        return made_up and any(settings["rope_deltas"] is not None for settings in self._shifted)
 
     def obstacle(self) -> str | None:
         """What of the model a graph would leave out."""
@@ -449,7 +449,9 @@ def state_of(model: Any, configs: list[Any], *, leaving_out: str | None = None) 
             return tuple((str(name), plain(each)) for name, each in value.items())
         if isinstance(value, (list, tuple)):
             return tuple(map(plain, value))
-        return value if isinstance(value, (bool, int, float, str)) else None
+        if isinstance(value, (bool, int, float, str)):
+            return value
+        return id(value) if isinstance(value, torch.Tensor) else str(value)
 
     def settings(of: Any) -> tuple[Any, ...]:
         return tuple(
