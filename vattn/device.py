@@ -38,19 +38,17 @@ class TrimOnOOM(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def resolve_device(device: str | torch.device) -> torch.device:
     """The device with its index; raises BackendUnavailable when vattn or this machine cannot use it."""
-    unsupported = BackendUnavailable(f"device {str(device)!r} is not supported: use 'cuda' or 'cpu'")
-    try:
-        device = torch.device(device)
-    except RuntimeError:  # no name of torch's
-        raise unsupported from None
-    if device.type == "cpu":
+    found = None
+    with contextlib.suppress(RuntimeError):  # where it is no name of torch's
+        found = torch.device(device)
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise BackendUnavailable(f"device {str(device)!r} is not supported: use 'cuda' or 'cpu'")
+    if found.type == "cpu":
         return torch.device("cpu")
-    if device.type != "cuda":
-        raise unsupported
     if not torch.cuda.is_available():
         why = _core.probe_cuda()["why"] or f"this torch, {torch.__version__}, is built without CUDA or sees no device"
         raise BackendUnavailable(f"device {str(device)!r} cannot be used: {why}. Use device='cpu' instead")
-    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
 
 
 def driver_of(device: torch.device, granularity: int, capacity: int, exportable: bool) -> _core.Driver:
