@@ -50,15 +50,16 @@ PYTHON = {
     "lane.py": {"cache", "layout"},
     "store.py": {"cache", "device", "errors", "kernels", "lane", "layout", "padding", "scales", "sequence"},
     "append.py": {"scales"},
-    "step.py": {"append", "cache", "kernels", "padding", "store"},
-    "prompt.py": {"kernels", "step"},
+    "step.py": {"append", "cache", "kernels", "padding", "store", "verify"},  # of verify only its types
+    "prompt.py": {"kernels", "step", "verify"},  # of verify only its types
     "attach.py": set(),
     "compiled.py": set(),
-    "plan.py": {"attach", "capture", "step", "store"},
+    "verify.py": {"kernels", "padding", "scales", "step", "store"},
+    "plan.py": {"attach", "capture", "step", "store", "verify"},
     "capture.py": set(),
     "decode.py": (
         {"append", "attach", "cache", "capture", "compiled", "errors", "kernels", "padding", "plan", "prompt"}
-        | {"step", "store"}
+        | {"step", "store", "verify"}
     ),
     "hf.py": {"attach", "cache", "decode", "device", "lane", "layout", "plan", "scales", "step", "store"},
     "swap.py": {"cache", "device", "layout"},

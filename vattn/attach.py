@@ -130,6 +130,7 @@ class Forward(_Method):
         self.refused: str | None = None  # why the model's steps are not computed on slot tensors
         self.trusted: Any = None  # in what state one was what transformers computes, each layer on its own K and V
         self.prompts: bool | None = None  # whether prompts on kernels are, where one was tried
+        self.prompt_kinds: set[Any] = set()  # those of which one was
         self.moves = 0  # how often the weights were laid elsewhere
         self._lock = threading.RLock()
         self._calls = 0  # of the model itself, that run now

@@ -25,10 +25,11 @@ from vattn.cache import KVCache
 from vattn.capture import capturable, record, streams
 from vattn.errors import Error
 from vattn.padding import hidden
-from vattn.plan import Call, Plan, apart, configs_of, state_of, tokens_of
+from vattn.plan import Call, Plan, configs_of, state_of, tokens_of
 from vattn.prompt import Prompt
 from vattn.step import Step, UnsupportedError
 from vattn.store import Store
+from vattn.verify import Expected, PromptWatch, Watch
 
 _LOG = logging.getLogger("vattn")
 _MOST_GRAPHS = 8  # of one cache
@@ -192,29 +193,40 @@ class Decoder:
     def _prompt(
         self, prompt: Prompt, configs: list[Any], store: Store, forward: Forward, compute: Callable[[], Any]
     ) -> Any:
-        """The first that a model computes is computed by transformers too, whose result is the one."""
+        """The first of its kind that a model computes is computed by transformers too, whose result is the one."""
         lengths = list(store.lengths)
+        kind = prompt.kind, self._attention, prompt.binding_windows
+        verified = kind in forward.prompt_kinds
+        if not verified:
+            prompt.watch = PromptWatch(prompt.hidden, prompt.start, prompt.n, store.windows)
         try:
             with prompt.run(configs):
                 ours = compute()
         except UnsupportedError:
             raise
         except Exception as error:
-            if forward.prompts:
+            if verified:
                 raise
             ours_alone = not isinstance(error, (Error, torch.OutOfMemoryError))
             raise UnsupportedError(f"{type(error).__name__}: {error}", of_model=ours_alone) from error
-        if forward.prompts is None:
+        if (watch := prompt.watch) is not None:
             last = ours[0][:, -1:].clone()
             del ours
-            store.lengths = lengths
-            ours = compute()
-            if not torch.isnan(ours[0][:, -1:]).any():  # which tells nothing
-                difference = _difference(last, ours[0][:, -1:], rounded=store.options.scales is not None)
-                forward.prompts = difference is None
-            if forward.prompts is False:
-                _LOG.warning("prompts run as transformers runs them: kernels give other logits (%s)", difference)
-                return ours
+
+            def again() -> Any:
+                store.lengths = list(lengths)
+                store.ready.clear()
+                return compute()
+
+            expected = Expected(again, configs, watch.spread, rounded=store.options.scales is not None)
+            if expected.tells() and (reason := watch.fault or expected.difference(last)):
+                forward.prompts = False
+                _LOG.warning("prompts run as transformers runs them: kernels give something else (%s)", reason)
+                return expected.output()
+            if expected.tells():
+                forward.prompts = True
+                forward.prompt_kinds.add(kind)
+            ours = expected.output()
         self._counts["prompts"] += 1
         return ours
 
@@ -364,13 +376,10 @@ class Decoder:
                 return plan.run(call)
             plan.replay()
             output = plan.output(call)
-            if call.length != plan.captured_at:
-                # What was a constant of the step that was captured shows in one that is longer.
-                difference = _difference(output[0], plan.run(call)[0], rounded=call.rounded)
-                if difference:
-                    return self._untrust(plan, call.forward, difference)
-                plan.replays_tested = True
-            return output
+            # What was a constant of the step that was captured shows in one that is longer.
+            if call.length == plan.captured_at and plan.first_tested:
+                return output
+            return self._compare(plan, call, output)
         except UnsupportedError as reason:
             if plan.spare:
                 plan.spare = False
@@ -381,36 +390,53 @@ class Decoder:
                 self._fall_back(f"decodes as transformers does: {reason}")
             return None
 
-    def _compare(self, plan: Plan, call: Call) -> Any:
-        """A step that transformers computes too, whose result is the one."""
+    def _compare(self, plan: Plan, call: Call, replayed: Any = None) -> Any:
+        """A step that transformers computes too, whose result is the one; a replay of it is compared as well."""
+        step, store = plan.step, call.store
+        step.watch = watch = Watch(store, call.mask, call.length, call.batch)
         try:
             with plan.beside():
                 ours = plan.run(call)
-                seen_alone = not plan.idle or plan.sees_live_rows_alone(call, ours[0])
+                seen_alone = not plan.idle or replayed is not None or plan.sees_live_rows_alone(call, ours[0])
         except (UnsupportedError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise UnsupportedError(f"{type(error).__name__}: {error}") from error
-        theirs = call.forward.original(**call.given)
-        if torch.isnan(theirs[0]).any():
-            return theirs  # which tells nothing
-        if plan.idle and not seen_alone:
+        finally:
+            step.watch = None
+
+        def compute() -> Any:
+            store.lengths = [call.length] * len(store.lengths)
+            store.ready.clear()
+            return call.forward.original(**call.given)
+
+        expected = Expected(compute, plan.configs, watch.spread, rounded=call.rounded)
+        if not expected.tells():
+            return expected.output()
+        if not seen_alone:
             plan.spare = False
-            return theirs
-        if difference := _difference(ours[0], theirs[0], rounded=call.rounded):
-            if plan.step.padded and call.tensors["position_ids"] is None:
+            return expected.output()
+        difference = expected.difference(ours[0])
+        if reason := watch.fault or difference:
+            if difference and step.padded and call.tensors["position_ids"] is None:
                 plan.refused = True
-                self._fall_back(
-                    f"positions of padded rows are not given, and not what they were taken for ({difference})"
-                )
+                self._fall_back(f"positions of padded rows are not given, and not what they were taken for ({reason})")
             else:
-                self._refuse(call.forward, f"its attention is not what the kernels compute ({difference})")
-            return theirs
+                self._refuse(call.forward, f"its attention is not what the kernels compute ({reason})")
+            return expected.output()
+        if replayed is not None:
+            if difference := expected.difference(replayed[0]):
+                self._untrust(plan, call.forward, difference)
+            else:
+                plan.first_tested = True
+                plan.replays_tested = call.length != plan.captured_at
+            return expected.output()
         plan.note_tested(call.length)
-        if not plan.step.odd and (state := _attends_by(call.forward, plan.configs)) != call.forward.trusted:
+        if not step.odd and (state := _attends_by(call.forward, plan.configs)) != call.forward.trusted:
             call.forward.trusted, call.forward.prompts = state, None
-        self._kernels |= dict.fromkeys(plan.step.used)
-        return theirs
+            call.forward.prompt_kinds.clear()
+        self._kernels |= dict.fromkeys(step.used)
+        return expected.output()
 
     def _capture(self, plan: Plan, call: Call) -> None:
         if reason := plan.obstacle():
@@ -479,18 +505,6 @@ class Decoder:
 def _attends_by(forward: Forward, configs: list[Any]) -> Any:
     """What a model's attention may depend on. Experts are computed by other means in prompts than in steps."""
     return state_of(forward.model, configs, leaving_out="_experts_implementation_internal")
-
-
-def _difference(ours: torch.Tensor, theirs: torch.Tensor, *, rounded: bool = False) -> str | None:
-    """How the logits of any row differ, if by more than rounding does in a whole model, of other or fused kernels.
-
-    Where K and V are ``rounded`` to fewer bits, one of them that is rounded otherwise is a difference of its own.
-    """
-    if ours.shape != theirs.shape:
-        return f"{tuple(ours.shape)} for {tuple(theirs.shape)}"
-    worst = apart(ours, theirs)
-    bound = 0.25 if theirs.dtype != torch.float32 else 2e-2 if rounded else 1e-3
-    return None if worst <= bound else f"by {worst:.1%}"
 
 
 def _first_line(error: BaseException) -> str:

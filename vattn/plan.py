@@ -19,6 +19,7 @@ from vattn.attach import CACHE_KEYWORDS, Forward, Greedy
 from vattn.capture import capturable
 from vattn.step import Outline, Step, UnsupportedError, attention_of
 from vattn.store import Store
+from vattn.verify import relative_error
 
 
 @dataclass
@@ -163,7 +164,8 @@ class Plan:
         self.refused = False
         self._tested: set[tuple[bool, bool]] = set()  # steps with padding, idle rows or without, as transformers' were
         self._windows = windows  # that no step so far has been long enough for
-        self.replays_tested = False
+        self.first_tested = False  # the first replay, at the length that was captured
+        self.replays_tested = False  # one at another length
         self.replayed = False  # the last step, which nothing has been computed behind
         self.early = False  # the last step, before its call
         self.compiled: Any = None  # the model's forward; False when it is not
@@ -233,6 +235,7 @@ class Plan:
 
     def note_captured(self, graph: Any, output: Any, length: int) -> None:
         self.graph, self.captured_at, self.replays_tested = graph, length, False
+        self.first_tested = False
         self.captured = type(output), {n: v if isinstance(v, torch.Tensor) else None for n, v in output.items()}
 
     def fill(self, call: Call) -> None:
@@ -271,7 +274,7 @@ class Plan:
             again = self.run(call)[0]
         finally:
             idle.zero_()
-        return apart(again, output) <= 1e-3
+        return relative_error(again, output) <= 1e-3
 
     def set_padding(self, store: Store, length: int) -> None:
         if self.step.set_padding(store.padding, store.blank, length):
@@ -400,12 +403,6 @@ class Plan:
 def _forget(plan: weakref.ref[Plan], _: Any) -> None:
     if (mine := plan()) is not None:
         mine.forget()
-
-
-def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The most that the logits of a row differ by, of their norm."""
-    a, b = ours.float(), theirs.float()
-    return float(((a - b).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp_min(1e-30)).max())
 
 
 def tokens_of(given: dict[str, Any]) -> Any:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vattn import kernels
 from vattn.kernels import Kernel, Scores, Spans, Task, alike
 from vattn.step import UnsupportedError, attending
+
+if TYPE_CHECKING:
+    from vattn.verify import PromptWatch
 
 # Faster than what transformers calls for such queries, see docs/benchmarks.md, and there without compiling.
 _FASTER = {"first": ("fa3",), "padded": ("fa3", "fa2"), "chunk": ("fa3", "fa2")}
@@ -27,9 +30,12 @@ class Prompt:
     """
 
     store = None  # updates of the cache are as ever
+    own_attention = False
+    watch: PromptWatch | None = None  # of a prompt that is verified
 
     def __init__(self, hidden: list[int], start: int, n: int, windows: list[int | None], attention: str) -> None:
-        self._hidden, self._end, self._n = hidden, start + n, n
+        self.hidden, self.start, self.n = hidden, start, n
+        self._end = start + n
         self._counts = [min(n, self._end - pad) for pad in hidden]
         self._queries = "chunk" if start else "first"
         self.kind = "padded" if any(hidden) and not start else self._queries
@@ -38,6 +44,11 @@ class Prompt:
         self._attention = attention
         self._spans: dict[Any, Spans] = {}
         self._places: dict[torch.device, torch.Tensor] = {}
+
+    @property
+    def binding_windows(self) -> frozenset[int]:
+        """Those that hide something from the last query."""
+        return frozenset(window for window in self._windows if window is not None and window < self._end)
 
     def run(self, configs: list[Any]) -> contextlib.AbstractContextManager[None]:
         """While it lasts the model with these configurations computes this prompt."""
@@ -48,7 +59,7 @@ class Prompt:
 
         Returns ``[batch, tokens, heads, dim]``, zeros where a query is padding.
         """
-        if at is None or q.shape[2] != self._n or k.shape[2] > self._end:
+        if at is None or q.shape[2] != self.n or k.shape[2] > self._end:
             raise UnsupportedError("its attention is of other rows than it is given")
         batch, heads, n, _ = q.shape
         windows = [window for window in (self._windows[at], how.window) if window is not None]
@@ -58,13 +69,16 @@ class Prompt:
             k, v = k.contiguous(), v.contiguous()
         kernel, spans = self._kernel(q, k, v, how), self._spans_of(k)
         packed = q.reshape(batch * n, heads, -1)
-        if not any(self._hidden):
+        if not any(self.hidden):
             out = kernel.prefill(packed, k, v, spans, self._counts, how)
         else:
             places = self._places_on(q.device)
             seen = kernel.prefill(packed[places], k, v, spans, self._counts, how)
             out = seen.new_zeros(batch * n, *seen.shape[1:]).index_copy_(0, places, seen)
-        return out.view(batch, n, *out.shape[1:])
+        out = out.view(batch, n, *out.shape[1:])
+        if self.watch is not None:
+            self.watch.attended(at, kernel, q, k, v, out, how)
+        return out
 
     def _kernel(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Scores) -> Kernel:
         options: dict[str, Any] = {"softcap": how.softcap is not None, "sinks": how.sinks is not None}
@@ -81,7 +95,7 @@ class Prompt:
         key = k.device, k.shape[1]
         if key not in self._spans:
             left_out = self._end - k.shape[1]
-            spans = [(row, max(0, pad - left_out), k.shape[1]) for row, pad in enumerate(self._hidden)]
+            spans = [(row, max(0, pad - left_out), k.shape[1]) for row, pad in enumerate(self.hidden)]
             self._spans[key] = Spans.of(spans, k.device)
         return self._spans[key]
 
@@ -89,7 +103,7 @@ class Prompt:
         """Which of all tokens are queries."""
         if device not in self._places:
             rows = [
-                torch.arange((row + 1) * self._n - count, (row + 1) * self._n) for row, count in enumerate(self._counts)
+                torch.arange((row + 1) * self.n - count, (row + 1) * self.n) for row, count in enumerate(self._counts)
             ]
             self._places[device] = torch.cat(rows).to(device)
         return self._places[device]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AttentionInterface
@@ -23,8 +22,11 @@ from vattn.kernels import Kernel, Scores, Spans, Task
 from vattn.padding import Padding
 from vattn.store import Store
 
+if TYPE_CHECKING:
+    from vattn.verify import Watch
+
 _NAME = "vattn"  # of the attention function
-_running: contextvars.ContextVar[Any] = contextvars.ContextVar("step", default=None)
+_running: contextvars.ContextVar[_Running | None] = contextvars.ContextVar("running", default=None)
 
 
 class UnsupportedError(Exception):
@@ -43,6 +45,9 @@ class Step:
     positions the attention mask hides on the left, stored or not. Rows from ``live`` on are idle: their slots are no
     business of the step, and their ``ends`` are 0.
     """
+
+    own_attention = False  # as in ``verify.Perturbed``
+    watch: Watch | None = None  # of a step that is verified
 
     def __init__(
         self,
@@ -184,6 +189,8 @@ class Step:
             self._views[layer] = self.cache.k(layer)[batch], self.cache.v(layer)[batch]
         mine = self._views[layer]
         append(k[:, :, 0], v[:, :, 0], *mine, self.ends, self._rows, self._scales_of(layer))
+        if self.watch is not None:
+            self.watch.appended(layer, k[:, :, 0], v[:, :, 0], *mine, self._scales_of(layer))
         return mine
 
     def attend(self, at: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Scores) -> torch.Tensor:
@@ -217,9 +224,13 @@ class Step:
             self._kernels[key] = kernel
             self.used[kernel.name] = None
         k_scale, v_scale = self._scales_of(layer)
-        q = q[:, :, 0] if k_scale is None else self._scaled(q[:, :, 0], k_scale)
-        out = kernel.decode(q, *mine, self._spans_of(window), how)
-        return (out if v_scale is None else self._scaled(out, v_scale))[:, None]
+        scaled = q[:, :, 0] if k_scale is None else self._scaled(q[:, :, 0], k_scale)
+        spans = self._spans_of(window)
+        out = kernel.decode(scaled, *mine, spans, how)
+        out = out if v_scale is None else self._scaled(out, v_scale)
+        if self.watch is not None:
+            self.watch.attended(layer, kernel, q[:, :, 0], out, spans, how)
+        return out[:, None]
 
     def _scales_of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
         scales = self.store.options.scales
@@ -242,60 +253,67 @@ class Step:
 
 @contextlib.contextmanager
 def attending(to: Any, configs: list[Any]) -> Iterator[None]:
-    """While it lasts the attention of the model with these configurations is that of a step, or something like it.
+    """While it lasts the attention of the model with these configurations is ``to.attend``, for this thread alone.
 
-    It is so for this thread; what others call meanwhile is handed on to what the configurations named before.
+    The configurations name vattn's attention to whoever reads them in this context; to all others they name what they
+    always do, and so nothing of it is seen by other threads.
     """
-    token = _running.set(to)
-    with _naming:
-        for config in configs:
-            named = _named.setdefault(id(config), _Named(config, config._attn_implementation))
-            named.times += 1
-            config._attn_implementation_internal = _NAME
+    for config in configs:
+        _name_by_context(type(config))
+    token = _running.set(_Running(to, frozenset(map(id, configs))))
     try:
         yield
     finally:
-        with _naming:
-            for config in configs:
-                named = _named[id(config)]
-                named.times -= 1
-                if not named.times:
-                    config._attn_implementation_internal = named.before
-                    del _named[id(config)]
         _running.reset(token)
 
 
-@dataclass
-class _Named:
-    """A configuration that names this attention for a while, so many times at once."""
+@dataclass(frozen=True)
+class _Running:
+    """What computes the attention of a model in this context, and the configurations of the model by ``id``."""
 
-    config: Any
-    before: str
-    times: int = 0
+    to: Any
+    configs: frozenset[int]
 
 
-_naming = threading.Lock()
-_named: dict[int, _Named] = {}
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_running() -> bool:
+    return _running.get() is not None
+
+
+def _name_by_context(kind: type) -> None:
+    """Lets configurations of a class name vattn's attention in the context of ``attending``."""
+    owner = next((c for c in kind.__mro__ if isinstance(vars(c).get("_attn_implementation"), property)), None)
+    if owner is None:
+        return
+    plain: Any = vars(owner)["_attn_implementation"]
+    if hasattr(plain.fget, "_vattn"):
+        return
+
+    def name(self: Any) -> Any:
+        if torch.compiler.is_compiling():  # of a step the compiler sees that model alone
+            named = _is_running()
+        else:
+            running = _running.get()
+            named = running is not None and id(self) in running.configs
+        return _NAME if named else plain.fget(self)
+
+    name._vattn = True  # type: ignore[attr-defined]
+    owner._attn_implementation = property(name, plain.fset)  # type: ignore[attr-defined]
 
 
 def attention_of(config: Any) -> str:
-    """The name of the attention that a model computes by, but for steps that run now."""
-    named = _named.get(id(config))
-    name: str = config._attn_implementation if named is None else named.before
+    """The name of the attention that a model computes by, also while it computes by vattn's."""
+    token = _running.set(None)
+    try:
+        name: str = config._attn_implementation
+    finally:
+        _running.reset(token)
     return name
 
 
-def _name_of(config: Any) -> str:
-    """What is meant by another thread whose configuration names this attention."""
-    named = _named.get(id(config))
-    names = {each.before for each in list(_named.values())} if named is None else {named.before}
-    if len(names) != 1:
-        raise RuntimeError(f"the attention {_NAME!r} runs within the decode steps of a VirtualCache only")
-    return names.pop()
-
-
-def _hand_on(module: Any, *args: Any, **options: Any) -> Any:
-    name = _name_of(getattr(module, "config", None))
+def own_attention(module: Any, *args: Any, **options: Any) -> Any:
+    """What a module's attention gives without vattn."""
+    name = attention_of(module.config)
     if name in ALL_ATTENTION_FUNCTIONS:
         return ALL_ATTENTION_FUNCTIONS[name](module, *args, **options)
     return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **options)
@@ -303,7 +321,14 @@ def _hand_on(module: Any, *args: Any, **options: Any) -> Any:
 
 def running() -> Any:
     """The step, or what is like it, that this thread computes now, if any."""
-    return _running.get()
+    found = _running.get()
+    return None if found is None else found.to
+
+
+def _require_running() -> Any:
+    if (found := running()) is None:
+        raise RuntimeError(f"the attention {_NAME!r} runs within the decode steps of a VirtualCache only")
+    return found
 
 
 def _attention(
@@ -320,9 +345,9 @@ def _attention(
     if torch.compiler.is_compiling():
         plain = (module.layer_idx, scale, softcap or 0.0, sliding_window or 0, s_aux)
         return torch.ops.vattn.decode(query, key, value, *plain), None
-    step = running()
-    if step is None:
-        return _hand_on(module, query, key, value, attention_mask, **options)
+    step = _require_running()
+    if step.own_attention:
+        return step.attend_own(module, query, key, value, attention_mask, **options)
     others = {name: value for name, value in options.items() if name not in names}
     if attention_mask is not None:
         raise UnsupportedError("it makes a mask of its own", of_model=True)
@@ -342,13 +367,14 @@ def _mask(*args: Any, **options: Any) -> Any:
     """No mask: a step sees all rows, or those of its window. What is neither is refused."""
     if torch.compiler.is_compiling():
         return None  # it was looked at before
-    if running() is None:
-        return ALL_MASK_ATTENTION_FUNCTIONS[_name_of(options.get("config"))](*args, **options)
+    step = _require_running()
+    if step.own_attention:
+        return ALL_MASK_ATTENTION_FUNCTIONS[attention_of(options["config"])](*args, **options)
     local_size, mask_function = options.get("local_size"), options["mask_function"]
     if local_size == 0:
         return None  # for layers that a model does not have
     # What is added by rows or positions, e.g. that the tokens of an image see each other, is causal for a step's token.
-    several = running().store is None
+    several = step.store is None
     if options.get("use_vmap") or (several and options.get("allow_is_causal_skip") is False):
         raise UnsupportedError("it adds to the mask", of_model=True)
     with torch.device("cpu"):

@@ -1,0 +1,197 @@
+"""A wrong attention kernel is refused within two steps, and no honest one is; with --tables it writes both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from faults import FAULTS, PROMPT_FAULTS, Moves, decoding, planted, planted_in_prompts
+from models import build, prompt, virtual_of
+
+from vattn import CACHE_KEYWORD, kernels, verify
+
+HALVES = (torch.bfloat16, torch.float16)
+# Tiny models, and what their weights of Q, K and sinks are multiplied by, so that a fault in what they see shows.
+TINY: dict[str, dict[str, Any]] = {
+    "llama-gqa": {},
+    "qwen3": {"head_dim": 16},
+    "mistral": {},
+    "gemma2": {"attn_logit_softcapping": 2.0},
+    "gemma3": {},
+    "gpt_oss": {},
+}
+LENGTH, STEPS = 21, 3
+pytestmark = pytest.mark.usefixtures("small")
+
+
+def tiny(name: str, device: str, dtype: torch.dtype) -> Any:
+    model = build(name, "eager", device, **TINY[name])
+    model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        for weight, parameter in model.named_parameters():
+            if any(part in weight for part in ("q_proj", "k_proj", "q_norm", "k_norm")):
+                parameter.mul_(1.0)
+            if weight.endswith("sinks"):
+                parameter.fill_(1.0)
+    return model.to(dtype)
+
+
+def stepped(model: Any, cache: Any, device: str, *, batch: int = 2, length: int = LENGTH, padded: bool = False) -> Any:
+    """The decode steps behind a prompt; how they ran."""
+    inputs = prompt(batch, length, device, padded=padded)
+    model.generate(**inputs, **{CACHE_KEYWORD: cache}, max_new_tokens=STEPS + 1, do_sample=False)
+    return cache.decode_stats()
+
+
+def kernel_of(name: str, device: str) -> str:
+    """A kernel that does all that a model asks for."""
+    if device == "cuda":
+        return "flex" if name in ("gemma2", "gpt_oss") else "fa2"
+    return "reference" if name in ("gemma2", "gpt_oss") else "sdpa"
+
+
+class Watching:
+    """What the honest spread of the first verified step was."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[verify.Watch] = []
+        original = verify.Watch.__init__
+
+        def init(watch: Any, *args: Any) -> None:
+            original(watch, *args)
+            self.seen.append(watch)
+
+        monkeypatch.setattr(verify.Watch, "__init__", init)
+
+
+def caught(model: Any, device: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Every fault, whether it counts, and whether it was refused within the first two steps."""
+    moves = Moves()
+    with monkeypatch.context() as patch, virtual_of(model, attention=kernel, capture=False) as cache:
+        watching = Watching(patch)
+        with decoding(kernel, moves.recording):
+            assert stepped(model, cache, device).fallback is None
+    spread = watching.seen[0].spread
+    rows = []
+    for fault in FAULTS:
+        with virtual_of(model, attention=kernel, capture=False) as cache, planted(kernel, fault):
+            stats = stepped(model, cache, device)
+            model.forward.refused = model.forward.trusted = None
+        row = {
+            "model": type(model).__name__,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "kernel": kernel,
+            "fault": fault,
+            "moves": moves.by[fault],
+            "honest": spread,
+            "counts": moves.by[fault] > 5 * spread,
+            "refused": stats.eager <= 1 and "is not what the kernels compute" in (stats.fallback or ""),
+        }
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", TINY)
+def test_planted_faults_are_refused(name, dtype, device, monkeypatch):
+    rows = caught(tiny(name, device, dtype), device, kernel_of(name, device), monkeypatch)
+    assert [row for row in rows if row["counts"] and not row["refused"]] == []
+    assert [row for row in rows if row["refused"] and row["moves"] == 0] == []
+    assert sum(row["counts"] for row in rows) >= 4
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral", "gemma2", "gpt_oss"])
+def test_planted_faults_in_prompts_are_refused(name, dtype, device):
+    model = tiny(name, device, dtype)
+    kernel = kernel_of(name, device)
+    if device == "cuda" and kernel == "flex":
+        pytest.skip("flex decodes only")
+    config = model.config
+    has = {
+        "window": getattr(config, "sliding_window", None) is not None,
+        "sinks": name == "gpt_oss",
+        "soft cap": name == "gemma2",
+    }
+    for fault in PROMPT_FAULTS:
+        if not all(value for part, value in has.items() if part in fault):
+            continue
+        with virtual_of(model, attention=kernel, capture=False) as cache:
+            stepped(model, cache, device)
+            cache.reset()
+            with planted_in_prompts(kernel, fault):
+                assert stepped(model, cache, device).prompts == 0, fault
+            assert model.forward.prompts is False, fault
+            model.forward.prompts = model.forward.trusted = None
+            model.forward.prompt_kinds.clear()
+    with virtual_of(model, attention=kernel, capture=False) as cache:
+        stepped(model, cache, device)
+        cache.reset()
+        assert stepped(model, cache, device).prompts == 1
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_scale_of_fp8_that_is_ignored_is_refused(dtype, device):
+    model = tiny("llama-gqa", device, dtype)
+    kernel = "reference" if device == "cpu" else "flashinfer"
+    if device == "cuda" and kernels.KERNELS[kernel].missing():
+        pytest.skip("of the kernels that are captured it alone reads fp8")
+    options = {"attention": kernel, "capture": False, "kv_dtype": "float8_e4m3fn"}
+    for scales, refused in (((0.5, 1.0), True), ((1.0, 0.8), True), ((1.0, 1.0), False)):
+        with virtual_of(model, kv_scales=scales, **options) as cache, planted(kernel, "a scale of fp8 ignored"):
+            assert ("is not what" in (stepped(model, cache, device).fallback or "")) == refused
+        model.forward.refused = model.forward.trusted = None
+
+
+def honest(model: Any, name: str, device: str, kernel: str, **options: Any) -> dict[str, Any]:
+    """One honest run, and how much of what may differ did."""
+    seen: list[verify.Watch] = []
+    original = verify.Watch.__init__
+
+    def init(watch: Any, *args: Any) -> None:
+        original(watch, *args)
+        seen.append(watch)
+
+    with pytest.MonkeyPatch.context() as patch, virtual_of(model, attention=kernel) as cache:
+        patch.setattr(verify.Watch, "__init__", init)
+        stats = stepped(model, cache, device, **options)
+    row = {
+        "model": name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "kernel": kernel,
+        **options,
+        "of what may differ": max((watch.ratio for watch in seen), default=None),
+        "refused": stats.fallback,
+    }
+    model.forward.refused = model.forward.trusted = None
+    return row
+
+
+def honest_kernels(name: str, device: str, dtype: torch.dtype) -> list[str]:
+    if device == "cpu":
+        return ["reference"] if name in ("gemma2", "gpt_oss") else ["sdpa", "reference"]
+    found = ["flex"]
+    if name != "gemma2":
+        found.append("fa2")
+    if dtype == torch.bfloat16:
+        found.append("fa3")
+    return [kernel for kernel in found if not kernels.KERNELS[kernel].missing()]
+
+
+SHAPES = [(batch, length, padded) for batch in (1, 2, 3, 7) for length in (9, 21, 40) for padded in (False, True)]
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("name", TINY)
+def test_no_honest_kernel_is_refused(name, dtype, device):
+    model = tiny(name, device, dtype)
+    rows = [
+        honest(model, name, device, kernel, batch=batch, length=length, padded=padded)
+        for kernel in honest_kernels(name, device, dtype)
+        for batch, length, padded in SHAPES
+        if not padded or (batch > 1 and length > 20)
+        if not (dtype == torch.float32 and kernel.startswith("fa"))
+    ]
+    assert [row for row in rows if row["refused"]] == []
+    print(max(row["of what may differ"] for row in rows))
