@@ -55,6 +55,8 @@ std::size_t checked_reservation(const ArenaOptions& options, const std::vector<P
       throw std::invalid_argument("slots x max_len needs more than 128 TiB of addresses: lower slots or max_len");
     total += static_cast<std::size_t>(slot * slots);
   }
+  if (options.slots >= std::size_t{1} << Arena::kSlotBits)
+    throw std::invalid_argument("slots must be less than " + std::to_string(std::size_t{1} << Arena::kSlotBits));
   return total;
 }
 
@@ -158,6 +160,7 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
 // Makes a slot, whose memory may be used in the stream, run with its first rows.
 void Arena::begin(Slot& slot, std::size_t positions, Stream stream) {
   slot.state = State::running;
+  slot.begun = ++clock_;
   slot.length = positions;
   slot.expected = 0;
   slot.wanted = 0;
@@ -195,39 +198,93 @@ void Arena::drop_unwritable(Slot& slot, std::size_t index) {
   if (!slot.retired.empty()) post_housekeeping({});
 }
 
-void Arena::grow(Slots slots, std::size_t positions, std::size_t keep, Stream stream) {
+void Arena::grow(Slots names, std::size_t positions, std::size_t keep, Stream stream) {
   require_possible(positions);
   Lock lock = locked();
   require_open();
-  for (const std::size_t slot : slots) running(slot, "grow");
+  const std::vector<std::size_t> slots = running_slots(names, "grow");
   if (grow_in_place(slots, positions, keep, stream)) return;
-
-  if (std::any_of(slots.begin(), slots.end(), [&](std::size_t slot) { return discard_due(slots_[slot], keep); })) {
-    const Hold hold(*this, slots, lock);  // who forks one of them counts on its runs
-    const Fences fresh = fences_of(slots, stream, lock);
-    require_open();
-    for (const std::size_t slot : slots) running(slot, "grow");  // another thread may have closed it meanwhile
-    discard_before_windows(slots, keep, fresh);
-    if (mapper_ && grow_in_place(slots, positions, keep, stream)) return;
-  }
+  if (discard_due_now(names, keep, stream, lock) && mapper_ && grow_in_place(slots, positions, keep, stream)) return;
   lock.unlock();
   ++misses_;
   const Waiting waiting(*this);
-  on_mapper([&] { grow_with_driver(slots, positions, stream); });
+  on_mapper([&] { grow_with_driver(names, positions, stream); });
 }
 
-void Arena::grow_with_driver(Slots slots, std::size_t positions, Stream stream) {
+void Arena::grow_with_driver(Slots names, std::size_t positions, Stream stream) {
   Lock lock = locked();
   require_open();
-  for (const std::size_t slot : slots) running(slot, "grow");
+  const std::vector<std::size_t> slots = running_slots(names, "grow");
   const Hold hold(*this, slots, lock);
   require_open();
-  for (const std::size_t slot : slots) running(slot, "grow");
+  running_slots(names, "grow");
   map_up_to(slots, positions, Urgency::demand, lock);
   for (const std::size_t slot : slots) {
     slots_[slot].hit_at = kNever;  // it was waited for
     advance(slot, positions, stream);
   }
+}
+
+std::size_t Arena::extend(std::size_t name, std::size_t count, Stream stream) {
+  Lock lock = locked();
+  require_open();
+  running(name, "grow");
+  if (const auto reached = extend_in_place(name, count, stream)) return *reached;
+  if (discard_due_now(Slots(&name, 1), slots_[slot_of(name)].length, stream, lock) && mapper_)
+    if (const auto reached = extend_in_place(name, count, stream)) return *reached;
+  lock.unlock();
+  ++misses_;
+  const Waiting waiting(*this);
+  std::size_t reached = 0;
+  on_mapper([&] { reached = extend_with_driver(name, count, stream); });
+  return reached;
+}
+
+std::size_t Arena::extend_with_driver(std::size_t name, std::size_t count, Stream stream) {
+  Lock lock = locked();
+  require_open();
+  running(name, "grow");
+  const std::size_t index = slot_of(name);
+  const Hold hold(*this, Slots(&index, 1), lock);
+  require_open();
+  Slot& slot = running(name, "grow");
+  for (;;) {
+    const std::size_t before = slot.length;
+    require_possible(count, before);
+    map_up_to(Slots(&index, 1), before + count, Urgency::demand, lock);
+    // While it was mapped another caller may have grown into what there was.
+    if (slot.length != before) continue;
+    slot.hit_at = kNever;  // it was waited for
+    advance(index, before + count, stream);
+    return before + count;
+  }
+}
+
+std::optional<std::size_t> Arena::try_extend(std::size_t name, std::size_t count, Stream stream) {
+  const Lock lock = locked();
+  if (closed_ || !is_running(name)) return std::nullopt;
+  return extend_in_place(name, count, stream);
+}
+
+std::optional<std::size_t> Arena::extend_in_place(std::size_t name, std::size_t count, Stream stream) {
+  const std::size_t index = slot_of(name);
+  const std::size_t before = slots_[index].length;
+  require_possible(count, before);
+  if (!grow_in_place(Slots(&index, 1), before + count, before, stream)) return std::nullopt;
+  return before + count;
+}
+
+// Gives back what windows have passed, where something is to be given back; false where nothing is.
+bool Arena::discard_due_now(Slots names, std::size_t keep, Stream stream, Lock& lock) {
+  const std::vector<std::size_t> slots = running_slots(names, "grow");
+  if (std::none_of(slots.begin(), slots.end(), [&](std::size_t slot) { return discard_due(slots_[slot], keep); }))
+    return false;
+  const Hold hold(*this, slots, lock);  // who forks one of them counts on its runs
+  const Fences fresh = fences_of(slots, stream, lock);
+  require_open();
+  running_slots(names, "grow");  // another thread may have closed it meanwhile
+  discard_before_windows(slots, keep, fresh);
+  return true;
 }
 
 // Maps what the held slots lack up to so many positions. A demand waits for fences, takes from everybody what no
@@ -285,21 +342,23 @@ bool Arena::map_up_to(Slots slots, std::size_t positions, Urgency urgency, Lock&
   return true;
 }
 
-bool Arena::try_grow(Slots slots, std::size_t positions, std::size_t keep, Stream stream) {
+bool Arena::try_grow(Slots names, std::size_t positions, std::size_t keep, Stream stream) {
   const Lock lock = locked();
-  for (const std::size_t slot : slots)
-    if (slot >= options_.slots || slots_[slot].state != State::running) return false;
-  return !closed_ && grow_in_place(slots, positions, keep, stream);
+  for (const std::size_t name : names)
+    if (!is_running(name)) return false;
+  return !closed_ && grow_in_place(names, positions, keep, stream);
 }
 
 bool Arena::discard_due(const Slot& slot, std::size_t keep) const noexcept {
   return slot.next_discard <= std::min(keep, slot.length);
 }
 
-bool Arena::grow_in_place(Slots slots, std::size_t positions, std::size_t keep, Stream stream) {
-  for (const std::size_t slot : slots)
-    if (slots_[slot].capacity < positions || discard_due(slots_[slot], keep)) return false;
-  for (const std::size_t slot : slots) advance(slot, positions, stream);
+bool Arena::grow_in_place(Slots names, std::size_t positions, std::size_t keep, Stream stream) {
+  for (const std::size_t name : names) {
+    const Slot& slot = slots_[slot_of(name)];
+    if (slot.capacity < positions || discard_due(slot, keep)) return false;
+  }
+  for (const std::size_t name : names) advance(slot_of(name), positions, stream);
   return true;
 }
 
@@ -317,11 +376,12 @@ void Arena::advance(std::size_t index, std::size_t positions, Stream stream) {
   slot.quiet = std::min(slot.hit_at, slot.ahead_at);
 }
 
-bool Arena::prefetch(std::size_t index, std::size_t positions) {
+bool Arena::prefetch(std::size_t name, std::size_t positions) {
   require_possible(positions);
   Lock lock = locked();
   require_open();
-  Slot& slot = running(index, "prefetch");
+  Slot& slot = running(name, "prefetch");
+  const std::size_t index = slot_of(name);
   const std::size_t before = std::exchange(slot.wanted, positions);
   if (slot.capacity >= positions) return true;
   if (mapper_) {
@@ -333,7 +393,7 @@ bool Arena::prefetch(std::size_t index, std::size_t positions) {
   try {
     const Hold hold(*this, Slots(&index, 1), lock);
     require_open();
-    running(index, "prefetch");
+    running(name, "prefetch");
     const Waiting waiting(*this);
     map_up_to(Slots(&index, 1), positions, Urgency::demand, lock);
   } catch (...) {
@@ -343,21 +403,21 @@ bool Arena::prefetch(std::size_t index, std::size_t positions) {
   return true;
 }
 
-void Arena::use(std::size_t index, Stream stream) {
+void Arena::use(std::size_t name, Stream stream) {
   const Lock lock = locked();
   require_open();
-  Slot& slot = running(index, "use");
+  Slot& slot = running(name, "use");
   if (!holds(slot.streams, stream)) slot.streams.push_back(stream);
 }
 
-void Arena::truncate(Slots slots, std::size_t positions, Stream stream) {
+void Arena::truncate(Slots names, std::size_t positions, Stream stream) {
   Lock lock = locked();
   require_open();
-  for (const std::size_t index : slots) running(index, "truncate");
+  const std::vector<std::size_t> slots = running_slots(names, "truncate");
   const Hold hold(*this, slots, lock);
   bool shorter = false;
-  for (const std::size_t index : slots) {
-    const Slot& slot = running(index, "truncate");
+  for (const std::size_t name : names) {
+    const Slot& slot = running(name, "truncate");
     if (positions > slot.length)
       throw std::invalid_argument("cannot truncate to " + std::to_string(positions) + " positions: the sequence has " +
                                   std::to_string(slot.length));
@@ -388,12 +448,12 @@ void Arena::truncate(Slots slots, std::size_t positions, Stream stream) {
   ask_again();
 }
 
-void Arena::release(Slots slots, Stream stream) {
+void Arena::release(Slots names, Stream stream) {
   Lock lock = locked();
   require_open();
-  for (const std::size_t index : slots) running(index, "close");
+  const std::vector<std::size_t> slots = running_slots(names, "close");
   const Hold hold(*this, slots, lock);
-  for (const std::size_t index : slots) running(index, "close");
+  running_slots(names, "close");
   Fences fresh;
   if (!std::all_of(slots.begin(), slots.end(), [&](std::size_t index) { return has_nothing(slots_[index]); }))
     fresh = fences_of(slots, stream, lock);
@@ -483,14 +543,20 @@ void Arena::close() {
   host_->shrink();
 }
 
-std::size_t Arena::length(std::size_t slot) const {
+bool Arena::closed() const {
   const Lock lock = locked();
-  return slots_.at(slot).length;
+  return closed_;
 }
 
-std::size_t Arena::capacity(std::size_t slot) const {
+std::size_t Arena::length(std::size_t name) const {
   const Lock lock = locked();
-  return slots_.at(slot).capacity;
+  const Slot& slot = slots_.at(slot_of(name));
+  return name >> kSlotBits == 0 || name >> kSlotBits == slot.begun ? slot.length : 0;
+}
+
+std::size_t Arena::capacity(std::size_t name) const {
+  const Lock lock = locked();
+  return slots_.at(slot_of(name)).capacity;
 }
 
 std::size_t Arena::head(std::size_t slot, std::size_t plane) const {
@@ -498,10 +564,45 @@ std::size_t Arena::head(std::size_t slot, std::size_t plane) const {
   return slots_.at(slot).runs.at(plane).head;
 }
 
-Arena::Slot& Arena::running(std::size_t index, const char* what) {
-  if (index >= options_.slots || slots_[index].state != State::running)
-    throw std::invalid_argument(std::string("cannot ") + what + ": slot " + std::to_string(index) + " has no sequence");
-  return slots_[index];
+std::size_t Arena::name(std::size_t slot) const {
+  const Lock lock = locked();
+  return slots_.at(slot).begun << kSlotBits | slot;
+}
+
+bool Arena::readable(std::size_t offset, std::size_t bytes) const {
+  const Lock lock = locked();
+  if (closed_) return false;
+  for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+    const Geometry& geometry = geometry_[plane];
+    if (offset < geometry.offset || offset >= geometry.offset + geometry.stride * options_.slots) continue;
+    const Run& run = slots_[(offset - geometry.offset) / geometry.stride].runs[plane];
+    const std::size_t at = (offset - geometry.offset) % geometry.stride;
+    return bytes == 0 || (at >= run.head && at < run.tail && bytes <= run.tail - at);
+  }
+  return false;
+}
+
+bool Arena::is_running(std::size_t name) const noexcept {
+  const std::size_t index = slot_of(name);
+  return index < options_.slots && slots_[index].state == State::running &&
+         (name >> kSlotBits == 0 || name >> kSlotBits == slots_[index].begun);
+}
+
+Arena::Slot& Arena::running(std::size_t name, const char* what) {
+  if (!is_running(name))
+    throw std::invalid_argument(std::string("cannot ") + what + ": slot " + std::to_string(slot_of(name)) +
+                                (name >> kSlotBits == 0 ? " has no sequence" : " is not this sequence's any more"));
+  return slots_[slot_of(name)];
+}
+
+std::vector<std::size_t> Arena::running_slots(Slots names, const char* what) {
+  std::vector<std::size_t> slots;
+  slots.reserve(names.size());
+  for (const std::size_t name : names) {
+    running(name, what);
+    slots.push_back(slot_of(name));
+  }
+  return slots;
 }
 
 bool Arena::has_nothing(const Slot& slot) noexcept {
@@ -561,9 +662,9 @@ std::size_t Arena::widest_row() const noexcept {
   return widest;
 }
 
-void Arena::require_possible(std::size_t positions) const {
-  if (positions > options_.max_len)
-    throw SequenceTooLong(std::to_string(positions) + " positions are more than max_len, " +
+void Arena::require_possible(std::size_t positions, std::size_t before) const {
+  if (positions > options_.max_len - std::min(options_.max_len, before))
+    throw SequenceTooLong(std::to_string(before + positions) + " positions are more than max_len, " +
                           std::to_string(options_.max_len) + ": make the cache with a larger max_len, or truncate");
 }
 

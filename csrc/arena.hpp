@@ -16,6 +16,9 @@
 // one gets its own before it grows. A parked slot may still be known to hold the first rows of its last sequence; then
 // a new sequence can go on behind them, in this slot or in a fork of it.
 //
+// A sequence is named by its slot and, in the bits above that, by when it began: so one that has ended is not taken for
+// the next one in its slot. The plain number of a slot names whatever sequence it has.
+//
 // Locking: the mutex guards all state and is never held during a driver call. Who needs the driver holds the slots
 // concerned (Slot::held) while the mutex is free; others wait for them, and reclaiming passes them by. Growing within
 // what is mapped holds nothing and waits for nobody.
@@ -78,10 +81,13 @@ struct Swapped {
     std::vector<HostBlock> blocks;
   };
   ~Swapped();
+  // Whether the copies have passed.
+  bool done() const;
 
   std::shared_ptr<HostPool> pool;
   std::size_t length = 0;
   std::vector<Part> parts;
+  mutable std::mutex mutex;          // of what others may look at while it is swapped in
   Fences last;                       // of the copies that use the blocks
   std::atomic<bool> claimed{false};  // by who swaps it in
 };
@@ -89,6 +95,8 @@ struct Swapped {
 class Arena {
  public:
   using Slots = std::span<const std::size_t>;
+  static constexpr unsigned kSlotBits = 24;
+  static constexpr std::size_t slot_of(std::size_t name) noexcept { return name & ((std::size_t{1} << kSlotBits) - 1); }
 
   Arena(std::shared_ptr<Driver> driver, std::vector<Plane> planes, ArenaOptions options,
         std::shared_ptr<Mapper> mapper = nullptr);
@@ -108,9 +116,14 @@ class Arena {
   // `keep` (at most a slot's length) is the earliest length that truncate will still be asked for, a promise even when
   // the call throws: rows before the windows at that length are given back once the work queued in the slot's streams
   // is done. Lengths never shrink here. `stream` is where the rows will be used, see use().
-  void grow(Slots slots, std::size_t positions, std::size_t keep, Stream stream);
+  void grow(Slots names, std::size_t positions, std::size_t keep, Stream stream);
   // The same when it takes no driver call and no waiting; otherwise false, and nothing has changed.
-  bool try_grow(Slots slots, std::size_t positions, std::size_t keep, Stream stream);
+  bool try_grow(Slots names, std::size_t positions, std::size_t keep, Stream stream);
+  // Makes so many more rows of a slot usable, `keep` being its length before, and returns the new length. Several callers
+  // at once each get their own rows.
+  std::size_t extend(std::size_t name, std::size_t count, Stream stream);
+  // The same when it takes no driver call and no waiting.
+  std::optional<std::size_t> try_extend(std::size_t name, std::size_t count, Stream stream);
   // Asks for memory for `positions` rows without waiting for it; whether it is there. Without a mapper it is mapped
   // now.
   bool prefetch(std::size_t slot, std::size_t positions);
@@ -124,6 +137,9 @@ class Arena {
   // Parks every named slot: all of them or, when it throws, none. Before another stream uses their memory, and before
   // it is unmapped, the work queued so far in `stream` and in all streams that used the slot is waited for.
   void release(Slots slots, Stream stream);
+
+  // The same for who cannot be told of an error: nothing where the sequence has ended, or in a forked child.
+  void abandon(std::size_t name) noexcept;
 
   // What a slot holds that others may go on from.
   struct Known {
@@ -190,11 +206,16 @@ class Arena {
 
   // Unmaps everything; the addresses stay reserved, and every later call but stats() and check() is refused.
   void close();
+  bool closed() const;
+  // Whether all of some bytes, counted from base(), are mapped under sequences: those may be read.
+  bool readable(std::size_t offset, std::size_t bytes) const;
 
   Address base() const noexcept { return reservation_.base(); }
   std::size_t plane_offset(std::size_t plane) const { return geometry_.at(plane).offset; }
   std::size_t slot_stride(std::size_t plane) const { return geometry_.at(plane).stride; }
-  std::size_t length(std::size_t slot) const;
+  std::size_t length(std::size_t name) const;
+  // Of the sequence that a slot has.
+  std::size_t name(std::size_t slot) const;
   // Positions that grow can give a slot without waiting.
   std::size_t capacity(std::size_t slot) const;
   // Bytes at the start of a slot that a window has given back.
@@ -280,6 +301,7 @@ class Arena {
     Mapper::Clock::time_point asked_since{};
     std::uint64_t parked_at = 0;  // or last forked from
     std::uint64_t lineage = 0;    // of the last sequence that began here
+    std::uint64_t begun = 0;      // when the last sequence began here, or went on
     std::size_t known = 0;        // positions of it that others may go on from
     std::vector<Stream> streams;  // that used it since it was acquired
     Fences fences;
@@ -300,14 +322,16 @@ class Arena {
   class Waiting;
   class Harvest;
 
-  Slot& running(std::size_t slot, const char* what);
+  Slot& running(std::size_t name, const char* what);
+  bool is_running(std::size_t name) const noexcept;
+  std::vector<std::size_t> running_slots(Slots names, const char* what);
   void begin(Slot& slot, std::size_t positions, Stream stream);
   void wait_for_others(Fences fences, Stream stream, Lock& lock);
   void drop_unwritable(Slot& slot, std::size_t index);
   static bool has_nothing(const Slot& slot) noexcept;
   Lock locked() const;
   void require_open() const;
-  void require_possible(std::size_t positions) const;
+  void require_possible(std::size_t positions, std::size_t before = 0) const;
   Address address_of(std::size_t slot, std::size_t plane) const noexcept;
   std::size_t end_of(const Geometry& plane, std::size_t positions) const noexcept;
   std::size_t usable_rows(std::size_t plane, std::size_t bytes) const noexcept;
@@ -318,9 +342,12 @@ class Arena {
   std::size_t shared_rows(const Slot& slot) const noexcept;
   void refresh(Slot& slot) noexcept;
   bool discard_due(const Slot& slot, std::size_t keep) const noexcept;
-  bool grow_in_place(Slots slots, std::size_t positions, std::size_t keep, Stream stream);
+  bool grow_in_place(Slots names, std::size_t positions, std::size_t keep, Stream stream);
   void advance(std::size_t index, std::size_t positions, Stream stream);
-  void grow_with_driver(Slots slots, std::size_t positions, Stream stream);
+  void grow_with_driver(Slots names, std::size_t positions, Stream stream);
+  std::size_t extend_with_driver(std::size_t name, std::size_t count, Stream stream);
+  std::optional<std::size_t> extend_in_place(std::size_t name, std::size_t count, Stream stream);
+  bool discard_due_now(Slots names, std::size_t keep, Stream stream, Lock& lock);
   bool map_up_to(Slots slots, std::size_t positions, Urgency urgency, Lock& lock);
   std::vector<Step> plan(Slots slots, std::size_t positions, bool exact) const;
   static std::size_t bytes_of(const std::vector<Step>& steps) noexcept;
@@ -344,7 +371,7 @@ class Arena {
   bool compact_with_driver(std::size_t slot, std::optional<std::uint64_t> lineage, std::size_t positions,
                            std::size_t most);
   void swap_in_with_driver(Swapped& swapped, std::size_t slot, Stream stream);
-  void release_quietly(std::size_t slot, Stream stream);
+  void release_quietly(std::size_t name, Stream stream) noexcept;
   void own_with_driver(Slots slots, std::size_t positions, Stream stream);
   bool unshare(Slots slots, Urgency urgency, Lock& lock);
   void replace(std::size_t index, std::size_t plane, std::size_t first, std::size_t count,

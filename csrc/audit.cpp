@@ -31,7 +31,6 @@ std::vector<Arena::SlotInfo> Arena::map() const {
 Arena::Stats Arena::stats() const {
   const Lock lock = locked();
   Stats stats{};
-  stats.pool = pool_.usage();
   stats.host = host_->usage();
   stats.reserved = reservation_.bytes();
   stats.adopted = adopted_;
@@ -75,6 +74,9 @@ Arena::Stats Arena::stats() const {
       stats.spare += run.tail - end;
     }
   }
+  stats.pool = pool_.usage();
+  // What a caller is mapping or unmapping at this moment is in no slot and in no pool, and serves growth as well.
+  stats.pool.pooled = stats.pool.charged - std::min(stats.pool.charged, stats.mapped + stats.retired);
   return stats;
 }
 

@@ -2,8 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "arena.hpp"
 #include "dlpack.hpp"
+#include "sequence.hpp"
 
 namespace py = pybind11;
 using namespace vattn;
@@ -48,15 +48,24 @@ py::capsule export_tensor(std::shared_ptr<void> owner, const Driver& driver, Add
   return capsule;
 }
 
-// An arena's last owner may be Python or a tensor's deleter, and its destructor waits for the device.
-void delete_unlocked(Arena* arena) {
+// The last owner of an arena or of a sequence may be Python or a tensor's deleter, and its destructor waits for the
+// device.
+template <typename Owned>
+void delete_unlocked(Owned* owned) {
   if (PyGILState_Check() == 0) {
-    delete arena;
+    delete owned;
     return;
   }
   const py::gil_scoped_release unlocked;
-  delete arena;
+  delete owned;
 }
+
+// In a forked child an arena is left alone: threads that are not there may wait for what it would destroy.
+void delete_arena(Arena* arena) {
+  if (!arena->driver()->in_forked_child()) delete_unlocked(arena);
+}
+
+std::shared_ptr<Sequence> owned(Sequence* sequence) { return {sequence, delete_unlocked<Sequence>}; }
 
 template <typename... Attributes>
 void raise(const char* type, const char* what, Attributes... attributes) {
@@ -119,6 +128,7 @@ void bind_driver(py::module_& module) {
       .def_property_readonly("description", &Driver::description)
       .def_property_readonly("reports", &Driver::reports)
       .def_property_readonly("exportable", &Driver::exportable)
+      .def_property_readonly("in_forked_child", &Driver::in_forked_child)
       .def_property_readonly("mappings", &Driver::mappings)
       .def_property_readonly("mapping_limit", &Driver::mapping_limit)
       .def("memory_info",
@@ -226,9 +236,7 @@ void bind_arena(py::module_& module) {
   using Slots = std::vector<std::size_t>;
   py::class_<Swapped, std::shared_ptr<Swapped>>(module, "Swapped")
       .def_readonly("length", &Swapped::length)
-      .def_property_readonly("done", [](const Swapped& self) {
-        return std::all_of(self.last.begin(), self.last.end(), [](const auto& fence) { return fence->passed(); });
-      });
+      .def_property_readonly("done", &Swapped::done);
   py::class_<Arena, std::shared_ptr<Arena>>(module, "Arena")
       .def(py::init([](std::shared_ptr<Driver> driver, const std::vector<std::pair<std::size_t, std::size_t>>& planes,
                        std::size_t slots, std::size_t max_len, std::size_t budget, std::size_t tail_rows,
@@ -249,7 +257,7 @@ void bind_arena(py::module_& module) {
              // Only here: pybind11 registers the new object after this, which takes the interpreter lock.
              const py::gil_scoped_release unlocked;
              return std::shared_ptr<Arena>(
-                 new Arena(std::move(driver), std::move(described), options, std::move(mapper)), delete_unlocked);
+                 new Arena(std::move(driver), std::move(described), options, std::move(mapper)), delete_arena);
            }),
            py::arg("driver"), py::arg("planes"), py::kw_only(), py::arg("slots"), py::arg("max_len"), py::arg("budget"),
            py::arg("tail_rows") = 0, py::arg("growth_divisor") = ArenaOptions{}.growth_divisor,
@@ -279,6 +287,14 @@ void bind_arena(py::module_& module) {
           "release",
           [](Arena& self, const Slots& slots, std::uintptr_t stream) { self.release(slots, Stream{stream}); },
           py::arg("slots"), py::arg("stream") = 0, Unlocked())
+      .def(
+          "open",
+          [](const std::shared_ptr<Arena>& self, std::optional<std::size_t> slot, std::size_t expected,
+             std::uintptr_t stream, bool empty, std::optional<std::size_t> like) {
+            return owned(new Sequence(self, slot, expected, Stream{stream}, empty, like));
+          },
+          py::arg("slot") = std::nullopt, py::kw_only(), py::arg("expected") = 0, py::arg("stream") = 0,
+          py::arg("empty") = false, py::arg("like") = std::nullopt, Unlocked())
       .def("prefetch", &Arena::prefetch, py::arg("slot"), py::arg("positions"), Unlocked())
       .def(
           "use", [](Arena& self, std::size_t slot, std::uintptr_t stream) { self.use(slot, Stream{stream}); },
@@ -294,6 +310,14 @@ void bind_arena(py::module_& module) {
           "resume",
           [](Arena& self, std::size_t slot, std::uint64_t lineage, std::size_t positions, std::uintptr_t stream) {
             return self.resume(slot, lineage, positions, Stream{stream});
+          },
+          py::arg("slot"), py::arg("lineage"), py::arg("positions"), py::arg("stream") = 0, Unlocked())
+      .def(
+          "reopen",
+          [](const std::shared_ptr<Arena>& self, std::size_t slot, std::uint64_t lineage, std::size_t positions,
+             std::uintptr_t stream) -> std::shared_ptr<Sequence> {
+            if (!self->resume(slot, lineage, positions, Stream{stream})) return nullptr;
+            return owned(new Sequence(self, slot));
           },
           py::arg("slot"), py::arg("lineage"), py::arg("positions"), py::arg("stream") = 0, Unlocked())
       .def(
@@ -361,8 +385,10 @@ void bind_arena(py::module_& module) {
       .def("length", &Arena::length, py::arg("slot"))
       .def("capacity", &Arena::capacity, py::arg("slot"))
       .def("head", &Arena::head, py::arg("slot"), py::arg("plane"))
+      .def("readable", &Arena::readable, py::arg("offset"), py::arg("nbytes"))
       .def_property_readonly("driver", &Arena::driver)
       .def_property_readonly("base", &Arena::base)
+      .def_property_readonly("closed", &Arena::closed)
       .def("plane_offset", &Arena::plane_offset, py::arg("plane"))
       .def("slot_stride", &Arena::slot_stride, py::arg("plane"))
       .def(
@@ -426,6 +452,36 @@ void bind_arena(py::module_& module) {
       });
 }
 
+void bind_sequence(py::module_& module) {
+  py::class_<Sequence, std::shared_ptr<Sequence>>(module, "Sequence")
+      .def_property_readonly("name", &Sequence::name)
+      .def_property_readonly("slot", &Sequence::slot)
+      .def_property_readonly("length", &Sequence::length)
+      .def_property_readonly("closed", &Sequence::closed)
+      .def_property_readonly("swapped", &Sequence::swapped)
+      .def(
+          "grow",
+          [](Sequence& self, std::size_t count, std::uintptr_t stream) {
+            if (const auto reached = self.try_extend(count, Stream{stream})) return *reached;
+            const py::gil_scoped_release release;
+            return self.extend(count, Stream{stream});
+          },
+          py::arg("count"), py::arg("stream") = 0)
+      .def(
+          "swap_out", [](Sequence& self, std::uintptr_t stream) { self.swap_out(Stream{stream}); },
+          py::arg("stream") = 0, Unlocked())
+      .def(
+          "swap_in",
+          [](Sequence& self, std::optional<std::size_t> slot, std::uintptr_t stream) {
+            self.swap_in(slot, Stream{stream});
+          },
+          py::arg("slot") = std::nullopt, py::arg("stream") = 0, Unlocked());
+  module.def(
+      "close",
+      [](const std::vector<Sequence*>& sequences, std::uintptr_t stream) { Sequence::close(sequences, Stream{stream}); },
+      py::arg("sequences"), py::arg("stream") = 0, Unlocked());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, module) {
@@ -435,5 +491,6 @@ PYBIND11_MODULE(_core, module) {
   });
   bind_driver(module);
   bind_mapper(module);
+  bind_sequence(module);
   bind_arena(module);
 }

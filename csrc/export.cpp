@@ -7,12 +7,13 @@
 
 namespace vattn {
 
-std::vector<Arena::ExportedRun> Arena::export_rows(std::size_t index, Stream stream) {
+std::vector<Arena::ExportedRun> Arena::export_rows(std::size_t name, Stream stream) {
   Lock lock = locked();
   require_open();
-  running(index, "export");
+  running(name, "export");
+  const std::size_t index = slot_of(name);
   const Hold hold(*this, Slots(&index, 1), lock);
-  running(index, "export");
+  running(name, "export");
   const Fences fences = fences_of(Slots(&index, 1), stream, lock);
   Slot& slot = slots_[index];
   lock.unlock();
@@ -43,14 +44,15 @@ std::vector<Arena::ExportedRun> Arena::export_rows(std::size_t index, Stream str
   return runs;
 }
 
-void Arena::import_rows(std::size_t index, std::size_t positions, const std::vector<ExportedRun>& runs) {
+void Arena::import_rows(std::size_t name, std::size_t positions, const std::vector<ExportedRun>& runs) {
   require_possible(positions);
   if (runs.size() != geometry_.size()) throw std::invalid_argument("what is imported has another layout");
   Lock lock = locked();
   require_open();
-  running(index, "import into");
+  running(name, "import into");
+  const std::size_t index = slot_of(name);
   const Hold hold(*this, Slots(&index, 1), lock);
-  Slot& slot = running(index, "import into");
+  Slot& slot = running(name, "import into");
   if (slot.length != 0) throw std::invalid_argument("cannot import into slot " + std::to_string(index) + ": not empty");
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
     const auto& [row_bytes, window, offset, stride] = geometry_[plane];

@@ -8,11 +8,14 @@
 
 namespace vattn {
 
-Mapper::Mapper() : forks_(forks()), thread_(std::make_unique<std::thread>([this] { loop(); })) {}
+Mapper::Mapper() : forks_(forks()), state_(std::make_unique<State>()) {
+  state_->thread = std::make_unique<std::thread>([this] { loop(); });
+}
 
 Mapper::~Mapper() {
   if (forks() != forks_) {
-    (void)thread_.release();  // destroying it would end the process: its thread can be neither joined nor detached
+    // Its thread can be neither joined nor detached, and destroying what the thread waits on would wait for it.
+    (void)state_.release();
     return;
   }
   stop();
@@ -20,12 +23,12 @@ Mapper::~Mapper() {
 
 bool Mapper::post(Urgency urgency, const void* owner, Work work, Clock::duration delay) {
   {
-    const std::lock_guard lock(mutex_);
-    if (stopped_) return false;
+    const std::lock_guard lock(state_->mutex);
+    if (state_->stopped) return false;
     const auto not_before = delay == Clock::duration{} ? Clock::time_point{} : Clock::now() + delay;
-    queues_[static_cast<std::size_t>(urgency)].push_back({owner, std::move(work), not_before});
+    state_->queues[static_cast<std::size_t>(urgency)].push_back({owner, std::move(work), not_before});
   }
-  queued_.notify_one();
+  state_->queued.notify_one();
   return true;
 }
 
@@ -38,58 +41,59 @@ void Mapper::run(const void* owner, Work work) {
     } catch (...) {
       failure = std::current_exception();
     }
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(state_->mutex);
     finished = true;
   };
   if (!post(Urgency::demand, owner, demand)) {
     work();
     return;
   }
-  std::unique_lock lock(mutex_);
-  done_.wait(lock, [&] { return finished; });
+  std::unique_lock lock(state_->mutex);
+  state_->done.wait(lock, [&] { return finished; });
   if (failure) std::rethrow_exception(failure);
 }
 
 void Mapper::cancel(const void* owner) {
-  std::unique_lock lock(mutex_);
+  std::unique_lock lock(state_->mutex);
   for (const Urgency urgency : {Urgency::ahead, Urgency::housekeeping})
-    std::erase_if(queues_[static_cast<std::size_t>(urgency)], [&](const Job& job) { return job.owner == owner; });
-  done_.wait(lock, [&] { return running_ != owner; });
+    std::erase_if(state_->queues[static_cast<std::size_t>(urgency)], [&](const Job& job) { return job.owner == owner; });
+  state_->done.wait(lock, [&] { return state_->running != owner; });
 }
 
 void Mapper::settle(const void* owner) {
   const auto now_due = [&](const Job& job) { return job.owner == owner && job.not_before == Clock::time_point{}; };
-  std::unique_lock lock(mutex_);
-  done_.wait(lock, [&] {
-    return running_ != owner && std::none_of(queues_.begin(), queues_.end(), [&](const auto& queue) {
+  std::unique_lock lock(state_->mutex);
+  state_->done.wait(lock, [&] {
+    return state_->running != owner && std::none_of(state_->queues.begin(), state_->queues.end(), [&](const auto& queue) {
              return std::any_of(queue.begin(), queue.end(), now_due);
            });
   });
 }
 
 void Mapper::stop() {
+  if (forks() != forks_) return;
   std::unique_ptr<std::thread> ending;
   {
-    const std::lock_guard lock(mutex_);
-    stopped_ = true;
-    ending = std::move(thread_);
+    const std::lock_guard lock(state_->mutex);
+    state_->stopped = true;
+    ending = std::move(state_->thread);
   }
-  queued_.notify_one();
+  state_->queued.notify_one();
   if (ending) ending->join();
 }
 
 void Mapper::loop() {
   ::pthread_setname_np(::pthread_self(), "vattn-mapper");
   Driver::enter_background();
-  std::unique_lock lock(mutex_);
+  std::unique_lock lock(state_->mutex);
   for (Job job; next(job, lock);) {
-    running_ = job.owner;
+    state_->running = job.owner;
     lock.unlock();
     job.work();
     job.work = nullptr;
     lock.lock();
-    running_ = nullptr;
-    done_.notify_all();
+    state_->running = nullptr;
+    state_->done.notify_all();
   }
 }
 
@@ -97,8 +101,8 @@ void Mapper::loop() {
 bool Mapper::next(Job& job, std::unique_lock<std::mutex>& lock) {
   for (;;) {
     auto wake = Clock::time_point::max();
-    for (auto& queue : queues_) {
-      if (stopped_ && &queue != &queues_.front()) queue.clear();
+    for (auto& queue : state_->queues) {
+      if (state_->stopped && &queue != &state_->queues.front()) queue.clear();
       for (auto candidate = queue.begin(); candidate != queue.end(); ++candidate) {
         if (candidate->not_before != Clock::time_point{} && candidate->not_before > Clock::now()) {
           wake = std::min(wake, candidate->not_before);
@@ -109,12 +113,12 @@ bool Mapper::next(Job& job, std::unique_lock<std::mutex>& lock) {
         return true;
       }
     }
-    done_.notify_all();  // what stop() has dropped is not waited for any more
-    if (stopped_) return false;
+    state_->done.notify_all();  // what stop() has dropped is not waited for any more
+    if (state_->stopped) return false;
     if (wake == Clock::time_point::max()) {
-      queued_.wait(lock);
+      state_->queued.wait(lock);
     } else {
-      queued_.wait_until(lock, wake);
+      state_->queued.wait_until(lock, wake);
     }
   }
 }

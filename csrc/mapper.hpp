@@ -51,17 +51,21 @@ class Mapper {
     Clock::time_point not_before;
   };
 
+  struct State {
+    std::mutex mutex;
+    std::condition_variable queued;
+    std::condition_variable done;
+    std::array<std::deque<Job>, 3> queues;
+    const void* running = nullptr;  // whose work is under way
+    bool stopped = false;
+    std::unique_ptr<std::thread> thread;
+  };
+
   void loop();
   bool next(Job& job, std::unique_lock<std::mutex>& lock);
 
   const unsigned forks_;
-  std::mutex mutex_;
-  std::condition_variable queued_;
-  std::condition_variable done_;
-  std::array<std::deque<Job>, 3> queues_;
-  const void* running_ = nullptr;  // whose work is under way
-  bool stopped_ = false;
-  std::unique_ptr<std::thread> thread_;
+  std::unique_ptr<State> state_;
 };
 
 }  // namespace vattn

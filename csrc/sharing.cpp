@@ -33,10 +33,10 @@ std::vector<Mapping> take_from(Run& run, std::size_t first) {
 
 }  // namespace
 
-Arena::Known Arena::publish(std::size_t index, std::size_t positions) {
+Arena::Known Arena::publish(std::size_t name, std::size_t positions) {
   const Lock lock = locked();
   require_open();
-  Slot& slot = running(index, "publish");
+  Slot& slot = running(name, "publish");
   if (positions > slot.length)
     throw std::invalid_argument("cannot publish " + std::to_string(positions) + " positions: the sequence has " +
                                 std::to_string(slot.length));
@@ -85,20 +85,21 @@ bool Arena::fork(std::size_t source, std::optional<std::uint64_t> lineage, std::
   return done;
 }
 
-bool Arena::fork_with_driver(std::size_t source, std::optional<std::uint64_t> lineage, std::size_t positions,
-                             Slots targets, Share share, Stream stream) {
+bool Arena::fork_with_driver(std::size_t name, std::optional<std::uint64_t> lineage, std::size_t positions, Slots names,
+                             Share share, Stream stream) {
   Lock lock = locked();
   require_open();
-  if (!lineage) running(source, "fork");
+  if (!lineage) running(name, "fork");
+  const std::size_t source = slot_of(name);
   if (source >= options_.slots) return false;
-  for (const std::size_t target : targets) running(target, "fork into");
-  std::vector<std::size_t> all(targets.begin(), targets.end());
+  const std::vector<std::size_t> targets = running_slots(names, "fork into");
+  std::vector<std::size_t> all(targets);
   all.push_back(source);
   const Hold hold(*this, all, lock);
   require_open();
   Slot& from = slots_[source];
   if (!lineage) {
-    running(source, "fork");
+    running(name, "fork");
     if (positions > from.length)
       throw std::invalid_argument("cannot fork at " + std::to_string(positions) + " positions: the sequence has " +
                                   std::to_string(from.length));
@@ -108,9 +109,9 @@ bool Arena::fork_with_driver(std::size_t source, std::optional<std::uint64_t> li
   } else if (!has_rows(from, lineage, positions)) {
     return false;
   }
-  for (const std::size_t target : targets)
+  for (const std::size_t target : names)
     if (running(target, "fork into").length != 0)
-      throw std::invalid_argument("cannot fork into slot " + std::to_string(target) + ": it is not empty");
+      throw std::invalid_argument("cannot fork into slot " + std::to_string(slot_of(target)) + ": it is not empty");
 
   // What has written the rows on other streams.
   const bool parked = from.state == State::parked;
@@ -399,13 +400,13 @@ void Arena::own(Slots slots, std::size_t positions, Stream stream) {
   on_mapper([&] { own_with_driver(slots, positions, stream); });
 }
 
-void Arena::own_with_driver(Slots slots, std::size_t positions, Stream stream) {
+void Arena::own_with_driver(Slots names, std::size_t positions, Stream stream) {
   Lock lock = locked();
   require_open();
-  for (const std::size_t index : slots) running(index, "own");
+  const std::vector<std::size_t> slots = running_slots(names, "own");
   const Hold hold(*this, slots, lock);
   require_open();
-  for (const std::size_t index : slots) running(index, "own");
+  running_slots(names, "own");
   const Fences fresh = fences_of(slots, stream, lock);
   for (const std::size_t index : slots) {
     Slot& slot = slots_[index];
@@ -466,16 +467,17 @@ void Arena::post_compacting(std::size_t slot, std::uint64_t lineage, std::size_t
 
 // Of a running slot at once; of a parked one of the lineage where there is memory to spare, and false while its fences
 // have not passed.
-bool Arena::compact_with_driver(std::size_t index, std::optional<std::uint64_t> lineage, std::size_t positions,
+bool Arena::compact_with_driver(std::size_t name, std::optional<std::uint64_t> lineage, std::size_t positions,
                                 std::size_t most) {
   Lock lock = locked();
   require_open();
-  if (!lineage) running(index, "compact");
+  if (!lineage) running(name, "compact");
+  const std::size_t index = slot_of(name);
   if (index >= options_.slots) return true;
   const Hold hold(*this, Slots(&index, 1), lock);
   require_open();
   Slot& slot = slots_[index];
-  if (!lineage && positions > running(index, "compact").length)
+  if (!lineage && positions > running(name, "compact").length)
     throw std::invalid_argument("cannot compact " + std::to_string(positions) + " positions: the sequence has " +
                                 std::to_string(slot.length));
   if (lineage && (slot.state != State::parked || !has_rows(slot, lineage, positions))) return true;

@@ -21,16 +21,26 @@ void copy_blocks(Driver& driver, Address device, const std::vector<HostBlock>& b
 }  // namespace
 
 Swapped::~Swapped() {
+  if (!pool || pool->in_forked_child()) return;  // whose pool may be locked for good, and owns nothing
   for (Part& part : parts) pool->give(std::move(part.blocks), last);
 }
 
-std::shared_ptr<Swapped> Arena::swap_out(std::size_t index, Stream stream) {
+bool Swapped::done() const {
+  const Fences fences = [&] {
+    const std::lock_guard guard(mutex);
+    return last;
+  }();
+  return passed(fences);
+}
+
+std::shared_ptr<Swapped> Arena::swap_out(std::size_t name, Stream stream) {
   Lock lock = locked();
   require_open();
-  running(index, "swap out");
+  running(name, "swap out");
+  const std::size_t index = slot_of(name);
   const Hold hold(*this, Slots(&index, 1), lock);
   require_open();
-  running(index, "swap out");
+  running(name, "swap out");
   Slot& slot = slots_[index];
   cover(slot, stream, fences_of(Slots(&index, 1), stream, lock));
   auto swapped = std::make_shared<Swapped>();
@@ -127,16 +137,29 @@ void Arena::swap_in_with_driver(Swapped& swapped, std::size_t index, Stream stre
   }
   lock.lock();
   for (Swapped::Part& part : swapped.parts) host_->give(std::exchange(part.blocks, {}), done);
-  swapped.last = done;
+  {
+    const std::lock_guard guard(swapped.mutex);
+    swapped.last = done;
+  }
   advance(index, swapped.length, stream);
   refresh(slot);
 }
 
-// Lets a slot go that nothing was done with yet.
-void Arena::release_quietly(std::size_t index, Stream stream) {
+void Arena::abandon(std::size_t name) noexcept {
+  if (driver_->in_forked_child()) return;
+  const std::optional<Stream> stream = [&]() -> std::optional<Stream> {
+    const Lock lock = locked();
+    if (closed_ || !is_running(name)) return std::nullopt;
+    return slots_[slot_of(name)].streams.front();
+  }();
+  if (stream) release_quietly(name, *stream);
+}
+
+// Ends a sequence, tried again where the driver refuses.
+void Arena::release_quietly(std::size_t name, Stream stream) noexcept {
   for (int attempt = 0; attempt < kAttempts; ++attempt) {
     try {
-      release(Slots(&index, 1), stream);
+      release(Slots(&name, 1), stream);
       return;
     } catch (const std::exception& error) {
       if (attempt + 1 == kAttempts) driver_->report(error);

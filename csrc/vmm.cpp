@@ -71,13 +71,13 @@ Mapping::~Mapping() {
 }
 
 Mapping::Mapping(Mapping&& other) noexcept
-    : driver_(std::move(other.driver_)), extent_(std::move(other.extent_)), at_(other.at_), access_(other.access_) {}
+    : driver_(std::move(other.driver_)), extent_(std::move(other.extent_)), at_(other.at_), access_(other.access_.load()) {}
 
 Mapping& Mapping::operator=(Mapping&& other) noexcept {
   std::swap(driver_, other.driver_);
   std::swap(extent_, other.extent_);
   std::swap(at_, other.at_);
-  std::swap(access_, other.access_);
+  other.access_ = access_.exchange(other.access_.load());
   return *this;
 }
 

@@ -80,17 +80,17 @@ class Mapping {
   bool zeroed() const noexcept { return extent_->zeroed; }
   void set_zeroed() noexcept { extent_->zeroed = true; }
   const std::shared_ptr<Extent>& extent() const noexcept { return extent_; }
-  Access access() const noexcept { return access_; }
+  Access access() const noexcept { return access_.load(); }
   // Others can come only through this mapping, so that who holds it and finds it alone stays alone.
   bool shared() const noexcept { return extent_->mappings.load() > 1 || extent_->exported.load(); }
   // Whether rows may be written here: nobody else has the extent mapped (invariant 4).
-  bool writable() const noexcept { return access_ == Access::write && !shared(); }
+  bool writable() const noexcept { return access_.load() == Access::write && !shared(); }
 
  private:
   std::shared_ptr<Driver> driver_;  // empty when moved from or unmapped
   std::shared_ptr<Extent> extent_;
   Address at_;
-  Access access_ = Access::write;
+  std::atomic<Access> access_{Access::write};  // which others may look at while its holder changes it
 };
 
 class Fence {

@@ -229,8 +229,9 @@ def test_a_sequence_may_outlive_its_cache():
 
 def test_the_map_can_be_read():
     cache = small(max_len=1000, lookahead=0)
-    cache.open().grow(20)
-    cache.open().grow(1)
+    first, second = cache.open(), cache.open()
+    first.grow(20)
+    second.grow(1)
     cache.open(slot=2).close()
     text = cache.show()
     assert "slot 0 running length 20 mapped 0.020 MiB" in text

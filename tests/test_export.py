@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -190,6 +191,7 @@ def test_the_importers_death_at_any_step_leaves_the_exporter_whole(device, die_a
     s = c.open()
     write(s, 3000)
     before = c.stats()
+    gc.collect()  # files of earlier tests
     files = len(os.listdir("/proc/self/fd"))
     to, process = importer(device, die_at)
     if die_at == "end":
@@ -297,11 +299,12 @@ def test_what_is_no_message_is_told(message):
 
 def test_silence_and_nonsense_end():
     c = cache()
+    s = c.open()
     here, there = socket.socketpair()
     with pytest.raises(Error, match="broke off: timed out"):
         c.import_sequence(here, timeout=0.05)
     with pytest.raises(Error, match="broke off"):
-        c.open().export(there, timeout=0.05)  # meets what the importer said
+        s.export(there, timeout=0.05)  # meets what the importer said
     with pytest.raises(Error, match="answers another request"):
         c.import_sequence(here, timeout=0.05)
     here, there = socket.socketpair()

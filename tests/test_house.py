@@ -33,8 +33,10 @@ CSRC = {
     "sharing.cpp": {"hold"},
     "swap.cpp": {"hold"},
     "export.cpp": {"hold"},
+    "sequence.hpp": {"arena"},
+    "sequence.cpp": {"sequence"},
     "dlpack.hpp": set(),
-    "bindings.cpp": {"arena", "dlpack"},
+    "bindings.cpp": {"sequence", "dlpack"},
 }
 PYTHON = {
     "errors.py": set(),
@@ -42,8 +44,9 @@ PYTHON = {
     "prefix.py": set(),
     "export.py": {"errors"},
     "device.py": {"_core", "errors"},
+    "guard.py": {"_core"},
     "sequence.py": {"_core", "cache", "errors", "export"},  # of the cache only its type
-    "cache.py": {"_core", "device", "errors", "export", "layout", "prefix", "sequence"},
+    "cache.py": {"_core", "device", "errors", "export", "guard", "layout", "prefix", "sequence"},
     "kernels.py": set(),
     "padding.py": set(),
     "scales.py": set(),

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from vattn import CACHE_KEYWORD, plan, step, store
+from vattn.attach import known
 
 pytestmark = pytest.mark.usefixtures("graphs")
 
@@ -95,7 +96,7 @@ def test_rows_that_depend_on_each_other_have_graphs_of_their_own(batches, dtype,
             got = generated(model, cache, batch)
             assert torch.equal(got, expected) or dtype == torch.bfloat16  # where two kernels may part
             cache.reset()
-        assert model.forward.refused is None
+        assert known(model).refused is None
         assert cache.decode_stats().captures == len(set(batches))
 
 
@@ -269,7 +270,7 @@ def test_positions_that_are_not_given_keep_no_other_steps_from_kernels(device):
             logits.append(model(last, attention_mask=mask, **options).logits)
         torch.testing.assert_close(*logits)
         assert "positions of padded rows" in cache.decode_stats().fallback
-        assert model.forward.refused is None
+        assert known(model).refused is None
         cache.reset()
         assert torch.equal(generated(model, cache), expected)
         assert cache.decode_stats().captures == 1

@@ -11,6 +11,7 @@ from models import build, prompt, virtual_of
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from vattn import CACHE_KEYWORD, KVCache, OutOfPages
+from vattn.attach import known
 from vattn.padding import Padding
 
 LENGTH = 40  # of a prompt
@@ -212,13 +213,13 @@ def test_a_model_that_is_refused_finds_its_padding(device):
     model = build("llama-gqa", "sdpa", device)
     expected = generated(model, DynamicCache(config=model.config), mixed(device))
     with virtual_of(model) as cache:
-        model.forward.refused = "it is not to be trusted"
+        known(model).refused = "it is not to be trusted"
         assert torch.equal(generated(model, cache, mixed(device)), expected)
-        model.forward.refused = None
+        known(model).refused = None
         cache.reset()
 
         def refuse(step):
-            model.forward.refused = "it is not to be trusted" if step == 7 else None
+            known(model).refused = "it is not to be trusted" if step == 7 else None
 
         assert torch.equal(generated(model, cache, mixed(device), refuse), expected)
         assert cache._store.padding is None
@@ -315,7 +316,7 @@ def test_padding_of_a_longer_batch_is_forgotten(chunk, device):
             for inputs, tokens in zip((long, short), expected, strict=True):
                 assert torch.equal(generated(model, cache, inputs, **options), tokens)
                 cache.reset()
-        assert model.forward.refused is None
+        assert known(model).refused is None
 
 
 def test_models_of_any_kind_and_masks_by_place(device):

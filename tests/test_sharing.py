@@ -395,7 +395,8 @@ def test_slots_that_are_ready_for_forks_serve_others_too():
     s.compact(forks=3)
     s.truncate(50)
     write(s, 1, 7)  # the extent is another one now
-    for value, fork in enumerate([*s.fork(48, n=2), c.open()]):
+    others = [*s.fork(48, n=2), c.open()]
+    for value, fork in enumerate(others):
         assert rows(fork) == list(range(48))[: fork.length]
         write(fork, 10, value)
         assert rows(fork)[-10:] == [value] * 10
@@ -444,9 +445,9 @@ def test_rows_outlive_their_sequence_until_the_memory_is_needed():
     write(other, 8)
     fork = c.open()
     assert arena.fork(s.slot, 80, [fork.slot], lineage=lineage)
-    fork.length = 80
     assert rows(fork) == list(range(80))
-    assert not arena.fork(s.slot, 95, [c.open().slot], lineage=lineage)
+    empty = c.open()
+    assert not arena.fork(s.slot, 95, [empty.slot], lineage=lineage)
     write(other, 60)  # needs more than is free: what is known goes, from its end on
     assert arena.known(0) == (lineage, 64, True)
     assert rows(fork) == list(range(80))

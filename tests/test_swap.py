@@ -122,7 +122,7 @@ def test_misuse_is_told():
         with pytest.raises(ValueError, match="the sequence is swapped out"):
             use()
     assert "swapped out" in repr(s)
-    swapped = s._swapped
+    swapped = s._handle.swapped
     s.swap_in()
     with pytest.raises(ValueError, match="is being, or was, swapped in"):
         c._arena.swap_in(swapped)

@@ -10,6 +10,7 @@ from faults import FAULTS, PROMPT_FAULTS, Moves, decoding, planted, planted_in_p
 from models import build, prompt, virtual_of
 
 from vattn import CACHE_KEYWORD, kernels, verify
+from vattn.attach import known
 
 HALVES = (torch.bfloat16, torch.float16)
 # Tiny models, and what their weights of Q, K and sinks are multiplied by, so that a fault in what they see shows.
@@ -77,7 +78,7 @@ def caught(model: Any, device: str, kernel: str, monkeypatch: pytest.MonkeyPatch
     for fault in FAULTS:
         with virtual_of(model, attention=kernel, capture=False) as cache, planted(kernel, fault):
             stats = stepped(model, cache, device)
-            model.forward.refused = model.forward.trusted = None
+            known(model).refused = known(model).trusted = None
         row = {
             "model": type(model).__name__,
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -122,9 +123,9 @@ def test_planted_faults_in_prompts_are_refused(name, dtype, device):
             cache.reset()
             with planted_in_prompts(kernel, fault):
                 assert stepped(model, cache, device).prompts == 0, fault
-            assert model.forward.prompts is False, fault
-            model.forward.prompts = model.forward.trusted = None
-            model.forward.prompt_kinds.clear()
+            assert known(model).prompts is False, fault
+            known(model).prompts = known(model).trusted = None
+            known(model).prompt_kinds.clear()
     with virtual_of(model, attention=kernel, capture=False) as cache:
         stepped(model, cache, device)
         cache.reset()
@@ -141,7 +142,7 @@ def test_a_scale_of_fp8_that_is_ignored_is_refused(dtype, device):
     for scales, refused in (((0.5, 1.0), True), ((1.0, 0.8), True), ((1.0, 1.0), False)):
         with virtual_of(model, kv_scales=scales, **options) as cache, planted(kernel, "a scale of fp8 ignored"):
             assert ("is not what" in (stepped(model, cache, device).fallback or "")) == refused
-        model.forward.refused = model.forward.trusted = None
+        known(model).refused = known(model).trusted = None
 
 
 def honest(model: Any, name: str, device: str, kernel: str, **options: Any) -> dict[str, Any]:
@@ -164,7 +165,7 @@ def honest(model: Any, name: str, device: str, kernel: str, **options: Any) -> d
         "of what may differ": max((watch.ratio for watch in seen), default=None),
         "refused": stats.fallback,
     }
-    model.forward.refused = model.forward.trusted = None
+    known(model).refused = known(model).trusted = None
     return row
 
 

@@ -10,7 +10,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -20,14 +20,126 @@ deciding: contextvars.ContextVar[bool] = contextvars.ContextVar("deciding", defa
 _greedy: contextvars.ContextVar[Greedy | None] = contextvars.ContextVar("greedy", default=None)
 
 
-def attach(model: Any) -> None:
-    """Lets the decode steps of a model go to the cache that it is called with."""
-    if hasattr(model, "get_base_model"):  # PEFT's models hand generate on to the one that they adapt
-        model = model.get_base_model()
-    if not isinstance(model.forward, Forward):
-        model.forward = Forward(model, model.forward)
-    if hasattr(model, "generate") and not isinstance(model.generate, Generate):
-        model.generate = Generate(model, model.generate)
+def attach(model: Any, cache: Any) -> None:
+    """Lets the calls of a model come to the caches that it is called with, as long as one of its caches is there.
+
+    The methods of the model's class are replaced by ones that look whether a model is attached: bound methods stay
+    bound methods, and nothing is added to the model. A method that the instance has of its own, as accelerate's hooks
+    are, is replaced there.
+    """
+    model = adapted(model)
+    with _changing:
+        forward = known(model)
+        forward.caches.add(cache)
+        if not forward.attached:
+            forward.attached = True
+            for name in ("forward", "generate"):
+                if name in vars(model):
+                    vars(model)[name] = _OwnMethod(model, name, vars(model)[name])
+                elif hasattr(type(model), name):
+                    _replace(type(model), name)
+    weakref.finalize(cache, _let_go, weakref.ref(model)).atexit = False
+
+
+def detach(model: Any, cache: Any) -> None:
+    """Makes a model what it was once none of its caches is left."""
+    model = adapted(model)
+    with _changing:
+        known(model).caches.discard(cache)
+    _let_go(weakref.ref(model))
+
+
+def adapted(model: Any) -> Any:
+    """The model itself, or the one that it adapts: PEFT's models hand ``generate`` on to that."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def known(model: Any) -> Forward:
+    """What is known of a model, which stays known when it is detached."""
+    with _changing:
+        if model not in _forwards:
+            _forwards[model] = Forward(model)
+            weakref.finalize(model, _restore, type(model)).atexit = False
+        return _forwards[model]
+
+
+_changing = threading.RLock()
+_forwards: weakref.WeakKeyDictionary[Any, Forward] = weakref.WeakKeyDictionary()
+_replaced: dict[
+    tuple[type, str], tuple[Any, Any, bool]
+] = {}  # what stands there, for what, and whether that is its own
+_entered: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("entered", default=())
+"""The calls of models that are under way here, as (Forward, name)."""
+
+
+def _replace(kind: type, name: str) -> None:
+    if (kind, name) in _replaced:
+        return
+    original = getattr(kind, name)
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or deciding.get():
+            return original(self, *args, **kwargs)
+        forward = _forwards.get(self)
+        if forward is None or not forward.attached:
+            return original(self, *args, **kwargs)
+        return forward.called(name, types.MethodType(original, self), args, kwargs)
+
+    _replaced[kind, name] = method, original, name in vars(kind)
+    setattr(kind, name, method)
+
+
+def _restore(kind: type) -> None:
+    """Gives a class its methods back when no model of it is attached any more."""
+    with _changing:
+        if any(type(model) is kind and forward.attached for model, forward in list(_forwards.items())):
+            return
+        for name in ("forward", "generate"):
+            method, original, own = _replaced.get((kind, name), (None, None, False))
+            if method is None or vars(kind).get(name) is not method:
+                continue  # or somebody else has replaced it since
+            del _replaced[kind, name]
+            if own:
+                setattr(kind, name, original)
+            else:
+                delattr(kind, name)
+
+
+def _let_go(model: weakref.ref[Any]) -> None:
+    """Makes a model what it was if none of its caches is left."""
+    with _changing:
+        if (found := model()) is None or not (forward := known(found)).attached or any(True for _ in forward.caches):
+            return
+        forward.attached = False
+        for name in ("forward", "generate"):
+            if isinstance(method := vars(found).get(name), _OwnMethod):
+                vars(found)[name] = method.original
+        _restore(type(found))
+
+
+class _OwnMethod:
+    """Stands for a method that an instance has of its own."""
+
+    def __init__(self, model: Any, name: str, original: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original, updated=())
+        self.original = original
+        self._name = name
+        self._model = weakref.ref(model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self._model()
+        if torch.compiler.is_compiling() or deciding.get() or model is None or not known(model).attached:
+            return self.original(*args, **kwargs)
+        return known(model).called(self._name, self.original, args, kwargs)
+
+    def __reduce__(self) -> Any:
+        # A copy's is the method itself: nothing is attached to it.
+        return _itself, (self.original,)
+
+
+def _itself(method: Any) -> Any:
+    return method
 
 
 class Greedy:
@@ -89,44 +201,14 @@ def greedy(model: Any) -> Greedy | None:
     return run if run is not None and run.model is model else None
 
 
-class _Method:
-    """Stands for a model's method as an attribute of the model, which with a bound method would be a cycle."""
+class Forward:
+    """What is known of a model whose calls come to ``VirtualCache``s, and the way that they take."""
 
-    def __init__(self, model: Any, original: Callable[..., Any]) -> None:
-        self._bound = getattr(original, "__self__", None) is model
-        self._set(model, original.__func__ if self._bound else original)  # type: ignore[attr-defined]
-
-    def _set(self, model: Any, function: Any) -> None:
-        functools.update_wrapper(cast(Any, self), function, updated=())
-        self._function = function
+    def __init__(self, model: Any) -> None:
         self._model = weakref.ref(model)
-
-    @property
-    def model(self) -> Any:
-        return self._model()
-
-    @property
-    def original(self) -> Callable[..., Any]:
-        return types.MethodType(self._function, self.model) if self._bound else self._function
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.original)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_bound": self._bound, "function": self._function, "model": self.model}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._bound = state["_bound"]
-        self._set(state["model"], state["function"])
-
-
-class Forward(_Method):
-    """A model's forward, by which decode steps on a ``VirtualCache`` come to its ``Decoder``."""
-
-    def _set(self, model: Any, function: Any) -> None:
-        super()._set(model, function)
-        self.parameters = tuple(inspect.signature(self.original).parameters)
+        self.caches: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.attached = False
+        self.parameters = tuple(inspect.signature(model.forward).parameters)
         self.refused: str | None = None  # why the model's steps are not computed on slot tensors
         self.trusted: Any = None  # in what state one was what transformers computes, each layer on its own K and V
         self.prompts: bool | None = None  # whether prompts on kernels are, where one was tried
@@ -135,6 +217,19 @@ class Forward(_Method):
         self._lock = threading.RLock()
         self._calls = 0  # of the model itself, that run now
         self._steps = 0  # on slot tensors, that run now
+
+    @property
+    def model(self) -> Any:
+        return self._model()
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The model's own forward."""
+        model = self.model
+        if isinstance(method := vars(model).get("forward"), _OwnMethod):
+            return method.original
+        _, original, _ = _replaced.get((type(model), "forward"), (None, type(model).forward, True))
+        return types.MethodType(original, model)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[bool]:
@@ -163,43 +258,72 @@ class Forward(_Method):
             with self._lock:
                 self._steps -= 1
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or deciding.get():
-            return self.original(*args, **kwargs)
-        prompt: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        for name in CACHE_KEYWORDS:
-            cache: Any = kwargs.get(name)
-            if getattr(cache, "decoder", None) is not None:
+    def called(self, name: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of ``forward`` or ``generate``, by way of the caches that it is given."""
+        entered = _entered.get()
+        if (self, name) in entered:  # a method that calls the one that it stands for
+            return original(*args, **kwargs)
+        token = _entered.set((*entered, (self, name)))
+        try:
+            with contextlib.ExitStack() as claims:
+                caches = [cache for _, cache in _halves_in(kwargs)]
+                for cache in caches:
+                    claims.enter_context(cache.claimed())
+                if name == "forward":
+                    return self._forward(original, args, kwargs)
+                return self._generate(original, args, kwargs, caches)
+        finally:
+            _entered.reset(token)
+
+    def _forward(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with contextlib.ExitStack() as around:
+            compute = None
+            halves = list(_halves_in(kwargs))
+            for half, cache in halves:
+                if half != "whole" or cache.decoder is None:
+                    continue
                 if (output := cache.decode_step(self, args, kwargs)) is not None:
                     return output
                 cache.decoder.interrupt()
-                prompt = cache.prompt(self, {**dict(zip(self.parameters, args, strict=False)), **kwargs})
-        with prompt as on_kernels:
-            if on_kernels is not None:
-                output = on_kernels(lambda: self.original(*args, **kwargs))
-                if output is not None:
-                    return output
+            given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+            for half, cache in halves:
+                if half == "whole" and cache.decoder is not None:
+                    compute = around.enter_context(cache.prompt(self, given))
+            for half, cache in halves:
+                around.enter_context(cache.in_call(self.model, given, half))
+            if compute is not None and (output := compute(lambda: original(*args, **kwargs))) is not None:
+                return output
             with self._lock:
                 self._calls += 1
             try:
-                return self.original(*args, **kwargs)
+                return original(*args, **kwargs)
             finally:
                 with self._lock:
                     self._calls -= 1
 
-
-class Generate(_Method):
-    """A model's ``generate``, which tells where a step may begin before its call, and ends what has begun."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        for name in CACHE_KEYWORDS:
-            if (decoder := getattr(kwargs.get(name), "decoder", None)) is not None:
-                decoder.interrupt()
+    def _generate(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], caches: list[Any]
+    ) -> Any:
+        """Tells where a step may begin before its call, and ends what has begun."""
+        for cache in caches:
+            if cache.decoder is not None:
+                cache.decoder.interrupt()
         run = Greedy.of(self.model, kwargs) if len(args) < 2 else None
         token = _greedy.set(run)
         try:
-            return self.original(*args, **kwargs)
+            return original(*args, **kwargs)
         finally:
             _greedy.reset(token)
             if run is not None:
                 run.end()
+
+
+def _halves_in(kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The ``VirtualCache``s that a call is given, and whether each is the whole or a half of an encoder-decoder's."""
+    for name in CACHE_KEYWORDS:
+        cache = kwargs.get(name)
+        if hasattr(cache, "claimed"):
+            yield "whole", cache
+        for half in ("self", "cross"):
+            if hasattr(part := getattr(cache, f"{half}_attention_cache", None), "claimed"):
+                yield half, part

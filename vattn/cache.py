@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import socket
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from vattn import _core, export
 from vattn.device import UNLIMITED, TrimOnOOM, budget_bytes, driver_of, mapper_of, resolve_device
 from vattn.errors import OutOfDeviceMemory, OutOfPages
+from vattn.guard import guarded
 from vattn.layout import GRANULARITY, Group, Kind, KVLayout
 from vattn.prefix import PrefixTree
 from vattn.sequence import Sequence, Share, ids_of, require_at_least
@@ -82,8 +84,20 @@ class CacheStats:
     background_calls: dict[str, int]
 
 
+class _Index:
+    """Which slots hold the rows of which tokens."""
+
+    def __init__(self) -> None:
+        self.tree = PrefixTree()  # of slots with their lineages
+        self.lineages: dict[int, int] = {}  # of the slots in it
+        self.forks: dict[int, int] = {}  # how often those were forked
+
+
 class KVCache:
     """K and V of every layer, one slot a sequence.
+
+    Several threads may call its methods. What one of them writes to rows, another may read once the kernels that write
+    them are done.
 
     Args:
         layout: where the rows lie, see ``KVLayout``.
@@ -155,13 +169,12 @@ class KVCache:
             host_budget=host_budget,
             protect_shared=protect_shared,
         )
-        self._closed = False
-        self._prefixes = PrefixTree()  # of slots with their lineages
-        self._lineages: dict[int, int] = {}  # of the slots in it
-        self._forks: dict[int, int] = {}  # how often those were forked
-        self._prefix_lock = threading.Lock()
+        self._known_rows = _Index()
+        self.placing = threading.RLock()  # of who looks for slots side by side, and then takes them
+        self._index_lock = threading.Lock()  # never held around a driver call
         self._k: dict[int, torch.Tensor] = {}
         self._v: dict[int, torch.Tensor] = {}
+        self._planes_of: dict[int, tuple[int, int]] = {}  # of K and V of each layer
         self._grouped: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
         for group in layout.groups:
             shape = group.shape
@@ -175,6 +188,10 @@ class KVCache:
             self._grouped.append((k, v, heads))
             for index, layer in enumerate(group.layers):
                 self._k[layer], self._v[layer] = k[:, :, index], v[:, :, index]
+                self._planes_of[layer] = group.k_planes[index], group.v_planes[index]
+        self._guarded_k, self._guarded_v = (
+            {layer: self.guarded(slots) for layer, slots in tensors.items()} for tensors in (self._k, self._v)
+        )
 
     @classmethod
     def from_config(
@@ -200,13 +217,34 @@ class KVCache:
         """K of one layer, ``[slots, max_len, kv_heads, head_dim]``: the whole virtual tensor.
 
         Its address never changes. Rows at and past a sequence's length may be unmapped: reading them is a fault, so
-        slice before computing, e.g. ``cache.k(0)[slot, :length]``.
+        slice before computing, e.g. ``cache.k(0)[slot, :length]``. To print, save or copy rows without memory raises
+        RuntimeError, see ``vattn.guard.VirtualTensor``.
         """
-        return self._k[self._known(layer)]
+        return self._guarded_k[self._known(layer)]
 
     def v(self, layer: int) -> torch.Tensor:
         """V of one layer, ``[slots, max_len, kv_heads, v_head_dim]``; see ``k``."""
-        return self._v[self._known(layer)]
+        return self._guarded_v[self._known(layer)]
+
+    def slot_tensors(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """``k`` and ``v`` of one layer as plain tensors, for kernels that look at the type of what they are given."""
+        return self._k[self._known(layer)], self._v[layer]
+
+    def rows(self, sequence: Sequence, layer: int, *, of_v: bool) -> torch.Tensor:
+        """K or V of one layer of a sequence, ``[length, kv_heads, dim]``, whose storage ends with its rows."""
+        slots = self.slot_tensors(layer)[of_v]
+        self._names_of([sequence])
+        length = sequence.length
+        slot = slots[sequence.slot]
+        plane = self._planes_of[layer][of_v]
+        if self._arena.head(sequence.slot, plane):  # a window has given back the first ones
+            return self.guarded(slot[:length])
+        shape, strides = [length, *slot.shape[1:]], list(slot.stride())
+        offset = slot.data_ptr() - self._arena.base
+        with torch.inference_mode(False):
+            capsule = self._arena.dlpack(offset, shape, strides, slots.element_size())
+            view: torch.Tensor = torch.utils.dlpack.from_dlpack(capsule)
+            return view.view(slots.dtype)
 
     def grouped(self, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """K and V of all layers of a ``layout.groups`` entry, ``[slots, max_len, layers, kv_heads, head_dim]``.
@@ -214,7 +252,12 @@ class KVCache:
         Where the group is ``fused``, also the heads of K and V as one tensor, ``[slots, max_len, layers, 2 * kv_heads,
         head_dim]``, else None.
         """
-        return self._grouped[group]
+        k, v, heads = self._grouped[group]
+        return self.guarded(k), self.guarded(v), heads if heads is None else self.guarded(heads)
+
+    def guarded(self, view: torch.Tensor) -> torch.Tensor:
+        """A view of the cache's addresses that says so where something looks at rows without memory."""
+        return guarded(view, self._arena)
 
     def open(self, *, slot: int | None = None, expected: int = 0, tokens: Iterable[int] | None = None) -> Sequence:
         """Starts a sequence: an empty one, or one behind the longest known prefix of its tokens.
@@ -241,8 +284,13 @@ class KVCache:
                 raise ValueError("slot cannot be chosen where tokens are given: they choose it")
             self._require_rows_only()
             if known := self._open_known(ids_of(tokens)[:-1]):
-                return known
-        return Sequence(self, self._arena.acquire(slot, expected=expected, stream=self._stream()))
+                return known._handed_out()
+        handle = self._arena.open(slot, expected=expected, stream=self._stream())
+        return Sequence(self, handle)._handed_out()
+
+    def open_unwatched(self, slot: int) -> Sequence:
+        """Starts an empty sequence in a slot for who closes it by himself: nobody is warned where it is forgotten."""
+        return Sequence(self, self._arena.open(slot, stream=self._stream()))
 
     def pin(self, tokens: Iterable[int]) -> Sequence:
         """Keeps the rows of known tokens, e.g. of a system prompt, for as long as the sequence it returns is open.
@@ -261,32 +309,39 @@ class KVCache:
                 f"the rows of these {len(ids)} tokens are not known, or no slot is left: remember them, or close others"
             )
         pinned.remember(ids)
-        return pinned
+        return pinned._handed_out()
 
     def _open_known(self, ids: tuple[int, ...], *, whole: bool = False) -> Sequence | None:
         """A sequence behind the longest prefix whose rows are there; with ``whole`` a fork of all of them or none."""
-        with self._prefix_lock:
-            while ids and (found := self._prefixes.match(ids)):
-                holder, length = found
-                assert isinstance(holder, tuple)
-                slot, lineage = holder
-                now, known, parked = self._arena.known(slot)
-                if now != lineage or known < length:
-                    self._prefixes.shorten(holder, known if now == lineage else 0)
-                    continue
-                if whole and length < len(ids):
-                    return None
-                # What it holds beyond would be lost.
-                beyond = known - length
-                if parked and not whole and beyond < max(1, self.layout.tokens_per_granule):
-                    if self._arena.resume(slot, lineage, length, self._stream()):
-                        self._prefixes.shorten(holder, length)
-                        return Sequence(self, slot, length)
-                elif (sequence := self._fork_known(slot, lineage, length)) is not None:
-                    self._note_fork(slot, lineage, length)
+        while ids:
+            with self._index() as index:
+                found = index.tree.match(ids)
+            if not found:
+                return None
+            holder, length = found
+            assert isinstance(holder, tuple)
+            slot, lineage = holder
+            # What the index says is looked up in the arena, which alone knows: also what changes between two lines.
+            now, known, parked = self._arena.known(slot)
+            if now != lineage or known < length:
+                with self._index() as index:
+                    index.tree.shorten(holder, known if now == lineage else 0)
+                continue
+            if whole and length < len(ids):
+                return None
+            # What it holds beyond would be lost.
+            beyond = known - length
+            if parked and not whole and beyond < max(1, self.layout.tokens_per_granule):
+                if handle := self._arena.reopen(slot, lineage, length, self._stream()):
+                    sequence = Sequence(self, handle)
+                    with self._index() as index:
+                        index.tree.shorten(holder, length)
                     return sequence
-                if self._arena.known(slot)[:2] == (now, known):
-                    return None  # a window has moved on, or there is no memory
+            elif (forked := self._fork_known(slot, lineage, length)) is not None:
+                self._note_fork(slot, lineage, length)
+                return forked
+            if self._arena.known(slot) == (now, known, parked):
+                return None  # a window has moved on, or there is no memory
         return None
 
     def _fork_known(self, slot: int, lineage: int, length: int) -> Sequence | None:
@@ -294,8 +349,8 @@ class KVCache:
             return None  # none is left beside the one that holds the rows
         sequence = self._open_empty(slot)
         try:
-            if sequence.slot != slot and self._fork(slot, length, [sequence.slot], lineage=lineage, share="auto"):
-                sequence.length = length
+            into = sequence._handle.name
+            if sequence.slot != slot and self._fork(slot, length, [into], lineage=lineage, share="auto"):
                 return sequence
         except OutOfPages:
             pass
@@ -305,18 +360,29 @@ class KVCache:
         sequence.close()
         return None
 
-    def _remember(self, slot: int, ids: tuple[int, ...]) -> None:
-        with self._prefix_lock:
-            lineage, _, _ = self._arena.publish(slot, len(ids))
-            if (before := self._lineages.get(slot)) != lineage:
-                self._prefixes.remove((slot, before))
-                self._lineages[slot], self._forks[slot] = lineage, 0
-            self._prefixes.insert(ids, (slot, lineage))
+    @contextlib.contextmanager
+    def _index(self) -> Iterator[_Index]:
+        """The index of known rows, for one thread; one that an interrupt leaves half changed begins anew."""
+        with self._index_lock:
+            try:
+                yield self._known_rows
+            except BaseException:
+                self._known_rows = _Index()
+                raise
+
+    def _remember(self, name: int, slot: int, ids: tuple[int, ...]) -> None:
+        lineage, _, _ = self._arena.publish(name, len(ids))
+        with self._index() as index:
+            if (before := index.lineages.get(slot)) != lineage:
+                index.tree.remove((slot, before))
+                index.lineages[slot], index.forks[slot] = lineage, 0
+            index.tree.insert(ids, (slot, lineage))
 
     def _note_fork(self, slot: int, lineage: int, length: int) -> None:
         """Has the rows of who is forked again and again put into few extents, in the background."""
-        self._forks[slot] += 1
-        if self._forks[slot] >= _HOT:
+        with self._index() as index:
+            index.forks[slot] = forks = index.forks.get(slot, 0) + 1
+        if forks >= _HOT:
             self._arena.compact_later(slot, lineage, length)
 
     def _require_rows_only(self) -> None:
@@ -341,12 +407,11 @@ class KVCache:
         with export.received(of, self._exported_layout(), timeout=timeout) as (length, runs):
             sequence = self._open_empty()
             try:
-                self._arena.import_rows(sequence.slot, length, runs)
+                self._arena.import_rows(sequence._handle.name, length, runs)
             except BaseException:
                 sequence.close()
                 raise
-            sequence.length = length
-        return sequence
+        return sequence._handed_out()
 
     def _exported_layout(self) -> dict[str, Any]:
         """What two processes must have in common."""
@@ -365,16 +430,14 @@ class KVCache:
 
         See ``Sequence.fork``, which opens them.
         """
-        slots = self._slots_of(targets)
-        [slot] = self._slots_of([source])
+        names = self._names_of(targets)
+        [name] = self._names_of([source])
         require_at_least("length", length, 0)
-        self._fork(slot, length, slots, share=share)
-        for target in targets:
-            target.length = length
+        self._fork(name, length, names, share=share)
 
     def _open_empty(self, like: int | None = None) -> Sequence:
         """In the slot with the least memory, or in one that is ready for a fork of the slot ``like``."""
-        return Sequence(self, self._arena.acquire(stream=self._stream(), empty=True, like=like))
+        return Sequence(self, self._arena.open(stream=self._stream(), empty=True, like=like))
 
     def _make_ready(self, source: Sequence, length: int, forks: int) -> None:
         """Leaves slots in which forks of a sequence find mapped what they share with it."""
@@ -388,7 +451,7 @@ class KVCache:
                     for run, plane in zip(slots[ready.slot]["runs"], self.layout.planes, strict=True)
                     if not plane.window
                 )
-                self._arena.publish(ready.slot, min(rows, length))
+                self._arena.publish(ready._handle.name, min(rows, length))
         finally:
             self.close_all(made)
 
@@ -400,40 +463,35 @@ class KVCache:
             length: positions each shall have at least, one number for all or one for each.
             keep: the shortest length that they may still be truncated to, of all or of each; see ``Sequence.grow``.
         """
-        slots = self._slots_of(sequences)
-        lengths, keeps = _of_each("length", length, slots), _of_each("keep", keep, slots)
+        names = self._names_of(sequences)
+        lengths, keeps = _of_each("length", length, names), _of_each("keep", keep, names)
         alike: dict[tuple[int, int], list[int]] = {}
-        for slot, n, kept in zip(slots, lengths, keeps, strict=True):
-            alike.setdefault((n, kept), []).append(slot)
-        grown: list[int] = []
+        for name, n, kept in zip(names, lengths, keeps, strict=True):
+            alike.setdefault((n, kept), []).append(name)
+        if len(alike) < 2:  # the arena's one call grows all or none
+            for (n, kept), some in alike.items():
+                self._grow(some, n, kept)
+            return
+        before = [sequence.length for sequence in sequences]
         try:
             for (n, kept), some in alike.items():
                 self._grow(some, n, kept)
-                grown += some
         except BaseException:
-            for sequence in sequences:
-                if sequence.slot in grown:
-                    self._arena.truncate([sequence.slot], sequence.length, self._stream())
+            for name, had, sequence in zip(names, before, sequences, strict=True):
+                if sequence.length > had:
+                    self._arena.truncate([name], had, self._stream())
             raise
-        for sequence, n in zip(sequences, lengths, strict=True):
-            sequence.length = max(sequence.length, n)
 
     def truncate_all(self, sequences: list[Sequence], length: int) -> None:
         """Keeps the first ``length`` positions of several sequences: of all of them, or of none when it raises."""
-        slots = self._slots_of(sequences)
+        names = self._names_of(sequences)
         require_at_least("length", length, 0)
-        self._arena.truncate(slots, length, self._stream())
-        for sequence in sequences:
-            sequence.length = length
+        self._arena.truncate(names, length, self._stream())
 
     def close_all(self, sequences: list[Sequence]) -> None:
         """Ends several running sequences and parks their slots: all of them, or none when it raises."""
-        slots = self._slots_of(sequences)
-        if not self._closed:
-            self._arena.release(slots, self._stream())
-        for sequence in sequences:
-            sequence._open = False
-            sequence.length = 0
+        self._names_of(sequences)
+        _core.close([sequence._handle for sequence in sequences], self._stream())
 
     def free_slots(self, n: int) -> int | None:
         """The first of ``n`` slots side by side without a sequence, as far up as possible, or None."""
@@ -451,13 +509,13 @@ class KVCache:
 
         For who writes rows that are already there. When it raises OutOfPages or OutOfDeviceMemory, no row has changed.
         """
-        slots = self._slots_of(sequences)
+        names = self._names_of(sequences)
         require_at_least("length", length, 0)
         try:
-            self._arena.own(slots, length, self._stream())
+            self._arena.own(names, length, self._stream())
         except OutOfDeviceMemory:
             self._ask_torch()
-            self._arena.own(slots, length, self._stream())
+            self._arena.own(names, length, self._stream())
 
     def shares(self, sequences: list[Sequence], length: int) -> bool:
         """Whether something that sequences have mapped behind their first ``length`` positions is shared."""
@@ -505,8 +563,12 @@ class KVCache:
 
     def close(self) -> None:
         """Unmaps everything. Views of K and V must not be read any more; their addresses stay reserved."""
-        self._closed = True
         self._arena.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close`` was called."""
+        return self._arena.closed
 
     def stats(self) -> CacheStats:
         """A snapshot of the memory and of the driver calls made so far."""
@@ -545,6 +607,12 @@ class KVCache:
         """Recounts every extent, address and state; raises ``vattn.Error`` where an invariant is broken."""
         self._arena.check()
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "a KVCache cannot be copied or pickled: fork its sequences, export them to another process, or save clones "
+            "of their k() and v()"
+        )
+
     def __enter__(self) -> KVCache:
         return self
 
@@ -577,26 +645,18 @@ class KVCache:
             self._ask_torch()
             return fork()
 
-    def _swap_in(self, swapped: _core.Swapped, slot: int | None) -> int:
-        swap_in = functools.partial(self._arena.swap_in, swapped, slot, self._stream())
-        try:
-            return swap_in()
-        except OutOfDeviceMemory:
-            self._ask_torch()
-            return swap_in()
-
     def _ask_torch(self) -> None:
         """Within the handling of an error, which is raised again where it is of no use."""
         if self.device.type != "cuda":
             raise
         torch.cuda.empty_cache()  # what torch has freed and kept may do
 
-    def _slots_of(self, sequences: list[Sequence]) -> list[int]:
+    def _names_of(self, sequences: list[Sequence]) -> list[int]:
+        """By which the arena knows them."""
         for sequence in sequences:
-            sequence._require_open()
             if sequence.cache is not self:
                 raise ValueError("sequences holds one of another cache")
-        return [sequence.slot for sequence in sequences]
+        return [sequence._handle.name for sequence in sequences]
 
     def _known(self, layer: int) -> int:
         if layer not in self._k:

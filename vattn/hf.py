@@ -10,21 +10,23 @@ import contextlib
 import copy
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import fields
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, NoReturn
 
 import torch
 import transformers
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from vattn.attach import Forward, attach
+from vattn import attach
+from vattn.attach import Forward
 from vattn.cache import CacheStats, KVCache
 from vattn.decode import Decoder
 from vattn.decode import DecodeStats as DecodeStats
 from vattn.device import TrimOnOOM
 from vattn.lane import write
-from vattn.layout import Kind
+from vattn.layout import Kind, KVLayout, LayerShape
 from vattn.plan import tokens_of
 from vattn.scales import Scales
 from vattn.step import running
@@ -267,7 +269,8 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         _virtualize(self, options)
         if model is not None:
             self.decoder = decoder
-            attach(model)
+            self._model = weakref.ref(model)
+            attach.attach(model, self)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -289,7 +292,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
                 and not value_states.requires_grad
             ):
                 write(new, key_states, value_states)
-                del store.ready[layer_idx]
+                store.ready.pop(layer_idx, None)
                 store.lengths[layer_idx] = end
                 return k, v
         if layer_idx >= len(self.layers) and not store.open_ended:
@@ -313,37 +316,42 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         lengths = list(self._store.lengths)
         for layer in self._own():
             lengths[layer._index] = layer.cropped_length(tokens_to_remove)
-        self._store.truncate(lengths)
-        self._each_other("crop", tokens_to_remove)
+        with self._each_other("crop", tokens_to_remove):
+            self._store.truncate(lengths)
 
     def reset(self) -> None:
         """Empties the cache. The memory stays with it, for the next sequences; see ``trim``."""
         self._store.reset()
-        for layer in self._own():
-            layer.is_initialized = False
-        self._each_other("reset")
+        for layer in self.layers:
+            if isinstance(layer, _VirtualLayer):
+                layer.is_initialized = False
+            else:
+                layer.reset()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Makes row ``i`` what row ``beam_idx[i]`` was."""
-        self._store.gather(beam_idx)
-        self._each_other("reorder_cache", beam_idx)
+        with self._each_other("reorder_cache", beam_idx):
+            self._store.gather(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row ``repeats`` times."""
         rows = max((len(rows) for rows in self._store.rows.values()), default=0)
-        self._store.gather(torch.arange(rows).repeat_interleave(repeats))
-        self._each_other("batch_repeat_interleave", repeats)
+        with self._each_other("batch_repeat_interleave", repeats):
+            self._store.gather(torch.arange(rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the rows that ``indices``, integers or a mask, select."""
-        self._store.gather(indices)
-        self._each_other("batch_select_indices", indices)
+        with self._each_other("batch_select_indices", indices):
+            self._store.gather(indices)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VirtualCache:
-        other = copy.copy(self)
-        memo[id(self)] = other
-        other._store = self._store.clone()
+        memo[id(self)] = other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        with self.claimed():
+            other._store = self._store.clone()
         other.decoder = self.decoder and self.decoder.clone()
+        if self.decoder is not None and (model := self._model()) is not None:
+            attach.attach(model, other)
         other.layers = [
             layer.clone(other._store) if isinstance(layer, _VirtualLayer) else copy.deepcopy(layer, memo)
             for layer in self.layers
@@ -366,6 +374,59 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             yield
 
     decoder: Decoder | None = None
+    _model: Callable[[], Any] = staticmethod(lambda: None)  # that it was made with
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """While it lasts the cache is this thread's.
+
+        Raises:
+            RuntimeError: it is another one's.
+        """
+        with self._store.claimed():
+            yield
+
+    @contextlib.contextmanager
+    def in_call(self, model: Any, given: dict[str, Any], half: str) -> Iterator[None]:
+        """Is around a model's call that its layers write to; what fails in it has appended nothing.
+
+        Args:
+            model: whose call it is.
+            given: its arguments by name.
+            half: ``"cross"`` where the cache holds what a decoder sees of its encoder.
+        """
+        store = self._store
+        store.require_usable()
+        self._reserve(model, given, half)
+        before, states = list(store.lengths), self._other_states()
+        try:
+            yield
+        except BaseException as error:
+            store.roll_back(before)
+            if self._other_states() != states:
+                store.tear(f"a call of the model ended halfway ({type(error).__name__})")
+            raise
+
+    def _reserve(self, model: Any, given: dict[str, Any], half: str) -> None:
+        """Has memory for what a call will append, where several layers or caches would find out one after another."""
+        store = self._store
+        if half == "whole" and all(store.cached):
+            several = len(store.caches) if store.placed else len(set(_layer_devices(model).values()))
+            if several < 2:
+                return  # the first layer asks for all
+        if half == "cross":
+            states = given.get("encoder_outputs")
+            tokens = states[0] if states is not None and not any(store.lengths) else None
+        else:
+            names = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+            found = (given.get(name) for name in names)
+            tokens = next((t for t in found if isinstance(t, torch.Tensor) and t.dim() >= 2), None)
+        if tokens is not None:
+            store.reserve(*tokens.shape[:2], lambda: _expected_layers(model, store))
+
+    def _other_states(self) -> list[Any]:
+        """What layers of other kinds hold, as far as a change of it is to be noticed."""
+        return [_marks(vars(layer)) for layer in self.layers if not isinstance(layer, _VirtualLayer)]
 
     @contextlib.contextmanager
     def prompt(self, forward: Forward, given: dict[str, Any]) -> Iterator[Callable[[Callable[[], Any]], Any] | None]:
@@ -453,14 +514,91 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         self._store.close()
         if self.decoder is not None:
             self.decoder.clear()
+        if (model := self._model()) is not None:
+            attach.detach(model, self)
+
+    def detach(self) -> None:
+        """Lets the model that the cache was made with be what it was; the cache goes on without decode steps.
+
+        A model is what it was once its last cache has gone, is closed or detached. Weights that compiled steps have
+        laid side by side stay where they are.
+        """
+        if self.decoder is not None:
+            self.decoder.clear()
+            self._store.land()
+        if (model := self._model()) is not None:
+            attach.detach(model, self)
+        self.decoder = None
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "a VirtualCache cannot be pickled, or copied but by copy.deepcopy, which makes one that shares its memory: "
+            "save clones of its layers' keys and values"
+        )
 
     def _own(self) -> Iterator[_VirtualLayer]:
         return (layer for layer in self.layers if isinstance(layer, _VirtualLayer))
 
-    def _each_other(self, name: str, *args: Any) -> None:
-        for layer in self.layers:
-            if not isinstance(layer, _VirtualLayer):
+    @contextlib.contextmanager
+    def _each_other(self, name: str, *args: Any) -> Iterator[None]:
+        """Calls a method of the layers of other kinds, which may refuse it; what fails in the context undoes that."""
+        others = [layer for layer in self.layers if not isinstance(layer, _VirtualLayer)]
+        self._store.land()
+        before = [_copied(vars(layer)) for layer in others]  # they put new tensors in the place of the old ones
+        try:
+            for layer in others:
                 getattr(layer, name)(*args)
+            yield
+        except BaseException:
+            for layer, state in zip(others, before, strict=True):
+                vars(layer).clear()
+                vars(layer).update(state)
+            raise
+
+
+def _marks(value: Any) -> Any:
+    """Something that is another one when tensors in a value are others, or were written to."""
+    if isinstance(value, torch.Tensor):
+        return id(value), None if value.is_inference() else value._version
+    if isinstance(value, dict):
+        return {name: _marks(each) for name, each in value.items()}
+    return [_marks(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def _copied(value: Any) -> Any:
+    """A value whose containers may be written to without changing it."""
+    if isinstance(value, dict):
+        return {name: _copied(each) for name, each in value.items()}
+    return [_copied(each) for each in value] if isinstance(value, list) else value
+
+
+def _layer_devices(model: Any) -> dict[int, torch.device]:
+    """The devices of a model's attention layers."""
+    found: dict[int, torch.device] = {}
+    for module in model.modules():
+        index, parameter = getattr(module, "layer_idx", None), next(module.parameters(), None)
+        if isinstance(index, int) and parameter is not None:
+            found.setdefault(index, parameter.device)
+    return found
+
+
+def _expected_layers(model: Any, store: Store) -> dict[int, tuple[torch.device, LayerShape]]:
+    """What the layers of a model will most likely append; empty where its configuration does not tell."""
+    try:
+        dtype = str(model.dtype).removeprefix("torch.")
+        config = model.config.get_text_config(decoder=True)
+        shapes = KVLayout.from_config(config, max_len=store.options.max_len, dtype=dtype).layers
+    except (AttributeError, ValueError):
+        return {}
+    known = next((shape for shape in shapes if shape is not None), None)
+    if known is None:
+        return {}
+    devices = _layer_devices(model)
+    return {
+        index: (devices.get(index, model.device), replace(shapes[index] or known, window=store.windows[index]))
+        for index, cached in enumerate(store.cached)
+        if cached and index < len(shapes)
+    }
 
 
 @contextlib.contextmanager
@@ -499,6 +637,7 @@ def _virtualize(cache: Any, options: Options) -> None:
         [getattr(layer, "sliding_window", None) for layer in layers],
         [type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers],
         options,
+        [hasattr(layer, "conv_states") or hasattr(layer, "recurrent_states") for layer in layers],
     )
     cache.layer_class_to_replicate = None
     for index, layer in enumerate(layers):

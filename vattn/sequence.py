@@ -4,35 +4,51 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
+import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 
 from vattn import _core, export
+from vattn.errors import OutOfDeviceMemory
 
 if TYPE_CHECKING:
     from vattn.cache import KVCache
 
 Share = Literal["auto", "alias", "copy"]
+_PACKAGE = str(Path(__file__).parent)
 
 
 class Sequence:
     """One sequence of a ``KVCache``: a slot and a length. Close it, or use it in a ``with`` statement.
 
+    One that is forgotten without ``close`` gives its slot back too, with a ``ResourceWarning`` that says where it was
+    opened. Several threads may call its methods: each ``grow`` gets positions of its own. What one thread writes to
+    rows, another may read once the kernels that write them are done.
+
     Attributes:
-        slot: the row of ``cache.k(layer)`` that is this sequence's; -1 while it has none.
-        length: positions that are mapped and may be read and written, once it has a slot.
+        cache: the cache it is one of.
     """
 
-    def __init__(self, cache: KVCache, slot: int, length: int = 0) -> None:
+    def __init__(self, cache: KVCache, handle: _core.Sequence) -> None:
         self.cache = cache
-        self.slot = slot
-        self.length = length
-        self._slots: tuple[int, ...] = (slot,)
-        self._open = True
-        self._swapped: _core.Swapped | None = None
+        self._handle = handle  # the only one to know what it is
+        self._opened_at: str | None = None
+
+    @property
+    def slot(self) -> int:
+        """The row of ``cache.k(layer)`` that is this sequence's; -1 while it has none."""
+        slot = self._handle.slot
+        return -1 if slot is None else slot
+
+    @property
+    def length(self) -> int:
+        """Positions that are mapped and may be read and written, once it has a slot."""
+        return self._handle.length
 
     def grow(self, n: int = 1) -> int:
         """Makes room for ``n`` more positions and returns the new length.
@@ -49,17 +65,17 @@ class Sequence:
         """
         if n < 0:
             raise ValueError(f"n must not be negative, not {n}: use truncate to shorten a sequence")
-        self._require_open()
-        length = self.length + n
-        self.cache._grow(self._slots, length, self.length)
-        self.length = length
-        return length
+        cache = self.cache
+        try:
+            return self._handle.grow(n, cache._stream())
+        except OutOfDeviceMemory:
+            cache._ask_torch()
+            return self._handle.grow(n, cache._stream())
 
     @property
     def capacity(self) -> int:
         """Positions that ``grow`` can bring the sequence to without waiting for memory."""
-        self._require_open()
-        return self.cache._arena.capacity(self.slot)
+        return self.cache._arena.capacity(self._handle.name)
 
     def prefetch(self, length: int) -> bool:
         """Asks for memory for ``length`` positions without waiting for it, and returns whether it is there.
@@ -73,18 +89,17 @@ class Sequence:
             ValueError: the sequence is closed, or ``length`` is negative.
             OutOfPages, OutOfDeviceMemory: as in ``grow``, without a mapper only.
         """
-        self._require_open()
         require_at_least("length", length, 0)
-        return self.cache._arena.prefetch(self.slot, length)
+        return self.cache._arena.prefetch(self._handle.name, length)
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Tells that work on the sequence is queued on ``stream``, beside the streams current at ``grow``.
 
         Its memory is not unmapped, nor used on another stream, before that work is done.
         """
-        self._require_open()
+        name = self._handle.name
         if self.cache.device.type == "cuda":
-            self.cache._arena.use(self.slot, stream.cuda_stream)
+            self.cache._arena.use(name, stream.cuda_stream)
 
     def truncate(self, length: int) -> None:
         """Keeps the first ``length`` positions. Their memory stays mapped until somebody needs it.
@@ -111,7 +126,7 @@ class Sequence:
                 there are not so many slots.
             OutOfPages, OutOfDeviceMemory: as in ``grow``; nothing has changed then.
         """
-        self._require_open()
+        self._handle.name  # noqa: B018, which raises where it is closed
         require_at_least("n", n, 1)
         made: list[Sequence] = []
         try:
@@ -121,7 +136,7 @@ class Sequence:
         except BaseException:
             self.cache.close_all(made)
             raise
-        return made
+        return [sequence._handed_out() for sequence in made]
 
     def remember(self, tokens: Iterable[int]) -> None:
         """Tells whose rows the first of this sequence are, so that others that begin alike start behind them.
@@ -135,9 +150,9 @@ class Sequence:
         Raises:
             ValueError: the sequence is closed or shorter than that, or the model has recurrent layers.
         """
-        self._require_open()
+        name = self._handle.name
         self.cache._require_rows_only()
-        self.cache._remember(self.slot, ids_of(tokens))
+        self.cache._remember(name, self.slot, ids_of(tokens))
 
     def export(self, to: socket.socket, *, timeout: float = 30.0) -> None:
         """Hands the rows to another process on the same device, which takes them by ``KVCache.import_sequence``.
@@ -154,14 +169,14 @@ class Sequence:
             ValueError: the cache was not made ``exportable``, the layouts differ, or every slot is in use.
             OutOfPages: as in ``fork``.
         """
-        self._require_open()
+        self._handle.name  # noqa: B018, which raises where it is closed
         if not self.cache._arena.driver.exportable:
             raise ValueError("the cache cannot export: make it with exportable=True")
         with export.telling(to, timeout):
             [copy] = self.fork(share="alias")
             runs: export.ExportedRuns = []
             try:
-                runs = self.cache._arena.export_rows(copy.slot, self.cache._stream())
+                runs = self.cache._arena.export_rows(copy._handle.name, self.cache._stream())
                 export.send(to, self.cache._exported_layout(), self.length, runs)
             finally:
                 for _, extents in runs:
@@ -179,9 +194,7 @@ class Sequence:
             OutOfPages: ``host_budget`` is spent; nothing has changed.
             ValueError: the sequence is closed or swapped out.
         """
-        self._require_open()
-        self._swapped = self.cache._arena.swap_out(self.slot, self.cache._stream())
-        self.slot, self._slots = -1, ()
+        self._handle.swap_out(self.cache._stream())
 
     def swap_in(self, *, slot: int | None = None) -> None:
         """Brings the sequence back, to ``slot`` or any, without waiting for the copy.
@@ -192,15 +205,16 @@ class Sequence:
             OutOfPages, OutOfDeviceMemory: as in ``grow``; the sequence is still swapped out.
             ValueError: the sequence is not swapped out, or the slot, or every slot, is in use.
         """
-        if self._swapped is None:
-            raise ValueError("the sequence is not swapped out")
-        self.slot = self.cache._swap_in(self._swapped, slot)
-        self._slots, self._swapped = (self.slot,), None
+        try:
+            self._handle.swap_in(slot, self.cache._stream())
+        except OutOfDeviceMemory:
+            self.cache._ask_torch()
+            self._handle.swap_in(slot, self.cache._stream())
 
     @property
     def swapped(self) -> bool:
         """Whether the sequence is in host memory."""
-        return self._swapped is not None
+        return self._handle.swapped is not None
 
     def compact(self, length: int | None = None, *, forks: int = 0) -> None:
         """Moves the first ``length`` positions, by default all, into one extent that a fork shares in one driver call.
@@ -218,23 +232,24 @@ class Sequence:
             OutOfPages, OutOfDeviceMemory: there is not so much memory; nothing has changed then, or all but the forks.
             ValueError: the sequence is closed, or shorter than that; or there are not so many slots.
         """
-        self._require_open()
+        name = self._handle.name
         require_at_least("length", length or 0, 0)
         require_at_least("forks", forks, 0)
         length = self.length if length is None else length
-        self.cache._arena.compact(self.slot, length)
+        self.cache._arena.compact(name, length)
         if forks:
             self.cache._make_ready(self, length, forks)
 
     def k(self, layer: int) -> torch.Tensor:
-        """This sequence's K, ``[length, kv_heads, head_dim]``, a view."""
-        self._require_open()
-        return self.cache.k(layer)[self.slot, : self.length]
+        """This sequence's K, ``[length, kv_heads, head_dim]``, a view whose storage ends with its rows.
+
+        Of a layer with a window that has moved on the first rows have no memory, see ``KVCache.k``.
+        """
+        return self.cache.rows(self, layer, of_v=False)
 
     def v(self, layer: int) -> torch.Tensor:
-        """This sequence's V, ``[length, kv_heads, v_head_dim]``, a view."""
-        self._require_open()
-        return self.cache.v(layer)[self.slot, : self.length]
+        """This sequence's V, ``[length, kv_heads, v_head_dim]``; see ``k``."""
+        return self.cache.rows(self, layer, of_v=True)
 
     def close(self, *, tokens: Iterable[int] | None = None) -> None:
         """Ends the sequence and parks its slot. Closing twice is allowed.
@@ -242,14 +257,11 @@ class Sequence:
         Args:
             tokens: what to ``remember`` before.
         """
-        if not self._open:
+        if self._handle.closed:
             return
         if tokens is not None:
             self.remember(tokens)
-        if self._swapped is not None:
-            self._open, self._swapped, self.length = False, None, 0
-        else:
-            self.cache.close_all([self])
+        _core.close([self._handle], self.cache._stream())
 
     def __enter__(self) -> Sequence:
         return self
@@ -260,16 +272,39 @@ class Sequence:
         self.close()
 
     def __repr__(self) -> str:
-        state = f"length {self.length}" if self._open else "closed"
+        state = "closed" if self._handle.closed else f"length {self.length}"
         if self.swapped:
             state += ", swapped out"
         return f"Sequence(slot {self.slot}, {state})"
 
-    def _require_open(self) -> None:
-        if not self._open:
-            raise ValueError("the sequence is closed: open a new one with KVCache.open")
-        if self._swapped is not None:
-            raise ValueError("the sequence is swapped out: swap it in first")
+    def __copy__(self) -> NoReturn:
+        raise TypeError("a Sequence cannot be copied: fork() makes another one with the same rows")
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        self.__copy__()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError("a Sequence cannot be pickled: save clones of k() and v(), or export() it to another process")
+
+    def __del__(self) -> None:
+        opened_at = getattr(self, "_opened_at", None)
+        if opened_at is None or sys.is_finalizing() or self.cache._arena.driver.in_forked_child:
+            return
+        if self._handle.closed:
+            return
+        closed = self.cache.closed
+        _core.close([self._handle], 0 if closed else self.cache._stream())
+        if not closed:
+            what = f"a sequence opened at {opened_at} was never closed"
+            warnings.warn(what, ResourceWarning, source=self, stacklevel=2)
+
+    def _handed_out(self) -> Sequence:
+        """Notes where it was opened: whoever called vattn is to close it."""
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+            frame = frame.f_back
+        self._opened_at = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        return self
 
 
 def require_at_least(name: str, value: int, least: int) -> None:

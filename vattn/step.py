@@ -186,7 +186,8 @@ class Step:
             raise UnsupportedError(f"layer {layer} is given {tuple(k.shape)}")
         if layer not in self._views:
             batch = slice(self._base, self._base + self._batch)
-            self._views[layer] = self.cache.k(layer)[batch], self.cache.v(layer)[batch]
+            k_slots, v_slots = self.cache.slot_tensors(layer)
+            self._views[layer] = k_slots[batch], v_slots[batch]
         mine = self._views[layer]
         append(k[:, :, 0], v[:, :, 0], *mine, self.ends, self._rows, self._scales_of(layer))
         if self.watch is not None:

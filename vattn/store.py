@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import operator
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ from vattn.sequence import Sequence, Share
 
 _SPARE_SLOTS = 64  # slots reserved when their number is left open: addresses cost nothing
 _SPARE_ADDRESSES = 1 << 45  # but there is an end to them
+
+_last = threading.local()  # the store that this thread last appended to
 
 Place = tuple[torch.device, int]  # which KVCache: its device, and the layer it is for alone, or -1
 
@@ -80,9 +83,12 @@ class Store:
 
     granularity = GRANULARITY  # bytes; tests on the host make it smaller
 
-    def __init__(self, windows: list[int | None], cached: list[bool], options: Options) -> None:
+    def __init__(
+        self, windows: list[int | None], cached: list[bool], options: Options, stateful: list[bool] | None = None
+    ) -> None:
         self.windows = windows
         self.cached = cached
+        self.stateful = stateful or [False] * len(windows)  # layers of other kinds, whose states cannot be taken back
         self.open_ended = not windows  # no configuration: layers come as they come, each with a KVCache of its own
         self._require_divisible(options.budget)
         self.options = options
@@ -109,6 +115,108 @@ class Store:
         self._hidden: Padding | None = None  # of a prompt that is to come
         self.ahead: Callable[[], None] | None = None  # waits for a step that runs at the length so far, uncalled for
         self.closed = False
+        self.torn: str | None = None  # why what it holds fits no model's layers any more
+        self._claim = threading.RLock()  # of the thread whose call of a model it serves
+        self._thread: int | None = None  # that appended last
+        self._even = -1  # the length of all layers at which the last pass began
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """While it lasts the cache is this thread's.
+
+        Raises:
+            RuntimeError: it is another one's.
+        """
+        if not self._claim.acquire(blocking=False):
+            raise RuntimeError("the cache is in use by another thread: give each thread a cache, or a copy of one")
+        try:
+            yield
+        finally:
+            self._claim.release()
+
+    def tear(self, reason: str) -> None:
+        """Lets what the layers hold not be used any more, since some are ahead of others."""
+        self.torn = reason
+
+    def require_usable(self) -> None:
+        """Raises ValueError where the cache is closed, or a call of the model has ended halfway."""
+        self._require_open()
+        if self.torn is not None:
+            raise ValueError(f"the cache does not hold the same of all layers: {self.torn}. Call reset() on it")
+
+    def roll_back(self, lengths: list[int]) -> None:
+        """Makes the layers as long as they were before a call that has failed; their windows are where they were."""
+        self.ready.clear()
+        lengths += [0] * (len(self.lengths) - len(lengths))
+        if not any(lengths):
+            self.twins, self.padding, self.blank = 1, None, None
+            for layer in list(self.seen):
+                self.unlearn(layer)
+        self.lengths = lengths
+        self._shorten()
+
+    def reserve(self, batch: int, n: int, expected: Callable[[], dict[int, tuple[torch.device, LayerShape]]]) -> None:
+        """Memory for ``n`` more positions of a batch, in all layers on all devices, or in none.
+
+        Args:
+            batch: rows.
+            n: positions, padding included.
+            expected: what layers will most likely append of which none has been seen.
+
+        Raises:
+            OutOfPages, OutOfDeviceMemory, SequenceTooLong: there is not so much; nothing has changed.
+        """
+        if self.open_ended or not n:
+            return
+        if not self.placed and not self._expect(batch, expected()):
+            return
+        self.land()
+        try:
+            for place, cache in self.caches.items():
+                lengths = {self.lengths[layer] for layer in self._layers_of(place)}
+                if len(lengths) != 1 or (any(lengths) and len(self.rows[place]) != batch):
+                    continue  # which is no batch's next call
+                [start] = lengths
+                self._set_rows(place, batch)
+                rows, length = self.rows[place], start + n
+                if self.twins > 1:
+                    rows = rows[:: self.twins]
+                held = self._held(length, rows)
+                if start == 0 and self._hidden is not None and self._hidden.rows:
+                    held = self._hidden.stored(length)
+                cache.grow_all(rows, held, keep=self._held(self._room_before(place, start), rows) if start else 0)
+        except BaseException:
+            self._shorten()
+            raise
+
+    def _expect(self, batch: int, layers: dict[int, tuple[torch.device, LayerShape]]) -> bool:
+        """Makes the ``KVCache``s for layers that none has been seen of; whether there are some."""
+        if not layers:
+            return False
+        scales, dtype = self.options.scales, self.options.dtype
+        stored = None if scales is None else str(scales.dtype).removeprefix("torch.")
+        self.placed = {
+            index: ((device, -1), shape if stored is None else replace(shape, dtype=stored))
+            for index, (device, shape) in layers.items()
+            if dtype is None or str(dtype) == f"torch.{shape.dtype}"
+        }
+        try:
+            self._rebuild({place: self._slots_for(batch) for place, _ in self.placed.values()})
+        except BaseException:
+            self.placed = {}
+            raise
+        return bool(self.placed)
+
+    def _slots_for(self, batch: int) -> int:
+        return max(self.options.slots or 0, 2 * batch) + _SPARE_SLOTS
+
+    @contextlib.contextmanager
+    def _placing(self) -> Iterator[None]:
+        """While it lasts nobody else takes slots side by side in the ``KVCache``s, or changes a store over them."""
+        with contextlib.ExitStack() as each:
+            for cache in sorted(self.caches.values(), key=id):
+                each.enter_context(cache.placing)
+            yield
 
     def set_budget(self, budget: int | float | None) -> None:
         """Sets the budget of every ``KVCache``, also of those to come."""
@@ -126,6 +234,7 @@ class Store:
         """One more layer of an open-ended cache; returns its index."""
         self.windows.append(None)
         self.cached.append(True)
+        self.stateful.append(False)
         self.lengths.append(0)
         return len(self.windows) - 1
 
@@ -145,8 +254,9 @@ class Store:
         self._require_fit(index, k, v)
         batch, _, n, _ = k.shape
         place, start = self.placed[index][0], self.lengths[index]
+        self._begin_pass(index, start, n)
         in_step = len(self.seen) == len(self.placed) and self.lengths.count(start) == len(self.lengths)
-        with self._unlearning(index):
+        with self._unlearning(index), self._tearing(index):
             self._set_rows(place, batch)
             self._find_twins(place, k, v, start)
             keep = self._room_before(place, start) if in_step and not self.recording else self._keep(place)
@@ -166,6 +276,21 @@ class Store:
         else:  # the first pass, or a layer that skips steps
             self.ready.update((layer, r) for layer, r in ready if layer in self.seen and self.lengths[layer] == start)
         return self.ready.pop(index)
+
+    def _begin_pass(self, index: int, start: int, n: int) -> None:
+        """Notes where the layers were before a pass of a model, or a part of one, and refuses what fits no pass."""
+        if self.torn is not None:
+            self.require_usable()
+        thread = threading.get_ident()
+        if self.ready and self._thread != thread:
+            raise RuntimeError("the cache is in use by another thread: give each thread a cache, or a copy of one")
+        self._thread = thread
+        lengths = [self.lengths[layer] for layer in self.seen]
+        if lengths.count(start) == len(lengths):
+            self._even = start if len(self.seen) == len(self.placed) else -1
+        elif self._even >= 0 and start > self._even == min(lengths) and sum(n > self._even for n in lengths) > 1:
+            self.tear(f"a call of the model ended halfway, they hold {min(lengths)} to {max(lengths)} positions")
+            self.require_usable()
 
     @contextlib.contextmanager
     def unpadded(self, mask: torch.Tensor | None) -> Iterator[None]:
@@ -200,13 +325,14 @@ class Store:
         self._require_fit(index, k, v)
         batch, _, n, _ = k.shape
         place, start = self.placed[index][0], self.lengths[index]
+        self._begin_pass(index, start, n)
         if (padding := self.padding) is not None:
             fits = batch == len(padding) and not (first and n <= max(padding.rows))
             if not fits or k.requires_grad or v.requires_grad:
                 self.restore_padding()
                 if first:  # what is hidden is stored as any other
                     self.blank = None
-        with self._unlearning(index):
+        with self._unlearning(index), self._tearing(index):
             if first:
                 self._set_rows(place, batch)
                 self._find_twins(place, k, v, start)
@@ -305,6 +431,26 @@ class Store:
             for row, held in zip(rows, self._held(length, rows), strict=True):
                 if row.length > held:
                     row.truncate(held)
+
+    @contextlib.contextmanager
+    def _tearing(self, index: int) -> Iterator[None]:
+        """Notes after an error what cannot be taken back: layers of other kinds, or of a decoder, that have gone on."""
+        before = getattr(_last, "store", lambda: None)()
+        _last.store = weakref.ref(self)
+        try:
+            yield
+        except BaseException as error:
+            reason = f"a call of the model ended halfway ({type(error).__name__})"
+            if any(self.stateful[:index]):
+                self.tear(reason)
+            if before is not None and before is not self and before.is_ahead(index + 1, len(self.lengths)):
+                before.tear(reason)
+            raise
+
+    def is_ahead(self, layers: int, of: int) -> bool:
+        """Whether just the first layers are longer than all others, as in a decoder's turn with its other half."""
+        lengths = self.lengths
+        return len(lengths) == of > layers and min(lengths[:layers]) > max(lengths[layers:])
 
     @contextlib.contextmanager
     def _unlearning(self, index: int) -> Iterator[None]:
@@ -452,10 +598,12 @@ class Store:
             self.settle()
         lane, length = self.lanes[index], self.lengths[index]
         first = 0 if lane.window is None else max(length - lane.window + 1, 0)
-        if alone and batch > 1:
-            k, v = lane.rows(index, 1, first, length)
-            return k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)
-        return self._read(index, *lane.rows(index, batch, first, length))
+        if self.options.scales is not None:
+            return self._read(index, *lane.rows(index, batch, first, length))
+        k, v = lane.rows(index, 1 if alone else batch, first, length)
+        k, v = (t.expand(batch, -1, -1, -1) for t in (k, v))
+        cache = self.caches[self.placed[index][0]]
+        return cache.guarded(k), cache.guarded(v)
 
     def truncate(self, lengths: list[int]) -> None:
         """Shortens the layers to ``lengths``; what no layer needs any more may be given away."""
@@ -463,6 +611,7 @@ class Store:
         if any(lengths):
             self.restore_padding()
         self.padding = None
+        self._even = -1
         for layer, first in self.moved.items():
             window, length = self.windows[layer] or 0, lengths[layer]
             if length and max(length - window + 1, 0) < first:
@@ -491,6 +640,7 @@ class Store:
     def reset(self) -> None:
         """Ends every row; their memory is parked for the next batch. What layers looked like is forgotten."""
         self._require_open()
+        self.torn, self._even = None, -1
         self.twins = 1
         self.padding = self.blank = None
         self.ready.clear()
@@ -521,6 +671,10 @@ class Store:
         self.restore_padding()
         self._shorten()
         self.ready.clear()
+        with self._placing():
+            self._gather(indices, before, batch)
+
+    def _gather(self, indices: torch.Tensor, before: int, batch: int) -> None:
         self._rebuild({place: 2 * batch for place in self.caches if self._room(place) < batch})
         chosen = indices.tolist()
         places = [place for place in self.caches if self._filled(place)]
@@ -557,12 +711,16 @@ class Store:
 
     def clone(self) -> Store:
         """A copy with memory of its own."""
-        self._require_open()
+        self.require_usable()
+        with self._placing():
+            return self._clone()
+
+    def _clone(self) -> Store:
         bases = {place: cache.free_slots(len(self.rows[place])) for place, cache in self.caches.items()}
         self._shorten()
         if None in bases.values():
             self.restore_padding()
-        other = Store(list(self.windows), list(self.cached), self.options)
+        other = Store(list(self.windows), list(self.cached), self.options, list(self.stateful))
         other.padding, other.blank = self.padding, self.blank
         other.open_ended = self.open_ended
         other.seen, other.signatures, other.placed = dict(self.seen), dict(self.signatures), dict(self.placed)
@@ -651,7 +809,7 @@ class Store:
                 (device, _), shape = like.get(window, found)
                 self.placed[layer] = ((device, -1), replace(shape, window=window))
         self.placed[index] = found
-        slots = max(self.options.slots or 0, 2 * k.shape[0]) + _SPARE_SLOTS
+        slots = self._slots_for(k.shape[0])
         places = {place for place, _ in [*before.values(), *self.placed.values()]}
         try:
             self._rebuild({p: slots for p in places if self._at(before, p) != self._at(self.placed, p)})
@@ -764,10 +922,11 @@ class Store:
                 f"the cache holds {len(rows)} rows and was given a batch of {batch}: call reset(), "
                 "batch_repeat_interleave() or batch_select_indices() first"
             )
-        if batch > self._room(place):
-            self._rebuild({place: 2 * batch})
-        self._close_rows(place, batch)
-        self._open_rows(place, batch)
+        with self._placing():
+            if batch > self._room(place):
+                self._rebuild({place: 2 * batch})
+            self._close_rows(place, batch)
+            self._open_rows(place, batch)
 
     def _open_rows(self, place: Place, batch: int, length: int | None = None) -> None:
         """Opens rows up to ``batch`` and brings the new ones to the length of the others."""
@@ -779,7 +938,7 @@ class Store:
             raise ValueError(f"{batch} rows of max_len {self.options.max_len} need too many addresses: lower max_len")
         try:
             for slot in range(before, batch):
-                rows.append(cache.open(slot=self.bases[place] + slot))
+                rows.append(cache.open_unwatched(self.bases[place] + slot))
             if length and batch > before:
                 cache.grow_all(rows[before:], length, keep=0)
         except BaseException:
