@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from transformers import GenerationMixin
 
 CACHE_KEYWORDS = ("cache", "past_key_values")
 deciding: contextvars.ContextVar[bool] = contextvars.ContextVar("deciding", default=False)
@@ -116,6 +117,21 @@ def _let_go(model: weakref.ref[Any]) -> None:
             if isinstance(method := vars(found).get(name), _OwnMethod):
                 vars(found)[name] = method.original
         _restore(type(found))
+
+
+@functools.cache
+def claim_in_generate() -> None:
+    """Has ``generate`` of all models take the caches that it is given for its thread, from now on."""
+    original = GenerationMixin.generate
+
+    @functools.wraps(original)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as claims:
+            for _, cache in _halves_in(kwargs):
+                claims.enter_context(cache.claimed())
+            return original(self, *args, **kwargs)
+
+    GenerationMixin.generate = generate
 
 
 class _OwnMethod:

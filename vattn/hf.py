@@ -347,8 +347,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
     def __deepcopy__(self, memo: dict[int, Any]) -> VirtualCache:
         memo[id(self)] = other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        with self.claimed():
-            other._store = self._store.clone()
+        other._store = self._store.clone()
         other.decoder = self.decoder and self.decoder.clone()
         if self.decoder is not None and (model := self._model()) is not None:
             attach.attach(model, other)
@@ -414,13 +413,15 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             several = len(store.caches) if store.placed else len(set(_layer_devices(model).values()))
             if several < 2:
                 return  # the first layer asks for all
+        names = ["decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds"]
         if half == "cross":
-            states = given.get("encoder_outputs")
-            tokens = states[0] if states is not None and not any(store.lengths) else None
-        else:
-            names = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
-            found = (given.get(name) for name in names)
-            tokens = next((t for t in found if isinstance(t, torch.Tensor) and t.dim() >= 2), None)
+            if any(store.lengths):
+                return
+            names = names[2:]
+        found = [given.get(name) for name in names]
+        if half == "cross" and (encoded := given.get("encoder_outputs")) is not None:
+            found.insert(0, encoded[0])
+        tokens = next((t for t in found if isinstance(t, torch.Tensor) and t.dim() >= 2), None)
         if tokens is not None:
             store.reserve(*tokens.shape[:2], lambda: _expected_layers(model, store))
 
@@ -640,6 +641,7 @@ def _virtualize(cache: Any, options: Options) -> None:
         [hasattr(layer, "conv_states") or hasattr(layer, "recurrent_states") for layer in layers],
     )
     cache.layer_class_to_replicate = None
+    attach.claim_in_generate()
     for index, layer in enumerate(layers):
         if type(layer) is DynamicSlidingWindowLayer:
             layers[index] = _VirtualSlidingLayer(store, index, layer.sliding_window)

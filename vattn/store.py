@@ -116,6 +116,7 @@ class Store:
         self.ahead: Callable[[], None] | None = None  # waits for a step that runs at the length so far, uncalled for
         self.closed = False
         self.torn: str | None = None  # why what it holds fits no model's layers any more
+        self._copying = threading.Lock()
         self._claim = threading.RLock()  # of the thread whose call of a model it serves
         self._thread: int | None = None  # that appended last
         self._even = -1  # the length of all layers at which the last pass began
@@ -147,6 +148,7 @@ class Store:
     def roll_back(self, lengths: list[int]) -> None:
         """Makes the layers as long as they were before a call that has failed; their windows are where they were."""
         self.ready.clear()
+        self.torn = None
         lengths += [0] * (len(self.lengths) - len(lengths))
         if not any(lengths):
             self.twins, self.padding, self.blank = 1, None, None
@@ -711,8 +713,8 @@ class Store:
 
     def clone(self) -> Store:
         """A copy with memory of its own."""
-        self.require_usable()
-        with self._placing():
+        with self._copying, self._placing(), self.claimed():  # those who copy wait for each other
+            self.require_usable()
             return self._clone()
 
     def _clone(self) -> Store:
