@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from vattn import KVCache, _core, decode, plan
+from vattn import KVCache, _core, cli, decode, demo, plan
 from vattn.store import Store
 
 
@@ -85,6 +86,15 @@ def graphs(device: str, small: None, request: pytest.FixtureRequest, monkeypatch
 @pytest.fixture
 def driver(device: str) -> _core.Driver:
     return _core.host_driver(GRANULE) if device == "cpu" else _core.cuda_driver(0)
+
+
+@pytest.fixture(scope="session")
+def folder() -> Path:
+    """The real model's, which the demo extra's package carries."""
+    folder = cli.default_folder()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    demo.load(folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,6 @@ from transformers import DynamicCache, EncoderDecoderCache
 from vattn import CACHE_KEYWORD, OutOfPages, VirtualCache
 from vattn.store import Store
 
-pytestmark = pytest.mark.usefixtures("small")
 LINEAR = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 2,
@@ -37,6 +36,11 @@ HYBRIDS = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def pages(monkeypatch):
+    monkeypatch.setattr(Store, "granularity", 4096)
+
+
 def hybrid(name):
     if not hasattr(transformers, f"{name}Config"):
         pytest.skip("this transformers does not have it")
@@ -56,12 +60,11 @@ def stepped(model, cache, parts):
 
 @pytest.mark.parametrize("made_with", ["model", "config"])
 @pytest.mark.parametrize("name", HYBRIDS)
-def test_no_memory_in_a_hybrid(name, made_with, monkeypatch):
+def test_no_memory_in_a_hybrid(name, made_with):
     model = hybrid(name)
     ids = prompt(2, 60, "cpu")["input_ids"]
     parts = ids[:, :50], ids[:, 50:51], ids[:, 51:60]
     expected = stepped(model, DynamicCache(config=model.config), parts)
-    monkeypatch.setattr(Store, "granularity", 4096)
     given = model if made_with == "model" else model.config
     with contextlib.closing(VirtualCache(given, max_len=512, budget=2 * 4096, mapper=False)) as cache:
         with pytest.raises(OutOfPages):

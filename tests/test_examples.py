@@ -21,14 +21,6 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = cli.default_folder()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    demo.load(folder)
-    return folder
-
-
 def test_growing_kv():
     out = run(str(ROOT / "examples" / "growing_kv.py"))
     assert "attention over 160 positions: (1, 32, 1, 128), finite: True" in out

@@ -1,4 +1,4 @@
-"""A wrong attention kernel is refused within two steps, and no honest one is; with --tables it writes both."""
+"""A wrong attention kernel is refused within two steps, and no honest one is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from faults import FAULTS, PROMPT_FAULTS, Moves, decoding, planted, planted_in_prompts
 from models import build, prompt, virtual_of
 
-from vattn import CACHE_KEYWORD, kernels, verify
+from vattn import CACHE_KEYWORD, demo, kernels, verify
 from vattn.attach import known
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -102,6 +102,14 @@ def test_planted_faults_are_refused(name, dtype, device, monkeypatch):
     assert sum(row["counts"] for row in rows) >= 4
 
 
+@pytest.mark.model
+def test_planted_faults_in_the_real_model_are_refused(folder, monkeypatch):
+    model, _ = demo.load(folder)
+    rows = caught(model.to(torch.bfloat16), "cpu", "sdpa", monkeypatch)
+    assert [row for row in rows if row["counts"] and not row["refused"]] == []
+    assert {row["fault"] for row in rows if row["counts"]} >= {"scale x 1.25", "scale x 2", "one short", "one long"}
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral", "gemma2", "gpt_oss"])
 def test_planted_faults_in_prompts_are_refused(name, dtype, device):
@@ -173,7 +181,7 @@ def honest_kernels(name: str, device: str, dtype: torch.dtype) -> list[str]:
     if device == "cpu":
         return ["reference"] if name in ("gemma2", "gpt_oss") else ["sdpa", "reference"]
     found = ["flex"]
-    if name != "gemma2":
+    if name != "gemma2" and dtype != torch.float32:
         found.append("fa2")
     if dtype == torch.bfloat16:
         found.append("fa3")
@@ -183,16 +191,18 @@ def honest_kernels(name: str, device: str, dtype: torch.dtype) -> list[str]:
 SHAPES = [(batch, length, padded) for batch in (1, 2, 3, 7) for length in (9, 21, 40) for padded in (False, True)]
 
 
-@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
-@pytest.mark.parametrize("name", TINY)
-def test_no_honest_kernel_is_refused(name, dtype, device):
-    model = tiny(name, device, dtype)
-    rows = [
+def honest_runs(model: Any, name: str, device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+    return [
         honest(model, name, device, kernel, batch=batch, length=length, padded=padded)
         for kernel in honest_kernels(name, device, dtype)
         for batch, length, padded in SHAPES
         if not padded or (batch > 1 and length > 20)
-        if not (dtype == torch.float32 and kernel.startswith("fa"))
     ]
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("name", TINY)
+def test_no_honest_kernel_is_refused(name, dtype, device):
+    rows = honest_runs(tiny(name, device, dtype), name, device, dtype)
     assert [row for row in rows if row["refused"]] == []
-    print(max(row["of what may differ"] for row in rows))
+    assert max(row["of what may differ"] for row in rows) <= 1

@@ -41,6 +41,8 @@ CACHE_KEYWORD = "cache" if _VERSION >= (5, 24) else "past_key_values"
 _CROP_POSITIVE_KEEPS = _VERSION < (5, 18)
 _CROP_ZERO_EMPTIES = "max_length" in inspect.signature(DynamicLayer.crop).parameters
 
+attach.claim_in_generate()
+
 
 def _guarded(view: torch.Tensor) -> torch.Tensor:
     """The view as a tensor that takes part in autograd's graph and refuses to be differentiated."""
@@ -641,7 +643,6 @@ def _virtualize(cache: Any, options: Options) -> None:
         [hasattr(layer, "conv_states") or hasattr(layer, "recurrent_states") for layer in layers],
     )
     cache.layer_class_to_replicate = None
-    attach.claim_in_generate()
     for index, layer in enumerate(layers):
         if type(layer) is DynamicSlidingWindowLayer:
             layers[index] = _VirtualSlidingLayer(store, index, layer.sliding_window)
