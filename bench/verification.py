@@ -13,7 +13,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +47,29 @@ def honest(device: str) -> list[dict[str, Any]]:
     return rows
 
 
-def measured(folder: Path, script: str, *arguments: str) -> dict[str, float]:
-    """The bars that a benchmark of a checkout prints."""
+# What a checkout takes, in a process of its own; its own benchmarks are used, so that both measure alike.
+STEP = """
+import sys
+sys.path.insert(0, "bench")
+import json, generate, latency
+device = sys.argv[1]
+ours, theirs = latency.update_us(device, 1)
+took = {"grow_us": latency.grow_us_python(device), "update_us": ours, "update_us_dynamic": theirs}
+if device == "cuda":
+    from vattn import speed
+    model = generate.memory.llama_3_8b()
+    [(name, make)] = speed.ways(model, 4096, ["fa3"], []).items()
+    took["step_ms"] = generate.measured(model, "1x1024", name, make, 40)["step ms p50"]
+print(json.dumps(took))
+"""
+
+
+def measured(folder: Path, device: str) -> dict[str, float]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
-    with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, str(folder / "bench" / script), *arguments, "--out", out]
-        subprocess.run(command, check=True, env=environment, cwd=folder, stdout=subprocess.DEVNULL)
-        [path] = Path(out).glob("*.json")
-        bars: dict[str, float] = json.loads(path.read_text())["bars"]
-        return bars
+    command = [sys.executable, "-c", STEP, device]
+    done = subprocess.run(command, check=True, env=environment, cwd=folder, stdout=subprocess.PIPE, text=True)
+    took: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return took
 
 
 def beside(before: Path, device: str, rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -64,30 +77,33 @@ def beside(before: Path, device: str, rounds: int) -> tuple[list[dict[str, Any]]
     rows = []
     for turn in range(rounds):
         for commit, folder in (("before", before), ("now", ROOT)):
-            bars = measured(folder, "latency.py", "--device", device)
-            if device == "cuda":
-                points = ["--points", "1x1024", "--kernels", "fa3", "--peers", "--slow-peers"]
-                bars |= measured(folder, "generate.py", *points)
-            rows.append({"round": turn, "commit": commit, **bars})
+            rows.append({"round": turn, "commit": commit, **measured(folder.resolve(), device)})
+            print(rows[-1], flush=True)
     ratios = {}
-    for name, bar in (
-        ("verified_step_cost_ratio", "step_ms_1x1024"),
-        ("grow_ratio_to_before", "grow_us_python"),
-        ("update_ratio_to_before", "update_us_ratio_to_dynamic"),
+    for name, key in (
+        ("verified_step_cost_ratio", "step_ms"),
+        ("grow_ratio", "grow_us"),
+        ("update_ratio", "update_us"),
     ):
-        took = {
-            commit: [row[bar] for row in rows if row["commit"] == commit and bar in row] for commit in ("before", "now")
-        }
-        if took["now"]:
-            ratios[name] = statistics.median(took["now"]) / statistics.median(took["before"])
+        now, then = ([row[key] for row in rows if row["commit"] == at and key in row] for at in ("now", "before"))
+        if now:
+            ratios[name] = statistics.median(now) / statistics.median(then)
     return rows, ratios
 
 
 def main() -> None:
     parser = report.options(__doc__.splitlines()[0])
-    parser.add_argument("--before", type=Path, help="a checkout of an earlier commit")
+    parser.add_argument("--before", type=Path, help="a checkout of an earlier commit, its extension built in place")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=["trials", "cost"], help="a part of it")
     options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    bars: dict[str, float] = {}
+    if options.before is not None and options.only != "trials":
+        rows, bars = beside(options.before, options.device, options.rounds)
+        report.write("verification_cost", options.device, rows, bars, options.out)
+    if options.only == "cost":
+        return
     if options.device == "cpu":
         Store.granularity = 4096
     faults, runs = planted(options.device), honest(options.device)
@@ -99,15 +115,7 @@ def main() -> None:
         "honest_runs_refused": sum(row["refused"] is not None for row in runs),
         "honest_runs_nearest": max(row["of what may differ"] for row in runs),
     }
-    rows: list[dict[str, Any]] = [
-        {key: row[key] for key in ("model", "dtype", "kernel", "fault", "moves", "honest", "counts", "refused")}
-        for row in faults
-    ]
-    if options.before is not None:
-        timings, ratios = beside(options.before, options.device, options.rounds)
-        bars |= ratios
-        rows += timings
-    report.write("verification", options.device, rows, bars, options.out)
+    report.write("verification", options.device, faults, bars, options.out)
 
 
 if __name__ == "__main__":

@@ -119,8 +119,8 @@ class Arena {
   void grow(Slots names, std::size_t positions, std::size_t keep, Stream stream);
   // The same when it takes no driver call and no waiting; otherwise false, and nothing has changed.
   bool try_grow(Slots names, std::size_t positions, std::size_t keep, Stream stream);
-  // Makes so many more rows of a slot usable, `keep` being its length before, and returns the new length. Several callers
-  // at once each get their own rows.
+  // Makes so many more rows of a slot usable, `keep` being its length before, and returns the new length. Several
+  // callers at once each get their own rows.
   std::size_t extend(std::size_t name, std::size_t count, Stream stream);
   // The same when it takes no driver call and no waiting.
   std::optional<std::size_t> try_extend(std::size_t name, std::size_t count, Stream stream);

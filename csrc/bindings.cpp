@@ -478,7 +478,9 @@ void bind_sequence(py::module_& module) {
           py::arg("slot") = std::nullopt, py::arg("stream") = 0, Unlocked());
   module.def(
       "close",
-      [](const std::vector<Sequence*>& sequences, std::uintptr_t stream) { Sequence::close(sequences, Stream{stream}); },
+      [](const std::vector<Sequence*>& sequences, std::uintptr_t stream) {
+        Sequence::close(sequences, Stream{stream});
+      },
       py::arg("sequences"), py::arg("stream") = 0, Unlocked());
 }
 

@@ -56,7 +56,8 @@ void Mapper::run(const void* owner, Work work) {
 void Mapper::cancel(const void* owner) {
   std::unique_lock lock(state_->mutex);
   for (const Urgency urgency : {Urgency::ahead, Urgency::housekeeping})
-    std::erase_if(state_->queues[static_cast<std::size_t>(urgency)], [&](const Job& job) { return job.owner == owner; });
+    std::erase_if(state_->queues[static_cast<std::size_t>(urgency)],
+                  [&](const Job& job) { return job.owner == owner; });
   state_->done.wait(lock, [&] { return state_->running != owner; });
 }
 
@@ -64,9 +65,9 @@ void Mapper::settle(const void* owner) {
   const auto now_due = [&](const Job& job) { return job.owner == owner && job.not_before == Clock::time_point{}; };
   std::unique_lock lock(state_->mutex);
   state_->done.wait(lock, [&] {
-    return state_->running != owner && std::none_of(state_->queues.begin(), state_->queues.end(), [&](const auto& queue) {
-             return std::any_of(queue.begin(), queue.end(), now_due);
-           });
+    return state_->running != owner &&
+           std::none_of(state_->queues.begin(), state_->queues.end(),
+                        [&](const auto& queue) { return std::any_of(queue.begin(), queue.end(), now_due); });
   });
 }
 

@@ -7,7 +7,8 @@ namespace vattn {
 
 Sequence::Sequence(std::shared_ptr<Arena> arena, std::optional<std::size_t> slot, std::size_t expected, Stream stream,
                    bool empty, std::optional<std::size_t> like)
-    : arena_(std::move(arena)), name_(arena_->name(arena_->acquire(slot, expected, stream, empty, like))),
+    : arena_(std::move(arena)),
+      name_(arena_->name(arena_->acquire(slot, expected, stream, empty, like))),
       slot_(Arena::slot_of(*name_)) {}
 
 Sequence::Sequence(std::shared_ptr<Arena> arena, std::size_t slot)

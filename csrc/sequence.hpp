@@ -1,7 +1,7 @@
 // One sequence of an arena, as its owner holds it: in a slot, in host memory, or closed.
 //
-// What a sequence is, is written here and in the arena alone, and each call changes both or neither. So an owner that is
-// interrupted between two calls, or that forgets the sequence, loses nothing.
+// What a sequence is, is written here and in the arena alone, and each call changes both or neither. So an owner that
+// is interrupted between two calls, or that forgets the sequence, loses nothing.
 #pragma once
 
 #include <memory>
@@ -16,8 +16,8 @@ namespace vattn {
 class Sequence {
  public:
   // A new one, see Arena::acquire.
-  Sequence(std::shared_ptr<Arena> arena, std::optional<std::size_t> slot, std::size_t expected, Stream stream, bool empty,
-           std::optional<std::size_t> like);
+  Sequence(std::shared_ptr<Arena> arena, std::optional<std::size_t> slot, std::size_t expected, Stream stream,
+           bool empty, std::optional<std::size_t> like);
   // The one that a slot has, whose owner from now on this is.
   Sequence(std::shared_ptr<Arena> arena, std::size_t slot);
   // Ends it. In a forked child nothing.

@@ -71,7 +71,10 @@ Mapping::~Mapping() {
 }
 
 Mapping::Mapping(Mapping&& other) noexcept
-    : driver_(std::move(other.driver_)), extent_(std::move(other.extent_)), at_(other.at_), access_(other.access_.load()) {}
+    : driver_(std::move(other.driver_)),
+      extent_(std::move(other.extent_)),
+      at_(other.at_),
+      access_(other.access_.load()) {}
 
 Mapping& Mapping::operator=(Mapping&& other) noexcept {
   std::swap(driver_, other.driver_);

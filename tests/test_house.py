@@ -71,7 +71,7 @@ PYTHON = {
     "replay.py": {"cache", "errors", "trace"},
     "pages.py": {"_core", "cache", "errors"},
     "bench.py": {"_core", "cache", "device", "errors", "layout", "pages", "replay", "trace"},
-    "speed.py": {"cache", "hf", "kernels", "layout"},
+    "speed.py": {"attach", "cache", "hf", "kernels", "layout"},
     "cli.py": {"_core", "bench", "cache", "demo", "device", "errors", "kernels", "layout", "speed", "trace"},
     "__init__.py": {"cache", "errors", "hf", "layout", "sequence", "swap"},
 }

@@ -26,8 +26,8 @@ LENGTH, STEPS = 21, 3
 pytestmark = pytest.mark.usefixtures("small")
 
 
-def tiny(name: str, device: str, dtype: torch.dtype) -> Any:
-    model = build(name, "eager", device, **TINY[name])
+def tiny(name: str, device: str, dtype: torch.dtype, **more: Any) -> Any:
+    model = build(name, "eager", device, **{**TINY[name], **more})
     model.generation_config.eos_token_id = None
     with torch.no_grad():
         for weight, parameter in model.named_parameters():
@@ -142,7 +142,7 @@ def test_planted_faults_in_prompts_are_refused(name, dtype, device):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_a_scale_of_fp8_that_is_ignored_is_refused(dtype, device):
-    model = tiny("llama-gqa", device, dtype)
+    model = tiny("qwen3", device, dtype, head_dim=64)
     kernel = "reference" if device == "cpu" else "flashinfer"
     if device == "cuda" and kernels.KERNELS[kernel].missing():
         pytest.skip("of the kernels that are captured it alone reads fp8")

@@ -154,6 +154,7 @@ class Kernel:
     tail_rows: ClassVar[int] = 0
     capturable: ClassVar[bool] = True
     kv_dtypes: ClassVar[tuple[torch.dtype, ...]] = ()  # of K and V in decoding, beside that of queries
+    narrows: ClassVar[bool] = False  # rounds queries and weights to such a dtype, too
 
     def tail(self, head_dim: int) -> int:
         """Rows behind a span that it may load at a head dim, at most ``tail_rows``."""
@@ -471,6 +472,7 @@ class FlashInfer(Kernel):
     name = "flashinfer"
     source = "flashinfer-python, compiled"
     kv_dtypes = (torch.float8_e4m3fn,)
+    narrows = True  # on Hopper
     _PAGE = 64
 
     def missing(self) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, QuantizedCache, StaticCache, StoppingCriteria, StoppingCriteriaList
 
+from vattn.attach import known
 from vattn.cache import KVCache
 from vattn.hf import CACHE_KEYWORD, VirtualCache
 from vattn.kernels import KERNELS, Kernel, Scores, Spans, Task, reach_of
@@ -286,8 +287,7 @@ def decode_speed(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     model.generation_config.disable_compile = name != "static_compile"
-    if hasattr(model.forward, "refused"):
-        model.forward.refused = None  # by what was measured before
+    known(model).refused = None  # by what was measured before
     cache = make(batch, longest + steps + 8)
     ids = torch.randint(1, text.vocab_size, (batch, longest + 1), device=device)
     padding = longest - torch.tensor(lengths, device=device)

@@ -42,7 +42,12 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def defined(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scores: Scores
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seen: torch.Tensor,
+    scores: Scores,
+    narrow: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention by its definition in float64, and as a fused kernel rounds it: its weights and its output.
 
@@ -52,6 +57,7 @@ def defined(
         v: ``[m, kv_heads, v_head_dim]``.
         seen: bool ``[n, m]``, what each query sees.
         scores: how they are made; the window is in ``seen``.
+        narrow: the dtype that weights are rounded to, by default that of q.
 
     Returns:
         ``[n, query_heads, v_head_dim]`` twice, float64 and the dtype of q.
@@ -78,7 +84,8 @@ def defined(
     if sinks is not None:
         total = total + (sinks - highest).exp()
     summed = []
-    for used in (weights, weights.to(q.dtype)):
+    fewer = weights.to(q.dtype) if narrow is None else (256 * weights).to(narrow).to(wide) / 256
+    for used in (weights, fewer):
         out = torch.zeros(*used.shape[:3], v.shape[2], dtype=wide, device=q.device)
         for block in range(0, m, _BLOCK):
             part = slice(block, block + _BLOCK)
@@ -132,10 +139,13 @@ class Comparison:
         seen: torch.Tensor,
         scores: Scores,
         scales: tuple[torch.Tensor, torch.Tensor] | tuple[None, None] = (None, None),
+        *,
+        narrow: bool = False,
     ) -> None:
         """Compares an output ``[n, query_heads, v_head_dim]``; other arguments as in ``defined``.
 
-        Where K and V are stored over scales, ``k`` and ``v`` are what is stored.
+        Where K and V are stored over scales, ``k`` and ``v`` are what is stored; with ``narrow`` queries and weights
+        may be rounded to their dtype.
         """
         k_scale, v_scale = scales
         if k_scale is None or v_scale is None:
@@ -153,6 +163,8 @@ class Comparison:
             )
             inner = defined((q.double() * of_q).to(q.dtype), k, v, seen, scores)[1]
             others.append((inner.double() * of_out).to(q.dtype))
+        if narrow:
+            others.append(self._narrowed(q, k, v, seen, scores, scales))
         if not bool(right.isfinite().all()):
             return  # which tells nothing
         least = _ROUNDING.get(q.dtype, 1e-5)
@@ -168,6 +180,23 @@ class Comparison:
         if ratio > 1:
             by, may = float(differs.flatten()[worst]), float(_TIMES * allowed.flatten()[worst])
             self.note(f"{what} differs from its definition by {by:.2g} of its norm, and may by {may:.2g}")
+
+    @staticmethod
+    def _narrowed(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        seen: torch.Tensor,
+        scores: Scores,
+        scales: tuple[torch.Tensor, torch.Tensor] | tuple[None, None],
+    ) -> torch.Tensor:
+        wide_k, wide_v = (
+            t.double() if scale is None else t.double() * scale.double()[:, None]
+            for t, scale in zip((k, v), scales, strict=True)
+        )
+        limit = torch.finfo(k.dtype).max
+        fewer = q.clamp(-limit, limit).to(k.dtype).to(q.dtype)
+        return defined(fewer, wide_k, wide_v, seen, scores, k.dtype)[1]
 
 
 def sampled(count: int, most: int) -> list[int]:
@@ -250,7 +279,8 @@ class Watch(Comparison):
             keys, values = k[row, first:end], v[row, first:end]
             seen = torch.ones(1, end - first, dtype=torch.bool, device=q.device)
             what = f"{kernel.name} in layer {layer}"
-            self.compare(what, out[row, None], q[row, None], keys, values, seen, scores, of_layer)
+            narrow = kernel.narrows and k.dtype.itemsize == 1
+            self.compare(what, out[row, None], q[row, None], keys, values, seen, scores, of_layer, narrow=narrow)
         if fault := probe_decode(kernel, q, k, v, live, scores):
             self.note(fault)
 

@@ -11,7 +11,7 @@
 #include <random>
 #include <thread>
 
-#include "arena.hpp"
+#include "sequence.hpp"
 
 using namespace vattn;
 
@@ -125,6 +125,49 @@ void live(Arena& arena, Totals& totals, unsigned seed, std::size_t lives) {
   }
 }
 
+// Several owners' threads grow one sequence, one looks at it, and it moves to host memory and back.
+void share(const std::shared_ptr<Arena>& arena, Totals& totals, std::size_t lives) {
+  for (std::size_t turn = 0; turn < lives; ++turn) {
+    Sequence sequence(arena, std::nullopt, 0, Stream{0}, false, std::nullopt);
+    std::atomic<std::size_t> grown{0};
+    std::vector<std::thread> threads;
+    for (int thread = 0; thread < 3; ++thread)
+      threads.emplace_back([&] {
+        for (int step = 0; step < 20; ++step) {
+          try {
+            sequence.extend(2, Stream{0});
+            grown += 2;
+          } catch (const OutOfPages&) {
+            ++totals.out_of_pages;
+          } catch (const DriverError&) {
+            ++totals.refused;
+          }
+        }
+      });
+    threads.emplace_back([&] {
+      for (int look = 0; look < 50; ++look) (void)sequence.length();
+    });
+    for (std::thread& thread : threads) thread.join();
+    require(sequence.length() == grown, "growth was lost");
+    try {
+      sequence.swap_out(Stream{0});
+      std::thread looks([swapped = sequence.swapped()] { (void)swapped->done(); });
+      try {
+        sequence.swap_in(std::nullopt, Stream{0});
+      } catch (...) {
+        looks.join();
+        throw;
+      }
+      looks.join();
+    } catch (const OutOfPages&) {
+      ++totals.out_of_pages;
+    } catch (const DriverError&) {
+      ++totals.refused;
+    }
+    require(sequence.length() == grown, "a sequence was lost on its way");
+  }
+}
+
 void fork_once() {
   const pid_t child = ::fork();
   if (child == 0) ::_exit(0);
@@ -135,9 +178,11 @@ void stress(std::size_t lives, const std::shared_ptr<Mapper>& mapper) {
   const auto driver = make_host_driver(kPage, 130 * kPage);
   Totals totals;
   {
-    Arena arena(driver, {{kRow}, {kRow, kWindow}},
-                {.slots = kSlots, .max_len = kMaxLen, .budget = 90 * kPage, .tail_rows = 2, .growth_divisor = 8},
-                mapper);
+    const auto shared = std::make_shared<Arena>(
+        driver, std::vector<Plane>{{kRow}, {kRow, kWindow}},
+        ArenaOptions{.slots = kSlots, .max_len = kMaxLen, .budget = 90 * kPage, .tail_rows = 2, .growth_divisor = 8},
+        mapper);
+    Arena& arena = *shared;
     std::atomic<bool> done{false};
     std::thread disturber([&] {
       std::mt19937 random(7);
@@ -152,13 +197,15 @@ void stress(std::size_t lives, const std::shared_ptr<Mapper>& mapper) {
           ++totals.out_of_pages;
         }
         arena.check();
-        (void)arena.stats();
+        const Arena::Stats stats = arena.stats();
+        require(stats.mapped + stats.retired + stats.pool.pooled == stats.pool.charged, "a snapshot does not add up");
         (void)arena.map();
         std::this_thread::yield();
       }
     });
     std::vector<std::thread> growers;
     for (unsigned seed = 1; seed <= 4; ++seed) growers.emplace_back([&, seed] { live(arena, totals, seed, lives); });
+    growers.emplace_back([&] { share(shared, totals, lives / 20); });
     for (std::thread& grower : growers) grower.join();
     done = true;
     disturber.join();
