@@ -224,11 +224,15 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         kv_scales: what K and V are divided by before they are rounded: two numbers, or two tensors ``[layers]`` or
             ``[layers, kv_heads]``. None is 1.
 
-    Raises (at the first call that needs it, and then the layer called has not changed; on one device no layer has):
+    One thread at a time uses it. What raises in a call of the model has appended nothing.
+
+    Raises (at the first call that needs it):
         SequenceTooLong: a sequence would exceed ``max_len``.
         OutOfPages: the budget is spent.
         OutOfDeviceMemory: the device is full.
-        ValueError: a batch above ``slots``, another model's keys, a wrong dtype or device, a closed cache.
+        ValueError: a batch above ``slots``, another model's keys, a wrong dtype or device, a closed cache; or a call
+            has ended halfway that could not be taken back: ``reset`` it.
+        RuntimeError: another thread is using the cache.
     """
 
     def __init__(
