@@ -9,10 +9,12 @@ over that commit's, and the same of ``Sequence.grow`` and ``VirtualCache.update`
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +30,25 @@ import test_verify as trials  # noqa: E402
 from vattn.store import Store  # noqa: E402
 
 
-def planted(device: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    with pytest.MonkeyPatch.context() as patch:
-        for name in trials.TINY:
-            for dtype in trials.HALVES:
-                model = trials.tiny(name, device, dtype)
-                rows += trials.caught(model, device, trials.kernel_of(name, device), patch)
-    return rows
+def tried(name: str, dtype: torch.dtype, device: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The planted faults and the honest runs of a model."""
+    if device == "cpu":
+        Store.granularity = 4096
+        torch.set_num_threads(1)
+    model = trials.tiny(name, device, dtype)
+    faults: list[dict[str, Any]] = []
+    if dtype in trials.HALVES:
+        with pytest.MonkeyPatch.context() as patch:
+            faults = trials.caught(model, device, trials.kernel_of(name, device), patch)
+    return faults, trials.honest_runs(model, name, device, dtype)
 
 
-def honest(device: str) -> list[dict[str, Any]]:
-    rows = []
-    for name in trials.TINY:
-        for dtype in (*trials.HALVES, torch.float32):
-            model = trials.tiny(name, device, dtype)
-            rows += trials.honest_runs(model, name, device, dtype)
-    return rows
+def try_all(device: str, workers: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Of all models, in processes of their own, since each compiles for long."""
+    cases = [(name, dtype, device) for name in trials.TINY for dtype in (*trials.HALVES, torch.float32)]
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        found = list(pool.map(tried, *zip(*cases, strict=True)))
+    return [row for faults, _ in found for row in faults], [row for _, runs in found for row in runs]
 
 
 # What a checkout takes, in a process of its own; its own benchmarks are used, so that both measure alike.
@@ -96,6 +100,7 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="a checkout of an earlier commit, its extension built in place")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=["trials", "cost"], help="a part of it")
+    parser.add_argument("--workers", type=int, default=max(2, (os.cpu_count() or 2) * 3 // 4))
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     bars: dict[str, float] = {}
@@ -104,9 +109,7 @@ def main() -> None:
         report.write("verification_cost", options.device, rows, bars, options.out)
     if options.only == "cost":
         return
-    if options.device == "cpu":
-        Store.granularity = 4096
-    faults, runs = planted(options.device), honest(options.device)
+    faults, runs = try_all(options.device, options.workers)
     counting = [row for row in faults if row["counts"]]
     bars = {
         "planted_faults": len(counting),
