@@ -151,7 +151,13 @@ void share(const std::shared_ptr<Arena>& arena, Totals& totals, std::size_t live
     require(sequence.length() == grown, "growth was lost");
     try {
       sequence.swap_out(Stream{0});
-      std::thread looks([swapped = sequence.swapped()] { (void)swapped->done(); });
+      std::thread looks([swapped = sequence.swapped(), &totals] {
+        try {
+          (void)swapped->done();
+        } catch (const DriverError&) {
+          ++totals.refused;
+        }
+      });
       try {
         sequence.swap_in(std::nullopt, Stream{0});
       } catch (...) {
