@@ -371,6 +371,7 @@ class Arena {
   bool compact_with_driver(std::size_t slot, std::optional<std::uint64_t> lineage, std::size_t positions,
                            std::size_t most);
   void swap_in_with_driver(Swapped& swapped, std::size_t slot, Stream stream);
+  void bring_back(Swapped& swapped, std::size_t slot, Stream stream, Lock& lock);
   void release_quietly(std::size_t name, Stream stream) noexcept;
   void own_with_driver(Slots slots, std::size_t positions, Stream stream);
   bool unshare(Slots slots, Urgency urgency, Lock& lock);

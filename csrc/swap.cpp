@@ -98,6 +98,21 @@ void Arena::swap_in_with_driver(Swapped& swapped, std::size_t index, Stream stre
   Lock lock = locked();
   require_open();
   const Hold hold(*this, Slots(&index, 1), lock);
+  try {
+    bring_back(swapped, index, stream, lock);
+  } catch (...) {
+    // A run that begins behind the first row is of no use to an empty sequence.
+    if (!lock.owns_lock()) lock.lock();
+    Slot& slot = slots_[index];
+    for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
+      if (slot.runs[plane].head != 0) retire_run(slot, index, plane);
+    refresh(slot);
+    throw;
+  }
+}
+
+// Maps the rows of a held slot and copies them there.
+void Arena::bring_back(Swapped& swapped, std::size_t index, Stream stream, Lock& lock) {
   Slot& slot = slots_[index];
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
     if (swapped.parts[plane].head == 0) continue;

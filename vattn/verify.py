@@ -24,7 +24,7 @@ from vattn.step import attending, own_attention
 from vattn.store import Store
 
 # What rounding the output of attention alone makes of it, of its norm.
-_ROUNDING = {torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float32: 1e-5, torch.float64: 1e-10}
+_ROUNDING = {torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float32: 1e-4, torch.float64: 1e-10}
 _TIMES = 3  # what a kernel may differ by, of what the worst of the stock ones does
 _LOGITS = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 1e-3, torch.float64: 1e-8}
 _MOST = 0.5  # that logits may differ by, whatever becomes of a perturbation: other models differ by more
@@ -167,7 +167,7 @@ class Comparison:
             others.append(self._narrowed(q, k, v, seen, scores, scales))
         if not bool(right.isfinite().all()):
             return  # which tells nothing
-        least = _ROUNDING.get(q.dtype, 1e-5)
+        least = _ROUNDING.get(q.dtype, 1e-4)
         allowed = functools.reduce(torch.maximum, [_apart(other, right) for other in others]).clamp_min(least)
         # Of few numbers a head's may be near by chance.
         allowed = torch.maximum(allowed, allowed.square().mean(-1, keepdim=True).sqrt())
@@ -477,7 +477,7 @@ class Expected:
         self._logits = self._output[0][:, -1:].clone()
         self._compute, self._configs = compute, configs
         dtype = self._logits.dtype
-        self._amplitude = _TIMES * max(spread, _ROUNDING.get(dtype, 1e-5))
+        self._amplitude = _TIMES * max(spread, _ROUNDING.get(dtype, 1e-4))
         self.bound = max(_LOGITS.get(dtype, 1e-3), 2e-2 if rounded else 0.0)
         self._draws = 0
 
