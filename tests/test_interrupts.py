@@ -169,8 +169,10 @@ def test_an_interrupt_in_a_models_call(kind, device):
             cut = interrupted(lambda more=more: model(more, **{CACHE_KEYWORD: cache}, use_cache=True), at, files)
             if not cut:
                 break
-            assert set(cache._store.lengths) == {before}, at
             cache.check()
+            if set(cache._store.lengths) == {before + n}:  # when all was done but to return it
+                continue
+            assert set(cache._store.lengths) == {before}, at
             got = model(more, **{CACHE_KEYWORD: cache}, use_cache=True).logits
             torch.testing.assert_close(got, model(ids[:, : before + n]).logits[:, before:], rtol=1e-4, atol=1e-4)
         assert at > 30

@@ -320,7 +320,7 @@ class Sdpa(Kernel):
 
 def _with_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
     """What a sink leaves of attention without one: out ``[..., heads, dim]``, lse ``[..., heads]`` of its softmax."""
-    return out * torch.sigmoid(lse - sinks.to(lse.dtype))[..., None].to(out.dtype)
+    return (out * torch.sigmoid(lse - sinks.to(lse.dtype))[..., None]).to(out.dtype)
 
 
 def _rows(t: torch.Tensor) -> torch.Tensor:
