@@ -30,7 +30,7 @@ def small_cache(**options) -> KVCache:
     return KVCache(layout, slots=4, **options)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12, where there are threads
 @pytest.mark.parametrize("mapper", [True, False])
 def test_a_forked_child_drops_what_is_its_parents(mapper):
     """Also while threads of the parent wait, and with a sequence that is swapped out."""

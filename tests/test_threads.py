@@ -109,20 +109,20 @@ def test_copies_of_one_prefix_by_six_threads(device):
 @pytest.mark.parametrize("made_with", ["model", "config"])
 def test_two_threads_in_one_generate(made_with, device):
     model = build("llama-gqa", "sdpa", device)
-    expected = generated(model, DynamicCache(config=model.config), max_new_tokens=40)
+    expected = generated(model, DynamicCache(config=model.config), max_new_tokens=100)
     for _ in range(5):
         with virtual_of(model if made_with == "model" else model.config, attention=None) as cache:
             begun = threading.Event()
 
             def first(cache=cache, begun=begun):
                 begun.set()
-                return generated(model, cache, max_new_tokens=40)
+                return generated(model, cache, max_new_tokens=100)
 
             def second(cache=cache, begun=begun):
                 begun.wait()
                 while not cache.get_seq_length():
                     time.sleep(0.001)
-                return generated(model, cache, max_new_tokens=40)
+                return generated(model, cache, max_new_tokens=100)
 
             one, two = together(first, second)
             told = [result for result in (one, two) if isinstance(result, Exception)]
@@ -133,7 +133,7 @@ def test_two_threads_in_one_generate(made_with, device):
             if made_with == "model":
                 assert torch.equal(one, expected)
             cache.reset()
-            assert torch.equal(generated(model, cache, max_new_tokens=40), expected)
+            assert torch.equal(generated(model, cache, max_new_tokens=100), expected)
 
 
 @pytest.mark.usefixtures("small")
