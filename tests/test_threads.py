@@ -110,7 +110,7 @@ def test_copies_of_one_prefix_by_six_threads(device):
 def test_two_threads_in_one_generate(made_with, device):
     model = build("llama-gqa", "sdpa", device)
     expected = generated(model, DynamicCache(config=model.config), max_new_tokens=100)
-    for _ in range(5):
+    for _ in range(3):
         with virtual_of(model if made_with == "model" else model.config, attention=None) as cache:
             begun = threading.Event()
 
