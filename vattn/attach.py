@@ -66,9 +66,8 @@ def known(model: Any) -> Forward:
 
 _changing = threading.RLock()
 _forwards: weakref.WeakKeyDictionary[Any, Forward] = weakref.WeakKeyDictionary()
-_replaced: dict[
-    tuple[type, str], tuple[Any, Any, bool]
-] = {}  # what stands there, for what, and whether that is its own
+# By class and name: the method that stands there, the one it stands for, and whether that is the class's own.
+_replaced: dict[tuple[type, str], tuple[Any, Any, bool]] = {}
 _entered: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("entered", default=())
 """The calls of models that are under way here, as (Forward, name)."""
 

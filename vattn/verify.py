@@ -32,8 +32,6 @@ _DRAWS = 8  # perturbed computations of a model before its logits are held to be
 _POSITIONS = 1 << 16  # of a batch are looked at in each layer, or of four rows where these have more
 _BLOCK = 4096  # positions that are widened at once
 
-Attended = Callable[[torch.Tensor], torch.Tensor]
-
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """The most that a row of logits differs by, of its norm."""
