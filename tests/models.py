@@ -105,8 +105,7 @@ def _random(kind: Any, config: Any, attention: str, device: str, end: int | None
 
 
 def prompt(batch: int, length: int, device: str, *, padded: bool = False) -> dict[str, torch.Tensor]:
-    torch.manual_seed(7)
-    ids = torch.randint(3, 99, (batch, length))
+    ids = torch.randint(3, 99, (batch, length), generator=torch.Generator().manual_seed(7))  # the same in all threads
     mask = torch.ones_like(ids)
     if padded:
         for row in range(batch):

@@ -255,13 +255,17 @@ def test_growth_that_is_refused_loses_nothing(device):
 def test_threads_that_share_a_model(device):
     model = build("llama-gqa", "sdpa", device)
     expected = generated(model, DynamicCache(config=model.config), max_new_tokens=30)
-    wrong = []
+    wrong, steps = [], []
 
     def work(make):
         try:
             for _ in range(3):
-                if not torch.equal(generated(model, make(), max_new_tokens=30), expected):
+                cache = make()
+                if not torch.equal(generated(model, cache, max_new_tokens=30), expected):
                     wrong.append("tokens")
+                if isinstance(cache, VirtualCache):
+                    stats = cache.decode_stats()
+                    steps.append(stats.eager + stats.replayed)
         except Exception as error:
             wrong.append(error)
 
@@ -274,6 +278,9 @@ def test_threads_that_share_a_model(device):
     for thread in threads:
         thread.join()
     assert wrong == []
+    assert len(steps) == 6
+    if device == "cpu":  # where nothing is captured no thread has to wait for the others
+        assert steps == [29] * 6
     assert model.config._attn_implementation == "sdpa"
 
 

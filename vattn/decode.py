@@ -338,9 +338,11 @@ class Decoder:
             output = plan.output(call)
             plan.set_length(call.length + 1)  # most likely the next, which then need not wait for it
             return output
+        if not (self.capture and plan.capturable):
+            return self._run_anew(plan, call)
         with call.forward.alone() as alone:
-            # The model's configuration changes for a moment, and other threads would see it.
-            return self._run_alone(plan, call) if alone else None
+            # What other threads compute while a graph is captured could end the capture.
+            return self._run_anew(plan, call) if alone else None
 
     def _begin(self, plan: Plan, call: Call) -> None:
         """Replays the step behind a call with the most likely tokens, where they are most likely the next ones."""
@@ -365,7 +367,7 @@ class Decoder:
         plan.replayed = plan.early = right
         return right
 
-    def _run_alone(self, plan: Plan, call: Call) -> Any:
+    def _run_anew(self, plan: Plan, call: Call) -> Any:
         """A step that is no plain replay: compared, captured, or eager."""
         try:
             if not plan.tested(call.length):
