@@ -7,10 +7,10 @@ import functools
 import operator
 import socket
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -23,6 +23,7 @@ from vattn.prefix import PrefixTree
 from vattn.sequence import Sequence, Share, ids_of, require_at_least
 
 _HOT = 2  # forks of known rows after which they are compacted
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -511,11 +512,7 @@ class KVCache:
         """
         names = self._names_of(sequences)
         require_at_least("length", length, 0)
-        try:
-            self._arena.own(names, length, self._stream())
-        except OutOfDeviceMemory:
-            self._ask_torch()
-            self._arena.own(names, length, self._stream())
+        self._taking(self._arena.own, names, length, self._stream())
 
     def shares(self, sequences: list[Sequence], length: int) -> bool:
         """Whether something that sequences have mapped behind their first ``length`` positions is shared."""
@@ -628,28 +625,21 @@ class KVCache:
         )
 
     def _grow(self, slots: list[int] | tuple[int, ...], length: int, keep: int) -> None:
-        stream = self._stream()
-        try:
-            self._arena.grow(slots, length, keep, stream)
-        except OutOfDeviceMemory:
-            self._ask_torch()
-            self._arena.grow(slots, length, keep, stream)
+        self._taking(self._arena.grow, slots, length, keep, self._stream())
 
     def _fork(self, slot: int, length: int, targets: list[int], *, lineage: int | None = None, share: Share) -> bool:
-        fork = functools.partial(
-            self._arena.fork, slot, length, targets, lineage=lineage, share=share, stream=self._stream()
-        )
-        try:
-            return fork()
-        except OutOfDeviceMemory:
-            self._ask_torch()
-            return fork()
+        fork = functools.partial(self._arena.fork, lineage=lineage, share=share, stream=self._stream())
+        return self._taking(fork, slot, length, targets)
 
-    def _ask_torch(self) -> None:
-        """Within the handling of an error, which is raised again where it is of no use."""
-        if self.device.type != "cuda":
-            raise
-        torch.cuda.empty_cache()  # what torch has freed and kept may do
+    def _taking(self, call: Callable[..., _T], *args: Any) -> _T:
+        """What a call that takes memory returns; on a full device it is made again without what torch only keeps."""
+        try:
+            return call(*args)
+        except OutOfDeviceMemory:
+            if self.device.type != "cuda":
+                raise
+        torch.cuda.empty_cache()
+        return call(*args)
 
     def _names_of(self, sequences: list[Sequence]) -> list[int]:
         """By which the arena knows them."""

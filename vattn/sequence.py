@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import torch
 
 from vattn import _core, export
-from vattn.errors import OutOfDeviceMemory
 
 if TYPE_CHECKING:
     from vattn.cache import KVCache
@@ -66,11 +65,7 @@ class Sequence:
         if n < 0:
             raise ValueError(f"n must not be negative, not {n}: use truncate to shorten a sequence")
         cache = self.cache
-        try:
-            return self._handle.grow(n, cache._stream())
-        except OutOfDeviceMemory:
-            cache._ask_torch()
-            return self._handle.grow(n, cache._stream())
+        return cache._taking(self._handle.grow, n, cache._stream())
 
     @property
     def capacity(self) -> int:
@@ -205,11 +200,7 @@ class Sequence:
             OutOfPages, OutOfDeviceMemory: as in ``grow``; the sequence is still swapped out.
             ValueError: the sequence is not swapped out, or the slot, or every slot, is in use.
         """
-        try:
-            self._handle.swap_in(slot, self.cache._stream())
-        except OutOfDeviceMemory:
-            self.cache._ask_torch()
-            self._handle.swap_in(slot, self.cache._stream())
+        self.cache._taking(self._handle.swap_in, slot, self.cache._stream())
 
     @property
     def swapped(self) -> bool:

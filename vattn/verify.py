@@ -146,13 +146,13 @@ class Comparison:
         may be rounded to their dtype.
         """
         k_scale, v_scale = scales
-        if k_scale is None or v_scale is None:
-            right, rounding = defined(q, k, v, seen, scores)
-            others = [rounding, *_stock(q, k, v, seen, scores)]
-        else:
-            wide_k, wide_v = k.double() * k_scale.double()[:, None], v.double() * v_scale.double()[:, None]
-            right, rounding = defined(q, wide_k, wide_v, seen, scores)
-            others = [rounding, *_stock(q, wide_k, wide_v, seen, scores)]
+        wide_k, wide_v = (
+            t if scale is None else t.double() * scale.double()[:, None]
+            for t, scale in zip((k, v), scales, strict=True)
+        )
+        right, rounding = defined(q, wide_k, wide_v, seen, scores)
+        others = [rounding, *_stock(q, wide_k, wide_v, seen, scores)]
+        if k_scale is not None and v_scale is not None:
             # Scales may as well go to the queries, and to what comes out, as long as they are rounded.
             heads = q.shape[1]
             of_q, of_out = (
@@ -162,7 +162,9 @@ class Comparison:
             inner = defined((q.double() * of_q).to(q.dtype), k, v, seen, scores)[1]
             others.append((inner.double() * of_out).to(q.dtype))
         if narrow:
-            others.append(self._narrowed(q, k, v, seen, scores, scales))
+            limit = torch.finfo(k.dtype).max
+            fewer = q.clamp(-limit, limit).to(k.dtype).to(q.dtype)
+            others.append(defined(fewer, wide_k, wide_v, seen, scores, k.dtype)[1])
         if not bool(right.isfinite().all()):
             return  # which tells nothing
         least = _ROUNDING.get(q.dtype, 1e-4)
@@ -178,23 +180,6 @@ class Comparison:
         if ratio > 1:
             by, may = float(differs.flatten()[worst]), float(_TIMES * allowed.flatten()[worst])
             self.note(f"{what} differs from its definition by {by:.2g} of its norm, and may by {may:.2g}")
-
-    @staticmethod
-    def _narrowed(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        seen: torch.Tensor,
-        scores: Scores,
-        scales: tuple[torch.Tensor, torch.Tensor] | tuple[None, None],
-    ) -> torch.Tensor:
-        wide_k, wide_v = (
-            t.double() if scale is None else t.double() * scale.double()[:, None]
-            for t, scale in zip((k, v), scales, strict=True)
-        )
-        limit = torch.finfo(k.dtype).max
-        fewer = q.clamp(-limit, limit).to(k.dtype).to(q.dtype)
-        return defined(fewer, wide_k, wide_v, seen, scores, k.dtype)[1]
 
 
 def sampled(count: int, most: int) -> list[int]:
