@@ -40,18 +40,21 @@ CSRC = {
 }
 PYTHON = {
     "errors.py": set(),
-    "layout.py": set(),
+    "arguments.py": set(),
+    "layout.py": {"arguments"},
     "prefix.py": set(),
-    "export.py": {"errors"},
-    "device.py": {"_core", "errors"},
+    "export.py": {"arguments", "errors"},
+    "device.py": {"_core", "arguments", "errors"},
     "guard.py": {"_core"},
-    "sequence.py": {"_core", "cache", "errors", "export"},  # of the cache only its type
-    "cache.py": {"_core", "device", "errors", "export", "guard", "layout", "prefix", "sequence"},
-    "kernels.py": set(),
+    "sequence.py": {"_core", "arguments", "cache", "export"},  # of the cache only its type
+    "cache.py": {"_core", "arguments", "device", "errors", "export", "guard", "layout", "prefix", "sequence"},
+    "kernels.py": {"arguments"},
     "padding.py": set(),
-    "scales.py": set(),
+    "scales.py": {"arguments"},
     "lane.py": {"cache", "layout"},
-    "store.py": {"cache", "device", "errors", "kernels", "lane", "layout", "padding", "scales", "sequence"},
+    "store.py": (
+        {"arguments", "cache", "device", "errors", "kernels", "lane", "layout", "padding", "scales", "sequence"}
+    ),
     "append.py": {"scales"},
     "step.py": {"append", "cache", "kernels", "padding", "store", "verify"},  # of verify only its types
     "prompt.py": {"kernels", "step", "verify"},  # of verify only its types
@@ -61,10 +64,10 @@ PYTHON = {
     "plan.py": {"attach", "capture", "step", "store", "verify"},
     "capture.py": set(),
     "decode.py": (
-        {"append", "attach", "cache", "capture", "compiled", "errors", "kernels", "padding", "plan", "prompt"}
-        | {"step", "store", "verify"}
+        {"append", "arguments", "attach", "cache", "capture", "compiled", "errors", "kernels", "padding", "plan"}
+        | {"prompt", "step", "store", "verify"}
     ),
-    "hf.py": {"attach", "cache", "decode", "device", "lane", "layout", "plan", "scales", "step", "store"},
+    "hf.py": {"arguments", "attach", "cache", "decode", "device", "lane", "layout", "plan", "scales", "step", "store"},
     "swap.py": {"cache", "device", "layout"},
     "demo.py": {"hf", "layout"},
     "trace.py": set(),
@@ -75,7 +78,7 @@ PYTHON = {
     "cli.py": {"_core", "bench", "cache", "demo", "device", "errors", "kernels", "layout", "speed", "trace"},
     "__init__.py": {"cache", "errors", "hf", "layout", "sequence", "swap"},
 }
-TORCHLESS = {"errors.py", "export.py", "layout.py", "prefix.py", "trace.py"}
+TORCHLESS = {"arguments.py", "errors.py", "export.py", "layout.py", "prefix.py", "trace.py"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "csrc").iterdir()), ids=lambda path: path.name)

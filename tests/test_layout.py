@@ -137,7 +137,7 @@ def test_a_config_that_does_not_do(change, message):
     ("options", "message"),
     [
         ({"max_len": 0}, "max_len"),
-        ({"kind": "paged"}, "layout must be"),
+        ({"kind": "paged"}, "kind must be"),
         ({"granularity": 0}, "granularity"),
         ({"kv_heads": 0}, "kv_heads"),
         ({"layers": 0}, "layers"),

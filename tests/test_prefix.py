@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -222,6 +223,77 @@ def test_recurrent_models_are_refused():
         c.pin([1])
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        list,
+        tuple,
+        iter,
+        lambda ids: range(ids[0], ids[-1] + 1),
+        np.array,
+        torch.tensor,
+        lambda ids: torch.tensor(ids, dtype=torch.int32),
+        lambda ids: torch.tensor(ids)[None],
+        lambda ids: np.array(ids, dtype=np.uint16)[None],
+        lambda ids: [ids],
+        lambda ids: [torch.tensor(i) for i in ids],
+        lambda ids: [np.int64(i) for i in ids],
+    ],
+)
+def test_tokens_are_the_same_in_every_form(form):
+    ids = list(range(100, 120))
+    for remembers in (form, list):
+        with cache(slots=4) as c:
+            first = c.open()
+            first.grow(20)
+            first.remember(remembers(ids))
+            assert c.open(tokens=form(ids)).length == 19
+            assert c.pin(form(ids)).length == 20
+            first.close(tokens=remembers(ids))
+
+
+def test_namespaces_keep_prefixes_apart():
+    with cache(slots=8) as c:
+        ids = list(range(20))
+        for namespace in (None, "adapter", ("tenant", 3)):
+            sequence = c.open(namespace=namespace)
+            sequence.grow(20)
+            sequence.k(0)[:] = hash(namespace) % 97
+            sequence.close(tokens=ids)
+        for namespace in (None, "adapter", ("tenant", 3)):
+            for known in (c.pin(ids, namespace=namespace), c.open(tokens=ids, namespace=namespace)):
+                assert known.length >= 19
+                assert bool((known.k(0) == hash(namespace) % 97).all())
+                [fork] = known.fork()
+                assert fork.namespace == namespace
+                fork.close()
+                known.close()
+        assert c.open(tokens=ids, namespace="another").length == 0
+        with pytest.raises(ValueError, match="are not known"):
+            c.pin(ids, namespace="another")
+
+
+def test_a_sequence_that_is_swapped_out_is_closed_without_its_tokens():
+    with cache(slots=2) as c:
+        sequence = c.open()
+        sequence.grow(20)
+        sequence.swap_out()
+        sequence.close(tokens=range(20))
+        assert c.stats().host == 0
+        assert c.open(tokens=range(20)).length == 0
+
+
+def test_tokens_that_are_none_close_nothing():
+    with cache(slots=2) as c:
+        sequence = c.open()
+        sequence.grow(20)
+        for wrong in ("abc", [1, "b"], [[1, 2], [3, 4]], torch.zeros(2, 3, dtype=torch.int64), 5, {"input_ids": [1]}):
+            with pytest.raises((TypeError, ValueError), match="tokens must be"):
+                sequence.close(tokens=wrong)
+        assert sequence.length == 20
+        sequence.close()
+
+
 def test_misuse_is_told():
     c = cache()
     sequence, _ = run(c, [1, 2, 3])
@@ -242,5 +314,5 @@ def test_the_tree_holds_no_more_than_there_are_slots():
     for n in range(20):
         tokens = [n, *range(30)]
         run(c, tokens)[0].close(tokens=tokens)
-    assert len(c._known_rows.tree) <= 3
+    assert len(c._known_rows.trees[None]) <= 3
     c.check()

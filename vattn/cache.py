@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import operator
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
@@ -15,12 +14,21 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from vattn import _core, export
-from vattn.device import UNLIMITED, TrimOnOOM, budget_bytes, driver_of, mapper_of, resolve_device
+from vattn.arguments import choice, flag, integer, integers, optional_integer, seconds, shown, token_ids
+from vattn.device import (
+    UNLIMITED,
+    TrimOnOOM,
+    budget_bytes,
+    checked_budget,
+    driver_of,
+    mapper_of,
+    resolve_device,
+)
 from vattn.errors import OutOfDeviceMemory, OutOfPages
 from vattn.guard import guarded
-from vattn.layout import GRANULARITY, Group, Kind, KVLayout
+from vattn.layout import GRANULARITY, KINDS, Group, Kind, KVLayout, dtype_name
 from vattn.prefix import PrefixTree
-from vattn.sequence import Sequence, Share, ids_of, require_at_least
+from vattn.sequence import SHARES, Sequence, Share
 
 _HOT = 2  # forks of known rows after which they are compacted
 _T = TypeVar("_T")
@@ -89,9 +97,31 @@ class _Index:
     """Which slots hold the rows of which tokens."""
 
     def __init__(self) -> None:
-        self.tree = PrefixTree()  # of slots with their lineages
-        self.lineages: dict[int, int] = {}  # of the slots in it
+        self.trees: dict[Hashable, PrefixTree] = {}  # by namespace, of slots with their lineages
+        self.lineages: dict[int, tuple[Hashable, int]] = {}  # of the slots in them, with their namespaces
         self.forks: dict[int, int] = {}  # how often those were forked
+
+    def insert(self, ids: tuple[int, ...], slot: int, namespace: Hashable, lineage: int) -> None:
+        """Notes that a slot holds the rows of some tokens, whatever it held before."""
+        before = self.lineages.get(slot)
+        if before != (namespace, lineage):
+            if before is not None:
+                self.shorten(before[0], (slot, before[1]), 0)
+            self.lineages[slot], self.forks[slot] = (namespace, lineage), 0
+        self.trees.setdefault(namespace, PrefixTree()).insert(ids, (slot, lineage))
+
+    def match(self, ids: tuple[int, ...], namespace: Hashable) -> tuple[Hashable, int] | None:
+        """Who holds the most of the first tokens, and how many of them."""
+        tree = self.trees.get(namespace)
+        return tree.match(ids) if tree is not None else None
+
+    def shorten(self, namespace: Hashable, holder: Hashable, length: int) -> None:
+        """Notes that a holder has its first ``length`` rows only."""
+        tree = self.trees.get(namespace)
+        if tree is not None:
+            tree.shorten(holder, length)
+            if not len(tree):
+                del self.trees[namespace]
 
 
 class KVCache:
@@ -121,7 +151,7 @@ class KVCache:
 
     Raises:
         BackendUnavailable: the device cannot be used here.
-        ValueError: an argument is out of range; the message names it.
+        TypeError, ValueError: an argument is of a wrong kind, or out of range; the message names it.
     """
 
     def __init__(
@@ -141,34 +171,29 @@ class KVCache:
         protect_shared: bool = False,
         capacity: int = 0,
     ) -> None:
-        for name, value, least in (
-            ("slots", slots, 1),
-            ("growth_divisor", growth_divisor, 1),
-            ("tail_rows", tail_rows, 0),
-            ("lookahead", lookahead or 0, 0),
-            ("alias_limit", alias_limit or 0, 0),
-            ("host_budget", host_budget or 0, 0),
-            ("capacity", capacity, 0),
-        ):
-            require_at_least(name, value, least)
+        if not isinstance(layout, KVLayout):
+            raise TypeError(f"layout must be a KVLayout, not {shown(layout)}")
+        slots = integer("slots", slots, 1)
+        lookahead = optional_integer("lookahead", lookahead)
+        capacity = integer("capacity", capacity)
         self.layout = layout
         self.slots = slots
         self.device = resolve_device(device)
-        driver = driver_of(self.device, layout.granularity, capacity, exportable)
-        self._mapper = mapper_of(self.device) if mapper else None
+        driver = driver_of(self.device, layout.granularity, capacity, flag("exportable", exportable))
+        self._mapper = mapper_of(self.device) if flag("mapper", mapper) else None
         self._arena = _core.Arena(
             driver,
             [(plane.row_bytes, plane.window or 0) for plane in layout.planes],
             slots=slots,
             max_len=layout.max_len,
             budget=budget_bytes(budget, driver),
-            growth_divisor=growth_divisor,
-            tail_rows=tail_rows,
+            growth_divisor=integer("growth_divisor", growth_divisor, 1),
+            tail_rows=integer("tail_rows", tail_rows),
             lookahead=lookahead,
             mapper=self._mapper,
-            alias_limit=alias_limit,
-            host_budget=host_budget,
-            protect_shared=protect_shared,
+            alias_limit=optional_integer("alias_limit", alias_limit),
+            host_budget=optional_integer("host_budget", host_budget),
+            protect_shared=flag("protect_shared", protect_shared),
         )
         self._known_rows = _Index()
         self.placing = threading.RLock()  # of who looks for slots side by side, and then takes them
@@ -210,7 +235,8 @@ class KVCache:
         mapper: bool = True,
     ) -> KVCache:
         """The cache of a model by its Hugging Face configuration (arguments as in ``KVLayout.from_config``)."""
-        name = None if dtype is None else str(dtype).removeprefix("torch.")
+        choice("layout", layout, KINDS)
+        name = None if dtype is None else dtype_name("dtype", dtype)
         described = KVLayout.from_config(config, max_len=max_len, dtype=name, kind=layout, granularity=granularity)
         return cls(described, slots=slots, device=device, budget=budget, lookahead=lookahead, mapper=mapper)
 
@@ -229,12 +255,13 @@ class KVCache:
 
     def slot_tensors(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """``k`` and ``v`` of one layer as plain tensors, for kernels that look at the type of what they are given."""
-        return self._k[self._known(layer)], self._v[layer]
+        layer = self._known(layer)
+        return self._k[layer], self._v[layer]
 
     def rows(self, sequence: Sequence, layer: int, *, of_v: bool) -> torch.Tensor:
         """K or V of one layer of a sequence, ``[length, kv_heads, dim]``, whose storage ends with its rows."""
         slots = self.slot_tensors(layer)[of_v]
-        self._names_of([sequence])
+        self._names_of("sequence", [sequence])
         length = sequence.length
         slot = slots[sequence.slot]
         plane = self._planes_of[layer][of_v]
@@ -253,24 +280,33 @@ class KVCache:
         Where the group is ``fused``, also the heads of K and V as one tensor, ``[slots, max_len, layers, 2 * kv_heads,
         head_dim]``, else None.
         """
-        k, v, heads = self._grouped[group]
+        k, v, heads = self._grouped[integer("group", group, 0, len(self._grouped) - 1)]
         return self.guarded(k), self.guarded(v), heads if heads is None else self.guarded(heads)
 
     def guarded(self, view: torch.Tensor) -> torch.Tensor:
         """A view of the cache's addresses that says so where something looks at rows without memory."""
         return guarded(view, self._arena)
 
-    def open(self, *, slot: int | None = None, expected: int = 0, tokens: Iterable[int] | None = None) -> Sequence:
+    def open(
+        self,
+        *,
+        slot: int | None = None,
+        expected: int = 0,
+        tokens: Iterable[int] | None = None,
+        namespace: Hashable = None,
+    ) -> Sequence:
         """Starts a sequence: an empty one, or one behind the longest known prefix of its tokens.
 
         Args:
             slot: the slot to take; by default the parked one that best fits ``expected``, or else a bare one.
             expected: positions it is likely to need, to choose a parked slot by. What the parked slot has of them
                 stays with the sequence until its first ``grow``.
-            tokens: ids of the tokens that are to come, e.g. of the prompt. Where sequences have been told to
-                ``remember`` some of the first of them, the new one begins with their rows: its ``length`` says with how
-                many, at most all but the last token, which is to be computed for what follows. A closed sequence that
-                ends there goes on in its slot, without a driver call; otherwise the rows are forked.
+            tokens: ids of the tokens that are to come, ``[n]`` or ``[1, n]``, e.g. of the prompt. Where sequences have
+                been told to ``remember`` some of the first of them, the new one begins with their rows: its ``length``
+                says with how many, at most all but the last token, which is to be computed for what follows. A closed
+                sequence that ends there goes on in its slot, without a driver call; otherwise the rows are forked.
+            namespace: what else the rows depend on, e.g. the adapter, the tenant or the images of a prompt: only rows
+                of sequences that were opened with the same one are taken. The sequence keeps it.
 
         A slot whose memory was last used on another stream is waited for.
 
@@ -278,22 +314,24 @@ class KVCache:
             ValueError: the slot, or every slot, is in use; or ``tokens`` are given for a model with recurrent layers,
                 whose state is no row.
         """
-        require_at_least("slot", slot or 0, 0)
-        require_at_least("expected", expected, 0)
+        slot = optional_integer("slot", slot)
+        expected = integer("expected", expected)
+        _require_hashable(namespace)
         if tokens is not None:
+            ids = token_ids("tokens", tokens)
             if slot is not None:
                 raise ValueError("slot cannot be chosen where tokens are given: they choose it")
             self._require_rows_only()
-            if known := self._open_known(ids_of(tokens)[:-1]):
+            if known := self._open_known(ids[:-1], namespace):
                 return known._handed_out()
         handle = self._arena.open(slot, expected=expected, stream=self._stream())
-        return Sequence(self, handle)._handed_out()
+        return Sequence(self, handle, namespace)._handed_out()
 
     def open_unwatched(self, slot: int) -> Sequence:
         """Starts an empty sequence in a slot for who closes it by himself: nobody is warned where it is forgotten."""
-        return Sequence(self, self._arena.open(slot, stream=self._stream()))
+        return Sequence(self, self._arena.open(integer("slot", slot), stream=self._stream()))
 
-    def pin(self, tokens: Iterable[int]) -> Sequence:
+    def pin(self, tokens: Iterable[int], *, namespace: Hashable = None) -> Sequence:
         """Keeps the rows of known tokens, e.g. of a system prompt, for as long as the sequence it returns is open.
 
         Do not write to it; ``compact`` makes forks of it cheap.
@@ -302,9 +340,10 @@ class KVCache:
             ValueError: not all of the tokens are known, see ``Sequence.remember``; or every slot is in use.
             OutOfPages, OutOfDeviceMemory: as in ``Sequence.fork``.
         """
-        ids = ids_of(tokens)
+        ids = token_ids("tokens", tokens)
+        _require_hashable(namespace)
         self._require_rows_only()
-        pinned = self._open_known(ids, whole=True)
+        pinned = self._open_known(ids, namespace, whole=True)
         if pinned is None:
             raise ValueError(
                 f"the rows of these {len(ids)} tokens are not known, or no slot is left: remember them, or close others"
@@ -312,11 +351,11 @@ class KVCache:
         pinned.remember(ids)
         return pinned._handed_out()
 
-    def _open_known(self, ids: tuple[int, ...], *, whole: bool = False) -> Sequence | None:
+    def _open_known(self, ids: tuple[int, ...], namespace: Hashable, *, whole: bool = False) -> Sequence | None:
         """A sequence behind the longest prefix whose rows are there; with ``whole`` a fork of all of them or none."""
         while ids:
             with self._index() as index:
-                found = index.tree.match(ids)
+                found = index.match(ids, namespace)
             if not found:
                 return None
             holder, length = found
@@ -326,7 +365,7 @@ class KVCache:
             now, known, parked = self._arena.known(slot)
             if now != lineage or known < length:
                 with self._index() as index:
-                    index.tree.shorten(holder, known if now == lineage else 0)
+                    index.shorten(namespace, holder, known if now == lineage else 0)
                 continue
             if whole and length < len(ids):
                 return None
@@ -334,21 +373,21 @@ class KVCache:
             beyond = known - length
             if parked and not whole and beyond < max(1, self.layout.tokens_per_granule):
                 if handle := self._arena.reopen(slot, lineage, length, self._stream()):
-                    sequence = Sequence(self, handle)
+                    sequence = Sequence(self, handle, namespace)
                     with self._index() as index:
-                        index.tree.shorten(holder, length)
+                        index.shorten(namespace, holder, length)
                     return sequence
-            elif (forked := self._fork_known(slot, lineage, length)) is not None:
+            elif (forked := self._fork_known(slot, lineage, length, namespace)) is not None:
                 self._note_fork(slot, lineage, length)
                 return forked
             if self._arena.known(slot) == (now, known, parked):
                 return None  # a window has moved on, or there is no memory
         return None
 
-    def _fork_known(self, slot: int, lineage: int, length: int) -> Sequence | None:
+    def _fork_known(self, slot: int, lineage: int, length: int, namespace: Hashable) -> Sequence | None:
         if self._arena.stats()["running_slots"] >= self.slots - 1:
             return None  # none is left beside the one that holds the rows
-        sequence = self._open_empty(slot)
+        sequence = self._open_empty(slot, namespace)
         try:
             into = sequence._handle.name
             if sequence.slot != slot and self._fork(slot, length, [into], lineage=lineage, share="auto"):
@@ -371,13 +410,10 @@ class KVCache:
                 self._known_rows = _Index()
                 raise
 
-    def _remember(self, name: int, slot: int, ids: tuple[int, ...]) -> None:
+    def _remember(self, name: int, slot: int, ids: tuple[int, ...], namespace: Hashable) -> None:
         lineage, _, _ = self._arena.publish(name, len(ids))
         with self._index() as index:
-            if (before := index.lineages.get(slot)) != lineage:
-                index.tree.remove((slot, before))
-                index.lineages[slot], index.forks[slot] = lineage, 0
-            index.tree.insert(ids, (slot, lineage))
+            index.insert(ids, slot, namespace, lineage)
 
     def _note_fork(self, slot: int, lineage: int, length: int) -> None:
         """Has the rows of who is forked again and again put into few extents, in the background."""
@@ -390,7 +426,7 @@ class KVCache:
         if self.layout.recurrent:
             raise ValueError("the model has recurrent layers, whose state is in no row: what tokens left is not known")
 
-    def import_sequence(self, of: socket.socket, *, timeout: float = 30.0) -> Sequence:
+    def import_sequence(self, of: socket.socket, *, timeout: float = 30.0, namespace: Hashable = None) -> Sequence:
         """Takes a sequence that another process exports over a connected Unix socket, without copying its rows.
 
         The memory is mapped read-only and counts in both processes' budgets. The sequence can be forked and goes on
@@ -398,15 +434,19 @@ class KVCache:
 
         Args:
             of: connected to the process that calls ``Sequence.export``, of the same user and on the same device.
-            timeout: seconds that any step may take.
+            timeout: seconds that the whole transfer may take.
+            namespace: of the sequence here, as in ``open``.
 
         Raises:
             Error: the exporter has gone, was silent for too long, refused, or belongs to another user.
             ValueError: the layout or the device is another one, or every slot is in use.
             OutOfPages: the budget does not hold it. In every case nothing has changed here.
         """
+        export.require_socket("of", of)
+        _require_hashable(namespace)
+        timeout = seconds("timeout", timeout)
         with export.received(of, self._exported_layout(), timeout=timeout) as (length, runs):
-            sequence = self._open_empty()
+            sequence = self._open_empty(None, namespace)
             try:
                 self._arena.import_rows(sequence._handle.name, length, runs)
             except BaseException:
@@ -431,14 +471,14 @@ class KVCache:
 
         See ``Sequence.fork``, which opens them.
         """
-        names = self._names_of(targets)
-        [name] = self._names_of([source])
-        require_at_least("length", length, 0)
-        self._fork(name, length, names, share=share)
+        names = self._names_of("targets", targets)
+        [name] = self._names_of("source", [source])
+        choice("share", share, SHARES)
+        self._fork(name, integer("length", length), names, share=share)
 
-    def _open_empty(self, like: int | None = None) -> Sequence:
+    def _open_empty(self, like: int | None, namespace: Hashable) -> Sequence:
         """In the slot with the least memory, or in one that is ready for a fork of the slot ``like``."""
-        return Sequence(self, self._arena.open(stream=self._stream(), empty=True, like=like))
+        return Sequence(self, self._arena.open(stream=self._stream(), empty=True, like=like), namespace)
 
     def _make_ready(self, source: Sequence, length: int, forks: int) -> None:
         """Leaves slots in which forks of a sequence find mapped what they share with it."""
@@ -464,8 +504,8 @@ class KVCache:
             length: positions each shall have at least, one number for all or one for each.
             keep: the shortest length that they may still be truncated to, of all or of each; see ``Sequence.grow``.
         """
-        names = self._names_of(sequences)
-        lengths, keeps = _of_each("length", length, names), _of_each("keep", keep, names)
+        names = self._names_of("sequences", sequences)
+        lengths, keeps = integers("length", length, len(names)), integers("keep", keep, len(names))
         alike: dict[tuple[int, int], list[int]] = {}
         for name, n, kept in zip(names, lengths, keeps, strict=True):
             alike.setdefault((n, kept), []).append(name)
@@ -485,23 +525,24 @@ class KVCache:
 
     def truncate_all(self, sequences: list[Sequence], length: int) -> None:
         """Keeps the first ``length`` positions of several sequences: of all of them, or of none when it raises."""
-        names = self._names_of(sequences)
-        require_at_least("length", length, 0)
-        self._arena.truncate(names, length, self._stream())
+        names = self._names_of("sequences", sequences)
+        self._arena.truncate(names, integer("length", length), self._stream())
 
     def close_all(self, sequences: list[Sequence]) -> None:
         """Ends several running sequences and parks their slots: all of them, or none when it raises."""
-        self._names_of(sequences)
+        self._names_of("sequences", sequences)
         _core.close([sequence._handle for sequence in sequences], self._stream())
 
     def free_slots(self, n: int) -> int | None:
         """The first of ``n`` slots side by side without a sequence, as far up as possible, or None."""
+        n = integer("n", n, 1)
         states = [slot["state"] for slot in self.map()]
         starts = range(self.slots - n, -1, -1)
         return next((at for at in starts if "running" not in states[at : at + n]), None)
 
     def free_slots_from(self, slot: int) -> int:
         """How many slots side by side, from ``slot`` on, have no sequence."""
+        slot = integer("slot", slot)
         states = [info["state"] for info in self.map()][slot:]
         return states.index("running") if "running" in states else len(states)
 
@@ -510,9 +551,8 @@ class KVCache:
 
         For who writes rows that are already there. When it raises OutOfPages or OutOfDeviceMemory, no row has changed.
         """
-        names = self._names_of(sequences)
-        require_at_least("length", length, 0)
-        self._taking(self._arena.own, names, length, self._stream())
+        names = self._names_of("sequences", sequences)
+        self._taking(self._arena.own, names, integer("length", length), self._stream())
 
     def shares(self, sequences: list[Sequence], length: int) -> bool:
         """Whether something that sequences have mapped behind their first ``length`` positions is shared."""
@@ -543,6 +583,7 @@ class KVCache:
         Raises:
             OutOfPages: running sequences need more; the budget is as it was.
         """
+        budget = checked_budget(budget)
         held = self.stats().physical if isinstance(budget, float) else 0
         self._arena.set_budget(budget_bytes(budget, self._arena.driver, held))
 
@@ -641,14 +682,22 @@ class KVCache:
         torch.cuda.empty_cache()
         return call(*args)
 
-    def _names_of(self, sequences: list[Sequence]) -> list[int]:
-        """By which the arena knows them."""
+    def _names_of(self, argument: str, sequences: Iterable[Sequence]) -> list[int]:
+        """By which the arena knows the sequences of an argument."""
+        if not isinstance(sequences, (list, tuple)):
+            raise TypeError(f"{argument} must be a list of sequences, not {shown(sequences)}")
         for sequence in sequences:
+            if not isinstance(sequence, Sequence):
+                raise TypeError(f"{argument} must be of sequences, not {shown(sequence)}")
             if sequence.cache is not self:
-                raise ValueError("sequences holds one of another cache")
-        return [sequence._handle.name for sequence in sequences]
+                raise ValueError(f"{argument} holds a sequence of another cache")
+        names = [sequence._handle.name for sequence in sequences]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{argument} holds a sequence twice")
+        return names
 
     def _known(self, layer: int) -> int:
+        layer = integer("layer", layer)
         if layer not in self._k:
             raise ValueError(f"layer {layer} has no cache: layers with one are {sorted(self._k)}")
         return layer
@@ -683,12 +732,8 @@ class KVCache:
             return raw.view(getattr(torch, shape.dtype))
 
 
-def _of_each(name: str, value: int | list[int], of: list[int]) -> list[int]:
-    """One number for each."""
-    if not isinstance(value, list):
-        value = [operator.index(value)] * len(of)
-    if len(value) != len(of):
-        raise ValueError(f"{name} must be one number or one for each of {len(of)} sequences, not {len(value)}")
-    for each in value:
-        require_at_least(name, each, 0)
-    return value
+def _require_hashable(namespace: Hashable) -> None:
+    try:
+        hash(namespace)
+    except TypeError:
+        raise TypeError(f"namespace must be hashable, e.g. a string or a tuple, not {shown(namespace)}") from None

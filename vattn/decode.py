@@ -20,6 +20,7 @@ import torch
 
 from vattn import compiled, kernels
 from vattn.append import takes_idle
+from vattn.arguments import flag, shown
 from vattn.attach import Forward, deciding, greedy
 from vattn.cache import KVCache
 from vattn.capture import capturable, record, streams
@@ -75,11 +76,10 @@ class Decoder:
         self._named = attention
         self._attention = "auto" if attention is None else attention
         kernels.named(self._attention)
-        for name, value in (("capture", capture), ("run_ahead", run_ahead)):
-            if not isinstance(value, bool):
-                raise ValueError(f"{name} must be True or False, not {value!r}")
+        flag("capture", capture)
+        flag("run_ahead", run_ahead)
         if not isinstance(compiled, (bool, dict)):
-            raise ValueError(f"compiled must be True, False or torch.compile's options, not {compiled!r}")
+            raise TypeError(f"compiled must be True, False or torch.compile's options, not {shown(compiled)}")
         if compiled and not capture:
             raise ValueError("compiled steps are captured: leave capture as it is")
         self._compiled = compiled

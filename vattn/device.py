@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vattn import _core
+from vattn.arguments import integer, shown
 from vattn.errors import BackendUnavailable
 
 UNLIMITED = 1 << 62  # bytes; more than any machine has
@@ -38,6 +39,8 @@ class TrimOnOOM(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def resolve_device(device: str | torch.device) -> torch.device:
     """The device with its index; raises BackendUnavailable when vattn or this machine cannot use it."""
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device must be a name such as 'cpu' or 'cuda:0', or a torch.device, not {shown(device)}")
     found = None
     with contextlib.suppress(RuntimeError):  # where it is no name of torch's
         found = torch.device(device)
@@ -79,21 +82,29 @@ def _stop_mappers() -> None:
             mapper.stop()
 
 
-def check_budget(budget: int | float | None) -> None:
-    """Raises ValueError unless it is bytes, a part of what is free, or None."""
+def checked_budget(budget: int | float | None) -> int | float | None:
+    """A budget as plain bytes, as a part of what is free in (0, 1], or None.
+
+    Raises:
+        TypeError, ValueError: it is nothing of that.
+    """
     if budget is None:
-        return
-    if isinstance(budget, bool) or not isinstance(budget, int | float):
-        raise ValueError(f"budget must be bytes, a part of the free memory as a float, or None, not {budget!r}")
-    if isinstance(budget, float) and not 0 < budget <= 1:
-        raise ValueError(f"budget as a part of the free memory must be in (0, 1], not {budget}")
-    if budget < 0:
-        raise ValueError(f"budget must not be negative, not {budget}")
+        return None
+    kind = getattr(getattr(budget, "dtype", None), "kind", "")  # of a NumPy number
+    if isinstance(budget, float) or kind == "f":
+        if not 0 < budget <= 1:
+            raise ValueError(f"budget as a part of the free memory must be in (0, 1], not {budget}")
+        return float(budget)
+    try:
+        return integer("budget", budget)
+    except TypeError:
+        what = "bytes, a part of the free memory as a float, or None"
+        raise TypeError(f"budget must be {what}, not {shown(budget)}") from None
 
 
 def budget_bytes(budget: int | float | None, driver: _core.Driver, held: int = 0) -> int:
     """A budget in bytes, where those that are held already count as free."""
-    check_budget(budget)
+    budget = checked_budget(budget)
     if isinstance(budget, float):
         return int(budget * (driver.memory_info()[0] + held))
     return UNLIMITED if budget is None else min(budget, UNLIMITED)

@@ -15,6 +15,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
+from vattn.arguments import shown
 from vattn.errors import Error
 
 _BUNDLE = 64  # descriptors in a message; the kernel takes 253
@@ -22,6 +23,14 @@ _LARGEST = 1 << 26  # bytes of a message
 _PEER = struct.Struct("3i")  # pid, uid, gid
 
 ExportedRuns = list[tuple[int, list[tuple[int, int]]]]
+
+
+def require_socket(name: str, value: Any) -> None:
+    """Raises TypeError or ValueError, with the argument's name, where it is no Unix socket."""
+    if not isinstance(value, socket.socket):
+        raise TypeError(f"{name} must be a connected Unix socket, not {shown(value)}")
+    if value.family != socket.AF_UNIX or value.type != socket.SOCK_STREAM:
+        raise ValueError(f"{name} must be a connected Unix socket, of streams, not {shown(value)}")
 
 
 @contextlib.contextmanager

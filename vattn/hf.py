@@ -20,6 +20,7 @@ import transformers
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from vattn import attach
+from vattn.arguments import shown
 from vattn.attach import Forward
 from vattn.cache import CacheStats, KVCache
 from vattn.decode import Decoder
@@ -258,7 +259,9 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             raise ValueError("kv_scales need a kv_dtype")
         decoder = Decoder(attention, capture, compiled, run_ahead)
         model = config if isinstance(config, torch.nn.Module) else None
-        config = config if model is None else model.config
+        config = config if model is None else getattr(model, "config", model)
+        if config is not None and not hasattr(config, "get_text_config"):
+            raise TypeError(f"config must be a model of transformers or its configuration, not {shown(config)}")
         options = Options(
             max_len=max_len,
             slots=slots,

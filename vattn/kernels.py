@@ -18,6 +18,8 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vattn.arguments import shown
+
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -682,8 +684,8 @@ KERNELS: dict[str, Kernel] = {
 
 def named(name: str) -> list[Kernel]:
     """The kernel of a name, or of ``"auto"`` all of them."""
-    if name != "auto" and name not in KERNELS:
-        raise ValueError(f"attention must be 'auto' or one of {', '.join(KERNELS)}, not {name!r}")
+    if not isinstance(name, str) or (name != "auto" and name not in KERNELS):
+        raise ValueError(f"attention must be 'auto' or one of {', '.join(KERNELS)}, not {shown(name)}")
     return list(KERNELS.values()) if name == "auto" else [KERNELS[name]]
 
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from vattn.arguments import choice, flag, integer, optional_integer, shown
+
 GRANULARITY = 2 * 1024 * 1024
 """Bytes of the smallest physical unit on CUDA devices, and the default on the host."""
 
@@ -36,9 +38,20 @@ ITEMSIZES = {
 _UNIFORM_WINDOW = ("mistral", "mixtral", "phi3", "starcoder2")
 # Layers that keep a state and no rows.
 _RECURRENT = ("linear_attention", "conv")
+_LARGEST_ROW = 1 << 40  # bytes of a position in all layers
 ALIGNMENT = 16  # what kernels that load by TMA want of every stride, in bytes
 
 Kind = Literal["interleaved", "compact"]
+KINDS: tuple[Kind, ...] = ("interleaved", "compact")
+
+
+def dtype_name(argument: str, dtype: Any) -> str:
+    """The name of a dtype that rows may have, given as that or as torch's."""
+    name = dtype if isinstance(dtype, str) else shown(dtype)
+    name = name.removeprefix("torch.")
+    if name not in ITEMSIZES:
+        raise ValueError(f"{argument} {name!r} is not supported: use one of {', '.join(ITEMSIZES)}")
+    return name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +76,9 @@ class LayerShape:
         if self.v_head_dim == 0:
             object.__setattr__(self, "v_head_dim", self.head_dim)
         for name in ("kv_heads", "head_dim", "v_head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window must be at least 1 or None, not {self.window}")
-        if self.dtype not in ITEMSIZES:
-            raise ValueError(f"dtype {self.dtype!r} is not supported: use one of {', '.join(ITEMSIZES)}")
+            object.__setattr__(self, name, integer(name, getattr(self, name), 1))
+        object.__setattr__(self, "window", optional_integer("window", self.window, 1))
+        object.__setattr__(self, "dtype", dtype_name("dtype", self.dtype))
 
     @property
     def itemsize(self) -> int:
@@ -141,19 +151,18 @@ class KVLayout:
         granularity: int = GRANULARITY,
         recurrent: bool = False,
     ) -> None:
-        if kind not in ("interleaved", "compact"):
-            raise ValueError(f"layout must be 'interleaved' or 'compact', not {kind!r}")
+        choice("kind", kind, KINDS)
+        if not isinstance(layers, (list, tuple)) or not all(s is None or isinstance(s, LayerShape) for s in layers):
+            raise TypeError(f"layers must be a list of LayerShape, None for one without a cache, not {shown(layers)}")
         if not any(layers):
             raise ValueError("layers must name at least one layer that caches something")
-        if max_len < 1:
-            raise ValueError(f"max_len must be at least 1, not {max_len}")
-        if granularity < 1:
-            raise ValueError(f"granularity must be at least 1, not {granularity}")
         self.layers = tuple(layers)
-        self.max_len = max_len
         self.kind: Kind = kind
-        self.granularity = granularity
-        self.recurrent = recurrent
+        if self.bytes_per_token > _LARGEST_ROW:
+            raise ValueError(f"layers take {self.bytes_per_token} bytes a position, and may take {_LARGEST_ROW}")
+        self.max_len = integer("max_len", max_len, 1)
+        self.granularity = integer("granularity", granularity, 1)
+        self.recurrent = flag("recurrent", recurrent)
 
     @classmethod
     def uniform(
@@ -170,7 +179,7 @@ class KVLayout:
     ) -> KVLayout:
         """The layout of ``layers`` layers of the same shape (arguments as in ``LayerShape``)."""
         shape = LayerShape(kv_heads=kv_heads, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype)
-        return cls([shape] * layers, max_len=max_len, kind=kind, granularity=granularity)
+        return cls([shape] * integer("layers", layers, 1), max_len=max_len, kind=kind, granularity=granularity)
 
     @classmethod
     def from_config(
@@ -257,11 +266,12 @@ class KVLayout:
 
     def used_bytes(self, length: int) -> int:
         """Bytes of the rows that a sequence of ``length`` tokens needs; before a window nothing is needed."""
+        length = integer("length", length)
         return sum(self._rows(plane, length) * plane.row_bytes for plane in self.planes)
 
     def mapped_bytes(self, length: int) -> int:
         """Bytes that must be mapped for ``length`` tokens: whole granules in every plane."""
-        total = 0
+        total, length = 0, integer("length", length)
         for plane in self.planes:
             first = (length - self._rows(plane, length)) * plane.row_bytes // self.granularity
             total += (-(-length * plane.row_bytes // self.granularity) - first) * self.granularity

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from vattn.arguments import shown
+
 FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 
@@ -24,18 +26,18 @@ class Scales:
     """
 
     def __init__(self, dtype: str | torch.dtype, scales: tuple[Any, Any] | None = None) -> None:
-        name = str(dtype).removeprefix("torch.")
+        name = (dtype if isinstance(dtype, str) else shown(dtype)).removeprefix("torch.")
         if name not in FORMATS:
             raise ValueError(f"kv_dtype must be one of {', '.join(FORMATS)}, not {name!r}")
         self.dtype = getattr(torch, name)
         self._of: list[torch.Tensor] = []
         if scales is not None and not (isinstance(scales, (tuple, list)) and len(scales) == 2):
-            raise ValueError(f"kv_scales must be two, of K and of V, not {scales!r}")
+            raise ValueError(f"kv_scales must be two, of K and of V, not {shown(scales)}")
         for scale in scales or ():
             try:
                 self._of.append(torch.as_tensor(scale, dtype=torch.float32).detach())
             except (TypeError, ValueError, RuntimeError):
-                raise ValueError(f"kv_scales must be numbers or tensors, not {scale!r}") from None
+                raise ValueError(f"kv_scales must be numbers or tensors, not {shown(scale)}") from None
             if self._of[-1].dim() > 2 or not bool((self._of[-1] > 0).all()) or not bool(self._of[-1].isfinite().all()):
                 raise ValueError(
                     "kv_scales must be positive numbers, or tensors of them: [layers] or [layers, kv_heads]"

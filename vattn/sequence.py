@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import torch
 
 from vattn import _core, export
+from vattn.arguments import MOST, choice, integer, optional_integer, seconds, shown, token_ids
 
 if TYPE_CHECKING:
     from vattn.cache import KVCache
 
 Share = Literal["auto", "alias", "copy"]
+SHARES: tuple[Share, ...] = ("auto", "alias", "copy")
 _PACKAGE = str(Path(__file__).parent)
 
 
@@ -31,10 +33,12 @@ class Sequence:
 
     Attributes:
         cache: the cache it is one of.
+        namespace: what it was opened with; tokens that it is told to ``remember`` are known to others of the same.
     """
 
-    def __init__(self, cache: KVCache, handle: _core.Sequence) -> None:
+    def __init__(self, cache: KVCache, handle: _core.Sequence, namespace: Hashable = None) -> None:
         self.cache = cache
+        self.namespace = namespace
         self._handle = handle  # the only one to know what it is
         self._opened_at: str | None = None
 
@@ -62,8 +66,8 @@ class Sequence:
 
         After an error nothing has changed.
         """
-        if n < 0:
-            raise ValueError(f"n must not be negative, not {n}: use truncate to shorten a sequence")
+        if type(n) is not int or not 0 <= n <= MOST:
+            n = integer("n", n)
         cache = self.cache
         return cache._taking(self._handle.grow, n, cache._stream())
 
@@ -84,17 +88,24 @@ class Sequence:
             ValueError: the sequence is closed, or ``length`` is negative.
             OutOfPages, OutOfDeviceMemory: as in ``grow``, without a mapper only.
         """
-        require_at_least("length", length, 0)
-        return self.cache._arena.prefetch(self._handle.name, length)
+        return self.cache._arena.prefetch(self._handle.name, integer("length", length))
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Tells that work on the sequence is queued on ``stream``, beside the streams current at ``grow``.
 
         Its memory is not unmapped, nor used on another stream, before that work is done.
+
+        Raises:
+            TypeError, ValueError: ``stream`` is no stream, or one of another device; or the sequence is closed.
         """
-        name = self._handle.name
-        if self.cache.device.type == "cuda":
-            self.cache._arena.use(name, stream.cuda_stream)
+        name, device = self._handle.name, self.cache.device
+        if not isinstance(stream, torch.Stream):
+            raise TypeError(f"stream must be a torch.cuda.Stream, not {shown(stream)}")
+        if device.type != "cuda":
+            return
+        if not isinstance(stream, torch.cuda.Stream) or stream.device != device:
+            raise ValueError(f"stream must be one of {device}, not {shown(stream)}")
+        self.cache._arena.use(name, stream.cuda_stream)
 
     def truncate(self, length: int) -> None:
         """Keeps the first ``length`` positions. Their memory stays mapped until somebody needs it.
@@ -122,11 +133,12 @@ class Sequence:
             OutOfPages, OutOfDeviceMemory: as in ``grow``; nothing has changed then.
         """
         self._handle.name  # noqa: B018, which raises where it is closed
-        require_at_least("n", n, 1)
+        n, length = integer("n", n, 1), optional_integer("length", length)
+        choice("share", share, SHARES)
         made: list[Sequence] = []
         try:
             for _ in range(n):
-                made.append(self.cache._open_empty(self.slot))
+                made.append(self.cache._open_empty(self.slot, self.namespace))
             self.cache.fork_all(self, made, self.length if length is None else length, share=share)
         except BaseException:
             self.cache.close_all(made)
@@ -140,14 +152,14 @@ class Sequence:
         the sequence is closed, until the memory is needed: who was of use least recently goes first, from the end on.
 
         Args:
-            tokens: ids of the first tokens of the sequence, at most ``length``.
+            tokens: ids of the first tokens of the sequence, ``[n]`` or ``[1, n]``, at most ``length``.
 
         Raises:
             ValueError: the sequence is closed or shorter than that, or the model has recurrent layers.
         """
-        name = self._handle.name
+        name, ids = self._handle.name, token_ids("tokens", tokens)
         self.cache._require_rows_only()
-        self.cache._remember(name, self.slot, ids_of(tokens))
+        self.cache._remember(name, self.slot, ids, self.namespace)
 
     def export(self, to: socket.socket, *, timeout: float = 30.0) -> None:
         """Hands the rows to another process on the same device, which takes them by ``KVCache.import_sequence``.
@@ -157,7 +169,7 @@ class Sequence:
 
         Args:
             to: a connected Unix socket, to a process of the same user.
-            timeout: seconds that any step may take.
+            timeout: seconds that the whole transfer may take.
 
         Raises:
             Error: the other process has gone, was silent for too long, refused, or belongs to another user.
@@ -165,6 +177,8 @@ class Sequence:
             OutOfPages: as in ``fork``.
         """
         self._handle.name  # noqa: B018, which raises where it is closed
+        export.require_socket("to", to)
+        timeout = seconds("timeout", timeout)
         if not self.cache._arena.driver.exportable:
             raise ValueError("the cache cannot export: make it with exportable=True")
         with export.telling(to, timeout):
@@ -200,7 +214,7 @@ class Sequence:
             OutOfPages, OutOfDeviceMemory: as in ``grow``; the sequence is still swapped out.
             ValueError: the sequence is not swapped out, or the slot, or every slot, is in use.
         """
-        self.cache._taking(self._handle.swap_in, slot, self.cache._stream())
+        self.cache._taking(self._handle.swap_in, optional_integer("slot", slot), self.cache._stream())
 
     @property
     def swapped(self) -> bool:
@@ -224,8 +238,7 @@ class Sequence:
             ValueError: the sequence is closed, or shorter than that; or there are not so many slots.
         """
         name = self._handle.name
-        require_at_least("length", length or 0, 0)
-        require_at_least("forks", forks, 0)
+        length, forks = optional_integer("length", length), integer("forks", forks)
         length = self.length if length is None else length
         self.cache._arena.compact(name, length)
         if forks:
@@ -246,12 +259,13 @@ class Sequence:
         """Ends the sequence and parks its slot. Closing twice is allowed.
 
         Args:
-            tokens: what to ``remember`` before.
+            tokens: what to ``remember`` before. Of a sequence that is swapped out nothing is: it has no rows here.
         """
+        ids = None if tokens is None else token_ids("tokens", tokens)
         if self._handle.closed:
             return
-        if tokens is not None:
-            self.remember(tokens)
+        if ids is not None and not self.swapped:
+            self.remember(ids)
         _core.close([self._handle], self.cache._stream())
 
     def __enter__(self) -> Sequence:
@@ -296,15 +310,3 @@ class Sequence:
             frame = frame.f_back
         self._opened_at = f"{frame.f_code.co_filename}:{frame.f_lineno}"
         return self
-
-
-def require_at_least(name: str, value: int, least: int) -> None:
-    """Raises ValueError, with the argument's name, where it is less."""
-    if value < least:
-        bound = f"be at least {least}" if least else "not be negative"
-        raise ValueError(f"{name} must {bound}, not {value}")
-
-
-def ids_of(tokens: Iterable[int]) -> tuple[int, ...]:
-    """Tokens as the tree of known prefixes has them."""
-    return tuple(tokens.tolist() if isinstance(tokens, torch.Tensor) else tokens)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import operator
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,12 +16,13 @@ from typing import Any
 
 import torch
 
+from vattn.arguments import choice, flag, integer, optional_integer
 from vattn.cache import KVCache
-from vattn.device import check_budget, resolve_device
+from vattn.device import checked_budget, resolve_device
 from vattn.errors import Error
 from vattn.kernels import Kernel
 from vattn.lane import MOVED_AT_ONCE, Lane, Ready
-from vattn.layout import GRANULARITY, ITEMSIZES, Kind, KVLayout, LayerShape
+from vattn.layout import GRANULARITY, KINDS, Kind, KVLayout, LayerShape, dtype_name
 from vattn.padding import Padding
 from vattn.scales import Scales
 from vattn.sequence import Sequence, Share
@@ -51,27 +51,18 @@ class Options:
     scales: Scales | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("max_len", 1), ("slots", 1), ("lookahead", 0)):
-            value = getattr(self, name)
-            if value is None and name != "max_len":
-                continue
-            if isinstance(value, bool) or not hasattr(value, "__index__"):
-                raise ValueError(f"{name} must be an integer, not {value!r}")
-            object.__setattr__(self, name, operator.index(value))
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, not {value}")
-        if not isinstance(self.mapper, bool):
-            raise ValueError(f"mapper must be True or False, not {self.mapper!r}")
-        if self.layout not in ("interleaved", "compact"):
-            raise ValueError(f"layout must be 'interleaved' or 'compact', not {self.layout!r}")
-        if self.dtype is not None:
-            name = str(self.dtype).removeprefix("torch.")
-            if name not in ITEMSIZES:
-                raise ValueError(f"dtype {name!r} is not supported: use one of {', '.join(ITEMSIZES)}")
-            object.__setattr__(self, "dtype", getattr(torch, name))
-        check_budget(self.budget)
-        if self.device is not None:
-            object.__setattr__(self, "device", resolve_device(self.device))
+        checked = {
+            "max_len": integer("max_len", self.max_len, 1),
+            "slots": optional_integer("slots", self.slots, 1),
+            "lookahead": optional_integer("lookahead", self.lookahead),
+            "budget": checked_budget(self.budget),
+            "dtype": None if self.dtype is None else getattr(torch, dtype_name("dtype", self.dtype)),
+            "device": None if self.device is None else resolve_device(self.device),
+        }
+        flag("mapper", self.mapper)
+        choice("layout", self.layout, KINDS)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
 
 class Store:
