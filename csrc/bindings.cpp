@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "dlpack.hpp"
+#include "host_memory.hpp"
 #include "sequence.hpp"
 
 namespace py = pybind11;
@@ -200,6 +201,8 @@ void bind_driver(py::module_& module) {
           Unlocked())
       .def(
           "drop", [](Driver& self, std::uintptr_t fence) { self.drop(FenceId{fence}); }, py::arg("fence"), Unlocked())
+      .def("create_host", &Driver::create_host, py::arg("nbytes"), Unlocked())
+      .def("free_host", &Driver::free_host, py::arg("address"), py::arg("nbytes"), Unlocked())
       .def("synchronize", &Driver::synchronize, Unlocked())
       .def(
           "dlpack",
@@ -212,6 +215,13 @@ void bind_driver(py::module_& module) {
              py::arg("exportable") = false);
   module.def("cuda_driver", &make_cuda_driver, py::arg("device"), py::kw_only(), py::arg("exportable") = false,
              Unlocked());
+  module.def(
+      "host_memory",
+      [](const std::string& root) {
+        const MemoryInfo memory = host_memory(root);
+        return py::make_tuple(memory.free, memory.total);
+      },
+      py::arg("root") = "");
   module.def("probe_cuda", [] {
     const CudaProbe probe = [] {
       const py::gil_scoped_release unlocked;

@@ -4,7 +4,6 @@
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <sys/sysinfo.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -16,6 +15,7 @@
 #include <unordered_map>
 
 #include "driver.hpp"
+#include "host_memory.hpp"
 
 namespace vattn {
 namespace {
@@ -71,9 +71,7 @@ class HostDriver final : public Driver {
   MemoryInfo do_memory_info() override {
     const std::lock_guard lock(mutex_);
     if (capacity_ != 0) return {capacity_ - live_bytes_, capacity_};
-    struct sysinfo info{};
-    if (::sysinfo(&info) != 0) throw_errno("sysinfo");
-    return {(info.freeram + info.bufferram) * info.mem_unit, info.totalram * info.mem_unit};
+    return host_memory();
   }
 
   Address do_reserve(std::size_t bytes) override {
@@ -106,23 +104,103 @@ class HostDriver final : public Driver {
     const std::lock_guard lock(mutex_);
     if (capacity_ != 0 && live_bytes_ + bytes > capacity_)
       throw OutOfDeviceMemory("create", ENOMEM, "the simulated device is full");
-    // Offsets are never used twice: the file is sparse and 2^63 bytes long. fallocate commits the memory now,
-    // so that a machine without any says so here and not by SIGBUS at the first touch.
-    const int file = exportable() ? ::memfd_create("vattn", MFD_CLOEXEC) : file_;
-    if (file < 0) throw_errno("create");
-    const off_t offset = exportable() ? 0 : next_offset_;
+    require_available("create", bytes);
+    const int file = exportable() ? create_sealed(bytes) : file_;
+    const off_t offset = exportable() ? 0 : take_offset(bytes);
+    try {
+      if (!exportable()) allocate(file, offset, bytes);
+      return add({file, offset, bytes, 0, false});
+    } catch (...) {
+      if (exportable()) {
+        ::close(file);
+      } else {  // a part of it may be there
+        ::fallocate(file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, static_cast<off_t>(bytes));
+        give_offset(offset, bytes);
+      }
+      throw;
+    }
+  }
+
+  // The kernel promises more memory than there is, and ends processes when it cannot keep that. What is available is
+  // read again when an eighth of what was there at the last reading is taken.
+  void require_available(const char* call, std::size_t bytes) {
+    if (bytes > unread_) {
+      const std::size_t available = host_memory().free;
+      if (bytes > available)
+        throw OutOfDeviceMemory(call, ENOMEM,
+                                std::to_string(bytes) + " bytes are more than the " + std::to_string(available) +
+                                    " that this machine has left");
+      unread_ = std::max(available / 8, bytes);
+    }
+    unread_ -= bytes;
+  }
+
+  // Commits the memory now, so that a machine without any says so here and not by SIGBUS at the first touch.
+  static void allocate(int file, off_t offset, std::size_t bytes) {
     int failed = 0;
     do {  // older kernels give up at any signal
       failed = ::fallocate(file, 0, offset, static_cast<off_t>(bytes));
     } while (failed != 0 && errno == EINTR);
-    if (failed != 0) {
-      const int code = errno;
-      if (file != file_) ::close(file);
-      errno = code;
-      throw_errno("create");
+    if (failed != 0) throw_errno("create");
+  }
+
+  // A file of its own that nobody can make smaller, so that who imports it does not fault.
+  static int create_sealed(std::size_t bytes) {
+    const int file = ::memfd_create("vattn", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (file < 0) throw_errno("create");
+    try {
+      allocate(file, 0, bytes);
+      if (::fcntl(file, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) throw_errno("create");
+    } catch (...) {
+      ::close(file);
+      throw;
     }
-    if (file == file_) next_offset_ += static_cast<off_t>(bytes);
-    return add({file, offset, bytes, 0, false});
+    return file;
+  }
+
+  // The first part of the file that nobody uses: else it would grow for good, up to the limit of the process.
+  off_t take_offset(std::size_t bytes) {
+    for (auto hole = holes_.begin(); hole != holes_.end(); ++hole) {
+      const auto [offset, size] = *hole;
+      if (size < bytes) continue;
+      if (size == bytes) {
+        holes_.erase(hole);
+      } else {
+        auto rest = holes_.extract(hole);
+        rest.key() = offset + static_cast<off_t>(bytes);
+        rest.mapped() = size - bytes;
+        holes_.insert(std::move(rest));
+      }
+      return offset;
+    }
+    const off_t offset = next_offset_;
+    next_offset_ += static_cast<off_t>(bytes);
+    return offset;
+  }
+
+  void give_offset(off_t offset, std::size_t bytes) noexcept {
+    auto next = holes_.lower_bound(offset);
+    if (next != holes_.begin()) {
+      const auto before = std::prev(next);
+      if (before->first + static_cast<off_t>(before->second) == offset) {
+        offset = before->first;
+        bytes += before->second;
+        holes_.erase(before);
+      }
+    }
+    if (next != holes_.end() && offset + static_cast<off_t>(bytes) == next->first) {
+      bytes += next->second;
+      holes_.erase(next);
+    }
+    if (offset + static_cast<off_t>(bytes) == next_offset_) {
+      next_offset_ = offset;
+      return;
+    }
+    try {
+      holes_.emplace(offset, bytes);
+    } catch (const std::bad_alloc&) {
+      // This part of the file is not used again; nothing else is lost.
+    }
   }
 
   Handle add(Memory memory) {
@@ -144,11 +222,19 @@ class HostDriver final : public Driver {
   Handle do_import_handle(int descriptor, std::size_t bytes) override {
     struct stat info{};
     if (::fstat(descriptor, &info) != 0) throw_errno("import_handle");
+    const int seals = ::fcntl(descriptor, F_GET_SEALS);
+    if (seals < 0) refuse("import_handle", "the descriptor is not of memory");
+    if ((seals & F_SEAL_SHRINK) == 0) refuse("import_handle", "the memory could be taken away by who sent it");
     if (static_cast<std::size_t>(info.st_size) != bytes) refuse("import_handle", "the memory has another size");
     const int file = ::fcntl(descriptor, F_DUPFD_CLOEXEC, 0);
     if (file < 0) throw_errno("import_handle");
     const std::lock_guard lock(mutex_);
-    return add({file, 0, bytes, 0, false});
+    try {
+      return add({file, 0, bytes, 0, false});
+    } catch (...) {
+      ::close(file);
+      throw;
+    }
   }
 
   void do_release(Handle handle) override {
@@ -217,6 +303,10 @@ class HostDriver final : public Driver {
   }
 
   Address do_create_host(std::size_t bytes) override {
+    {
+      const std::lock_guard lock(mutex_);
+      require_available("create_host", bytes);
+    }
     void* const at = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (at == MAP_FAILED) throw_errno("create_host");
     return reinterpret_cast<Address>(at);
@@ -240,6 +330,8 @@ class HostDriver final : public Driver {
     } else if (::fallocate(file_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, static_cast<off_t>(bytes)) != 0) {
       memory->second.released = false;
       throw_errno("release");
+    } else {
+      give_offset(offset, bytes);
     }
     live_bytes_ -= bytes;
     memory_.erase(memory);
@@ -255,7 +347,9 @@ class HostDriver final : public Driver {
   std::map<Address, Mapped> mapped_;
   std::unordered_map<Handle, Memory> memory_;
   std::uint64_t last_handle_ = 0;
+  std::map<off_t, std::size_t> holes_;  // of the file, with their sizes
   off_t next_offset_ = 0;
+  std::size_t unread_ = 0;  // bytes that may be taken before what is available is read again
   std::size_t live_bytes_ = 0;
 };
 

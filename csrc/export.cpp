@@ -46,7 +46,7 @@ std::vector<Arena::ExportedRun> Arena::export_rows(std::size_t name, Stream stre
 
 void Arena::import_rows(std::size_t name, std::size_t positions, const std::vector<ExportedRun>& runs) {
   require_possible(positions);
-  if (runs.size() != geometry_.size()) throw std::invalid_argument("what is imported has another layout");
+  if (runs.size() != geometry_.size()) throw Error("what is imported has another layout");
   Lock lock = locked();
   require_open();
   running(name, "import into");
@@ -60,13 +60,13 @@ void Arena::import_rows(std::size_t name, std::size_t positions, const std::vect
     for (const ExportedExtent& extent : runs[plane].extents) {
       if (extent.bytes == 0 || extent.bytes % driver_->granularity() != 0 ||
           extent.bytes > stride - std::min(stride, end))
-        throw std::invalid_argument("what is imported does not fit a slot");
+        throw Error("what is imported does not fit a slot");
       end += extent.bytes;
     }
     const std::size_t first = window == 0 || positions < window ? 0 : positions - window + 1;
     if (runs[plane].head % driver_->granularity() != 0 || runs[plane].head > first * row_bytes ||
         end < positions * row_bytes)
-      throw std::invalid_argument("what is imported lacks rows");
+      throw Error("what is imported lacks rows");
   }
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) retire_run(slot, index, plane);
   refresh(slot);

@@ -16,7 +16,9 @@ CSRC = {
     "driver.hpp": {"error"},
     "driver.cpp": {"driver"},
     "driver_cuda.cpp": {"driver"},
-    "driver_host.cpp": {"driver"},
+    "host_memory.hpp": {"driver"},
+    "host_memory.cpp": {"host_memory"},
+    "driver_host.cpp": {"driver", "host_memory"},
     "vmm.hpp": {"driver"},
     "vmm.cpp": {"vmm"},
     "extent_pool.hpp": {"vmm"},
@@ -36,7 +38,7 @@ CSRC = {
     "sequence.hpp": {"arena"},
     "sequence.cpp": {"sequence"},
     "dlpack.hpp": set(),
-    "bindings.cpp": {"sequence", "dlpack"},
+    "bindings.cpp": {"sequence", "dlpack", "host_memory"},
 }
 PYTHON = {
     "errors.py": set(),

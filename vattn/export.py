@@ -2,7 +2,8 @@
 
 The importer says what it takes, the exporter sends what there is: a header, the descriptors in bundles, and both say
 when they are done. Each message but the descriptors' is a length and JSON. Whoever fails says why, and the other raises
-it.
+it. Nothing that the other side sends is trusted: what is no message of this protocol ends the transfer with an Error,
+and so does a transfer that takes longer than its timeout as a whole.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,10 +21,48 @@ from vattn.arguments import shown
 from vattn.errors import Error
 
 _BUNDLE = 64  # descriptors in a message; the kernel takes 253
-_LARGEST = 1 << 26  # bytes of a message
+_LARGEST = 1 << 23  # bytes of a message
+_MOST = 1 << 62  # of any number in one
 _PEER = struct.Struct("3i")  # pid, uid, gid
 
 ExportedRuns = list[tuple[int, list[tuple[int, int]]]]
+
+
+class _BrokenOff(Exception):
+    """The other process has gone, was silent, failed, or speaks another language."""
+
+
+class Peer:
+    """The process at the other end of a connected Unix socket, for one transfer.
+
+    Args:
+        connection: the socket.
+        timeout: seconds that the whole transfer may take.
+    """
+
+    def __init__(self, connection: socket.socket, timeout: float) -> None:
+        self._socket = connection
+        self._timeout = timeout
+        self._end = time.monotonic() + timeout
+
+    def in_time(self) -> socket.socket:
+        """The socket, set to wait no longer than there is time left."""
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._socket.settimeout(left)
+        return self._socket
+
+    def require_same_user(self) -> None:
+        _, uid, _ = _PEER.unpack(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        if uid != os.geteuid():
+            raise _BrokenOff(f"the process at the other end of the socket belongs to user {uid}, not to this one")
+
+    def tell(self, error: BaseException) -> None:
+        """Says why the transfer has failed, as far as that can be said without waiting."""
+        with contextlib.suppress(OSError):
+            self._socket.setblocking(False)
+            self._socket.sendall(_encoded({"error": str(error)[:500]}))
 
 
 def require_socket(name: str, value: Any) -> None:
@@ -34,39 +74,40 @@ def require_socket(name: str, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def telling(to: socket.socket, timeout: float) -> Iterator[None]:
-    """Within it the peer is this user's, nothing takes longer than the timeout, and a failure here is told there."""
-    before = to.gettimeout()
-    to.settimeout(timeout)
+def telling(connection: socket.socket, timeout: float) -> Iterator[Peer]:
+    """Yields the peer, which is this user's; what fails in the context, or takes too long, is told there."""
+    before = connection.gettimeout()
+    peer = Peer(connection, timeout)
     try:
-        _, uid, _ = _PEER.unpack(to.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-        if uid != os.geteuid():
-            raise PermissionError(f"the process at the other end of the socket belongs to user {uid}, not to this one")
-        yield
-    except (OSError, EOFError, KeyError) as error:
-        with contextlib.suppress(OSError):
-            _send(to, {"error": str(error)})
-        raise Error(f"the transfer of a sequence broke off: {error or type(error).__name__}") from error
+        peer.require_same_user()
+        yield peer
+    except (OSError, _BrokenOff) as error:
+        peer.tell(error)
+        why = f"it took longer than {timeout:g} s" if isinstance(error, TimeoutError) else str(error)
+        raise Error(f"the transfer of a sequence broke off: {why or type(error).__name__}") from error
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            _send(to, {"error": str(error)})
+        peer.tell(error)
         raise
     finally:
         with contextlib.suppress(OSError):
-            to.settimeout(before)
+            connection.settimeout(before)
 
 
-def send(to: socket.socket, layout: dict[str, Any], length: int, runs: ExportedRuns) -> None:
+def send(peer: Peer, layout: dict[str, Any], length: int, runs: ExportedRuns) -> None:
     """Sends a sequence's memory; the descriptors stay the caller's. To be called within ``telling``."""
-    request = _receive(to)
-    if (wanted := request["layout"]) != layout:
+    request = _receive(peer)
+    wanted, name = request.get("layout"), request.get("id")
+    if not isinstance(wanted, dict) or not isinstance(name, str) or len(name) > 64:
+        raise _BrokenOff("what was received asks for no sequence")
+    if wanted != layout:
         raise ValueError(f"the importer's cache has another layout: {_difference(wanted, layout)}")
     sizes = [(head, [nbytes for nbytes, _ in extents]) for head, extents in runs]
-    _send(to, {"to": request["id"], "length": length, "runs": sizes})
+    _send(peer, {"to": name, "length": length, "runs": sizes})
     descriptors = [descriptor for _, extents in runs for _, descriptor in extents]
     for start in range(0, len(descriptors), _BUNDLE):
-        socket.send_fds(to, [b"d"], descriptors[start : start + _BUNDLE])
-    _receive(to)
+        socket.send_fds(peer.in_time(), [b"d"], descriptors[start : start + _BUNDLE])
+    if _receive(peer).get("done") is not True:
+        raise _BrokenOff("the importer does not say that it is done")
 
 
 @contextlib.contextmanager
@@ -77,72 +118,89 @@ def received(of: socket.socket, layout: dict[str, Any], *, timeout: float) -> It
     """
     descriptors: list[int] = []
     try:
-        with telling(of, timeout):
+        with telling(of, timeout) as peer:
             request = os.urandom(8).hex()
-            _send(of, {"id": request, "layout": layout})
-            header = _receive(of)
-            if header["to"] != request:
-                raise OSError("the exporter answers another request")
+            _send(peer, {"id": request, "layout": layout})
+            header = _receive(peer)
+            if header.get("to") != request:
+                raise _BrokenOff("the exporter answers another request")
             length, sizes = _described(header)
-            missing = sum(len(extents) for _, extents in sizes)
-            while missing > 0:
-                data, got, flags, _ = socket.recv_fds(of, 1, _BUNDLE, socket.MSG_CMSG_CLOEXEC)
-                descriptors += got
-                if flags & socket.MSG_CTRUNC:
-                    raise OSError("this process may not open so many files")
-                missing -= len(got)
-                if not data or not got:
-                    raise EOFError("the exporter has gone")
+            _receive_descriptors(peer, descriptors, sum(len(extents) for _, extents in sizes))
             left = iter(descriptors)
             yield length, [(head, [(size, next(left)) for size in extents]) for head, extents in sizes]
             with contextlib.suppress(OSError):  # the sequence is whole, also when the exporter has gone
-                _send(of, {"done": True})
+                _send(peer, {"done": True})
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
 
 
-def _send(to: socket.socket, message: dict[str, Any]) -> None:
+def _receive_descriptors(peer: Peer, descriptors: list[int], count: int) -> None:
+    """Adds so many to a list, from which they are closed also when this raises."""
+    while len(descriptors) < count:
+        data, got, flags, _ = socket.recv_fds(peer.in_time(), 1, _BUNDLE, socket.MSG_CMSG_CLOEXEC)
+        descriptors += got
+        if flags & socket.MSG_CTRUNC:
+            raise _BrokenOff("this process may not open so many files")
+        if not data:
+            raise _BrokenOff("the exporter has gone")
+        if not got or len(descriptors) > count:
+            raise _BrokenOff("what was received is not the memory that was described")
+
+
+def _encoded(message: dict[str, Any]) -> bytes:
     data = json.dumps(message).encode()
-    to.sendall(struct.pack("!I", len(data)) + data)
+    return struct.pack("!I", len(data)) + data
 
 
-def _receive(of: socket.socket) -> dict[str, Any]:
+def _send(to: Peer, message: dict[str, Any]) -> None:
+    to.in_time().sendall(_encoded(message))
+
+
+def _receive(of: Peer) -> dict[str, Any]:
     (size,) = struct.unpack("!I", _exactly(of, 4))
     if size > _LARGEST:
-        raise OSError(f"a message of {size} bytes is no message of vattn")
+        raise _BrokenOff(f"a message of {size} bytes is no message of vattn")
     try:
-        message: dict[str, Any] = dict(json.loads(_exactly(of, size)))
-    except (ValueError, TypeError) as error:
-        raise OSError("what was received is no message of vattn") from error
+        message = json.loads(_exactly(of, size))
+    except (ValueError, RecursionError) as error:
+        raise _BrokenOff("what was received is no message of vattn") from error
+    if not isinstance(message, dict):
+        raise _BrokenOff("what was received is no message of vattn")
     if "error" in message:
-        raise OSError(f"the other process says: {message['error']}")
+        raise _BrokenOff(f"the other process says: {str(message['error'])[:500]}")
     return message
 
 
 def _described(header: dict[str, Any]) -> tuple[int, list[tuple[int, list[int]]]]:
     """The length, and of each run the head and the bytes of its extents."""
-    try:
-        length = int(header["length"])
-        sizes = [(int(head), [int(nbytes) for nbytes in extents]) for head, extents in header["runs"]]
-    except (ValueError, TypeError) as error:
-        raise OSError("what was received describes no sequence") from error
-    if length < 0 or any(head < 0 or any(nbytes < 1 for nbytes in extents) for head, extents in sizes):
-        raise OSError("what was received describes no sequence")
-    return length, sizes
+    runs = header.get("runs")
+    if not isinstance(runs, list) or not all(
+        isinstance(run, list) and len(run) == 2 and isinstance(run[1], list) for run in runs
+    ):
+        raise _BrokenOff("what was received describes no sequence")
+    return _count(header.get("length")), [(_count(head), list(map(_count, extents))) for head, extents in runs]
 
 
-def _exactly(of: socket.socket, size: int) -> bytes:
-    data = b""
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= _MOST:
+        raise _BrokenOff("what was received describes no sequence")
+    return value
+
+
+def _exactly(of: Peer, size: int) -> bytes:
+    data = bytearray()
     while len(data) < size:
-        more = of.recv(size - len(data))
+        more = of.in_time().recv(min(size - len(data), 1 << 20))
         if not more:
-            raise EOFError("the other process has gone")
+            raise _BrokenOff("the other process has gone")
         data += more
-    return data
+    return bytes(data)
 
 
 def _difference(wanted: dict[str, Any], layout: dict[str, Any]) -> str:
     return ", ".join(
-        f"{key} is {wanted.get(key)} there and {layout[key]} here" for key in layout if wanted.get(key) != layout[key]
+        f"{key} is {shown(wanted.get(key))} there and {shown(layout[key])} here"
+        for key in layout
+        if wanted.get(key) != layout[key]
     )

@@ -181,12 +181,12 @@ class Sequence:
         timeout = seconds("timeout", timeout)
         if not self.cache._arena.driver.exportable:
             raise ValueError("the cache cannot export: make it with exportable=True")
-        with export.telling(to, timeout):
+        with export.telling(to, timeout) as peer:
             [copy] = self.fork(share="alias")
             runs: export.ExportedRuns = []
             try:
                 runs = self.cache._arena.export_rows(copy._handle.name, self.cache._stream())
-                export.send(to, self.cache._exported_layout(), self.length, runs)
+                export.send(peer, self.cache._exported_layout(), self.length, runs)
             finally:
                 for _, extents in runs:
                     for _, descriptor in extents:
