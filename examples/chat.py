@@ -2,10 +2,11 @@
 
     python examples/chat.py MODEL_FOLDER [QUESTION ...]
 
-Without questions it reads them from the terminal, until an empty line.
+MODEL_FOLDER is of a model that chats as SmolLM2 does, e.g. the one that `vattn demo` unpacks. Without questions it
+reads them from the terminal, until an empty line.
 """
 
-import sys
+import argparse
 from collections.abc import Iterator
 
 import torch
@@ -13,18 +14,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import vattn
 
+parser = argparse.ArgumentParser(description="A chat that keeps its cache between turns.")
+parser.add_argument("folder", metavar="MODEL_FOLDER", help="of a model, e.g. the one that `vattn demo` unpacks")
+parser.add_argument("questions", metavar="QUESTION", nargs="*", help="what to ask; else it is read from the terminal")
+options = parser.parse_args()
+
 
 def questions() -> Iterator[str]:
-    if sys.argv[2:]:
-        yield from sys.argv[2:]
+    if options.questions:
+        yield from options.questions
     else:
         while line := input("> "):
             yield line
 
 
-folder = sys.argv[1]
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained(options.folder, local_files_only=True)
+model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32, local_files_only=True)
 cache = vattn.VirtualCache(model, max_len=4096)
 tokens = torch.empty(1, 0, dtype=torch.long)  # the whole conversation; the cache holds all of it but the last token
 

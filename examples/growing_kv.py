@@ -5,14 +5,16 @@
 Prints the same map and the same counts on both.
 """
 
-import sys
+import argparse
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import vattn
 
-device = sys.argv[1] if len(sys.argv) > 1 else "cpu"
+parser = argparse.ArgumentParser(description="K and V as plain tensors that grow in place.")
+parser.add_argument("device", nargs="?", choices=["cpu", "cuda"], default="cpu")
+device = parser.parse_args().device
 torch.manual_seed(0)
 layers, kv_heads, heads, head_dim = 32, 8, 32, 128
 dtype = torch.float32 if device == "cpu" else torch.bfloat16

@@ -5,17 +5,21 @@
 MODEL_FOLDER is any causal language model that transformers loads, e.g. the one that `vattn demo` unpacks.
 """
 
-import sys
+import argparse
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import vattn
 
-folder = sys.argv[1]
-device = sys.argv[2] if len(sys.argv) > 2 else "cpu"
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+parser = argparse.ArgumentParser(description="An unmodified Hugging Face model on a KV cache that grows in place.")
+parser.add_argument("folder", metavar="MODEL_FOLDER", help="of a model, e.g. the one that `vattn demo` unpacks")
+parser.add_argument("device", metavar="DEVICE", nargs="?", default="cpu", help="cpu (default) or cuda")
+options = parser.parse_args()
+
+device = options.device
+tokenizer = AutoTokenizer.from_pretrained(options.folder, local_files_only=True)
+model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32, local_files_only=True).to(device)
 inputs = tokenizer(["The capital of France is", "Water boils at"], return_tensors="pt", padding=True).to(device)
 
 cache = vattn.VirtualCache(model, max_len=4096)

@@ -478,7 +478,7 @@ def test_large_counts_do_not_wrap_around(large: int) -> None:
             lambda: small(slots=large),
             lambda: KVCache(layout(max_len=large), slots=4),
             lambda: KVCache(layout(layers=2, kv_heads=large), slots=4),
-            lambda: KVCache(layout(granularity=large), slots=4),
+            lambda: KVCache(layout(granularity=large), slots=4).open().grow(1),
             lambda: small(layout=layout(max_len=2**20), slots=large),
         ):
             with pytest.raises((ValueError, vattn.Error)):

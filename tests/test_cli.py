@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 
 import pytest
 
-from vattn import cli
+import vattn
+from vattn import bench, cli
 from vattn.kernels import KERNELS
 
 CONFIG = {
@@ -62,24 +64,88 @@ def test_sizes(text, nbytes):
         ["plan", "{}", "--max-len", "0", "--budget", "1G"],
         ["plan", "{}", "--max-len", "8", "--budget", "much"],
         ["plan", "{}", "--max-len", "8"],
+        ["plan", "{}", "--max-len", "9" * 4000, "--budget", "1G"],
+        ["plan", "{}", "--max-len", "8.5", "--budget", "1G"],
+        ["plan", "{}", "--max-len", "8", "--budget", "0.5"],
+        ["plan", "{}", "--max-len", "8", "--budget", "9" * 4000],
         ["nonsense"],
+        [],
     ],
 )
 def test_bad_arguments_exit_with_usage(config, arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main([argument.format(config) for argument in arguments])
     assert caught.value.code == 2
-    assert "usage: vattn" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "usage: vattn" in error
+    assert len(error) < 1000
 
 
-def test_errors_are_one_line(tmp_path, capsys):
-    for text, message in [("{}", "lacks 'num_hidden_layers'"), ("no json", "Expecting value")]:
-        (tmp_path / "config.json").write_text(text)
-        assert cli.main(["plan", str(tmp_path), "--max-len", "8", "--budget", "1G"]) == 1
-        error = capsys.readouterr().err
-        assert error.startswith("vattn plan: ")
-        assert message in error
-    assert cli.main(["plan", str(tmp_path / "missing"), "--max-len", "8", "--budget", "1G"]) == 1
+SMALL = {"model_type": "llama", "num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "lacks 'num_hidden_layers'"),
+        ("no json", "config.json is no JSON: Expecting value"),
+        ("[" * 100_000, "config.json is no JSON"),
+        ("[]", "config.json is no model's configuration"),
+        (json.dumps({**SMALL, "num_attention_heads": 0}), "'num_attention_heads'"),
+        (json.dumps({**SMALL, "num_hidden_layers": "4"}), "'num_hidden_layers' of the model's configuration must be"),
+        (json.dumps({**SMALL, "num_hidden_layers": 8.5}), "'num_hidden_layers' of the model's configuration must be"),
+        (json.dumps({"model_type": "mamba2", "num_hidden_layers": 4}), "layers must name at least one layer"),
+    ],
+)
+def test_errors_are_one_line(tmp_path, capsys, text, message):
+    (tmp_path / "config.json").write_text(text)
+    assert cli.main(["plan", str(tmp_path), "--max-len", "8", "--budget", "1G"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("vattn plan: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_file_that_is_not_there(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was asked"))
+    for arguments in (
+        ["plan", str(tmp_path / "missing"), "--max-len", "8", "--budget", "1G"],
+        ["bench", "generate", "--config", str(tmp_path / "missing")],
+        ["bench", "generate", "--config", "meta-llama/Llama-3.1-8B"],
+    ):
+        assert cli.main(arguments) == 1
+        assert "No such file" in capsys.readouterr().err
+
+
+def test_a_device_that_is_none(capsys):
+    pytest.importorskip("vattn.demo")
+    assert cli.main(["demo", "--device", "foo"]) == 1
+    assert "device 'foo' is not supported" in capsys.readouterr().err
+
+
+def test_verbose_shows_where_an_error_came_from(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        cli.main(["-v", "plan", str(tmp_path / "missing"), "--max-len", "8", "--budget", "1G"])
+    with pytest.raises(FileNotFoundError):
+        cli.main(["plan", str(tmp_path / "missing"), "--max-len", "8", "--budget", "1G", "-v"])
+
+
+def test_an_interrupt_ends_it_quietly(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_backend", interrupt)
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr().err == "vattn info: interrupted\n"
+
+
+def test_bench_map_says_what_it_does(monkeypatch, capsys):
+    for name in ("call_latency", "prompts", "growth", "replays"):
+        monkeypatch.setattr(bench, name, lambda *_, name=name, **__: [{"what": name}])
+    assert cli.main(["bench", "map", "--json"]) == 0
+    output = capsys.readouterr()
+    assert output.err.splitlines()[0] == "measuring calls (1 of 4)"
+    assert json.loads(output.out)["replay"] == [{"what": "replays"}]
 
 
 def test_the_demo_says_how_to_get_its_model(tmp_path, monkeypatch, capsys):
@@ -106,5 +172,11 @@ def test_bench_says_what_it_cannot_do(capsys):
 
 
 def test_the_command_is_a_module():
-    done = subprocess.run([sys.executable, "-m", "vattn.cli", "--help"], capture_output=True, text=True, check=True)
-    assert "demo" in done.stdout
+    for module, argument, text in (
+        ("vattn.cli", "--help", "demo"),
+        ("vattn", "--help", "demo"),
+        ("vattn", "--version", f"vattn {vattn.__version__}"),
+    ):
+        command = [sys.executable, "-m", module, argument]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert text in done.stdout

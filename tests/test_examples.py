@@ -80,3 +80,11 @@ def test_demo(folder, capsys):
     out = capsys.readouterr().out
     assert "the tokens are the same" in out
     assert "StaticCache of 1024" in out
+
+
+@pytest.mark.parametrize("name", ["chat.py", "hf_generate.py"])
+def test_examples_say_what_they_want(name):
+    done = subprocess.run([sys.executable, ROOT / "examples" / name], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "MODEL_FOLDER" in done.stderr
+    assert "Traceback" not in done.stderr

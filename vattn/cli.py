@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,19 @@ _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     options = _parser().parse_args(arguments)
+    if options.verbose:
+        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+        logging.getLogger("vattn").setLevel(logging.INFO if options.verbose == 1 else logging.DEBUG)
     try:
         result, text = options.run(options)
-    except (Error, ValueError, OSError, ImportError) as error:
+    except (Error, ValueError, TypeError, OSError, ImportError) as error:
+        if options.verbose:
+            raise
         print(f"vattn {options.command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"vattn {options.command}: interrupted", file=sys.stderr)
+        return 130
     print(json.dumps(result, indent=2) if options.json else text)
     return 0
 
@@ -38,6 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vattn", description="A KV cache whose address never changes and whose memory grows."
     )
+    parser.add_argument("--version", action="version", version=f"vattn {_version('vattn') or 'not installed'}")
+    parser.add_argument("-v", "--verbose", action="count", default=0, help="log what is done, and show tracebacks")
     commands = parser.add_subparsers(dest="command", required=True)
 
     demo = commands.add_parser("demo", help="a real model generating through vattn, and what it saves")
@@ -79,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for command in (demo, info, plan, bench):
         command.add_argument("--json", action="store_true", help="print JSON")
+        command.add_argument("-v", "--verbose", action="count", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
 
@@ -86,7 +98,9 @@ def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded, whatever a library may try
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from vattn import demo
+    from vattn.device import resolve_device
 
+    resolve_device(options.device)
     folder = options.folder or default_folder()
     folder.parent.mkdir(parents=True, exist_ok=True)
     result = demo.run(
@@ -193,8 +207,7 @@ def _backend(driver: _core.Driver) -> dict[str, Any]:
 
 
 def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    path = options.config / "config.json" if options.config.is_dir() else options.config
-    config = json.loads(path.read_text())
+    config = _read_config(options.config)
     layout = KVLayout.from_config(config, max_len=options.max_len, dtype=options.dtype, kind=options.layout)
     lengths = sorted({max(1, options.max_len // part) for part in (64, 16, 4, 1)})
     rows = [
@@ -249,6 +262,18 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return result, text
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    """The configuration in a file, or in the config.json of a folder."""
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is no model's configuration: it holds no object of JSON")
+    return config
+
+
 def _bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from vattn.device import resolve_device
 
@@ -272,14 +297,19 @@ def _bench_kernels(options: argparse.Namespace) -> dict[str, list[dict[str, Any]
 
 def _bench_generate(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaConfig
 
     from vattn import speed
     from vattn.kernels import KERNELS
 
     on_gpu = options.device.startswith("cuda")
     small = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
-    config = AutoConfig.from_pretrained(options.config) if options.config else LlamaConfig(**small)
+    config: Any = LlamaConfig(**small)
+    if options.config:
+        kind = _read_config(options.config).get("model_type", "a model that is not named")
+        if kind not in CONFIG_MAPPING:
+            raise ValueError(f"{options.config} is of {kind}, which the installed transformers does not know")
+        config = AutoConfig.from_pretrained(options.config, local_files_only=True)
     with torch.device(options.device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if on_gpu else torch.float32).eval()
     model.generation_config.eos_token_id = None
@@ -297,12 +327,18 @@ def _bench_map(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     from vattn import bench
 
     requests = read(options.trace) if options.trace else generate(options.dataset, options.requests)
-    return {
-        "calls": bench.call_latency(options.device),
-        "prompts": bench.prompts(options.device),
-        "growth": bench.growth(options.device),
-        "replay": bench.replays(options.device, requests, concurrency=options.concurrency),
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "calls": lambda: bench.call_latency(options.device),
+        "prompts": lambda: bench.prompts(options.device),
+        "growth": lambda: bench.growth(options.device),
+        "replay": lambda: bench.replays(options.device, requests, concurrency=options.concurrency),
     }
+    result = {}
+    for number, (name, measure) in enumerate(parts.items(), 1):
+        # It takes minutes, and what it prints is for other programs as well.
+        print(f"measuring {name} ({number} of {len(parts)})", file=sys.stderr, flush=True)
+        result[name] = measure()
+    return result
 
 
 def _version(package: str) -> str | None:
@@ -313,18 +349,22 @@ def _version(package: str) -> str | None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
+    if re.fullmatch(r"\+?[0-9]{1,18}", text.strip()) is None or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1 and 18 digits, not {_short(text)}")
+    return int(text)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:37]}...")
 
 
 def _size(text: str) -> int:
     """Bytes of e.g. 1500000, 16GiB, 16G or 500MB; all units are powers of 1024."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip(), re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 40GiB")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    nbytes = 0.0 if match is None else float(match[1]) * _UNITS[match[2].lower()]
+    if not 1 <= nbytes < 2**62:
+        raise argparse.ArgumentTypeError(f"{_short(text)} is not a size such as 40GiB")
+    return int(nbytes)
 
 
 def _human(nbytes: float) -> str:

@@ -13,10 +13,9 @@ A plane holds ``row_bytes`` for every position of a slot and is mapped by itself
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -34,10 +33,6 @@ ITEMSIZES = {
 }
 """Bytes of an element, by the name of the torch dtype."""
 
-# Model types all of whose layers have the window of the configuration.
-_UNIFORM_WINDOW = ("mistral", "mixtral", "phi3", "starcoder2")
-# Layers that keep a state and no rows.
-_RECURRENT = ("linear_attention", "conv")
 _LARGEST_ROW = 1 << 40  # bytes of a position in all layers
 ALIGNMENT = 16  # what kernels that load by TMA want of every stride, in bytes
 
@@ -201,9 +196,12 @@ class KVLayout:
             granularity: bytes of the smallest physical unit.
 
         Raises:
-            ValueError: the configuration lacks what a layout needs; the message names it.
+            TypeError, ValueError: the configuration lacks what a layout needs, or has what is not known; the message
+                names it.
         """
-        layers, recurrent = _described(config, dtype)
+        from vattn.configuration import described
+
+        layers, recurrent = described(config, dtype)
         return cls(layers, max_len=max_len, kind=kind, granularity=granularity, recurrent=recurrent)
 
     @cached_property
@@ -296,94 +294,15 @@ class KVLayout:
         return length if plane.window is None else min(length, plane.window)
 
 
-def _caches_latents() -> bool:
-    """Whether transformers caches what MLA expands to the heads, as it does from 5.15 on, or the heads."""
-    try:
-        major, minor, *_ = importlib.metadata.version("transformers").split(".")
-    except importlib.metadata.PackageNotFoundError:
-        return True
-    return (int(major), int(minor)) >= (5, 15)
-
-
 def layer_shapes(config: Any, *, dtype: str | None = None) -> list[LayerShape | None]:
     """The shape of each layer of a model, from a Hugging Face configuration or the mapping of a ``config.json``.
 
     Raises:
-        ValueError: a value that is needed is missing; the message names it.
+        TypeError, ValueError: something is missing, wrong or not known; the message names it.
     """
-    return _described(config, dtype)[0]
+    from vattn.configuration import described
 
-
-def _described(config: Any, dtype: str | None) -> tuple[list[LayerShape | None], bool]:
-    """The shape of each layer, and whether there are recurrent ones."""
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config(decoder=True)
-    elif isinstance(config, Mapping) and "text_config" in config:
-        config = config["text_config"]
-
-    def get(*names: str, default: Any = None) -> Any:
-        for name in names:
-            try:
-                value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
-            except RuntimeError as error:  # transformers refuses to name one value where layers differ
-                raise ValueError(f"{name} differs between layers: give KVLayout the shape of each") from error
-            if value is not None:
-                return value
-        return default
-
-    def need(*names: str) -> Any:
-        value = get(*names)
-        if value is None:
-            raise ValueError(f"the model's configuration lacks {names[0]!r}, which a KV layout needs")
-        return value
-
-    n_layers: int = need("num_hidden_layers", "n_layer", "num_layers")
-    heads: int = need("num_attention_heads", "n_head", "num_heads")
-    if (rank := get("kv_lora_rank")) is not None:  # MLA
-        rope: int = need("qk_rope_head_dim")
-        if _caches_latents():
-            shape = LayerShape(kv_heads=1, head_dim=rank, v_head_dim=rope)
-        else:
-            shape = LayerShape(kv_heads=heads, head_dim=need("qk_nope_head_dim") + rope, v_head_dim=need("v_head_dim"))
-    else:
-        if get("global_head_dim") is not None:
-            raise ValueError("head_dim differs between layers: give KVLayout the shape of each")
-        one_head = get("multi_query") and not get("new_decoder_architecture")
-        kv_heads = 1 if one_head else get("num_key_value_heads", "num_kv_heads", default=heads)
-        head_dim = get("head_dim", "d_kv") or need("hidden_size", "n_embd", "d_model") // heads
-        shape = LayerShape(kv_heads=kv_heads, head_dim=head_dim)
-    name = dtype or str(get("dtype", "torch_dtype", default="bfloat16")).removeprefix("torch.")
-    full = replace(shape, dtype=name)
-
-    window = get("sliding_window", "attention_chunk_size")
-    if get("use_sliding_window") is False:
-        window = None
-    types = get("layer_types")
-    if types is None:  # as files written by older versions of transformers have it
-        model, pattern, period = get("model_type"), get("sliding_window_pattern"), get("attn_layer_period")
-        if period is not None:
-            offset = get("attn_layer_offset", default=0)
-            types = ["linear_attention" if (i - offset) % period else "full_attention" for i in range(n_layers)]
-        elif window is None:
-            types = ["full_attention"] * n_layers
-        elif pattern is not None or model == "gemma2":
-            types = ["sliding_attention" if (i + 1) % (pattern or 2) else "full_attention" for i in range(n_layers)]
-        elif model is None or model in _UNIFORM_WINDOW:
-            types = ["sliding_attention"] * n_layers
-        else:
-            raise ValueError(f"a {model} configuration with a window needs 'layer_types' to say which layers have it")
-    local = replace(full, window=window)
-    kinds: dict[str, LayerShape | None] = {
-        "full_attention": full,
-        "sliding_attention": local,
-        "chunked_attention": local,
-        **dict.fromkeys(_RECURRENT),
-    }
-    if unknown := set(types) - set(kinds):
-        raise ValueError(f"layer_types has {sorted(unknown)}, whose cache is not known to vattn")
-    shared = get("num_kv_shared_layers", default=0)
-    shapes = [kinds[kind] if i < n_layers - shared else None for i, kind in enumerate(types)]
-    return shapes, any(kind in _RECURRENT for kind in types)
+    return described(config, dtype)[0]
 
 
 def _aligned(nbytes: int) -> int:

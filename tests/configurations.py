@@ -1,0 +1,98 @@
+"""Every configuration class of the installed transformers, beside the layers that a ``DynamicCache`` makes of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import CONFIG_MAPPING, DynamicCache
+
+from vattn import configuration
+
+_OF_LAYERS = ("layer_types", "layers_block_type", "per_layer_config")
+# Why a configuration may be refused: its layers are cached in ways that vattn has no rows for, or its model has no
+# attention heads in so many words, as models of images.
+CAUSES = (
+    "which vattn has no rows for",
+    "lacks '",
+    "must be an integer, not [",
+    "must be an integer, not (",
+    "at least 1",
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What vattn makes of one form of a configuration.
+
+    Attributes:
+        model: its type.
+        form: ``"object"``, or a mapping: ``"file"``, or ``"old file"`` where nothing says what each layer is.
+        expected: of each layer that ``DynamicCache`` makes: 0 without rows, its window, or None where it has none.
+        got: the same by vattn; None where it was refused.
+        recurrent: whether there are layers with a state, by both.
+        refusal: why it was refused.
+    """
+
+    model: str
+    form: str
+    expected: list[int | None]
+    got: list[int | None] | None
+    recurrent: tuple[bool, bool]
+    refusal: str = ""
+
+    @property
+    def right(self) -> bool:
+        if self.got is None:
+            return any(cause in self.refusal for cause in CAUSES)
+        return self.got == self.expected and self.recurrent[0] == self.recurrent[1]
+
+
+def _without(mapping: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without(value) if isinstance(value, dict) else value
+        for name, value in mapping.items()
+        if name not in _OF_LAYERS
+    }
+
+
+def _answer(model: str, form: str, given: Any, layers: list[Any]) -> Answer:
+    names = [type(layer).__name__ for layer in layers]
+    expected = [
+        getattr(layer, "sliding_window", None) if name in configuration._ROWS else 0
+        for name, layer in zip(names, layers, strict=True)
+    ]
+    recurrent = any(name in configuration._STATES for name in names)
+    try:
+        shapes, ours = configuration.described(given, None)
+    except (TypeError, ValueError) as error:
+        return Answer(model, form, expected, None, (recurrent, recurrent), str(error))
+    return Answer(model, form, expected, [s.window if s else 0 for s in shapes], (recurrent, ours))
+
+
+def answers(*wanted: str) -> Iterator[Answer]:
+    """In some forms, of those that ``DynamicCache`` knows and that can be written to a file."""
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for model, kind in CONFIG_MAPPING.items():
+                try:
+                    config = kind()
+                    file = json.loads(json.dumps(config.to_dict(), default=str))
+                except Exception:  # a class without defaults
+                    continue
+                forms: dict[str, Any] = {"object": config, "file": file, "old file": _without(file)}
+                for form in wanted:
+                    given = forms[form]
+                    try:
+                        layers = DynamicCache(config=kind.from_dict(dict(given)) if form != "object" else given).layers
+                    except Exception:  # of a model without a cache
+                        continue
+                    yield _answer(model, form, given, layers)
+    finally:
+        logging.disable(logging.NOTSET)

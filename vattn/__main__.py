@@ -1,0 +1,7 @@
+"""``python -m vattn`` is the command ``vattn``."""
+
+import sys
+
+from vattn.cli import main
+
+sys.exit(main())

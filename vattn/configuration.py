@@ -1,0 +1,258 @@
+"""What a model's configuration says of the K and V of its layers.
+
+Where transformers is installed and knows the model, its configuration class reads the file and its ``DynamicCache``
+says which layers keep what. Elsewhere the names of keys are known, also those of older files, and what might be
+misunderstood is refused.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from vattn.arguments import integer, shown
+from vattn.layout import LayerShape
+
+# Keys of numbers that a layout is made of, by what they are called in different models.
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads")
+_HEAD_DIM = ("head_dim", "d_kv")
+_HIDDEN = ("hidden_size", "n_embd", "d_model")
+_NUMBERS = (*_LAYERS, *_HEADS, *_KV_HEADS, *_HEAD_DIM, *_HIDDEN)
+
+# The cache layers of transformers that vattn has rows for, and those that keep nothing that grows with a sequence.
+_ROWS = ("DynamicLayer", "DynamicSlidingWindowLayer")
+_STATES = ("LinearAttentionLayer",)
+_NOTHING = ("DummyLayer",)
+
+# What ``layer_types`` may say.
+_FULL = ("full_attention", "attention")
+_LOCAL = ("sliding_attention", "chunked_attention")
+_RECURRENT = ("linear_attention", "conv", "mamba", "recurrent")
+_WITHOUT = ("mlp", "moe")
+# Model types all of whose layers have the window of the configuration.
+_UNIFORM_WINDOW = ("mistral", "mixtral", "phi3", "starcoder2")
+# Model types whose classes make something else of their keys than others do.
+_BY_CLASS = ("dory", "longcat_flash", "neomme", "zamba", "zaya")
+# Parts of keys that tell of layers of other kinds, or of windows of some: without ``layer_types`` they are not known.
+_OTHER_KINDS = (
+    *(
+        "mamba",
+        "ssm",
+        "conv",
+        "linear_",
+        "recurrent",
+        "lru",
+        "rnn",
+        "state_size",
+        "hybrid",
+        "block_types",
+        "index_topk",
+    ),
+    *("full_att", "local_attention", "global_att", "attn_layer", "layer_indices", "sublayer", "per_layer"),
+)
+_HARMLESS = ("per_layer_input", "is_hybrid", "linear_bias", "conv_bias", "conv_act")
+
+
+def described(config: Any, dtype: str | None) -> tuple[list[LayerShape | None], bool]:
+    """The shape of each layer, None for one that has no rows, and whether there are recurrent ones.
+
+    Args:
+        config: a Hugging Face configuration, or the mapping of a ``config.json``.
+        dtype: name of the dtype that K and V are kept in; None is the configuration's.
+
+    Raises:
+        TypeError, ValueError: something is missing, wrong or not known; the message names it.
+    """
+    if isinstance(config, Mapping):
+        _require_numbers(config)
+        config = _read_by_transformers(config)
+    elif not hasattr(config, "__dict__"):
+        raise TypeError(f"config must be a model's configuration or the mapping of a config.json, not {shown(config)}")
+    kinds = _kinds_by_transformers(config)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    elif isinstance(config, Mapping) and isinstance(config.get("text_config"), Mapping):
+        config = config["text_config"]
+        _require_numbers(config)
+    get = _getter(config)
+    name = dtype or str(get("dtype", "torch_dtype", default="bfloat16")).removeprefix("torch.")
+    if kinds is None:
+        kinds = _kinds_by_keys(get, list(config) if isinstance(config, Mapping) else list(vars(config)))
+    each = list(getattr(config, "per_layer_config", ()))
+    if len(each) != len(kinds):
+        each = [config] * len(kinds)
+    shapes: list[LayerShape | None] = [
+        replace(_shape(_getter(of_layer)), dtype=name, window=window) if rows else None
+        for of_layer, (rows, window, _) in zip(each, kinds, strict=True)
+    ]
+    return shapes, any(recurrent for _, _, recurrent in kinds)
+
+
+_Kind = tuple[bool, "int | None", bool]  # of a layer: whether it has rows, its window, whether it keeps a state
+
+
+def _getter(config: Any) -> Callable[..., Any]:
+    def get(*names: str, default: Any = None) -> Any:
+        for name in names:
+            try:
+                value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+            except RuntimeError as error:  # transformers refuses to name one value where layers differ
+                raise ValueError(f"{name} differs between layers: give KVLayout the shape of each") from error
+            if value is not None:
+                return value
+        return default
+
+    return get
+
+
+def _number(get: Callable[..., Any], *names: str) -> int:
+    value = get(*names)
+    if value is None:
+        raise ValueError(f"the model's configuration lacks {names[0]!r}, which a KV layout needs")
+    return _checked(next(name for name in names if get(name) is not None), value)
+
+
+def _checked(name: str, value: Any) -> int:
+    return integer(f"{name!r} of the model's configuration", value, 1)
+
+
+def _require_numbers(config: Mapping[str, Any]) -> None:
+    """Numbers of a file, which classes of transformers would take for what they are not."""
+    for name in _NUMBERS:
+        value = config.get(name)
+        if value is not None and not isinstance(value, (list, tuple)):  # which a few models have for each layer
+            integer(f"{name!r} of the model's configuration", value, 0 if name in _HEAD_DIM else 1)
+
+
+def _read_by_transformers(config: Mapping[str, Any]) -> Any:
+    """A configuration of transformers', or the mapping itself where that does not know the model."""
+    kind = config.get("model_type")
+    try:
+        known = importlib.import_module("transformers").CONFIG_MAPPING
+    except ImportError:
+        return config
+    if not isinstance(kind, str) or kind not in known:
+        return config
+    try:
+        return known[kind].from_dict(dict(config))
+    except Exception as error:
+        raise ValueError(f"the model's configuration is none of {kind}: {str(error)[:300]}") from error
+
+
+def _kinds_by_transformers(config: Any) -> list[_Kind] | None:
+    """Of each layer, as ``DynamicCache`` has them; None where it does not say all, or of another configuration."""
+    if not hasattr(config, "per_layer_config"):
+        return None
+    caches = importlib.import_module("transformers.cache_utils")
+    try:
+        layers = caches.DynamicCache(config=config).layers
+    except Exception as error:
+        raise ValueError(f"DynamicCache has no layers for a model of type {config.model_type}: {error!r}") from error
+    kinds: list[_Kind] = []
+    for index, layer in enumerate(layers):
+        name = type(layer).__name__
+        if name not in (*_ROWS, *_STATES, *_NOTHING):
+            raise ValueError(f"layer {index} is cached by a {name}, which vattn has no rows for")
+        kinds.append((name in _ROWS, getattr(layer, "sliding_window", None), name in _STATES))
+    return kinds
+
+
+def _kinds_by_keys(get: Callable[..., Any], keys: list[str]) -> list[_Kind]:
+    """Of each layer, by the keys of files, old ones too."""
+    count, model = _number(get, *_LAYERS), get("model_type")
+    if model in _BY_CLASS:
+        raise ValueError(f"a {model} configuration is understood with a transformers that knows the model alone")
+    window = get("sliding_window", "attention_chunk_size", "attention_window_size")
+    if get("use_sliding_window") is False:
+        window = None
+    types = _types(get, keys, count, model, window)
+    if not isinstance(types, (list, tuple)) or len(types) != count:
+        raise ValueError(f"layer_types must name {count} layers, as many as the model has, not {shown(types)}")
+    if unknown := sorted({str(kind) for kind in types} - {*_FULL, *_LOCAL, *_RECURRENT, *_WITHOUT}):
+        raise ValueError(f"layer_types has {unknown}, whose cache is not known to vattn")
+    if window is not None:
+        window = _checked("sliding_window", window)
+    elif any(kind in _LOCAL for kind in types):
+        raise ValueError("the model's configuration has layers with a window and lacks 'sliding_window'")
+    shared = get("num_kv_shared_layers", default=0)
+    return [
+        (
+            kind in (*_FULL, *_LOCAL) and index < count - shared,
+            window if kind in _LOCAL else None,
+            kind in _RECURRENT,
+        )
+        for index, kind in enumerate(types)
+    ]
+
+
+def _types(get: Callable[..., Any], keys: list[str], count: int, model: Any, window: int | None) -> Any:
+    """What each layer is, from ``layer_types`` or the keys that were there before it."""
+    if (types := get("layer_types", "layers_block_type")) is not None:
+        return types
+
+    def one_in(period: Any, last: bool, other: str, of: str = "full_attention") -> list[str]:
+        period = _checked("the distance of layers", period)
+        return [of if (i + last) % period == 0 else other for i in range(count)]
+
+    if (period := get("attn_layer_period")) is not None:  # jamba
+        offset = get("attn_layer_offset", default=0)
+        return ["full_attention" if (i - offset) % period == 0 else "mamba" for i in range(count)]
+    if (period := get("full_attention_interval")) is not None:  # qwen3_next
+        return one_in(period, True, "linear_attention")
+    if (indices := get("attn_layer_indices", "full_attn_idxs")) is not None:  # bamba, lfm2
+        return ["full_attention" if i in indices else "linear_attention" for i in range(count)]
+    if (blocks := get("block_types", "_block_types")) and get("attention_window_size"):  # recurrent_gemma
+        types = {"attention": "sliding_attention"}
+        return [types.get(blocks[i % len(blocks)], blocks[i % len(blocks)]) for i in range(count)]
+    if (pattern := get("hybrid_override_pattern")) is not None:  # nemotron_h
+        letters = {"*": "full_attention", "M": "mamba", "-": "mlp", "E": "moe"}
+        return [letters.get(letter, letter) for letter in pattern]
+    # `cache`, `_attn_implementation` and the like say nothing of layers.
+    telling = [key for key in keys if any(part in key for part in _OTHER_KINDS) and not key.startswith("_")]
+    telling = [key for key in telling if get(key) is not None and not any(part in key for part in _HARMLESS)]
+    if telling:
+        raise ValueError(f"a configuration with {telling[0]!r} needs 'layer_types' to say what each layer keeps")
+    pattern = get("sliding_window_pattern")
+    if window is None:
+        return ["full_attention"] * count
+    if pattern is not None or model == "gemma2":
+        return one_in(pattern or 2, True, "sliding_attention")
+    if model is None or model in _UNIFORM_WINDOW:
+        return ["sliding_attention"] * count
+    raise ValueError(f"a {model} configuration with a window needs 'layer_types' to say which layers have it")
+
+
+def _shape(get: Callable[..., Any]) -> LayerShape:
+    """The heads of a layer, whatever its dtype and window."""
+    heads = _number(get, *_HEADS)
+    if (rank := get("kv_lora_rank")) is not None:  # MLA
+        rank, rope = _checked("kv_lora_rank", rank), _number(get, "qk_rope_head_dim")
+        if _caches_latents():
+            return LayerShape(kv_heads=1, head_dim=rank, v_head_dim=rope)
+        return LayerShape(
+            kv_heads=heads, head_dim=_number(get, "qk_nope_head_dim") + rope, v_head_dim=_number(get, "v_head_dim")
+        )
+    if get("global_head_dim") is not None:
+        raise ValueError("head_dim differs between layers: give KVLayout the shape of each")
+    one_head = get("multi_query") and not get("new_decoder_architecture")
+    kv_heads = 1 if one_head else heads if get(*_KV_HEADS) is None else _number(get, *_KV_HEADS)
+    if get(*_HEAD_DIM) is not None:
+        return LayerShape(kv_heads=kv_heads, head_dim=_number(get, *_HEAD_DIM))
+    hidden = _number(get, *_HIDDEN)
+    if hidden < heads:
+        raise ValueError(f"{_HIDDEN[0]!r} of the model's configuration, {hidden}, is less than its {heads} heads")
+    return LayerShape(kv_heads=kv_heads, head_dim=hidden // heads)
+
+
+def _caches_latents() -> bool:
+    """Whether transformers caches what MLA expands to the heads, as it does from 5.15 on, or the heads."""
+    try:
+        major, minor, *_ = importlib.metadata.version("transformers").split(".")
+    except importlib.metadata.PackageNotFoundError:
+        return True
+    return (int(major), int(minor)) >= (5, 15)
