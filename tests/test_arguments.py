@@ -383,7 +383,7 @@ def of_make(make: str, argument: str, right: dict[str, Any]) -> None:
 
 
 for make in MAKES:
-    of_make(make, "max_len", COUNT)
+    of_make(make, "max_len", {**COUNT, **NOTHING} if make == "VirtualCache" else COUNT)
     of_make(make, "lookahead", {**COUNT, **NOTHING})
     of_make(make, "mapper", FLAG)
     of_make(make, "layout", {})

@@ -86,6 +86,31 @@ def test_no_memory_in_a_hybrid(name, made_with):
         cache.check()
 
 
+@pytest.mark.parametrize("made_with", ["model", "config"])
+@pytest.mark.parametrize("options", [{"num_beams": 4}, {"num_beams": 4, "num_return_sequences": 2}])
+@pytest.mark.parametrize("name", [*HYBRIDS, "t5"])
+def test_beams_behind_memory_that_was_reserved(name, options, made_with):
+    """Beams begin as rows that are the same, of which the first alone has memory: also where all were given it."""
+    model = build("t5", "eager", "cpu") if name == "t5" else hybrid(name)
+    inputs = prompt(2, 60, "cpu")
+    given = model if made_with == "model" else model.config
+    caches = [DynamicCache(config=model.config) for _ in range(2)], [VirtualCache(given, max_len=256) for _ in range(2)]
+    expected, got = (
+        model.generate(
+            **inputs,
+            max_new_tokens=30,
+            do_sample=False,
+            **options,
+            **{CACHE_KEYWORD: EncoderDecoderCache(*pair) if name == "t5" else pair[0]},
+        )
+        for pair in caches
+    )
+    assert torch.equal(got, expected)
+    for cache in caches[1]:
+        cache.check()
+        cache.close()
+
+
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_a_hybrids_call_that_ends_halfway_is_told(name, monkeypatch):
     model = hybrid(name)

@@ -18,6 +18,8 @@ from transformers import GenerationMixin
 CACHE_KEYWORDS = ("cache", "past_key_values")
 deciding: contextvars.ContextVar[bool] = contextvars.ContextVar("deciding", default=False)
 """Whether what is called is the model itself, for a step."""
+replaced: contextvars.ContextVar[Any] = contextvars.ContextVar("replaced", default=None)
+"""The ``VirtualCache`` of the ``generate`` that runs here, which models of encoders and decoders replace by another."""
 _greedy: contextvars.ContextVar[Greedy | None] = contextvars.ContextVar("greedy", default=None)
 
 
@@ -126,8 +128,13 @@ def claim_in_generate() -> None:
     @functools.wraps(original)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         with contextlib.ExitStack() as claims:
-            for _, cache in _halves_in(kwargs):
-                claims.enter_context(cache.claimed())
+            last = None
+            for half, last in _halves_in(kwargs):
+                claims.enter_context(last.claimed())
+                if half == "cross":
+                    last.serve_as_cross()
+            token = replaced.set(last)
+            claims.callback(replaced.reset, token)
             return original(self, *args, **kwargs)
 
     GenerationMixin.generate = generate
@@ -305,6 +312,8 @@ class Forward:
                 if half == "whole" and cache.decoder is not None:
                     compute = around.enter_context(cache.prompt(self, given))
             for half, cache in halves:
+                if half == "cross":
+                    cache.serve_as_cross()
                 around.enter_context(cache.in_call(self.model, given, half))
             if compute is not None and (output := compute(lambda: original(*args, **kwargs))) is not None:
                 return output

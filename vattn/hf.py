@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import logging
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
@@ -20,7 +21,7 @@ import transformers
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from vattn import attach
-from vattn.arguments import shown
+from vattn.arguments import flag, shown
 from vattn.attach import Forward
 from vattn.cache import CacheStats, KVCache
 from vattn.decode import Decoder
@@ -31,8 +32,9 @@ from vattn.layout import Kind, KVLayout, LayerShape
 from vattn.plan import tokens_of
 from vattn.scales import Scales
 from vattn.step import running
-from vattn.store import Options, Store
+from vattn.store import Options, Store, last_of_thread
 
+_LOG = logging.getLogger("vattn")
 _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 CACHE_KEYWORD = "cache" if _VERSION >= (5, 24) else "past_key_values"
 """By what keyword models of the installed transformers take a cache, for programs that run with several versions."""
@@ -112,6 +114,12 @@ class _VirtualLayer(DynamicLayer):  # type: ignore[misc]
         """Positions appended so far."""
         return self._store.lengths[self._index]
 
+    def get_max_length(self) -> int:
+        """Positions that there may be, ``max_len``."""
+        return self._store.options.max_len
+
+    get_max_cache_shape = get_max_length  # as it was called before transformers 5.13
+
     def cropped_length(self, argument: int) -> int:
         """The length that ``crop(argument)`` leaves, in the terms of the installed transformers."""
         length, argument = self._store.lengths[self._index], int(argument)  # which transformers may give as a tensor
@@ -165,6 +173,12 @@ class _VirtualSlidingLayer(_VirtualLayer, DynamicSlidingWindowLayer):  # type: i
         self._index = index
         DynamicSlidingWindowLayer.__init__(self, sliding_window)
 
+    def get_max_length(self) -> int:
+        """Positions that a query sees, as of the layers that this one stands for."""
+        return int(self.sliding_window)
+
+    get_max_cache_shape = get_max_length
+
     @property
     def cumulative_length(self) -> int:
         return self._store.lengths[self._index]
@@ -200,8 +214,10 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
 
     Args:
         config: the model, or its configuration, which tells the layers and their windows. Given the model, decode steps
-            run on vattn's attention, and on CUDA as replays of a graph: see ``decode_stats``.
-        max_len: positions of the longest sequence. Costs addresses only.
+            run on vattn's attention, and on CUDA as replays of a graph: see ``decode_stats``. None takes layers as they
+            come. K and V of each layer in a list fill the cache, as transformers does when it rebuilds one.
+        max_len: positions of the longest sequence. Costs addresses only. None is what the configuration allows,
+            ``max_position_embeddings``.
         slots: rows of the largest batch; None reserves plenty. A batch above a given number is an error.
         device: the device all layers must compute on.
         dtype: the dtype all layers must compute in.
@@ -224,6 +240,11 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             prompt gets copies, as the ``keys`` of a layer are. None stores what the model computes.
         kv_scales: what K and V are divided by before they are rounded: two numbers, or two tensors ``[layers]`` or
             ``[layers, kv_heads]``. None is 1.
+        offloading: False; it is there since transformers names it when it rebuilds a cache in ``generate``, where what
+            is not given is that of the cache that it replaces.
+
+    Layers that keep more than K and V, as those of DeepSeek-V3.2 and Falcon-H1, stay transformers' own: see
+    ``foreign_layers``. It is a context manager, which closes it.
 
     One thread at a time uses it. What raises in a call of the model has appended nothing.
 
@@ -240,7 +261,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         self,
         config: Any,
         *,
-        max_len: int,
+        max_len: int | None = None,
         slots: int | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
@@ -254,16 +275,26 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         run_ahead: bool = True,
         kv_dtype: str | torch.dtype | None = None,
         kv_scales: tuple[Any, Any] | None = None,
+        offloading: bool = False,
     ) -> None:
+        if flag("offloading", offloading):
+            raise ValueError("offloading is not for a VirtualCache: give it a budget, or use a DynamicCache")
         if kv_dtype is None and kv_scales is not None:
             raise ValueError("kv_scales need a kv_dtype")
         decoder = Decoder(attention, capture, compiled, run_ahead)
         model = config if isinstance(config, torch.nn.Module) else None
         config = config if model is None else getattr(model, "config", model)
+        layers = config if isinstance(config, (list, tuple)) and all(map(_is_layer, config)) else ()
+        config = None if layers else config
         if config is not None and not hasattr(config, "get_text_config"):
             raise TypeError(f"config must be a model of transformers or its configuration, not {shown(config)}")
+        if max_len is None and (replaced := _replaced_options(layers)) is not None:
+            super().__init__(config=config)
+            _virtualize(self, replaced)
+            self._fill(layers)
+            return
         options = Options(
-            max_len=max_len,
+            max_len=_longest(config) if max_len is None else max_len,
             slots=slots,
             device=device,
             dtype=dtype,
@@ -276,10 +307,16 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         )
         super().__init__(config=config)
         _virtualize(self, options)
+        self._fill(layers)
         if model is not None:
             self.decoder = decoder
             self._model = weakref.ref(model)
             attach.attach(model, self)
+
+    def _fill(self, layers: Any) -> None:
+        for index, (k, v, *_) in enumerate(layers):
+            if k is not None and v is not None:
+                self.update(k, v, index)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -458,6 +495,26 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         """Computes a model's call as a decode step; None where it is none, or the cache was made without the model."""
         return self.decoder and self.decoder.step(self._store, forward, args, kwargs)
 
+    @property
+    def foreign_layers(self) -> dict[str, list[int]]:
+        """Layers that keep rows and are transformers' own, by their class: no option of this cache is of them."""
+        return _foreign(self.layers)
+
+    def serve_as_cross(self) -> None:
+        """Has the empty cache keep all positions, as those of an encoder, whatever windows a decoder's layers have."""
+        store = self._store
+        if store.seen or not any(store.windows):
+            return
+        store.windows[:] = [None] * len(store.windows)
+        for layer in list(self._own()):
+            self.layers[layer._index] = _VirtualLayer(store, layer._index)
+
+    def __enter__(self) -> VirtualCache:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def decode_stats(self) -> DecodeStats | None:
         """How decode steps ran so far; None where the cache was made with a configuration."""
         return None if self.decoder is None else self.decoder.stats()
@@ -611,6 +668,45 @@ def _expected_layers(model: Any, store: Store) -> dict[int, tuple[torch.device, 
     }
 
 
+def _is_layer(value: Any) -> bool:
+    """Whether it is K and V of a layer, and perhaps more."""
+    return isinstance(value, (list, tuple)) and len(value) >= 2 and all(isinstance(t, torch.Tensor) for t in value[:2])
+
+
+def _longest(config: Any) -> int:
+    """Positions that a model is made for."""
+    found = None if config is None else getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if found is None:
+        raise ValueError("max_len must be given: no configuration says max_position_embeddings")
+    return int(found)
+
+
+def _replaced_options(layers: Any) -> Options | None:
+    """Of the cache that transformers replaces by another one here, if any."""
+    if (cache := attach.replaced.get()) is not None:
+        return cache._store.options  # type: ignore[no-any-return]
+    store = last_of_thread() if layers else None
+    return None if store is None else store.options
+
+
+def _foreign(layers: list[Any]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for index, layer in enumerate(layers):
+        if isinstance(layer, DynamicLayer) and not isinstance(layer, _VirtualLayer):
+            found.setdefault(type(layer).__name__, []).append(index)
+    return found
+
+
+@functools.cache
+def _tell_foreign(kind: str, count: int, of: int) -> None:
+    _LOG.warning(
+        "%d of %d layers keep more than K and V (%s) and stay transformers' own: no option of the cache is of them",
+        count,
+        of,
+        kind,
+    )
+
+
 @contextlib.contextmanager
 def install(**options: Any) -> Iterator[None]:
     """While it lasts, every ``DynamicCache`` that is made in this process is a ``VirtualCache``.
@@ -664,3 +760,5 @@ def _virtualize(cache: Any, options: Options) -> None:
                     "them: make the cache empty, and update it"
                 )
             cache.update(layer.keys, layer.values, index)
+    for kind, indices in _foreign(layers).items():
+        _tell_foreign(kind, len(indices), len(layers))

@@ -428,7 +428,7 @@ class Store:
     @contextlib.contextmanager
     def _tearing(self, index: int) -> Iterator[None]:
         """Notes after an error what cannot be taken back: layers of other kinds, or of a decoder, that have gone on."""
-        before = getattr(_last, "store", lambda: None)()
+        before = last_of_thread()
         _last.store = weakref.ref(self)
         try:
             yield
@@ -524,6 +524,11 @@ class Store:
         if first:
             groups = (size for size in range(batch, 0, -1) if batch % size == 0)
             self.twins = next(g for g in groups if all(same[i - 1] for i in range(1, batch) if i % g))
+            # Those that follow the first of their group have no memory, also where it was reserved.
+            followers = [row for rows in self.rows.values() for i, row in enumerate(rows) if i % self.twins]
+            for row in followers:
+                if row.length:
+                    row.truncate(0)
         elif not all(same[i - 1] for i in range(1, batch) if i % self.twins):
             # Later layers of this step will write where all layers have their rows: nothing may be shared.
             self.settle(share="copy")
@@ -979,3 +984,9 @@ def _described(found: tuple[Place, LayerShape]) -> str:
 
 def _signature(k: torch.Tensor, v: torch.Tensor) -> tuple[Any, ...]:
     return k.shape[1], k.shape[3], v.shape[3], k.dtype, v.dtype, k.device, v.device
+
+
+def last_of_thread() -> Store | None:
+    """The store that this thread last appended to, while it is there."""
+    store: Store | None = getattr(_last, "store", lambda: None)()
+    return store
