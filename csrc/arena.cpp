@@ -70,7 +70,11 @@ Arena::Arena(std::shared_ptr<Driver> driver, std::vector<Plane> planes, ArenaOpt
       reservation_(driver_, checked_reservation(options, planes, driver_->granularity())),
       pool_(driver_, options.budget),
       host_(std::make_shared<HostPool>(driver_, options.host_budget)),
-      slots_(options.slots + 1) {
+      slots_(options.slots + 1),
+      bare_(options.slots),
+      parked_(options.slots),
+      starved_(options.slots) {
+  for (std::size_t slot = 0; slot < options.slots; ++slot) bare_.set(slot, true);
   std::size_t offset = 0;
   for (const Plane& plane : planes) {
     const std::size_t stride = stride_of(plane, options_, driver_->granularity());
@@ -104,11 +108,11 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
   const auto choose = [&] {
     bool others = false;
     auto best = std::make_tuple(true, kNever, false, kNever, 0);
-    for (std::size_t index = 0; index < options_.slots; ++index) {
+    // Whether it may be had.
+    const auto consider = [&](std::size_t index) {
       const Slot& slot = slots_[index];
-      if (slot.state == State::running || (wanted && index != *wanted)) continue;
       others = others || slot.held;
-      if (slot.held) continue;
+      if (slot.held) return false;
       std::size_t lacking = 0;
       std::size_t beyond = 0;
       for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
@@ -128,6 +132,16 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
         best = rank;
         chosen = index;
       }
+      return true;
+    };
+    if (wanted) {
+      if (slots_[*wanted].state != State::running) consider(*wanted);
+    } else {
+      for (std::size_t index = parked_.next(0); index < options_.slots; index = parked_.next(index + 1))
+        consider(index);
+      // Bare ones are alike.
+      for (std::size_t index = bare_.next(0); index < options_.slots && !consider(index);)
+        index = bare_.next(index + 1);
     }
     return chosen != kNever || !others;
   };
@@ -157,9 +171,17 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
   return chosen;
 }
 
+void Arena::set_state(Slot& slot, State state) noexcept {
+  slot.state = state;
+  const auto index = static_cast<std::size_t>(&slot - slots_.data());
+  if (index == options_.slots) return;
+  bare_.set(index, state == State::bare);
+  parked_.set(index, state == State::parked);
+}
+
 // Makes a slot, whose memory may be used in the stream, run with its first rows.
 void Arena::begin(Slot& slot, std::size_t positions, Stream stream) {
-  slot.state = State::running;
+  set_state(slot, State::running);
   slot.begun = ++clock_;
   slot.length = positions;
   slot.expected = 0;
@@ -198,8 +220,14 @@ void Arena::drop_unwritable(Slot& slot, std::size_t index) {
   if (!slot.retired.empty()) post_housekeeping({});
 }
 
-void Arena::grow(Slots names, std::size_t positions, std::size_t keep, Stream stream) {
-  require_possible(positions);
+void Arena::grow(Slots names, PerSlot positions, PerSlot keep, Stream stream) {
+  if (!positions.serves(names.size()) || !keep.serves(names.size()))
+    throw std::invalid_argument("there must be one number for all slots, or one for each");
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    if (positions[i] <= options_.max_len) continue;
+    const std::string which = names.size() == 1 ? "" : "sequence " + std::to_string(i) + " of the batch: ";
+    throw SequenceTooLong(which + too_long(positions[i]));
+  }
   Lock lock = locked();
   require_open();
   const std::vector<std::size_t> slots = running_slots(names, "grow");
@@ -211,7 +239,7 @@ void Arena::grow(Slots names, std::size_t positions, std::size_t keep, Stream st
   on_mapper([&] { grow_with_driver(names, positions, stream); });
 }
 
-void Arena::grow_with_driver(Slots names, std::size_t positions, Stream stream) {
+void Arena::grow_with_driver(Slots names, PerSlot positions, Stream stream) {
   Lock lock = locked();
   require_open();
   const std::vector<std::size_t> slots = running_slots(names, "grow");
@@ -219,9 +247,9 @@ void Arena::grow_with_driver(Slots names, std::size_t positions, Stream stream) 
   require_open();
   running_slots(names, "grow");
   map_up_to(slots, positions, Urgency::demand, lock);
-  for (const std::size_t slot : slots) {
-    slots_[slot].hit_at = kNever;  // it was waited for
-    advance(slot, positions, stream);
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    slots_[slots[i]].hit_at = kNever;  // it was waited for
+    advance(slots[i], positions[i], stream);
   }
 }
 
@@ -230,7 +258,8 @@ std::size_t Arena::extend(std::size_t name, std::size_t count, Stream stream) {
   require_open();
   running(name, "grow");
   if (const auto reached = extend_in_place(name, count, stream)) return *reached;
-  if (discard_due_now(Slots(&name, 1), slots_[slot_of(name)].length, stream, lock) && mapper_)
+  const std::size_t length = slots_[slot_of(name)].length;
+  if (discard_due_now(Slots(&name, 1), PerSlot(length), stream, lock) && mapper_)
     if (const auto reached = extend_in_place(name, count, stream)) return *reached;
   lock.unlock();
   ++misses_;
@@ -251,7 +280,8 @@ std::size_t Arena::extend_with_driver(std::size_t name, std::size_t count, Strea
   for (;;) {
     const std::size_t before = slot.length;
     require_possible(count, before);
-    map_up_to(Slots(&index, 1), before + count, Urgency::demand, lock);
+    const std::size_t positions = before + count;
+    map_up_to(Slots(&index, 1), PerSlot(positions), Urgency::demand, lock);
     // While it was mapped another caller may have grown into what there was.
     if (slot.length != before) continue;
     slot.hit_at = kNever;  // it was waited for
@@ -270,15 +300,17 @@ std::optional<std::size_t> Arena::extend_in_place(std::size_t name, std::size_t 
   const std::size_t index = slot_of(name);
   const std::size_t before = slots_[index].length;
   require_possible(count, before);
-  if (!grow_in_place(Slots(&index, 1), before + count, before, stream)) return std::nullopt;
-  return before + count;
+  const std::size_t positions = before + count;
+  if (!grow_in_place(Slots(&index, 1), PerSlot(positions), PerSlot(before), stream)) return std::nullopt;
+  return positions;
 }
 
 // Gives back what windows have passed, where something is to be given back; false where nothing is.
-bool Arena::discard_due_now(Slots names, std::size_t keep, Stream stream, Lock& lock) {
+bool Arena::discard_due_now(Slots names, PerSlot keep, Stream stream, Lock& lock) {
   const std::vector<std::size_t> slots = running_slots(names, "grow");
-  if (std::none_of(slots.begin(), slots.end(), [&](std::size_t slot) { return discard_due(slots_[slot], keep); }))
-    return false;
+  bool due = false;
+  for (std::size_t i = 0; i < slots.size() && !due; ++i) due = discard_due(slots_[slots[i]], keep[i]);
+  if (!due) return false;
   const Hold hold(*this, slots, lock);  // who forks one of them counts on its runs
   const Fences fresh = fences_of(slots, stream, lock);
   require_open();
@@ -290,7 +322,7 @@ bool Arena::discard_due_now(Slots names, std::size_t keep, Stream stream, Lock& 
 // Maps what the held slots lack up to so many positions. A demand waits for fences, takes from everybody what no
 // sequence has rows in, and throws when that is not enough. What is done ahead neither waits nor takes what others will
 // need soon, and then is false: nothing has changed.
-bool Arena::map_up_to(Slots slots, std::size_t positions, Urgency urgency, Lock& lock) {
+bool Arena::map_up_to(Slots slots, PerSlot positions, Urgency urgency, Lock& lock) {
   const bool demand = urgency == Urgency::demand;
   // At first as much as serves later growth too, from what nobody needs; then only what is asked for, from everybody.
   bool exact = false;
@@ -342,8 +374,9 @@ bool Arena::map_up_to(Slots slots, std::size_t positions, Urgency urgency, Lock&
   return true;
 }
 
-bool Arena::try_grow(Slots names, std::size_t positions, std::size_t keep, Stream stream) {
+bool Arena::try_grow(Slots names, PerSlot positions, PerSlot keep, Stream stream) {
   const Lock lock = locked();
+  if (!positions.serves(names.size()) || !keep.serves(names.size())) return false;
   for (const std::size_t name : names)
     if (!is_running(name)) return false;
   return !closed_ && grow_in_place(names, positions, keep, stream);
@@ -353,12 +386,12 @@ bool Arena::discard_due(const Slot& slot, std::size_t keep) const noexcept {
   return slot.next_discard <= std::min(keep, slot.length);
 }
 
-bool Arena::grow_in_place(Slots names, std::size_t positions, std::size_t keep, Stream stream) {
-  for (const std::size_t name : names) {
-    const Slot& slot = slots_[slot_of(name)];
-    if (slot.capacity < positions || discard_due(slot, keep)) return false;
+bool Arena::grow_in_place(Slots names, PerSlot positions, PerSlot keep, Stream stream) {
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    const Slot& slot = slots_[slot_of(names[i])];
+    if (slot.capacity < positions[i] || discard_due(slot, keep[i])) return false;
   }
-  for (const std::size_t name : names) advance(slot_of(name), positions, stream);
+  for (std::size_t i = 0; i < names.size(); ++i) advance(slot_of(names[i]), positions[i], stream);
   return true;
 }
 
@@ -395,7 +428,7 @@ bool Arena::prefetch(std::size_t name, std::size_t positions) {
     require_open();
     running(name, "prefetch");
     const Waiting waiting(*this);
-    map_up_to(Slots(&index, 1), positions, Urgency::demand, lock);
+    map_up_to(Slots(&index, 1), PerSlot(positions), Urgency::demand, lock);
   } catch (...) {
     slot.wanted = before;
     throw;
@@ -463,7 +496,7 @@ void Arena::release(Slots names, Stream stream) {
     if (!empty) cover(slot, stream, fresh);
     if (slot.known == 0) drop_unwritable(slot, index);
     slot.length = 0;
-    slot.state = empty ? State::bare : State::parked;
+    set_state(slot, empty ? State::bare : State::parked);
     slot.parked_at = ++clock_;
     slot.streams.clear();
     refresh(slot);
@@ -529,7 +562,7 @@ void Arena::close() {
     // Everything the device was given is waited for at once instead.
     for (Loose& loose : slots_[index].retired) loose.fences.clear();
     slots_[index].fences.clear();
-    slots_[index].state = State::bare;
+    set_state(slots_[index], State::bare);
     slots_[index].length = slots_[index].known = 0;
     refresh(slots_[index]);
   }
@@ -593,6 +626,10 @@ Arena::Slot& Arena::running(std::size_t name, const char* what) {
     throw std::invalid_argument(std::string("cannot ") + what + ": slot " + std::to_string(slot_of(name)) +
                                 (name >> kSlotBits == 0 ? " has no sequence" : " is not this sequence's any more"));
   return slots_[slot_of(name)];
+}
+
+const Arena::Slot& Arena::running(std::size_t name, const char* what) const {
+  return const_cast<Arena*>(this)->running(name, what);
 }
 
 std::vector<std::size_t> Arena::running_slots(Slots names, const char* what) {
@@ -664,8 +701,12 @@ std::size_t Arena::widest_row() const noexcept {
 
 void Arena::require_possible(std::size_t positions, std::size_t before) const {
   if (positions > options_.max_len - std::min(options_.max_len, before))
-    throw SequenceTooLong(std::to_string(before + positions) + " positions are more than max_len, " +
-                          std::to_string(options_.max_len) + ": make the cache with a larger max_len, or truncate");
+    throw SequenceTooLong(too_long(before + positions));
+}
+
+std::string Arena::too_long(std::size_t positions) const {
+  return std::to_string(positions) + " positions are more than max_len, " + std::to_string(options_.max_len) +
+         ": make the cache with a larger max_len, or truncate";
 }
 
 void Arena::refresh(Slot& slot) noexcept {
@@ -694,12 +735,13 @@ void Arena::refresh(Slot& slot) noexcept {
   slot.quiet = std::min(slot.hit_at, slot.ahead_at);
 }
 
-std::vector<Arena::Step> Arena::plan(Slots slots, std::size_t positions, bool exact) const {
+std::vector<Arena::Step> Arena::plan(Slots slots, PerSlot positions, bool exact) const {
   std::vector<Step> steps;
-  for (const std::size_t index : slots) {
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    const std::size_t index = slots[i];
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
       const Run& run = slots_[index].runs[plane];
-      const std::size_t end = end_of(geometry_[plane], positions);
+      const std::size_t end = end_of(geometry_[plane], positions[i]);
       if (end <= run.tail) continue;
       std::size_t missing = end - run.tail;
       // Extents go back whole: those of a windowed plane are small beside the window.
@@ -794,12 +836,13 @@ void Arena::cover(Slot& slot, Stream stream, const Fences& fresh) {
     if (fence->stream() == stream || holds(slot.streams, fence->stream())) note(slot.fences, fence);
 }
 
-void Arena::discard_before_windows(Slots slots, std::size_t keep, const Fences& fresh) {
-  for (const std::size_t index : slots) {
+void Arena::discard_before_windows(Slots slots, PerSlot keep, const Fences& fresh) {
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    const std::size_t index = slots[i];
     Slot& slot = slots_[index];
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
       const auto& [row_bytes, window, offset, stride] = geometry_[plane];
-      const std::size_t kept = std::min(keep, slot.length);
+      const std::size_t kept = std::min(keep[i], slot.length);
       if (window == 0 || kept < window) continue;
       Run& run = slot.runs[plane];
       const std::size_t first = (kept - window + 1) * row_bytes;
@@ -852,7 +895,7 @@ void Arena::ask(std::size_t index) {
   const auto now = Clock::now();
   if (!options_.lookahead && slot.asked_since != Clock::time_point{} && slot.length > slot.asked_length) {
     const std::chrono::duration<double> since = now - slot.asked_since;
-    const double rate = static_cast<double>(slot.length - slot.asked_length) / since.count();
+    const double rate = static_cast<double>(slot.length - slot.asked_length) / std::max(since.count(), 1e-9);
     const std::size_t first = first_lookahead();
     const std::size_t own = slot.length - std::min(slot.length, shared_rows(slot));
     const std::size_t most = std::clamp(own / options_.growth_divisor, 4 * first, kLookahead * first);
@@ -868,8 +911,10 @@ void Arena::ask(std::size_t index) {
 
 // Asks again for those that found no memory, now that there may be some.
 void Arena::ask_again() {
-  for (std::size_t index = 0; index < slots_.size(); ++index)
+  for (std::size_t index = starved_.next(0); index < options_.slots; index = starved_.next(index + 1)) {
+    starved_.set(index, false);
     if (slots_[index].starved && slots_[index].state == State::running) ask(index);
+  }
 }
 
 // The mapper's: brings one slot to its goal, so that a demand never waits for more than that, and leaves the others for
@@ -889,11 +934,12 @@ void Arena::map_ahead() {
     const auto since = slot.asked_since;
     try {
       const Hold hold(*this, Slots(&index, 1), lock);
-      slot.starved = !map_up_to(Slots(&index, 1), goal, Urgency::ahead, lock);
+      slot.starved = !map_up_to(Slots(&index, 1), PerSlot(goal), Urgency::ahead, lock);
     } catch (const std::exception&) {
       slot.starved = true;
       ++background_failures_;
     }
+    if (slot.starved) starved_.set(index, true);
     const std::chrono::duration<double> took = Clock::now() - since;
     if (!slot.starved) map_seconds_ = std::max(took.count(), 0.9 * map_seconds_);
     refresh(slot);
@@ -917,7 +963,7 @@ void Arena::keep_house() {
         const Hold hold(*this, Slots(&index, 1), lock);
         clear_the_way(Slots(&index, 1), Urgency::housekeeping, lock);
         freed = freed || slot.retired.size() < before;
-        if (slot.state == State::parked && has_nothing(slot)) slot.state = State::bare;
+        if (slot.state == State::parked && has_nothing(slot)) set_state(slot, State::bare);
       }
       left = left || !slot.retired.empty();
     }

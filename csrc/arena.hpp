@@ -42,6 +42,7 @@
 #include "extent_pool.hpp"
 #include "host_pool.hpp"
 #include "mapper.hpp"
+#include "slot_set.hpp"
 
 namespace vattn {
 
@@ -92,6 +93,19 @@ struct Swapped {
   std::atomic<bool> claimed{false};  // by who swaps it in
 };
 
+// A number for each of several slots, or one for all of them.
+class PerSlot {
+ public:
+  explicit PerSlot(const std::size_t& all) noexcept : values_(&all, 1) {}
+  explicit PerSlot(std::span<const std::size_t> values) noexcept : values_(values) {}
+  std::size_t operator[](std::size_t index) const noexcept { return values_[values_.size() == 1 ? 0 : index]; }
+  // Whether there is one for each of so many.
+  bool serves(std::size_t count) const noexcept { return values_.size() == 1 || values_.size() == count; }
+
+ private:
+  std::span<const std::size_t> values_;
+};
+
 class Arena {
  public:
   using Slots = std::span<const std::size_t>;
@@ -112,13 +126,14 @@ class Arena {
   std::size_t acquire(std::optional<std::size_t> slot, std::size_t expected, Stream stream, bool empty = false,
                       std::optional<std::size_t> like = std::nullopt);
 
-  // Makes `positions` rows (and the tail rows) of every named slot usable: all of them or, when it throws, none.
+  // Makes `positions` rows (and the tail rows) of every named slot usable: all of them or, when it throws, none. What
+  // is too long is told of the first.
   // `keep` (at most a slot's length) is the earliest length that truncate will still be asked for, a promise even when
   // the call throws: rows before the windows at that length are given back once the work queued in the slot's streams
   // is done. Lengths never shrink here. `stream` is where the rows will be used, see use().
-  void grow(Slots names, std::size_t positions, std::size_t keep, Stream stream);
+  void grow(Slots names, PerSlot positions, PerSlot keep, Stream stream);
   // The same when it takes no driver call and no waiting; otherwise false, and nothing has changed.
-  bool try_grow(Slots names, std::size_t positions, std::size_t keep, Stream stream);
+  bool try_grow(Slots names, PerSlot positions, PerSlot keep, Stream stream);
   // Makes so many more rows of a slot usable, `keep` being its length before, and returns the new length. Several
   // callers at once each get their own rows.
   std::size_t extend(std::size_t name, std::size_t count, Stream stream);
@@ -156,6 +171,8 @@ class Arena {
   // Lets a new sequence go on behind the first rows of a parked slot, with the rest of its memory to grow into, without
   // a driver call. False when they are not there any more.
   bool resume(std::size_t slot, std::uint64_t lineage, std::size_t positions, Stream stream);
+  // Notes that a running slot's sequence will most likely need so many positions, as acquire() is told.
+  void expect(std::size_t name, std::size_t positions);
   // Gives every target, running and of length 0, the first rows of a slot: of a running one, or of one of the lineage
   // that is known to hold them. Whole extents are shared (those that the target begins with already, as they are), what
   // lies behind the last of them is copied in `stream`: all or, when it throws, none. False when the rows are not there
@@ -237,6 +254,17 @@ class Arena {
     std::vector<RunInfo> runs;
   };
   std::vector<SlotInfo> map() const;
+  // How many slots have a sequence.
+  std::size_t running_slots() const;
+  // The first of so many slots side by side without a sequence, as far up as possible.
+  std::optional<std::size_t> free_slots(std::size_t count) const;
+  // How many slots side by side, from one on, have no sequence.
+  std::size_t free_slots_from(std::size_t slot) const;
+  // Whether something that running slots have mapped behind their first rows is shared.
+  bool shares(Slots names, std::size_t positions) const;
+  // Of a running slot's first rows those that lie in extents that it shares, in the plane where they are fewest; planes
+  // with a window aside.
+  std::size_t rows_in_shared(std::size_t name) const;
 
   struct Stats {
     ExtentPool::Usage pool;
@@ -323,6 +351,8 @@ class Arena {
   class Harvest;
 
   Slot& running(std::size_t name, const char* what);
+  const Slot& running(std::size_t name, const char* what) const;
+  void set_state(Slot& slot, State state) noexcept;
   bool is_running(std::size_t name) const noexcept;
   std::vector<std::size_t> running_slots(Slots names, const char* what);
   void begin(Slot& slot, std::size_t positions, Stream stream);
@@ -331,6 +361,7 @@ class Arena {
   static bool has_nothing(const Slot& slot) noexcept;
   Lock locked() const;
   void require_open() const;
+  std::string too_long(std::size_t positions) const;
   void require_possible(std::size_t positions, std::size_t before = 0) const;
   Address address_of(std::size_t slot, std::size_t plane) const noexcept;
   std::size_t end_of(const Geometry& plane, std::size_t positions) const noexcept;
@@ -342,19 +373,19 @@ class Arena {
   std::size_t shared_rows(const Slot& slot) const noexcept;
   void refresh(Slot& slot) noexcept;
   bool discard_due(const Slot& slot, std::size_t keep) const noexcept;
-  bool grow_in_place(Slots names, std::size_t positions, std::size_t keep, Stream stream);
+  bool grow_in_place(Slots names, PerSlot positions, PerSlot keep, Stream stream);
   void advance(std::size_t index, std::size_t positions, Stream stream);
-  void grow_with_driver(Slots names, std::size_t positions, Stream stream);
+  void grow_with_driver(Slots names, PerSlot positions, Stream stream);
   std::size_t extend_with_driver(std::size_t name, std::size_t count, Stream stream);
   std::optional<std::size_t> extend_in_place(std::size_t name, std::size_t count, Stream stream);
-  bool discard_due_now(Slots names, std::size_t keep, Stream stream, Lock& lock);
-  bool map_up_to(Slots slots, std::size_t positions, Urgency urgency, Lock& lock);
-  std::vector<Step> plan(Slots slots, std::size_t positions, bool exact) const;
+  bool discard_due_now(Slots names, PerSlot keep, Stream stream, Lock& lock);
+  bool map_up_to(Slots slots, PerSlot positions, Urgency urgency, Lock& lock);
+  std::vector<Step> plan(Slots slots, PerSlot positions, bool exact) const;
   static std::size_t bytes_of(const std::vector<Step>& steps) noexcept;
   std::vector<Loose> build(const std::vector<Step>& steps);
   Fences fences_of(Slots slots, Stream stream, Lock& lock);
   static void cover(Slot& slot, Stream stream, const Fences& fresh);
-  void discard_before_windows(Slots slots, std::size_t keep, const Fences& fresh);
+  void discard_before_windows(Slots slots, PerSlot keep, const Fences& fresh);
   bool clear_the_way(Slots slots, Urgency urgency, Lock& lock);
   bool fork_with_driver(std::size_t source, std::optional<std::uint64_t> lineage, std::size_t positions, Slots targets,
                         Share share, Stream stream);
@@ -404,7 +435,10 @@ class Arena {
   mutable std::mutex mutex_;
   mutable std::condition_variable released_;
   std::vector<Slot>
-      slots_;  // and one more, the bench: addresses at which extents are filled before they replace others
+      slots_;     // and one more, the bench: addresses at which extents are filled before they replace others
+  SlotSet bare_;  // of the slots but the bench
+  SlotSet parked_;
+  SlotSet starved_;  // those that have found no memory ahead, and perhaps others
   bool closed_ = false;
   int reclaiming_ = 0;  // calls of reclaim() that are with the driver
   std::uint64_t clock_ = 0;

@@ -28,6 +28,58 @@ std::vector<Arena::SlotInfo> Arena::map() const {
   return infos;
 }
 
+std::size_t Arena::running_slots() const {
+  const Lock lock = locked();
+  return options_.slots - bare_.count() - parked_.count();
+}
+
+std::optional<std::size_t> Arena::free_slots(std::size_t count) const {
+  const Lock lock = locked();
+  std::size_t found = 0;
+  for (std::size_t index = options_.slots; index-- > 0;) {
+    found = slots_[index].state == State::running ? 0 : found + 1;
+    if (found >= count) return index;
+  }
+  return std::nullopt;
+}
+
+std::size_t Arena::free_slots_from(std::size_t slot) const {
+  const Lock lock = locked();
+  std::size_t end = slot;
+  while (end < options_.slots && slots_[end].state != State::running) ++end;
+  return end - slot;
+}
+
+bool Arena::shares(Slots names, std::size_t positions) const {
+  const Lock lock = locked();
+  for (const std::size_t name : names) {
+    const Slot& slot = running(name, "look at");
+    for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+      std::size_t end = slot.runs[plane].tail;
+      const std::size_t first = positions * geometry_[plane].row_bytes;
+      const auto& mappings = slot.runs[plane].mappings;
+      for (auto last = mappings.rbegin(); last != mappings.rend() && end > first; ++last) {
+        if (!last->writable()) return true;
+        end -= last->bytes();
+      }
+    }
+  }
+  return false;
+}
+
+std::size_t Arena::rows_in_shared(std::size_t name) const {
+  const Lock lock = locked();
+  const Slot& slot = running(name, "look at");
+  std::size_t rows = kNever;
+  for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+    if (geometry_[plane].window != 0) continue;
+    std::size_t bytes = 0;
+    for (const Mapping& mapping : slot.runs[plane].mappings) bytes += mapping.writable() ? 0 : mapping.bytes();
+    rows = std::min(rows, bytes / geometry_[plane].row_bytes);
+  }
+  return rows;
+}
+
 Arena::Stats Arena::stats() const {
   const Lock lock = locked();
   Stats stats{};
@@ -132,6 +184,9 @@ void Arena::check() const {
         broken(index, loose.plane, "a retired mapping is also in use (invariant 3)");
       count(loose.mapping);
     }
+    if (index < options_.slots && (bare_.contains(index) != (slot.state == State::bare) ||
+                                   parked_.contains(index) != (slot.state == State::parked)))
+      broken(index, 0, "the slot is not where slots of its state are looked for");
     if (slot.known > (slot.state == State::running ? slot.length : options_.max_len))
       broken(index, 0, "rows are known that were never written");
   }

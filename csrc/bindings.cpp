@@ -281,10 +281,18 @@ void bind_arena(py::module_& module) {
           py::arg("empty") = false, py::arg("like") = std::nullopt, Unlocked())
       .def(
           "grow",
-          [](Arena& self, const Slots& slots, std::size_t positions, std::size_t keep, std::uintptr_t stream) {
-            if (self.try_grow(slots, positions, keep, Stream{stream})) return;
+          [](Arena& self, const Slots& slots, const Slots& positions, const Slots& keep, std::uintptr_t stream) {
+            if (self.try_grow(slots, PerSlot(positions), PerSlot(keep), Stream{stream})) return;
             const py::gil_scoped_release release;
-            self.grow(slots, positions, keep, Stream{stream});
+            self.grow(slots, PerSlot(positions), PerSlot(keep), Stream{stream});
+          },
+          py::arg("slots"), py::arg("positions"), py::arg("keep"), py::arg("stream") = 0)
+      .def(
+          "grow",
+          [](Arena& self, const Slots& slots, std::size_t positions, std::size_t keep, std::uintptr_t stream) {
+            if (self.try_grow(slots, PerSlot(positions), PerSlot(keep), Stream{stream})) return;
+            const py::gil_scoped_release release;
+            self.grow(slots, PerSlot(positions), PerSlot(keep), Stream{stream});
           },
           py::arg("slots"), py::arg("positions"), py::arg("keep"), py::arg("stream") = 0)
       .def(
@@ -386,6 +394,15 @@ void bind_arena(py::module_& module) {
             self.import_rows(slot, positions, runs);
           },
           py::arg("slot"), py::arg("positions"), py::arg("runs"))
+      .def("expect", &Arena::expect, py::arg("slot"), py::arg("positions"))
+      .def_property_readonly("running_slots", [](const Arena& self) { return self.running_slots(); })
+      .def("free_slots", &Arena::free_slots, py::arg("count"))
+      .def("free_slots_from", &Arena::free_slots_from, py::arg("slot"))
+      .def(
+          "shares",
+          [](const Arena& self, const Slots& slots, std::size_t positions) { return self.shares(slots, positions); },
+          py::arg("slots"), py::arg("positions"))
+      .def("rows_in_shared", &Arena::rows_in_shared, py::arg("slot"))
       .def("compact_later", &Arena::compact_later, py::arg("slot"), py::arg("lineage"), py::arg("positions"))
       .def("trim", &Arena::trim, Unlocked())
       .def("set_budget", &Arena::set_budget, py::arg("budget"), Unlocked())

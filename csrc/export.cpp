@@ -106,7 +106,7 @@ void Arena::import_rows(std::size_t name, std::size_t positions, const std::vect
   refresh(slot);
   if (options_.tail_rows == 0) return;
   try {
-    map_up_to(Slots(&index, 1), positions, Urgency::demand, lock);
+    map_up_to(Slots(&index, 1), PerSlot(positions), Urgency::demand, lock);
   } catch (...) {
     if (!lock.owns_lock()) lock.lock();
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane) retire_run(slot, index, plane);

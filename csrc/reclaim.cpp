@@ -162,7 +162,7 @@ bool Arena::reclaim(std::size_t bytes, const std::vector<Step>& wanted, Slots mi
   }
   finish();
   for (const std::size_t index : others)
-    if (slots_[index].state == State::parked && has_nothing(slots_[index])) slots_[index].state = State::bare;
+    if (slots_[index].state == State::parked && has_nothing(slots_[index])) set_state(slots_[index], State::bare);
   return some;
 }
 

@@ -78,6 +78,12 @@ bool Arena::resume(std::size_t index, std::uint64_t lineage, std::size_t positio
   return true;
 }
 
+void Arena::expect(std::size_t name, std::size_t positions) {
+  const Lock lock = locked();
+  require_open();
+  running(name, "expect of").expected = positions;
+}
+
 bool Arena::fork(std::size_t source, std::optional<std::uint64_t> lineage, std::size_t positions, Slots targets,
                  Share share, Stream stream) {
   bool done = false;
@@ -144,7 +150,7 @@ bool Arena::fork_with_driver(std::size_t name, std::optional<std::uint64_t> line
   try {
     split_for_forks(source, positions, aliased.size(), all, lock);
     share_runs(source, positions, targets, aliased, lock);
-    map_up_to(targets, positions, Urgency::demand, lock);
+    map_up_to(targets, PerSlot(positions), Urgency::demand, lock);
     copy_rows(source, positions, targets, stream, lock);
   } catch (...) {
     if (!lock.owns_lock()) lock.lock();

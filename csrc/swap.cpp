@@ -71,7 +71,7 @@ std::shared_ptr<Swapped> Arena::swap_out(std::size_t name, Stream stream) {
   note(slot.fences, swapped->last.front());
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) retire_run(slot, index, plane);
   slot.length = slot.known = 0;
-  slot.state = has_nothing(slot) ? State::bare : State::parked;
+  set_state(slot, has_nothing(slot) ? State::bare : State::parked);
   slot.parked_at = ++clock_;
   slot.streams.clear();
   refresh(slot);
@@ -132,7 +132,7 @@ void Arena::bring_back(Swapped& swapped, std::size_t index, Stream stream, Lock&
     const std::size_t step = std::max<std::size_t>(1, pool_.bytes_of(ExtentPool::kClasses - 1) / widest_row());
     for (std::size_t from = 0; from < swapped.length; from += step) {
       const std::size_t to = std::min(swapped.length, from + step);
-      map_up_to(Slots(&index, 1), to, Urgency::demand, lock);
+      map_up_to(Slots(&index, 1), PerSlot(to), Urgency::demand, lock);
       lock.unlock();
       for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
         const std::size_t row_bytes = geometry_[plane].row_bytes;

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import random
 
 import numpy as np
 import pytest
@@ -117,6 +119,78 @@ def test_a_batch_grows_together():
     cache.grow_all(rows, np.int64(3), keep=0)
     with pytest.raises(ValueError, match="length must be one number or one for each of 3 sequences, not 2"):
         cache.grow_all(rows, [9, 9], keep=0)
+
+
+def test_a_batch_of_different_lengths_grows_in_one_call_or_not_at_all():
+    with small(budget=20 * PAGE, mapper=False) as cache:
+        rows = [cache.open() for _ in range(3)]
+        cache.grow_all(rows, [5, 1, 9], keep=[0, 0, 0])
+        misses = cache.stats().misses
+        cache.grow_all(rows, [40, 60, 20], keep=0)
+        assert cache.stats().misses == misses + 1
+        assert [row.length for row in rows] == [40, 60, 20]
+        with pytest.raises(OutOfPages):
+            cache.grow_all(rows, [41, 90, 150], keep=[40, 60, 20])
+        longest = cache.layout.max_len
+        with pytest.raises(SequenceTooLong, match=rf"sequence 1 of the batch: {longest + 1} positions are more"):
+            cache.grow_all(rows, [41, longest + 1, longest + 2], keep=0)
+        assert [row.length for row in rows] == [40, 60, 20]
+        cache.grow_all([], 5, keep=0)
+        cache.grow_all([], [], keep=[])
+        cache.check()
+
+
+def test_queries_say_what_the_map_says():
+    """Beside the same counted from the map, over random caches that share."""
+    chance = random.Random(0)
+    for _ in range(30):
+        with small(mapper=False, lookahead=0) as cache:
+            running = []
+            for _ in range(chance.randrange(1, 7)):
+                with contextlib.suppress(ValueError):
+                    sequence = cache.open(slot=chance.randrange(cache.slots))
+                    sequence.grow(chance.randrange(1, 60))
+                    running.append(sequence)
+                    running += sequence.fork(chance.randrange(sequence.length + 1), share="alias")
+            for sequence in running:
+                if chance.random() < 0.4:
+                    sequence.close()
+            running = [sequence for sequence in running if not sequence._handle.closed]
+            states = [slot["state"] for slot in cache.map()]
+            for n in range(1, cache.slots + 2):
+                starts = [at for at in range(cache.slots - n + 1) if "running" not in states[at : at + n]]
+                assert cache.free_slots(n) == (starts[-1] if starts else None)
+                slot = n - 1
+                rest = states[slot:]
+                assert cache.free_slots_from(slot) == (rest.index("running") if "running" in rest else len(rest))
+            for sequence in running:
+                for length in (0, 1, sequence.length // 2, sequence.length):
+                    assert cache.shares([sequence], length) == _shares_by_the_map(cache, sequence, length)
+            assert cache._arena.running_slots == states.count("running")
+            cache.check()
+
+
+def _shares_by_the_map(cache, sequence, length):
+    for plane, run in zip(cache.layout.planes, cache.map()[sequence.slot]["runs"], strict=True):
+        end = run["head"]
+        for extent, shared in zip(run["extents"], run["shared"], strict=True):
+            end += extent
+            if shared and end > length * plane.row_bytes:
+                return True
+    return False
+
+
+def test_very_many_slots():
+    """Of a million a few are used; which one is taken is as with few."""
+    with KVCache(small().layout, slots=1_000_000, budget=100 * PAGE) as cache:
+        a, b = cache.open(slot=999_999), cache.open()
+        assert (a.slot, b.slot) == (999_999, 0)
+        a.grow(10)
+        a.close()
+        assert cache.open(expected=10).slot == 999_999
+        assert cache.open().slot == 1
+        assert cache.free_slots(1) == 999_998
+        assert cache.free_slots(1_000_000) is None
 
 
 def test_a_batch_is_of_running_sequences_of_the_cache():

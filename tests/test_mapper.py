@@ -384,7 +384,7 @@ def test_the_arguments_reach_the_caches_of_a_virtual_cache():
     assert inner._mapper is None
     virtual.set_budget(1 << 30)
     assert virtual.stats().budget == 1 << 30
-    with pytest.raises(ValueError, match="lookahead must be at least 0"):
+    with pytest.raises(ValueError, match="lookahead must not be negative"):
         VirtualCache(config, max_len=300, lookahead=-1)
     with pytest.raises(ValueError, match="lookahead must not be negative"):
         cache(lookahead=-1)

@@ -283,6 +283,49 @@ def test_a_sequence_that_is_swapped_out_is_closed_without_its_tokens():
         assert c.open(tokens=range(20)).length == 0
 
 
+def test_what_is_expected_counts_behind_a_known_prefix_too():
+    """A bare slot grows in larger steps, and memory of a parked one serves for what is to come."""
+    with cache(slots=8, mapper=False) as c:
+        first = c.open()
+        first.grow(500)
+        first.k(0)[:] = torch.arange(500, dtype=torch.float32).reshape(-1, 1, 1)
+        first.remember(range(500))
+
+        def calls(expected):
+            before = c.stats().driver_calls["map"]
+            sequence = c.open(tokens=[*range(500), 7], expected=expected)
+            assert sequence.length == 500
+            while sequence.length < 2000:
+                sequence.grow(1)
+            assert sequence.k(0)[:500, 0, 0].tolist() == list(range(500))
+            return c.stats().driver_calls["map"] - before
+
+        before = c.open()
+        before.grow(2000)
+        untold, told = calls(0), calls(2000)
+        assert told < 0.7 * untold
+        before.close()
+        assert calls(2000) <= 10
+        c.check()
+
+
+@pytest.mark.parametrize("parked", [False, True])
+def test_the_last_slot_serves_a_hit(parked):
+    with cache(slots=2) as c:
+        holder = c.open()
+        holder.grow(100)
+        holder.k(0)[:] = torch.arange(100, dtype=torch.float32).reshape(-1, 1, 1)
+        holder.remember(range(100))
+        if parked:
+            holder.close()
+            other = c.open()  # the parked slot is the only one that is left
+            other.grow(1)
+        found = c.open(tokens=[*range(50), 7, 8, 9])
+        assert found.length == 50
+        assert found.k(0)[:, 0, 0].tolist() == list(range(50))
+        c.check()
+
+
 def test_tokens_that_are_none_close_nothing():
     with cache(slots=2) as c:
         sequence = c.open()

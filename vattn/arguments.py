@@ -44,12 +44,12 @@ def optional_integer(name: str, value: Any, least: int = 0, most: int = MOST) ->
 
 
 def integers(name: str, value: Any, count: int, least: int = 0) -> list[int]:
-    """One count for each of several things, from one for all of them or as many as there are."""
+    """Counts for several things: one in a list for all of them, or one for each."""
     if isinstance(value, (list, tuple)):
         if len(value) != count:
             raise ValueError(f"{name} must be one number or one for each of {count} sequences, not {len(value)}")
         return [integer(name, each, least) for each in value]
-    return [integer(name, value, least)] * count
+    return [integer(name, value, least)]
 
 
 def flag(name: str, value: Any) -> bool:

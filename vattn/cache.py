@@ -322,7 +322,9 @@ class KVCache:
             if slot is not None:
                 raise ValueError("slot cannot be chosen where tokens are given: they choose it")
             self._require_rows_only()
-            if known := self._open_known(ids[:-1], namespace):
+            if known := self._open_known(ids[:-1], namespace, expected):
+                if expected > known.length:
+                    self._arena.expect(known._handle.name, expected)
                 return known._handed_out()
         handle = self._arena.open(slot, expected=expected, stream=self._stream())
         return Sequence(self, handle, namespace)._handed_out()
@@ -351,7 +353,9 @@ class KVCache:
         pinned.remember(ids)
         return pinned._handed_out()
 
-    def _open_known(self, ids: tuple[int, ...], namespace: Hashable, *, whole: bool = False) -> Sequence | None:
+    def _open_known(
+        self, ids: tuple[int, ...], namespace: Hashable, expected: int = 0, *, whole: bool = False
+    ) -> Sequence | None:
         """A sequence behind the longest prefix whose rows are there; with ``whole`` a fork of all of them or none."""
         while ids:
             with self._index() as index:
@@ -369,25 +373,26 @@ class KVCache:
                 continue
             if whole and length < len(ids):
                 return None
-            # What it holds beyond would be lost.
-            beyond = known - length
-            if parked and not whole and beyond < max(1, self.layout.tokens_per_granule):
+            # What it holds beyond would be lost, but where its slot is the only one that is left.
+            beyond, last = known - length, self._arena.running_slots + 1 >= self.slots
+            if parked and not whole and (last or beyond < max(1, self.layout.tokens_per_granule)):
                 if handle := self._arena.reopen(slot, lineage, length, self._stream()):
                     sequence = Sequence(self, handle, namespace)
                     with self._index() as index:
                         index.shorten(namespace, holder, length)
                     return sequence
-            elif (forked := self._fork_known(slot, lineage, length, namespace)) is not None:
+            elif self._arena.running_slots + parked >= self.slots:
+                return None  # none is left beside the one that holds the rows
+            elif (forked := self._fork_known(slot, lineage, length, namespace, expected)) is not None:
                 self._note_fork(slot, lineage, length)
                 return forked
             if self._arena.known(slot) == (now, known, parked):
                 return None  # a window has moved on, or there is no memory
         return None
 
-    def _fork_known(self, slot: int, lineage: int, length: int, namespace: Hashable) -> Sequence | None:
-        if self._arena.stats()["running_slots"] >= self.slots - 1:
-            return None  # none is left beside the one that holds the rows
-        sequence = self._open_empty(slot, namespace)
+    def _fork_known(self, slot: int, lineage: int, length: int, namespace: Hashable, expected: int) -> Sequence | None:
+        # Where it is known how much is to come, memory of a parked slot serves for it.
+        sequence = self._open_empty(slot, namespace, expected)
         try:
             into = sequence._handle.name
             if sequence.slot != slot and self._fork(slot, length, [into], lineage=lineage, share="auto"):
@@ -476,22 +481,17 @@ class KVCache:
         choice("share", share, SHARES)
         self._fork(name, integer("length", length), names, share=share)
 
-    def _open_empty(self, like: int | None, namespace: Hashable) -> Sequence:
-        """In the slot with the least memory, or in one that is ready for a fork of the slot ``like``."""
-        return Sequence(self, self._arena.open(stream=self._stream(), empty=True, like=like), namespace)
+    def _open_empty(self, like: int | None, namespace: Hashable, expected: int = 0) -> Sequence:
+        """In a slot that is ready for a fork of the slot ``like``, or else as empty as possible, or fit for ``expected``."""
+        handle = self._arena.open(expected=expected, stream=self._stream(), empty=not expected, like=like)
+        return Sequence(self, handle, namespace)
 
     def _make_ready(self, source: Sequence, length: int, forks: int) -> None:
         """Leaves slots in which forks of a sequence find mapped what they share with it."""
         made = source.fork(length, forks, share="alias")
         try:
-            slots = self.map()
             for ready in made:
-                rows = min(
-                    sum(size for size, shared in zip(run["extents"], run["shared"], strict=True) if shared)
-                    // plane.row_bytes
-                    for run, plane in zip(slots[ready.slot]["runs"], self.layout.planes, strict=True)
-                    if not plane.window
-                )
+                rows = self._arena.rows_in_shared(ready._handle.name)
                 self._arena.publish(ready._handle.name, min(rows, length))
         finally:
             self.close_all(made)
@@ -506,22 +506,7 @@ class KVCache:
         """
         names = self._names_of("sequences", sequences)
         lengths, keeps = integers("length", length, len(names)), integers("keep", keep, len(names))
-        alike: dict[tuple[int, int], list[int]] = {}
-        for name, n, kept in zip(names, lengths, keeps, strict=True):
-            alike.setdefault((n, kept), []).append(name)
-        if len(alike) < 2:  # the arena's one call grows all or none
-            for (n, kept), some in alike.items():
-                self._grow(some, n, kept)
-            return
-        before = [sequence.length for sequence in sequences]
-        try:
-            for (n, kept), some in alike.items():
-                self._grow(some, n, kept)
-        except BaseException:
-            for name, had, sequence in zip(names, before, sequences, strict=True):
-                if sequence.length > had:
-                    self._arena.truncate([name], had, self._stream())
-            raise
+        self._taking(self._arena.grow, names, lengths, keeps, self._stream())
 
     def truncate_all(self, sequences: list[Sequence], length: int) -> None:
         """Keeps the first ``length`` positions of several sequences: of all of them, or of none when it raises."""
@@ -535,16 +520,11 @@ class KVCache:
 
     def free_slots(self, n: int) -> int | None:
         """The first of ``n`` slots side by side without a sequence, as far up as possible, or None."""
-        n = integer("n", n, 1)
-        states = [slot["state"] for slot in self.map()]
-        starts = range(self.slots - n, -1, -1)
-        return next((at for at in starts if "running" not in states[at : at + n]), None)
+        return self._arena.free_slots(integer("n", n, 1))
 
     def free_slots_from(self, slot: int) -> int:
         """How many slots side by side, from ``slot`` on, have no sequence."""
-        slot = integer("slot", slot)
-        states = [info["state"] for info in self.map()][slot:]
-        return states.index("running") if "running" in states else len(states)
+        return self._arena.free_slots_from(integer("slot", slot))
 
     def own_all(self, sequences: list[Sequence], length: int) -> None:
         """Gives sequences memory of their own behind their first ``length`` positions, with what is in it.
@@ -556,15 +536,7 @@ class KVCache:
 
     def shares(self, sequences: list[Sequence], length: int) -> bool:
         """Whether something that sequences have mapped behind their first ``length`` positions is shared."""
-        slots, planes = self.map(), self.layout.planes
-        for sequence in sequences:
-            for plane, run in zip(planes, slots[sequence.slot]["runs"], strict=True):
-                end = run["head"]
-                for extent, shared in zip(run["extents"], run["shared"], strict=True):
-                    end += extent
-                    if shared and end > length * plane.row_bytes:
-                        return True
-        return False
+        return self._arena.shares(self._names_of("sequences", sequences), integer("length", length))
 
     def first_row(self, slot: int, plane: int) -> int:
         """The first position whose whole row in a ``layout.planes`` entry a window has not given back."""
@@ -664,9 +636,6 @@ class KVCache:
             f"KVCache({len(self.layout.layers)} layers, {self.slots} slots of {self.layout.max_len}, "
             f"{self.layout.kind}, {self.device})"
         )
-
-    def _grow(self, slots: list[int] | tuple[int, ...], length: int, keep: int) -> None:
-        self._taking(self._arena.grow, slots, length, keep, self._stream())
 
     def _fork(self, slot: int, length: int, targets: list[int], *, lineage: int | None = None, share: Share) -> bool:
         fork = functools.partial(self._arena.fork, lineage=lineage, share=share, stream=self._stream())
