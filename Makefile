@@ -33,7 +33,8 @@ native: $(VENV)/dev
 	  $(BIN)/cmake -S . -B build/$$sanitizer -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 	    -DPython_EXECUTABLE=$(abspath $(BIN))/python -DVATTN_PYTHON=OFF -DVATTN_NATIVE=ON -DVATTN_WERROR=ON \
 	    -DVATTN_SANITIZE=$$sanitizer >/dev/null && \
-	  $(BIN)/cmake --build build/$$sanitizer && build/$$sanitizer/stress 2000 2>build/$$sanitizer/reports || \
+	  $(BIN)/cmake --build build/$$sanitizer && build/$$sanitizer/allocations 2>build/$$sanitizer/reports && \
+	  build/$$sanitizer/stress 2000 2>build/$$sanitizer/reports || \
 	  { tail -n 60 build/$$sanitizer/reports; exit 1; }; done
 
 docs: $(VENV)/dev

@@ -181,6 +181,7 @@ void Arena::set_state(Slot& slot, State state) noexcept {
 
 // Makes a slot, whose memory may be used in the stream, run with its first rows.
 void Arena::begin(Slot& slot, std::size_t positions, Stream stream) {
+  slot.streams.assign(1, stream);  // which may fail, and so comes first
   set_state(slot, State::running);
   slot.begun = ++clock_;
   slot.length = positions;
@@ -190,7 +191,6 @@ void Arena::begin(Slot& slot, std::size_t positions, Stream stream) {
   slot.asked_since = {};
   slot.starved = false;
   slot.hit_at = kNever;
-  slot.streams = {stream};
 }
 
 // Waits for what was queued on other streams than this one.
@@ -338,6 +338,7 @@ bool Arena::map_up_to(Slots slots, PerSlot positions, Urgency urgency, Lock& loc
       exact = true;
       continue;
     }
+    for (const Step& step : steps) make_room(slots_[step.slot].runs[step.plane].mappings, steps.size());
     lock.unlock();
     std::vector<Loose> built;
     try {
@@ -810,7 +811,7 @@ std::vector<Arena::Loose> Arena::build(const std::vector<Step>& steps) {
       // Twice refused: what is still mapped is retired, to be tried again when it is in somebody's way.
       driver_->report(error);
       const std::lock_guard lock(mutex_);
-      for (Loose& loose : built) slots_[loose.slot].retired.push_back(std::move(loose));
+      retire_again(built);
     }
     throw;
   }
@@ -847,13 +848,17 @@ void Arena::discard_before_windows(Slots slots, PerSlot keep, const Fences& fres
       Run& run = slot.runs[plane];
       const std::size_t first = (kept - window + 1) * row_bytes;
       std::size_t gone = 0;
-      while (gone < run.mappings.size() && run.head + run.mappings[gone].bytes() <= first) {
-        run.head += run.mappings[gone].bytes();
-        Fences fences = slot.fences;
-        for (const auto& fence : fresh) note(fences, fence);
-        slot.retired.push_back({index, plane, std::move(run.mappings[gone]), std::move(fences)});
-        ++gone;
-      }
+      std::size_t head = run.head;
+      while (gone < run.mappings.size() && head + run.mappings[gone].bytes() <= first)
+        head += run.mappings[gone++].bytes();
+      // What may fail comes first.
+      Fences after = slot.fences;
+      for (const auto& fence : fresh) note(after, fence);
+      std::vector<Fences> fences(gone, after);
+      make_room(slot.retired, gone);
+      run.head = head;
+      for (std::size_t one = 0; one < gone; ++one)
+        slot.retired.push_back({index, plane, std::move(run.mappings[one]), std::move(fences[one])});
       run.mappings.erase(run.mappings.begin(), run.mappings.begin() + static_cast<std::ptrdiff_t>(gone));
     }
     refresh(slot);

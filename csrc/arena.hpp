@@ -96,8 +96,8 @@ struct Swapped {
 // A number for each of several slots, or one for all of them.
 class PerSlot {
  public:
-  explicit PerSlot(const std::size_t& all) noexcept : values_(&all, 1) {}
-  explicit PerSlot(std::span<const std::size_t> values) noexcept : values_(values) {}
+  PerSlot(const std::size_t& all) noexcept : values_(&all, 1) {}
+  PerSlot(std::span<const std::size_t> values) noexcept : values_(values) {}
   std::size_t operator[](std::size_t index) const noexcept { return values_[values_.size() == 1 ? 0 : index]; }
   // Whether there is one for each of so many.
   bool serves(std::size_t count) const noexcept { return values_.size() == 1 || values_.size() == count; }
@@ -408,9 +408,12 @@ class Arena {
   bool unshare(Slots slots, Urgency urgency, Lock& lock);
   void replace(std::size_t index, std::size_t plane, std::size_t first, std::size_t count,
                const std::vector<std::size_t>& sizes, std::size_t bytes, Slots mine, Lock& lock);
-  void retire_run(Slot& slot, std::size_t index, std::size_t plane);
-  static void retire_from(Slot& slot, std::size_t index, std::size_t plane, std::size_t first);
+  void wait_quietly(const Fences& fences) const noexcept;
+  void retire_run(Slot& slot, std::size_t index, std::size_t plane) noexcept;
+  void retire_again(std::vector<Loose>& loose) noexcept;
+  void retire_from(Slot& slot, std::size_t index, std::size_t plane, std::size_t first) noexcept;
   bool reclaim(std::size_t bytes, const std::vector<Step>& wanted, Slots mine, Keep keep, Urgency urgency, Lock& lock);
+  void collect(Harvest& harvest, const std::vector<Step>& wanted, Slots mine, Keep keep);
   void strip(std::size_t slot, Keep keep, const std::function<bool(const Mapping&)>& wanted, Harvest& harvest);
   void unmap_last(std::vector<Loose>& loose);
   void unmap(std::vector<Loose>& loose);

@@ -84,8 +84,13 @@ class HostDriver final : public Driver {
     const Address at = (first + granularity_ - 1) / granularity_ * granularity_;
     if (at != first) ::munmap(got, at - first);
     if (const std::size_t rest = first + span - (at + bytes); rest != 0) ::munmap(pointer(at + bytes), rest);
-    const std::lock_guard lock(mutex_);
-    reservations_.emplace(at, bytes);
+    try {
+      const std::lock_guard lock(mutex_);
+      reservations_.emplace(at, bytes);
+    } catch (...) {
+      ::munmap(pointer(at), bytes);
+      throw;
+    }
     return at;
   }
 
@@ -261,10 +266,14 @@ class HostDriver final : public Driver {
       const auto& [before, mapping] = *std::prev(next);
       if (before + mapping.bytes > at) refuse("map", "something is mapped there");
     }
+    const auto noted = mapped_.emplace(at, Mapped{bytes, handle}).first;
     if (::mmap(pointer(at), bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, memory->second.file, memory->second.offset) ==
-        MAP_FAILED)
+        MAP_FAILED) {
+      const int code = errno;
+      mapped_.erase(noted);
+      errno = code;
       throw_errno("map");
-    mapped_.emplace(at, Mapped{bytes, handle});
+    }
     ++memory->second.mappings;
   }
 

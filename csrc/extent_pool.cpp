@@ -64,16 +64,29 @@ std::shared_ptr<Extent> ExtentPool::obtain(std::size_t bytes, std::optional<int>
 }
 
 std::shared_ptr<Extent> ExtentPool::lend(Extent&& extent) {
-  return {new Extent(std::move(extent)), [this](Extent* lent) {
-            const std::unique_ptr<Extent> owner(lent);
-            // A forked child's pool may be locked for good, and owns nothing.
-            if (driver_->in_forked_child()) return;
-            if (lent->exported.load()) {
-              drop(*lent);
-            } else {
-              give(std::move(*lent));
-            }
-          }};
+  const auto take_back = [this](Extent* lent) {
+    const std::unique_ptr<Extent> owner(lent);
+    // A forked child's pool may be locked for good, and owns nothing.
+    if (driver_->in_forked_child()) return;
+    if (lent->exported.load()) {
+      drop(*lent);
+    } else {
+      give(std::move(*lent));
+    }
+  };
+  std::unique_ptr<Extent> owned;
+  try {
+    owned = std::make_unique<Extent>(std::move(extent));
+  } catch (const std::bad_alloc&) {  // which has not moved it
+    if (extent.exported.load()) {
+      drop(extent);
+    } else {
+      give(std::move(extent));
+    }
+    throw;
+  }
+  // Where there is no memory for its count it is taken back as well.
+  return {owned.release(), take_back};
 }
 
 // Gives an extent up that other processes may have mapped.

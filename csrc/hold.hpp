@@ -20,8 +20,19 @@ inline constexpr int kAttempts = 8;
 
 // Remembers one fence for each stream: a later fence of a stream implies the earlier ones.
 inline void note(Fences& fences, std::shared_ptr<const Fence> fence) {
-  std::erase_if(fences, [&](const auto& old) { return old->stream() == fence->stream(); });
-  fences.push_back(std::move(fence));
+  const auto old =
+      std::find_if(fences.begin(), fences.end(), [&](const auto& one) { return one->stream() == fence->stream(); });
+  if (old != fences.end()) {
+    *old = std::move(fence);
+  } else {
+    fences.push_back(std::move(fence));
+  }
+}
+
+// Sees to it that so many more elements can be added without an allocation, which may fail.
+template <typename Value>
+void make_room(std::vector<Value>& values, std::size_t more) {
+  if (values.capacity() - values.size() < more) values.reserve(std::max(values.size() + more, 2 * values.capacity()));
 }
 
 inline bool passed(const Fences& fences) {

@@ -37,6 +37,7 @@ HostPool::HostPool(std::shared_ptr<Driver> driver, std::size_t budget)
 std::vector<HostBlock> HostPool::take(std::size_t bytes) {
   const std::size_t count = (bytes + block_bytes_ - 1) / block_bytes_;
   std::vector<HostBlock> taken;
+  taken.reserve(count);
   Fences fences;  // of those taken
   std::size_t missing = 0;
   {
@@ -64,18 +65,34 @@ std::vector<HostBlock> HostPool::take(std::size_t bytes) {
       const std::lock_guard lock(mutex_);
       charged_ -= missing * block_bytes_;
     }
-    give(std::move(taken), std::move(fences));
+    give(std::move(taken), fences);
     throw;
   }
   return taken;
 }
 
-void HostPool::give(std::vector<HostBlock>&& blocks, Fences fences) noexcept {
+void HostPool::give(std::vector<HostBlock>&& blocks, const Fences& fences) noexcept {
   // A forked child's pool may be locked for good, and owns nothing.
   if (blocks.empty() || driver_->in_forked_child()) return;
+  const std::size_t bytes = blocks.size() * block_bytes_;
+  try {
+    Given given{{}, fences};
+    const std::lock_guard lock(mutex_);
+    given_.push_back(std::move(given));
+    given_.back().blocks = std::move(blocks);
+    free_ += bytes;
+    return;
+  } catch (const std::bad_alloc&) {
+    // There is no room to remember them by: they go back to the driver once nothing uses them.
+  }
+  try {
+    for (const auto& fence : fences) fence->wait();
+  } catch (const std::exception& error) {
+    driver_->report(error);
+  }
+  blocks.clear();
   const std::lock_guard lock(mutex_);
-  free_ += blocks.size() * block_bytes_;
-  given_.push_back({std::move(blocks), std::move(fences)});
+  charged_ -= bytes;
 }
 
 void HostPool::shrink() {

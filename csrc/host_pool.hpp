@@ -35,7 +35,7 @@ class HostPool {
   // OutOfPages or what the driver throws, and then has lost nothing.
   std::vector<HostBlock> take(std::size_t bytes);
   // Blocks that may be used again once the fences have passed.
-  void give(std::vector<HostBlock>&& blocks, Fences fences) noexcept;
+  void give(std::vector<HostBlock>&& blocks, const Fences& fences) noexcept;
   // Gives what nobody uses back to the system.
   void shrink();
 

@@ -12,6 +12,10 @@ namespace vattn {
 bool Arena::clear_the_way(Slots slots, Urgency urgency, Lock& lock) {
   std::vector<Loose> in_the_way;
   std::vector<Loose> others;
+  std::size_t count = 0;
+  for (const std::size_t index : slots) count += slots_[index].retired.size();
+  in_the_way.reserve(count);
+  others.reserve(count);
   for (const std::size_t index : slots) {
     for (Loose& loose : slots_[index].retired) {
       const Address tail = address_of(index, loose.plane) + slots_[index].runs[loose.plane].tail;
@@ -23,8 +27,7 @@ bool Arena::clear_the_way(Slots slots, Urgency urgency, Lock& lock) {
   std::size_t done = 0;  // of the others, from the oldest on: those are through first
   const auto put_back = [&] {
     others.erase(others.begin(), others.begin() + static_cast<std::ptrdiff_t>(done));
-    for (auto* rest : {&in_the_way, &others})
-      for (Loose& loose : *rest) slots_[loose.slot].retired.push_back(std::move(loose));
+    for (auto* rest : {&in_the_way, &others}) retire_again(*rest);
   };
   lock.unlock();
   try {
@@ -44,21 +47,49 @@ bool Arena::clear_the_way(Slots slots, Urgency urgency, Lock& lock) {
   return clear;
 }
 
-void Arena::retire_run(Slot& slot, std::size_t index, std::size_t plane) {
+// Waits for what uses some memory, where there is no room to note that it is to be waited for.
+void Arena::wait_quietly(const Fences& fences) const noexcept {
+  try {
+    for (const auto& fence : fences) fence->wait();
+  } catch (const std::exception& error) {
+    driver_->report(error);
+  }
+}
+
+// Takes mappings back that are in no run. Where there is no room for one it goes at once, when nothing uses it.
+void Arena::retire_again(std::vector<Loose>& loose) noexcept {
+  for (Loose& one : loose) {
+    try {
+      slots_[one.slot].retired.push_back(std::move(one));
+    } catch (const std::bad_alloc&) {  // which has not moved it
+      wait_quietly(one.fences);
+    }
+  }
+  loose.clear();
+}
+
+void Arena::retire_run(Slot& slot, std::size_t index, std::size_t plane) noexcept {
   Run& run = slot.runs[plane];
   retire_from(slot, index, plane, 0);
   run = Run{};
 }
 
-// Takes a run's mappings from the given one on out of it.
-void Arena::retire_from(Slot& slot, std::size_t index, std::size_t plane, std::size_t first) {
+// Takes a run's mappings from the given one on out of it. Where there is no room for them they go at once, when nothing
+// uses them.
+void Arena::retire_from(Slot& slot, std::size_t index, std::size_t plane, std::size_t first) noexcept {
   Run& run = slot.runs[plane];
-  for (std::size_t i = first; i < run.mappings.size(); ++i) {
-    run.tail -= run.mappings[i].bytes();
-    slot.retired.push_back({index, plane, std::move(run.mappings[i]), slot.fences});
+  const auto from = run.mappings.begin() + static_cast<std::ptrdiff_t>(std::min(first, run.mappings.size()));
+  for (auto mapping = from; mapping != run.mappings.end(); ++mapping) run.tail -= mapping->bytes();
+  try {
+    const auto count = static_cast<std::size_t>(run.mappings.end() - from);
+    std::vector<Fences> fences(count, slot.fences);
+    make_room(slot.retired, count);
+    for (std::size_t i = 0; i < count; ++i)
+      slot.retired.push_back({index, plane, std::move(from[static_cast<std::ptrdiff_t>(i)]), std::move(fences[i])});
+  } catch (const std::bad_alloc&) {
+    wait_quietly(slot.fences);
   }
-  run.mappings.erase(run.mappings.begin() + static_cast<std::ptrdiff_t>(std::min(first, run.mappings.size())),
-                     run.mappings.end());
+  run.mappings.erase(from, run.mappings.end());
 }
 
 // Mappings that are taken out of their runs, and the bytes that come free with them: those of a shared extent once all
@@ -68,9 +99,14 @@ class Arena::Harvest {
   explicit Harvest(std::size_t wanted) : wanted_(wanted) {}
 
   bool enough() const noexcept { return found_ >= wanted_; }
-  void add(Loose&& loose) {
+  // Sees to it that a mapping can be added without an allocation.
+  void make_room_for(const Mapping& mapping) {
+    make_room(loose_, 1);
+    taken_[mapping.extent().get()];
+  }
+  void add(Loose&& loose) noexcept {
     const auto& extent = loose.mapping.extent();
-    if (++taken_[extent.get()] == extent->mappings.load()) found_ += extent->bytes();
+    if (++taken_.find(extent.get())->second == extent->mappings.load()) found_ += extent->bytes();
     loose_.push_back(std::move(loose));
   }
   std::vector<Loose>& loose() noexcept { return loose_; }
@@ -90,8 +126,46 @@ class Arena::Harvest {
 bool Arena::reclaim(std::size_t bytes, const std::vector<Step>& wanted, Slots mine, Keep keep, Urgency urgency,
                     Lock& lock) {
   Harvest harvest(bytes);
+  std::optional<Hold> hold;  // of those whose mappings are harvested
+  std::vector<std::size_t> others;
+  try {
+    collect(harvest, wanted, mine, keep);
+    if (harvest.loose().empty()) {
+      if (reclaiming_ == 0 || urgency != Urgency::demand) return false;
+      // Somebody else has it in hand, and will not wait for us.
+      released_.wait(lock, [this] { return reclaiming_ == 0; });
+      return true;
+    }
+    for (const Loose& one : harvest.loose())
+      if (!holds(mine, one.slot) && !holds(others, one.slot)) others.push_back(one.slot);
+    hold.emplace(*this, others, lock);
+  } catch (...) {
+    retire_again(harvest.loose());
+    throw;
+  }
+  ++reclaiming_;
+  bool some = false;
+  const auto finish = [&] {
+    --reclaiming_;
+    released_.notify_all();
+  };
+  try {
+    some = unmap_outside(std::move(harvest.loose()), urgency, lock);
+  } catch (...) {
+    finish();
+    throw;
+  }
+  finish();
+  for (const std::size_t index : others)
+    if (slots_[index].state == State::parked && has_nothing(slots_[index])) set_state(slots_[index], State::bare);
+  return some;
+}
+
+// What reclaim() takes out of the runs.
+void Arena::collect(Harvest& harvest, const std::vector<Step>& wanted, Slots mine, Keep keep) {
   const auto take_retired = [&](Slot& slot) {
     while (!harvest.enough() && !slot.retired.empty()) {
+      harvest.make_room_for(slot.retired.back().mapping);
       harvest.add(std::move(slot.retired.back()));
       slot.retired.pop_back();
     }
@@ -136,55 +210,42 @@ bool Arena::reclaim(std::size_t bytes, const std::vector<Step>& wanted, Slots mi
   strip_all(remembered, Keep::expected, alone);
   strip_all(remembered, Keep::expected, any);
   if (keep != Keep::expected) strip_all(ranked, keep, any);
-  std::vector<Loose>& loose = harvest.loose();
-  if (loose.empty()) {
-    if (reclaiming_ == 0 || urgency != Urgency::demand) return false;
-    // Somebody else has it in hand, and will not wait for us.
-    released_.wait(lock, [this] { return reclaiming_ == 0; });
-    return true;
-  }
-
-  std::vector<std::size_t> others;
-  for (const Loose& one : loose)
-    if (!holds(mine, one.slot) && !holds(others, one.slot)) others.push_back(one.slot);
-  const Hold hold(*this, others, lock);
-  ++reclaiming_;
-  bool some = false;
-  const auto finish = [&] {
-    --reclaiming_;
-    released_.notify_all();
-  };
-  try {
-    some = unmap_outside(std::move(loose), urgency, lock);
-  } catch (...) {
-    finish();
-    throw;
-  }
-  finish();
-  for (const std::size_t index : others)
-    if (slots_[index].state == State::parked && has_nothing(slots_[index])) set_state(slots_[index], State::bare);
-  return some;
 }
 
 // Takes mappings that a slot does not need off the ends of its runs, while they are `wanted` and not enough.
 void Arena::strip(std::size_t index, Keep keep, const std::function<bool(const Mapping&)>& wanted, Harvest& harvest) {
   Slot& slot = slots_[index];
   const bool remembered = slot.known != 0;
-  for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
-    Run& run = slot.runs[plane];
-    const std::size_t needed = std::max(needed_end(slot, plane, keep), run.head);
-    while (!harvest.enough() && !run.mappings.empty() && run.tail - run.mappings.back().bytes() >= needed &&
-           wanted(run.mappings.back())) {
-      run.tail -= run.mappings.back().bytes();
-      harvest.add({index, plane, std::move(run.mappings.back()), slot.fences});
-      run.mappings.pop_back();
+  const auto note_taken = [&]() noexcept {
+    for (std::size_t plane = 0; plane < geometry_.size() && slot.state != State::running; ++plane) {
+      Run& run = slot.runs[plane];
+      if (run.mappings.empty()) run.head = run.tail = 0;
+      slot.known = std::min(slot.known, usable_rows(plane, run.tail));
     }
-    if (slot.state == State::running) continue;
-    if (run.mappings.empty()) run.head = run.tail = 0;
-    slot.known = std::min(slot.known, usable_rows(plane, run.tail));
+    refresh(slot);
+  };
+  try {
+    for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+      Run& run = slot.runs[plane];
+      const std::size_t needed = std::max(needed_end(slot, plane, keep), run.head);
+      while (!harvest.enough() && !run.mappings.empty() && run.tail - run.mappings.back().bytes() >= needed &&
+             wanted(run.mappings.back())) {
+        Fences fences = slot.fences;
+        harvest.make_room_for(run.mappings.back());
+        run.tail -= run.mappings.back().bytes();
+        harvest.add({index, plane, std::move(run.mappings.back()), std::move(fences)});
+        run.mappings.pop_back();
+      }
+    }
+  } catch (...) {
+    note_taken();
+    throw;
   }
-  if (remembered && slot.known == 0 && slot.state == State::parked) drop_unwritable(slot, index);
-  refresh(slot);
+  note_taken();
+  if (remembered && slot.known == 0 && slot.state == State::parked) {
+    drop_unwritable(slot, index);
+    refresh(slot);
+  }
 }
 
 // Waits for the fences of the last of them, unmaps it and pools its extent. When it throws, it is still mapped.
@@ -202,9 +263,7 @@ void Arena::unmap(std::vector<Loose>& loose) {
 // refuses, and what only a demand would wait for, stays retired.
 bool Arena::unmap_outside(std::vector<Loose> loose, Urgency urgency, Lock& lock) {
   const std::size_t before = loose.size();
-  const auto put_back = [&] {
-    for (Loose& one : loose) slots_[one.slot].retired.push_back(std::move(one));
-  };
+  const auto put_back = [&] { retire_again(loose); };
   lock.unlock();
   try {
     const auto ready =

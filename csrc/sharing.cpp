@@ -21,14 +21,13 @@ constexpr std::size_t kSplitGranules = 16;
 // others may have been forked.
 constexpr std::size_t kFewExtents = 4;
 
-// Takes the mappings of a run from the given one on out of it.
+// Takes the mappings of a run from the given one on out of it, to where there is room for them.
 template <typename Run>
-std::vector<Mapping> take_from(Run& run, std::size_t first) {
+void take_from(Run& run, std::size_t first, std::vector<Mapping>& taken) noexcept {
   const auto from = run.mappings.begin() + static_cast<std::ptrdiff_t>(first);
-  std::vector<Mapping> taken(std::make_move_iterator(from), std::make_move_iterator(run.mappings.end()));
+  std::move(from, run.mappings.end(), std::back_inserter(taken));
   run.mappings.erase(from, run.mappings.end());
   for (const Mapping& mapping : taken) run.tail -= mapping.bytes();
-  return taken;
 }
 
 }  // namespace
@@ -299,6 +298,9 @@ void Arena::share_runs(std::size_t source, std::size_t positions, Slots targets,
       Run& run = slots_[target].runs[plane];
       const std::size_t had = std::min(run.mappings.size(), count);
       std::vector<Mapping> mappings;
+      mappings.reserve(count - had);
+      make_room(run.mappings, count - had);
+      make_room(slots_[target].retired, count - had);
       std::size_t tail = run.tail;
       lock.unlock();
       try {
@@ -557,7 +559,7 @@ void Arena::replace(std::size_t index, std::size_t plane, std::size_t first, std
     } catch (const std::exception&) {  // tried again when it is in the way
     }
     lock.lock();
-    for (Loose& loose : filled) slots_[bench].retired.push_back(std::move(loose));
+    retire_again(filled);
   };
   try {
     for (const auto& fence : fences) fence->wait();
@@ -570,15 +572,33 @@ void Arena::replace(std::size_t index, std::size_t plane, std::size_t first, std
     throw;
   }
 
-  lock.lock();
-  std::vector<Mapping> behind = take_from(run, first + count);
-  std::vector<Mapping> old = take_from(run, first);
-  lock.unlock();
+  // What may fail comes before anything is taken out of the run: room for all that is moved.
+  std::vector<Mapping> behind;
+  std::vector<Mapping> old;
+  std::vector<Mapping> fresh;
   std::vector<std::pair<std::shared_ptr<Extent>, Access>> before;
-  for (const Mapping& mapping : old) before.emplace_back(mapping.extent(), mapping.access());
+  std::vector<Fences> of_retired;
+  lock.lock();
+  try {
+    behind.reserve(run.mappings.size());
+    old.reserve(count);
+    fresh.reserve(sizes.size());
+    for (std::size_t i = first; i < first + count; ++i)
+      before.emplace_back(run.mappings[i].extent(), run.mappings[i].access());
+    make_room(run.mappings, sizes.size());
+    const std::size_t most = run.mappings.size() + sizes.size();
+    of_retired.assign(most, fences);
+    make_room(slots_[index].retired, most);
+  } catch (...) {
+    lock.unlock();
+    clear_bench();
+    throw;
+  }
+  take_from(run, first + count, behind);
+  take_from(run, first, old);
+  lock.unlock();
   // They may be mapped here again: until that is settled nobody else who has one of them is alone with it.
   for (const auto& [extent, access] : before) ++extent->mappings;
-  std::vector<Mapping> fresh;
   std::exception_ptr failure;
   const auto end_of_run = [&](const std::vector<Mapping>& mappings) {
     Address at = address_of(index, plane) + start;
@@ -618,7 +638,8 @@ void Arena::replace(std::size_t index, std::size_t plane, std::size_t first, std
   const auto put_back = [&](std::vector<Mapping>& mappings, std::size_t first_lost) {
     for (std::size_t i = 0; i < mappings.size(); ++i) {
       if (i >= first_lost) {
-        slot.retired.push_back({index, plane, std::move(mappings[i]), fences});
+        slot.retired.push_back({index, plane, std::move(mappings[i]), std::move(of_retired.back())});
+        of_retired.pop_back();
         continue;
       }
       run.tail += mappings[i].bytes();

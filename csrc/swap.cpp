@@ -151,12 +151,12 @@ void Arena::bring_back(Swapped& swapped, std::size_t index, Stream stream, Lock&
     throw;
   }
   lock.lock();
+  advance(index, swapped.length, stream);
   for (Swapped::Part& part : swapped.parts) host_->give(std::exchange(part.blocks, {}), done);
   {
     const std::lock_guard guard(swapped.mutex);
-    swapped.last = done;
+    swapped.last.swap(done);
   }
-  advance(index, swapped.length, stream);
   refresh(slot);
 }
 

@@ -482,7 +482,7 @@ class KVCache:
         self._fork(name, integer("length", length), names, share=share)
 
     def _open_empty(self, like: int | None, namespace: Hashable, expected: int = 0) -> Sequence:
-        """In a slot that is ready for a fork of the slot ``like``, or else as empty as possible, or fit for ``expected``."""
+        """In a slot that is ready for a fork of the slot ``like``, or fits ``expected``, or is as empty as can be."""
         handle = self._arena.open(expected=expected, stream=self._stream(), empty=not expected, like=like)
         return Sequence(self, handle, namespace)
 
