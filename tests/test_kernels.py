@@ -215,6 +215,18 @@ def test_a_captured_decode_follows_lengths_that_grow(kernel, task):
         close(got, expected(q, filled.k, filled.v, now, [1] * 3, how))
 
 
+@pytest.mark.parametrize(("slots", "refused"), [(2047, False), (2048, True)])
+def test_kernels_that_number_rows_by_32_bits_refuse_more(slots, refused):
+    """Row 2**31 had a negative number: what was read there was whatever lies before the cache."""
+    k = torch.empty(slots, 2**20, 2, 64, dtype=torch.bfloat16, device="meta")
+    task = replace(Task.of(k[0, :1], k, k), device="cuda")
+    assert task.rows == slots * 2**20
+    for name in ("fa2", "fa3"):
+        reason = KERNELS[name].refuses(task)
+        assert (reason is not None and "2**31 rows" in reason) == refused
+    assert KERNELS["reference"].refuses(replace(task, device="cpu")) is None
+
+
 def test_the_choice_says_why():
     task = Task(device="cpu", dtype=torch.float32, query_heads=4, kv_heads=2, head_dim=64, v_head_dim=64)
     assert kernels.choose(task).name == "sdpa"

@@ -81,7 +81,7 @@ class Task:
     several queries behind a past. ``whole_slots``: a slot is a whole number of rows, of K as of V, so that the slots of
     a tensor are one row after the other. ``window``: queries see only so many rows, themselves included.
     ``kv_dtype``: of K and V, where it is not that of queries. ``reach``: elements from the first to the last one of a
-    slot tensor.
+    slot tensor. ``rows``: rows of all slots, where slots are whole numbers of them.
     """
 
     device: str
@@ -97,6 +97,7 @@ class Task:
     sinks: bool = False
     whole_slots: bool = True
     reach: int = 0
+    rows: int = 0
 
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **more: Any) -> Task:
@@ -111,6 +112,7 @@ class Task:
             kv_dtype=None if k.dtype == q.dtype else k.dtype,
             whole_slots=all(t.stride(0) % t.stride(1) == 0 for t in (k, v)) and alike(k, v),
             reach=reach_of(k, v),
+            rows=max((len(t) - 1) * (t.stride(0) // t.stride(1)) + t.shape[1] for t in (k, v)),
             **more,
         )
 
@@ -355,6 +357,8 @@ def _refused_by_flash(task: Task, dtypes: tuple[torch.dtype, ...]) -> str | None
         return "it runs on cuda only"
     if task.dtype not in dtypes:
         return f"it computes in {' and '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)} only"
+    if task.rows >= 2**31:
+        return "it numbers 2**31 rows only: make the cache with fewer slots or a smaller max_len"
     return _refused_dims(task) or (None if task.whole_slots else "a slot must be a whole number of rows")
 
 
