@@ -83,7 +83,7 @@ BARS = {
     "prefill_contiguous_over_paged": "prefill of a kernel on virtual rows over its form on shuffled pages, the lowest",
     "protocol_inputs": "messages of a peer, each refused or gone through, with nothing else happening",
     "plan_configs_right": "of transformers' configurations, the part whose layers are right, or refused for a cause",
-    "calls_expected_on_hit": "calls of the driver from 500 known tokens to 2000 that were expected, beside a parked slot",
+    "calls_expected_on_hit": "calls of the driver from 500 known tokens to 2000 expected ones, beside a parked slot",
     "allocations_failed": "allocations of the core that failed once each and lost nothing",
     "planted_faults": "faults planted that move attention by more than five times what honest kernels differ by",
     "planted_faults_caught": "of these, the part that is refused within two steps",
