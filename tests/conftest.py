@@ -113,7 +113,9 @@ def checked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         changed["protect_shared"] = True
 
     def init(self: KVCache, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **{**kwargs, **changed})
+        # What is no option at all is left for the cache to refuse.
+        valid = {name: value for name, value in changed.items() if isinstance(kwargs.get(name, value), bool)}
+        original(self, *args, **{**kwargs, **valid})
         arenas.append(self._arena)
 
     if not request.node.get_closest_marker("frees"):

