@@ -19,7 +19,7 @@ Measure again with `bench/gpu.sh` on a machine with a GPU, or with a single scri
 `python bench/latency.py --device cpu --out bench/results`.
 
 The decode steps of DynamicCache and of StaticCache without compilation on this page are too high, two to three times at
-1 x 1024: they were taken first in a fresh process, over 12 steps. They are to be measured anew, in turns with the others.
+1 x 1024: they were taken first in a fresh process, over 12 steps. They are to be measured anew, in turns with others.
 """
 # Benchmarks with figures, and what of ``plots`` draws them, which is imported to draw only.
 DRAWN = {"map": "mapping", "generate": "generate", "kernels": "kernels"}

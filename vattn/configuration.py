@@ -192,7 +192,9 @@ def _kinds_by_keys(get: Callable[..., Any], keys: list[str]) -> list[_Kind]:
 
 def _types(get: Callable[..., Any], keys: list[str], count: int, model: Any, window: int | None) -> Any:
     """What each layer is, from ``layer_types`` or the keys that were there before it."""
-    if (types := get("layer_types", "layers_block_type")) is not None:
+    if (types := get("layer_types")) is not None:
+        return types
+    if (types := get("layers_block_type")) is not None and get("attention_window_size") is None:
         return types
 
     def one_in(period: Any, last: bool, other: str, of: str = "full_attention") -> list[str]:
