@@ -312,8 +312,6 @@ class Forward:
                 if half == "whole" and cache.decoder is not None:
                     compute = around.enter_context(cache.prompt(self, given))
             for half, cache in halves:
-                if half == "cross":
-                    cache.serve_as_cross()
                 around.enter_context(cache.in_call(self.model, given, half))
             if compute is not None and (output := compute(lambda: original(*args, **kwargs))) is not None:
                 return output

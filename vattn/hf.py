@@ -442,6 +442,8 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         """
         store = self._store
         store.require_usable()
+        if half == "cross":
+            self.serve_as_cross()
         self._reserve(model, given, half)
         before, states = list(store.lengths), self._other_states()
         try:
