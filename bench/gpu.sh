@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: builds in place, tests, checks memory accesses and measures, in under 8 minutes.
-# Usage: bench/gpu.sh [OUT_FOLDER [map | serve | share | decode | kernels | generate | endure]]. After the folder, another job
-# instead, for as long again: `map` measures the mapper; `serve` serves a trace on one GPU and on all of them; `share`
-# tests and measures sharing; `decode` tests kernels and decode steps; `kernels` and `generate` measure these; `endure`
-# long generations and many calls.
+# Usage: bench/gpu.sh [OUT_FOLDER [map | serve | share | decode | kernels | generate | endure | all]]. After the folder,
+# another job instead, for as long again: `map` measures the mapper; `serve` serves a trace on one GPU and on all of
+# them; `share` tests and measures sharing; `decode` tests kernels and decode steps; `kernels` and `generate` measure
+# these; `endure` long generations and many calls. `all` runs every test at once, on a machine of four GPUs.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
@@ -21,8 +21,35 @@ run() { # a name, then a command: keeps going, remembers failure, shows the end 
   fi
 }
 pytest="python3 -m pytest -q -p no:benchmark -m 'not model'"
-steps=(tests/test_{decode,capture,idle,ahead,compiled,halves,padding,prompt,scales}.py)
+gpu="python3 -m pytest -q -p no:benchmark -m 'gpu and not model'"
+host="python3 -m pytest -q -p no:benchmark -m 'not gpu and not model'"
+steps=(tests/test_{decode,capture,idle,ahead,compiled,halves,padding,prompt,scales,verify}.py)
 run build python3 setup.py build_ext --inplace
+others=$(printf -- '--ignore %s ' tests/test_hf_exact.py tests/test_kernels.py tests/test_architectures.py "${steps[@]}")
+# The contract provokes refusals on purpose, and one test a fault in a process of its own.
+memcheck() {
+  run sanitizer timeout 240 compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 \
+    bash -c "$pytest tests -m gpu -k '(test_cache or test_arena or contract or llama-gqa-sdpa-greedy or mistral-sdpa-beams) and not is_a_fault'"
+}
+if [ "${2:-}" = all ]; then
+  # What watches a device's memory has one for itself: tests that run one after the other on the first.
+  on() { # the devices that are seen, then what to run
+    CUDA_VISIBLE_DEVICES=$1 "${@:2}" &
+  }
+  on 0 run core timeout 400 bash -c "$gpu tests $others"
+  on 1 run trials timeout 400 python3 bench/verification.py --device cuda --only trials --workers 8 --out "$out"
+  on 2 run flex timeout 400 bash -c "$gpu tests/test_kernels.py -k flex -n 6"
+  on 2 run flashinfer timeout 400 bash -c "$gpu tests/test_kernels.py -k flashinfer -n 4"
+  on 2 run kernels timeout 400 bash -c "$gpu tests/test_kernels.py -k 'not flex and not flashinfer' -n 4"
+  on 3 run exact timeout 400 bash -c "$gpu tests/test_hf_exact.py -n 6"
+  on 3 run decode timeout 400 bash -c "$gpu ${steps[*]} -n 8"
+  on 3 run architectures timeout 120 bash -c "$gpu tests/test_architectures.py --tables $out"
+  on 1 memcheck
+  on 1,2 run devices timeout 200 bash -c "$pytest tests -k two_devices"
+  on "" run host timeout 400 bash -c "$host tests $others -n 12"
+  for job in $(jobs -p); do wait "$job" || failed=1; done
+  exit $failed
+fi
 if [ "${2:-}" = map ]; then
   run map timeout 540 python3 bench/map.py --device cuda --out "$out"
   exit $failed
@@ -59,12 +86,10 @@ if [ "${2:-}" = share ]; then
   run sharing timeout 300 python3 bench/sharing.py --device cuda --out "$out"
   exit $failed
 fi
-others=$(printf -- '--ignore %s ' tests/test_hf_exact.py tests/test_kernels.py tests/test_architectures.py "${steps[@]}")
-run core timeout 240 bash -c "$pytest tests $others"
-run exact timeout 240 bash -c "$pytest tests/test_hf_exact.py -k cuda -n 8"
-# The contract provokes refusals on purpose, and one test a fault in a process of its own.
-run sanitizer timeout 240 compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 \
-  bash -c "$pytest tests -m gpu -k '(test_cache or test_arena or contract or llama-gqa-sdpa-greedy or mistral-sdpa-beams) and not is_a_fault'"
+run core timeout 240 bash -c "$gpu tests $others"
+run host timeout 240 bash -c "$host tests $others -n 12"
+run exact timeout 240 bash -c "$gpu tests/test_hf_exact.py -n 8"
+memcheck
 run latency timeout 120 python3 bench/latency.py --device cuda --out "$out"
 run memory timeout 300 python3 bench/memory.py --device cuda --out "$out"
 run memory_at_once timeout 120 python3 bench/memory.py --device cuda --at-once --out "$out"

@@ -1,33 +1,39 @@
 #include "host_memory.hpp"
 
 #include <algorithm>
+#include <charconv>
 #include <cstdint>
 #include <fstream>
 #include <limits>
 #include <optional>
-#include <sstream>
+#include <string_view>
+#include <system_error>
 
 namespace vattn {
 namespace {
 
+// The number that a text begins with, behind spaces; none before a word like "max".
+std::optional<std::uint64_t> number_of(std::string_view text) {
+  text.remove_prefix(std::min(text.find_first_not_of(" \t"), text.size()));
+  std::uint64_t number = 0;
+  if (std::from_chars(text.data(), text.data() + text.size(), number).ec != std::errc()) return std::nullopt;
+  return number;
+}
+
 // The number behind a word at the beginning of a line.
-std::optional<std::uint64_t> number_after(const std::string& path, const std::string& word) {
+std::optional<std::uint64_t> number_after(const std::string& path, std::string_view word) {
   std::ifstream file(path);
   std::string line;
-  while (std::getline(file, line)) {
-    std::istringstream fields(line);
-    std::string name;
-    std::uint64_t number = 0;
-    if (fields >> name >> number && name == word) return number;
-  }
+  while (std::getline(file, line))
+    if (line.starts_with(word)) return number_of(std::string_view(line).substr(word.size()));
   return std::nullopt;
 }
 
 std::optional<std::uint64_t> number_in(const std::string& path) {
   std::ifstream file(path);
-  std::uint64_t number = 0;
-  if (file >> number) return number;
-  return std::nullopt;  // no such file, or the word "max"
+  std::string line;
+  if (!std::getline(file, line)) return std::nullopt;
+  return number_of(line);
 }
 
 // What the files of a version of control groups are called.
@@ -37,8 +43,8 @@ struct Names {
   const char* inactive;  // in memory.stat: file pages that the kernel gives up before it refuses memory
 };
 
-constexpr Names kVersion1{"/memory.limit_in_bytes", "/memory.usage_in_bytes", "total_inactive_file"};
-constexpr Names kVersion2{"/memory.max", "/memory.current", "inactive_file"};
+constexpr Names kVersion1{"/memory.limit_in_bytes", "/memory.usage_in_bytes", "total_inactive_file "};
+constexpr Names kVersion2{"/memory.max", "/memory.current", "inactive_file "};
 
 // Takes the limits of a group, and of all that it is in, into account.
 void apply(MemoryInfo& memory, const std::string& mounted, std::string group, const Names& names) {
