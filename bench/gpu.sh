@@ -32,19 +32,19 @@ memcheck() {
     bash -c "$pytest tests -m gpu -k '(test_cache or test_arena or contract or llama-gqa-sdpa-greedy or mistral-sdpa-beams) and not is_a_fault'"
 }
 if [ "${2:-}" = all ]; then
-  # What watches a device's memory has one for itself: tests that run one after the other on the first.
+  # What watches a device's memory has one for itself: the first and the last.
   on() { # the devices that are seen, then what to run
     CUDA_VISIBLE_DEVICES=$1 "${@:2}" &
   }
   on 0 run core timeout 400 bash -c "$gpu tests $others"
   on 1 run trials timeout 400 python3 bench/verification.py --device cuda --only trials --workers 8 --out "$out"
   on 2 run flex timeout 400 bash -c "$gpu tests/test_kernels.py -k flex -n 6"
-  on 2 run flashinfer timeout 400 bash -c "$gpu tests/test_kernels.py -k flashinfer -n 4"
+  on 2 run flashinfer timeout 400 bash -c "$gpu tests/test_kernels.py -k flashinfer -n 12"
   on 2 run kernels timeout 400 bash -c "$gpu tests/test_kernels.py -k 'not flex and not flashinfer' -n 4"
-  on 3 run exact timeout 400 bash -c "$gpu tests/test_hf_exact.py -n 6"
-  on 3 run decode timeout 400 bash -c "$gpu ${steps[*]} -n 8"
-  on 3 run architectures timeout 120 bash -c "$gpu tests/test_architectures.py --tables $out"
-  on 1 memcheck
+  on 1 run exact timeout 400 bash -c "$gpu tests/test_hf_exact.py -n 6"
+  on 1 run decode timeout 400 bash -c "$gpu ${steps[*]} -n 8"
+  on 1 run architectures timeout 120 bash -c "$gpu tests/test_architectures.py --tables $out"
+  on 3 memcheck
   on 1,2 run devices timeout 200 bash -c "$pytest tests -k two_devices"
   on "" run host timeout 400 bash -c "$host tests $others -n 12"
   for job in $(jobs -p); do wait "$job" || failed=1; done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import warnings
@@ -49,7 +50,9 @@ class Answer:
     def right(self) -> bool:
         if self.got is None:
             return any(cause in self.refusal for cause in CAUSES)
-        return self.got == self.expected and self.recurrent[0] == self.recurrent[1]
+        # Layers at the end that share the rows of others: some versions make none for them.
+        got = self.got[: len(self.expected)] + [one for one in self.got[len(self.expected) :] if one != 0]
+        return got == self.expected and self.recurrent[0] == self.recurrent[1]
 
 
 def _without(mapping: dict[str, Any]) -> dict[str, Any]:
@@ -83,6 +86,8 @@ def answers(*wanted: str) -> Iterator[Answer]:
             for model, kind in CONFIG_MAPPING.items():
                 try:
                     config = kind()
+                    if configuration._without_layer_types(config):
+                        continue
                     file = json.loads(json.dumps(config.to_dict(), default=str))
                 except Exception:  # a class without defaults
                     continue
@@ -90,7 +95,7 @@ def answers(*wanted: str) -> Iterator[Answer]:
                 for form in wanted:
                     given = forms[form]
                     try:
-                        layers = DynamicCache(config=kind.from_dict(dict(given)) if form != "object" else given).layers
+                        layers = DynamicCache(config=kind.from_dict(copy.deepcopy(given)) if form != "object" else given).layers
                     except Exception:  # of a model without a cache
                         continue
                     yield _answer(model, form, given, layers)

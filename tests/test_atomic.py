@@ -37,8 +37,9 @@ HYBRIDS = {
 
 
 @pytest.fixture(autouse=True)
-def pages(monkeypatch):
-    monkeypatch.setattr(Store, "granularity", 4096)
+def pages(request, monkeypatch):
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(Store, "granularity", 4096)
 
 
 def hybrid(name):

@@ -12,6 +12,7 @@ from models import attentions, build, generated, prompt
 from transformers import DynamicCache, EncoderDecoderCache, StoppingCriteria, StoppingCriteriaList
 
 from vattn import CACHE_KEYWORD, VirtualCache, hf
+from vattn.store import Store
 
 HAS_T5GEMMA = hasattr(transformers, "T5GemmaConfig")
 
@@ -174,11 +175,12 @@ class Cropping(StoppingCriteria):
         return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
 
 
-@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("name", ["mistral", "gemma2"])
 @pytest.mark.parametrize("attention", [None, "auto"])
-def test_a_generation_goes_on_behind_a_refused_crop(name, attention, device):
-    model = build(name, attentions(name)[0], device, sliding_window=8)
+def test_a_generation_goes_on_behind_a_refused_crop(name, attention, monkeypatch):
+    """On the host, whose granules are small enough for a window to drop rows."""
+    monkeypatch.setattr(Store, "granularity", 4096)
+    model = build(name, attentions(name)[0], "cpu", sliding_window=8)
     expected = generated(model, DynamicCache(config=model.config), max_new_tokens=40)
     with VirtualCache(model, max_len=100, attention=attention) as cache:
         cropping = Cropping(cache)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 
 import configurations
 import pytest
@@ -59,6 +60,14 @@ def test_files_of_hybrids(model, more, rows, known, monkeypatch):
     assert recurrent == (model != "llama")
     windows = {shape.window for shape in shapes if shape}
     assert windows == ({32} if model == "recurrent_gemma" else {None})
+
+
+def test_what_is_given_stays_as_it_is():
+    given = {**BASE, "model_type": "maskformer", "backbone_config": {"model_type": "swin"}}
+    before = copy.deepcopy(given)
+    first = configuration.described(given, None)
+    assert given == before
+    assert configuration.described(given, None) == first
 
 
 def test_a_model_without_rows_has_no_layout():

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vattn import _core
+from vattn import __version__, _core
 from vattn.errors import Error
 from vattn.layout import GRANULARITY, KVLayout
 from vattn.trace import DATASETS, generate, read
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vattn", description="A KV cache whose address never changes and whose memory grows."
     )
-    parser.add_argument("--version", action="version", version=f"vattn {_version('vattn') or 'not installed'}")
+    parser.add_argument("--version", action="version", version=f"vattn {__version__}")
     parser.add_argument("-v", "--verbose", action="count", default=0, help="log what is done, and show tracebacks")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -154,7 +154,7 @@ def default_folder() -> Path:
 
 
 def _info(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    versions = {"vattn": _version("vattn"), "python": platform.python_version()}
+    versions = {"vattn": __version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in ("torch", "transformers")}
     backends = [_backend(_core.host_driver(GRANULARITY))]
     probe = _core.probe_cuda()

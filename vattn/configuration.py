@@ -7,6 +7,7 @@ misunderstood is refused.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Mapping
@@ -139,14 +140,14 @@ def _read_by_transformers(config: Mapping[str, Any]) -> Any:
     if not isinstance(kind, str) or kind not in known:
         return config
     try:
-        return known[kind].from_dict(dict(config))
+        return known[kind].from_dict(copy.deepcopy(dict(config)))  # which takes parts out of it
     except Exception as error:
         raise ValueError(f"the model's configuration is none of {kind}: {str(error)[:300]}") from error
 
 
 def _kinds_by_transformers(config: Any) -> list[_Kind] | None:
     """Of each layer, as ``DynamicCache`` has them; None where it does not say all, or of another configuration."""
-    if not hasattr(config, "per_layer_config"):
+    if not hasattr(config, "per_layer_config") or _without_layer_types(config):
         return None
     caches = importlib.import_module("transformers.cache_utils")
     try:
@@ -160,6 +161,11 @@ def _kinds_by_transformers(config: Any) -> list[_Kind] | None:
             raise ValueError(f"layer {index} is cached by a {name}, which vattn has no rows for")
         kinds.append((name in _ROWS, getattr(layer, "sliding_window", None), name in _STATES))
     return kinds
+
+
+def _without_layer_types(config: Any) -> bool:
+    """Whether the class knows what its layers are and ``DynamicCache`` does not: an older recurrent_gemma's."""
+    return hasattr(config, "layers_block_type") and getattr(config, "layer_types", None) is None
 
 
 def _kinds_by_keys(get: Callable[..., Any], keys: list[str]) -> list[_Kind]:
