@@ -206,7 +206,7 @@ void Arena::wait_for_others(Fences fences, Stream stream, Lock& lock) {
 }
 
 // Retires what is of no use to a sequence that starts anew: what others map too, and runs that lack their first rows.
-void Arena::drop_unwritable(Slot& slot, std::size_t index) {
+void Arena::drop_unwritable(Slot& slot, std::size_t index) noexcept {
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
     Run& run = slot.runs[plane];
     const auto unusable = std::find_if(run.mappings.begin(), run.mappings.end(),
@@ -720,7 +720,11 @@ void Arena::refresh(Slot& slot) noexcept {
     // Behind the rows are those to come, where nothing may be written that others map too.
     std::size_t end = run.tail;
     for (auto last = run.mappings.rbegin(); last != run.mappings.rend() && end > slot.length * row_bytes; ++last) {
-      if (!last->writable()) slot.capacity = std::min(slot.capacity, slot.length);
+      if (!last->writable()) {
+        slot.capacity = std::min(slot.capacity, slot.length);
+      } else {
+        last->extent()->host_copy.reset();  // it will be another one's
+      }
       end -= last->bytes();
     }
     if (window != 0 && !run.mappings.empty()) {
@@ -816,6 +820,27 @@ std::vector<Arena::Loose> Arena::build(const std::vector<Step>& steps) {
     throw;
   }
   return built;
+}
+
+// The same with memory that is taken from whoever has no rows in it, the slots that the caller holds aside. The mutex
+// is free when it returns.
+std::vector<Arena::Loose> Arena::build_on_demand(const std::vector<Step>& steps, Slots mine, Lock& lock) {
+  const std::size_t needed = bytes_of(steps);
+  for (;;) {
+    if (const std::size_t available = pool_.usage().available(); needed > available) {
+      if (reclaim(needed - available, steps, mine, Keep::rows, Urgency::demand, lock)) continue;
+      throw OutOfPages(needed, pool_.usage().available());
+    }
+    lock.unlock();
+    try {
+      return build(steps);
+    } catch (const OutOfPages&) {
+      lock.lock();  // another caller was quicker
+    } catch (const OutOfDeviceMemory&) {
+      lock.lock();
+      if (!reclaim(needed, steps, mine, Keep::rows, Urgency::demand, lock)) throw;
+    }
+  }
 }
 
 // A new fence of every stream that used one of the slots, and of `stream`. The mutex is free meanwhile.
@@ -987,10 +1012,14 @@ void Arena::keep_house() {
   if (left) post_housekeeping(housekeeping_delay_);
 }
 
-void Arena::post_housekeeping(Clock::duration delay) {
+// Where there is no room to note it, the next one to need it posts it.
+void Arena::post_housekeeping(Clock::duration delay) noexcept {
   if (!mapper_ || closed_ || housekeeping_posted_) return;
   housekeeping_delay_ = std::max<Clock::duration>(delay, kPatience);
-  housekeeping_posted_ = mapper_->post(Urgency::housekeeping, this, [this] { keep_house(); }, delay);
+  try {
+    housekeeping_posted_ = mapper_->post(Urgency::housekeeping, this, [this] { keep_house(); }, delay);
+  } catch (const std::bad_alloc&) {
+  }
 }
 
 }  // namespace vattn

@@ -74,10 +74,38 @@ struct ArenaOptions {
 // How a fork comes to its rows: by mapping their extents again, or by copying them into memory of its own.
 enum class Share { cheapest, alias, copy };
 
+// The bytes of extents that sequences have in common, in host memory: once for all of those that are swapped out. It is
+// the arena's mutex that guards it. Its blocks go back to their pool with it.
+struct HostCopy {
+  struct Piece {
+    std::size_t offset;
+    std::size_t bytes;
+    std::weak_ptr<Extent> extent;  // that has the same bytes on the device, as long as it names this copy too
+  };
+  ~HostCopy();
+  // Makes an extent the one that has the bytes of a piece.
+  static void link(const std::shared_ptr<HostCopy>& copy, std::size_t piece,
+                   const std::shared_ptr<Extent>& extent) noexcept;
+  // The extent that has them, or none.
+  static std::shared_ptr<Extent> linked(const std::shared_ptr<HostCopy>& copy, std::size_t piece) noexcept;
+
+  std::shared_ptr<HostPool> pool;
+  std::vector<Piece> pieces;
+  std::vector<HostBlock> blocks;
+  Fences last;  // of the copies that use the blocks
+};
+
 // A sequence in host memory. Its blocks go back to their pool with it.
 struct Swapped {
+  struct Shared {  // an extent of it that others have too, or had
+    std::shared_ptr<HostCopy> copy;
+    std::size_t piece;
+    const HostCopy::Piece& in_copy() const { return copy->pieces[piece]; }
+  };
   struct Part {  // of a plane
     std::size_t head;
+    std::vector<Shared> shared;  // from the head on
+    std::size_t begin;           // of its own rows, behind what is shared
     std::size_t bytes;
     std::vector<HostBlock> blocks;
   };
@@ -357,7 +385,7 @@ class Arena {
   std::vector<std::size_t> running_slots(Slots names, const char* what);
   void begin(Slot& slot, std::size_t positions, Stream stream);
   void wait_for_others(Fences fences, Stream stream, Lock& lock);
-  void drop_unwritable(Slot& slot, std::size_t index);
+  void drop_unwritable(Slot& slot, std::size_t index) noexcept;
   static bool has_nothing(const Slot& slot) noexcept;
   Lock locked() const;
   void require_open() const;
@@ -383,6 +411,7 @@ class Arena {
   std::vector<Step> plan(Slots slots, PerSlot positions, bool exact) const;
   static std::size_t bytes_of(const std::vector<Step>& steps) noexcept;
   std::vector<Loose> build(const std::vector<Step>& steps);
+  std::vector<Loose> build_on_demand(const std::vector<Step>& steps, Slots mine, Lock& lock);
   Fences fences_of(Slots slots, Stream stream, Lock& lock);
   static void cover(Slot& slot, Stream stream, const Fences& fresh);
   void discard_before_windows(Slots slots, PerSlot keep, const Fences& fresh);
@@ -403,6 +432,10 @@ class Arena {
                            std::size_t most);
   void swap_in_with_driver(Swapped& swapped, std::size_t slot, Stream stream);
   void bring_back(Swapped& swapped, std::size_t slot, Stream stream, Lock& lock);
+  using Linked = std::vector<std::pair<Swapped::Shared, std::shared_ptr<Extent>>>;
+  static Swapped::Part part_of(const Run& run, std::size_t end, const std::shared_ptr<HostCopy>& fresh, Linked& found);
+  void bring_back_shared(const Swapped::Part& part, std::size_t slot, std::size_t plane, Stream in, Linked& found,
+                         Lock& lock);
   void release_quietly(std::size_t name, Stream stream) noexcept;
   void own_with_driver(Slots slots, std::size_t positions, Stream stream);
   bool unshare(Slots slots, Urgency urgency, Lock& lock);
@@ -425,7 +458,7 @@ class Arena {
   void ask_again();
   void map_ahead();
   void keep_house();
-  void post_housekeeping(Clock::duration delay);
+  void post_housekeeping(Clock::duration delay) noexcept;
 
   const std::shared_ptr<Driver> driver_;
   const std::shared_ptr<Mapper> mapper_;  // none: everything happens in the callers' threads

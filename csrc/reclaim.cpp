@@ -222,6 +222,7 @@ void Arena::strip(std::size_t index, Keep keep, const std::function<bool(const M
       if (run.mappings.empty()) run.head = run.tail = 0;
       slot.known = std::min(slot.known, usable_rows(plane, run.tail));
     }
+    if (remembered && slot.known == 0 && slot.state == State::parked) drop_unwritable(slot, index);
     refresh(slot);
   };
   try {
@@ -242,10 +243,6 @@ void Arena::strip(std::size_t index, Keep keep, const std::function<bool(const M
     throw;
   }
   note_taken();
-  if (remembered && slot.known == 0 && slot.state == State::parked) {
-    drop_unwritable(slot, index);
-    refresh(slot);
-  }
 }
 
 // Waits for the fences of the last of them, unmaps it and pools its extent. When it throws, it is still mapped.

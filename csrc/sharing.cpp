@@ -534,25 +534,7 @@ void Arena::replace(std::size_t index, std::size_t plane, std::size_t first, std
   }
   const Hold hold(*this, Slots(&bench, 1), lock);
   clear_the_way(Slots(&bench, 1), Urgency::demand, lock);
-  std::vector<Loose> filled;
-  for (;;) {
-    const std::size_t needed = bytes_of(steps);
-    if (const std::size_t available = pool_.usage().available(); needed > available) {
-      if (reclaim(needed - available, steps, mine, Keep::rows, Urgency::demand, lock)) continue;
-      throw OutOfPages(needed, pool_.usage().available());
-    }
-    lock.unlock();
-    try {
-      filled = build(steps);
-      break;
-    } catch (const OutOfPages&) {
-      lock.lock();  // another caller was quicker
-    } catch (const OutOfDeviceMemory&) {
-      lock.lock();
-      if (!reclaim(needed, steps, mine, Keep::rows, Urgency::demand, lock)) throw;
-    }
-  }
-  // The mutex is free.
+  std::vector<Loose> filled = build_on_demand(steps, mine, lock);
   const auto clear_bench = [&] {
     try {
       while (!filled.empty()) unmap_last(filled);

@@ -20,6 +20,22 @@ void copy_blocks(Driver& driver, Address device, const std::vector<HostBlock>& b
 
 }  // namespace
 
+HostCopy::~HostCopy() {
+  if (pool && !pool->in_forked_child()) pool->give(std::move(blocks), last);
+}
+
+void HostCopy::link(const std::shared_ptr<HostCopy>& copy, std::size_t piece,
+                    const std::shared_ptr<Extent>& extent) noexcept {
+  if (linked(copy, piece)) return;  // another thread was quicker
+  copy->pieces[piece].extent = extent;
+  extent->host_copy = copy;
+}
+
+std::shared_ptr<Extent> HostCopy::linked(const std::shared_ptr<HostCopy>& copy, std::size_t piece) noexcept {
+  std::shared_ptr<Extent> extent = copy->pieces[piece].extent.lock();
+  return extent && extent->host_copy.lock() == copy ? extent : nullptr;
+}
+
 Swapped::~Swapped() {
   if (!pool || pool->in_forked_child()) return;  // whose pool may be locked for good, and owns nothing
   for (Part& part : parts) pool->give(std::move(part.blocks), last);
@@ -46,29 +62,38 @@ std::shared_ptr<Swapped> Arena::swap_out(std::size_t name, Stream stream) {
   auto swapped = std::make_shared<Swapped>();
   swapped->pool = host_;
   swapped->length = slot.length;
-  for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
-    const std::size_t head = slot.runs[plane].head;
-    const std::size_t end = slot.length * geometry_[plane].row_bytes;
-    swapped->parts.push_back({head, end - std::min(head, end), {}});
-  }
+  const auto copy = std::make_shared<HostCopy>();  // of what is shared and not in host memory yet
+  copy->pool = host_;
+  Linked fresh;
+  for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
+    swapped->parts.push_back(part_of(slot.runs[plane], slot.length * geometry_[plane].row_bytes, copy, fresh));
   const Fences before = slot.fences;
   lock.unlock();
   for (Swapped::Part& part : swapped->parts) part.blocks = host_->take(part.bytes);
+  if (!fresh.empty()) copy->blocks = host_->take(copy->pieces.back().offset + copy->pieces.back().bytes);
   const Stream out = driver_->own_stream(OwnStream::out);
   try {
     for (const auto& fence : before) fence->order(out);
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
       const Swapped::Part& part = swapped->parts[plane];
-      copy_blocks(*driver_, address_of(index, plane) + part.head, part.blocks, host_->block_bytes(), 0, part.bytes,
-                  true, out);
+      Address at = address_of(index, plane) + part.head;
+      for (const Swapped::Shared& shared : part.shared) {
+        const auto& [offset, bytes, extent] = shared.in_copy();
+        if (shared.copy == copy)
+          copy_blocks(*driver_, at - offset, copy->blocks, host_->block_bytes(), offset, offset + bytes, true, out);
+        at += bytes;
+      }
+      copy_blocks(*driver_, at, part.blocks, host_->block_bytes(), 0, part.bytes, true, out);
     }
-    swapped->last.push_back(std::make_shared<const Fence>(driver_, out));
+    swapped->last.push_back(std::make_shared<const Fence>(driver_, out));  // and of all that went this way before
+    copy->last = swapped->last;
   } catch (...) {
     driver_->synchronize();  // the blocks are given back
     throw;
   }
   lock.lock();
   note(slot.fences, swapped->last.front());
+  for (const auto& [shared, extent] : fresh) HostCopy::link(shared.copy, shared.piece, extent);
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) retire_run(slot, index, plane);
   slot.length = slot.known = 0;
   set_state(slot, has_nothing(slot) ? State::bare : State::parked);
@@ -77,6 +102,32 @@ std::shared_ptr<Swapped> Arena::swap_out(std::size_t name, Stream stream) {
   refresh(slot);
   post_housekeeping({});
   return swapped;
+}
+
+// What a run with rows up to some byte leaves in host memory. The extents that others have as well it has in common
+// with them there, too: found in a copy, or to be copied to the fresh one.
+Swapped::Part Arena::part_of(const Run& run, std::size_t end, const std::shared_ptr<HostCopy>& fresh, Linked& found) {
+  Swapped::Part part{run.head, {}, run.head, 0, {}};
+  for (const Mapping& mapping : run.mappings) {
+    if (part.begin + mapping.bytes() > end) break;
+    const std::shared_ptr<Extent>& extent = mapping.extent();
+    const auto copy = extent->host_copy.lock();
+    std::size_t piece = 0;
+    while (copy && piece < copy->pieces.size() && HostCopy::linked(copy, piece) != extent) ++piece;
+    if (copy && piece < copy->pieces.size()) {
+      part.shared.push_back({copy, piece});
+    } else if (mapping.shared()) {
+      const std::size_t offset = fresh->pieces.empty() ? 0 : fresh->pieces.back().offset + fresh->pieces.back().bytes;
+      part.shared.push_back({fresh, fresh->pieces.size()});
+      found.emplace_back(part.shared.back(), extent);
+      fresh->pieces.push_back({offset, mapping.bytes(), {}});
+    } else {
+      break;
+    }
+    part.begin += mapping.bytes();
+  }
+  part.bytes = end - std::min(part.begin, end);
+  return part;
 }
 
 std::size_t Arena::swap_in(Swapped& swapped, std::optional<std::size_t> wanted, Stream stream) {
@@ -101,11 +152,12 @@ void Arena::swap_in_with_driver(Swapped& swapped, std::size_t index, Stream stre
   try {
     bring_back(swapped, index, stream, lock);
   } catch (...) {
-    // A run that begins behind the first row is of no use to an empty sequence.
+    // A run that begins behind the first row, or that others have too, is of no use to an empty sequence.
     if (!lock.owns_lock()) lock.lock();
     Slot& slot = slots_[index];
+    slot.length = 0;
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
-      if (slot.runs[plane].head != 0) retire_run(slot, index, plane);
+      if (slot.runs[plane].head != 0 || !swapped.parts[plane].shared.empty()) retire_run(slot, index, plane);
     refresh(slot);
     throw;
   }
@@ -115,18 +167,23 @@ void Arena::swap_in_with_driver(Swapped& swapped, std::size_t index, Stream stre
 void Arena::bring_back(Swapped& swapped, std::size_t index, Stream stream, Lock& lock) {
   Slot& slot = slots_[index];
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
-    if (swapped.parts[plane].head == 0) continue;
+    const Swapped::Part& part = swapped.parts[plane];
+    if (part.head == 0 && part.shared.empty()) continue;
     retire_run(slot, index, plane);
     clear_the_way(Slots(&index, 1), Urgency::demand, lock);
-    slot.runs[plane].head = slot.runs[plane].tail = swapped.parts[plane].head;
+    slot.runs[plane].head = slot.runs[plane].tail = part.head;
+    if (!part.shared.empty()) slot.length = swapped.length;  // what is shared lies before it
   }
   // What was queued with the slot's memory comes first, and so does the way out.
   const Fences before = fences_of(Slots(&index, 1), stream, lock);
   const Stream in = driver_->own_stream(OwnStream::in);
+  Linked found;
   Fences done;
   try {
     for (const auto& fence : before) fence->order(in);
     for (const auto& fence : swapped.last) fence->order(in);
+    for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
+      bring_back_shared(swapped.parts[plane], index, plane, in, found, lock);
     // The first rows are on their way while memory for the next is mapped.
     slot.expected = 0;
     const std::size_t step = std::max<std::size_t>(1, pool_.bytes_of(ExtentPool::kClasses - 1) / widest_row());
@@ -136,28 +193,80 @@ void Arena::bring_back(Swapped& swapped, std::size_t index, Stream stream, Lock&
       lock.unlock();
       for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
         const std::size_t row_bytes = geometry_[plane].row_bytes;
-        const auto& [head, bytes, blocks] = swapped.parts[plane];
-        copy_blocks(*driver_, address_of(index, plane) + head, blocks, host_->block_bytes(),
-                    std::max(head, from * row_bytes) - head, std::max(head, to * row_bytes) - head, false, in);
+        const Swapped::Part& part = swapped.parts[plane];
+        copy_blocks(*driver_, address_of(index, plane) + part.begin, part.blocks, host_->block_bytes(),
+                    std::max(part.begin, from * row_bytes) - part.begin,
+                    std::max(part.begin, to * row_bytes) - part.begin, false, in);
       }
       lock.lock();
     }
     lock.unlock();
     done.push_back(std::make_shared<const Fence>(driver_, in));
     done.front()->order(stream);
+    lock.lock();
+    advance(index, swapped.length, stream);
   } catch (...) {
     if (lock.owns_lock()) lock.unlock();
     driver_->synchronize();
     throw;
   }
-  lock.lock();
-  advance(index, swapped.length, stream);
-  for (Swapped::Part& part : swapped.parts) host_->give(std::exchange(part.blocks, {}), done);
+  for (const auto& [shared, extent] : found) {
+    HostCopy::link(shared.copy, shared.piece, extent);
+    shared.copy->last = done;  // which come behind those on the way out, and take their room
+  }
+  for (Swapped::Part& part : swapped.parts) {
+    host_->give(std::exchange(part.blocks, {}), done);
+    part.shared.clear();
+  }
   {
     const std::lock_guard guard(swapped.mutex);
     swapped.last.swap(done);
   }
   refresh(slot);
+}
+
+// Maps what a swapped sequence has in common with others: the extent that has it, or where there is none any more, one
+// that it is copied to. Those are `found`.
+void Arena::bring_back_shared(const Swapped::Part& part, std::size_t index, std::size_t plane, Stream in, Linked& found,
+                              Lock& lock) {
+  Slot& slot = slots_[index];
+  Run& run = slot.runs[plane];
+  make_room(run.mappings, part.shared.size());
+  make_room(found, part.shared.size());
+  for (const Swapped::Shared& shared : part.shared) {
+    const auto& [offset, bytes, unused] = shared.in_copy();
+    const Address at = address_of(index, plane) + run.tail;
+    const std::shared_ptr<Extent> extent = HostCopy::linked(shared.copy, shared.piece);
+    std::vector<Loose> made;
+    if (extent) {
+      made.reserve(1);
+      make_room(slot.retired, 1);
+      ++extent->mappings;  // from now on nobody else is alone with it
+      lock.unlock();
+      try {
+        made.push_back({index, plane, Mapping(driver_, extent, at), {}});
+        made.front().mapping.allow(options_.protect_shared || extent->exported.load() ? Access::read : Access::write);
+      } catch (...) {
+        lock.lock();
+        --extent->mappings;
+        retire_again(made);
+        throw;
+      }
+      lock.lock();
+      --extent->mappings;
+      ++aliases_;
+    } else {
+      made = build_on_demand({{index, plane, at, bytes}}, Slots(&index, 1), lock);
+      lock.lock();
+    }
+    found.emplace_back(shared, made.front().mapping.extent());
+    run.tail += bytes;
+    run.mappings.push_back(std::move(made.front().mapping));
+    if (extent) continue;
+    lock.unlock();
+    copy_blocks(*driver_, at - offset, shared.copy->blocks, host_->block_bytes(), offset, offset + bytes, false, in);
+    lock.lock();
+  }
 }
 
 void Arena::abandon(std::size_t name) noexcept {

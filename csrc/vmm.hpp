@@ -34,6 +34,8 @@ class Reservation {
   Address base_;
 };
 
+struct HostCopy;
+
 // One physical handle. Move-only.
 class Extent {
  public:
@@ -52,6 +54,8 @@ class Extent {
   std::atomic<std::size_t> mappings{0};
   // Whether other processes may have it mapped, for good: then it is never written, and never pooled.
   std::atomic<bool> exported{false};
+  // What has its bytes in host memory, see Swapped; none once they may have been written to. Moving leaves it behind.
+  std::weak_ptr<HostCopy> host_copy;
 
   // Gives the memory up now. When the driver refuses, throws and still owns it.
   void release();

@@ -96,6 +96,93 @@ def test_what_it_shared_stays_with_the_others():
     c.check()
 
 
+def physical(c):
+    c.trim()
+    return c.stats().physical
+
+
+@pytest.mark.parametrize("first_to_go", [True, False], ids=["with its source", "beside its source"])
+def test_a_family_shares_again_what_it_shared(device, first_to_go):
+    """What eight forks have in common is copied once on the way out, and lies in memory once when they are back."""
+    c = cache(device, slots=10)
+    s = c.open()
+    length = 3000 if device == "cpu" else 40_000
+    write(s, length)
+    forks = s.fork(n=8, share="alias")
+    for fork in forks:
+        write(fork, 20)
+    before, alone = physical(c), length * c.layout.bytes_per_token
+    everybody = [s, *forks] if first_to_go else forks
+    everybody[0].swap_out()
+    copies = c.stats().driver_calls["copy"]
+    for sequence in everybody[1:]:
+        sequence.swap_out()
+    c.settle()
+    assert c.stats().host - c.stats().host_pooled < 3 * alone
+    assert c.stats().driver_calls["copy"] - copies <= 2 * len(c.map()[0]["runs"]) * (len(everybody) - 1)
+    if first_to_go:
+        assert physical(c) == 0
+    for sequence in reversed(everybody):
+        sequence.swap_in()
+    assert physical(c) <= before * 1.1
+    for sequence in [s, *forks]:
+        check(sequence)
+        write(sequence, 40)
+        check(sequence)
+    for sequence in everybody:
+        sequence.close()
+    s.close()
+    assert c.stats().host == c.stats().host_pooled
+    c.check()
+
+
+@pytest.mark.parametrize("change", ["truncated", "closed and adopted"])
+def test_what_is_written_meanwhile_is_shared_with_nobody(change):
+    c = cache()
+    s = c.open()
+    write(s, 400)
+    [fork] = s.fork(share="alias")
+    fork.swap_out()
+    c.settle()
+    if change == "truncated":
+        s.truncate(0)
+    else:
+        s.close()
+        s = c.open()
+    write(s, 400, value=7)
+    fork.swap_in()
+    check(fork)
+    check(s, 7)
+    write(fork, 50)
+    check(s, 7)
+    c.check()
+
+
+def test_a_family_that_finds_no_memory_stays_swapped():
+    """Each call of the driver on the way back failing once: nothing is lost, and the next try brings it back."""
+    for k in range(1, 40):
+        c = cache(slots=5, mapper=False)
+        s = c.open()
+        write(s, 400)
+        forks = s.fork(n=2, share="alias")
+        for sequence in (s, *forks):
+            sequence.swap_out()
+        s.swap_in()
+        c._arena.driver.fail_at(k)
+        try:
+            forks[0].swap_in()
+        except DriverError:
+            assert forks[0].swapped
+            c.check()
+            forks[0].swap_in()
+        else:
+            c._arena.driver.fail_at(0)
+        forks[1].swap_in()
+        for sequence in (s, *forks):
+            check(sequence)
+        c.check()
+
+
 def test_the_host_has_a_budget_of_its_own():
     c = cache(host_budget=2 * 16 * PAGE)
     first, second = c.open(), c.open()

@@ -95,6 +95,19 @@ void scenario(const std::shared_ptr<Arena>& shared, const Kept& kept) {
   forks.back()->swap_out(kStream);
   forks.back()->swap_in(std::nullopt, kStream);
   require_rows(arena, *forks.back()->slot(), 60, 1000);
+  // A family: what they share is in host memory once, and shared again.
+  std::vector<std::shared_ptr<Sequence>> family;
+  for (int i = 0; i < 2; ++i) {
+    family.push_back(std::make_shared<Sequence>(shared, std::nullopt, 0, kStream, true, std::nullopt));
+    const std::size_t name = family.back()->name();
+    require(arena.fork(first, std::nullopt, 68, Arena::Slots(&name, 1), Share::alias, kStream), "no fork");
+  }
+  for (const auto& one : family) one->swap_out(kStream);
+  for (const auto& one : family) {
+    one->swap_in(std::nullopt, kStream);
+    require_rows(arena, *one->slot(), 68, 1000);
+  }
+  family.clear();
   for (std::size_t length = 71; length < 120; ++length) grow(arena, first, length);
   const Arena::Known known = arena.publish(a.name(), 60);
   Sequence::close({&a}, kStream);
