@@ -4,6 +4,9 @@
 #include <dlfcn.h>
 
 #include <array>
+#include <mutex>
+#include <new>
+#include <vector>
 
 #include "driver.hpp"
 
@@ -129,6 +132,7 @@ class CudaDriver final : public Driver {
         report(error);
       }
     };
+    for (const FenceId event : events_) destroy(event);
     quietly([this] {
       const Current current(context_);
       for (const CUstream stream : streams_) check(api().p_cuStreamDestroy(stream), "cuStreamDestroy");
@@ -253,12 +257,27 @@ class CudaDriver final : public Driver {
     if (capturing != CU_STREAM_CAPTURE_STATUS_NONE)
       throw DriverError("cuEventRecord", CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
                         "the stream is being captured: shorten and close sequences outside of the capture");
-    CUevent event = nullptr;
-    check(api().p_cuEventCreate(&event, CU_EVENT_DISABLE_TIMING), "cuEventCreate");
-    if (const CUresult rc = api().p_cuEventRecord(event, reinterpret_cast<CUstream>(stream)); rc != CUDA_SUCCESS) {
-      api().p_cuEventDestroy(event);
+    const FenceId fence = take_event();
+    const CUresult rc = api().p_cuEventRecord(reinterpret_cast<CUevent>(fence), reinterpret_cast<CUstream>(stream));
+    if (rc != CUDA_SUCCESS) {
+      do_drop(fence);
       check(rc, "cuEventRecord");
     }
+    return fence;
+  }
+
+  // An event that no fence is made of any more, or a new one.
+  FenceId take_event() {
+    {
+      const std::lock_guard lock(events_mutex_);
+      if (!events_.empty()) {
+        const FenceId event = events_.back();
+        events_.pop_back();
+        return event;
+      }
+    }
+    CUevent event = nullptr;
+    check(api().p_cuEventCreate(&event, CU_EVENT_DISABLE_TIMING), "cuEventCreate");
     return FenceId{reinterpret_cast<std::uintptr_t>(event)};
   }
 
@@ -277,8 +296,17 @@ class CudaDriver final : public Driver {
 
   void do_drop(FenceId fence) noexcept override {
     try {
+      const std::lock_guard lock(events_mutex_);
+      if (events_.size() < kIdleEvents) return events_.push_back(fence);
+    } catch (const std::bad_alloc&) {  // then it goes
+    }
+    destroy(fence);
+  }
+
+  void destroy(FenceId event) noexcept {
+    try {
       const Current current(context_);
-      check(api().p_cuEventDestroy(reinterpret_cast<CUevent>(fence)), "cuEventDestroy");
+      check(api().p_cuEventDestroy(reinterpret_cast<CUevent>(event)), "cuEventDestroy");
     } catch (const std::exception& error) {
       report(error);
     }
@@ -309,6 +337,10 @@ class CudaDriver final : public Driver {
     check(api().p_cuCtxSynchronize(), "cuCtxSynchronize");
   }
 
+  // Events that wait to be recorded again: at most about as many as there are streams at work.
+  static constexpr std::size_t kIdleEvents = 64;
+  std::mutex events_mutex_;
+  std::vector<FenceId> events_;
   CUdevice cu_device_ = 0;
   CUcontext context_ = nullptr;
   std::array<CUstream, 3> streams_{};  // by OwnStream

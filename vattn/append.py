@@ -47,10 +47,12 @@ def append(
     block = 1 << (max(dim, v_dim) - 1).bit_length()
     k_scale, v_scale = (ends if scale is None else scale for scale in scales)  # of none any pointer will do
     kernel[batch, heads](
-        k_new, v_new, k, v, ends, k_scale, v_scale,
+        # The first row, which a window may have given back, has no memory that Triton could look at: by address alone.
+        k_new, v_new, k.data_ptr(), v.data_ptr(), ends, k_scale, v_scale,
         *k_new.stride(), *v_new.stride(), *k.stride()[:3], *v.stride()[:3],
-        dim=dim, v_dim=v_dim, block=block, limit=torch.finfo(k.dtype).max if k.dtype.itemsize == 1 else 0.0,
-        scaled=scales[0] is not None, k_heads=k_scale.numel(), v_heads=v_scale.numel(),
+        kind=_triton_types()[k.dtype], dim=dim, v_dim=v_dim, block=block,
+        limit=torch.finfo(k.dtype).max if k.dtype.itemsize == 1 else 0.0, scaled=scales[0] is not None,
+        k_heads=k_scale.numel(), v_heads=v_scale.numel(),
     )  # fmt: skip
 
 
@@ -71,9 +73,11 @@ def _kernel() -> Any:
     def kernel(  # type: ignore[no-untyped-def]
         k_new, v_new, k, v, ends, k_scale, v_scale,
         k_new_b, k_new_h, k_new_d, v_new_b, v_new_h, v_new_d, k_slot, k_row, k_head, v_slot, v_row, v_head,
-        dim: tl.constexpr, v_dim: tl.constexpr, block: tl.constexpr, limit: tl.constexpr, scaled: tl.constexpr,
-        k_heads: tl.constexpr, v_heads: tl.constexpr,
+        kind: tl.constexpr, dim: tl.constexpr, v_dim: tl.constexpr, block: tl.constexpr, limit: tl.constexpr,
+        scaled: tl.constexpr, k_heads: tl.constexpr, v_heads: tl.constexpr,
     ):  # fmt: skip
+        k = k.to(tl.pointer_type(kind))
+        v = v.to(tl.pointer_type(kind))
         sequence = tl.program_id(0).to(tl.int64)  # products of strides do not fit 32 bits
         head = tl.program_id(1).to(tl.int64)
         row = (tl.load(ends + sequence) - 1).to(tl.int64)
@@ -83,13 +87,26 @@ def _kernel() -> Any:
         if scaled:
             new = new / tl.load(k_scale + head % k_heads)
         if limit > 0:
-            new = tl.clamp(new.to(tl.float32), -limit, limit).to(k.dtype.element_ty)
+            new = tl.clamp(new.to(tl.float32), -limit, limit).to(kind)
         tl.store(k + sequence * k_slot + row * k_row + head * k_head + at, new, mask=k_part)
         new = tl.load(v_new + sequence * v_new_b + head * v_new_h + at * v_new_d, mask=v_part)
         if scaled:
             new = new / tl.load(v_scale + head % v_heads)
         if limit > 0:
-            new = tl.clamp(new.to(tl.float32), -limit, limit).to(v.dtype.element_ty)
+            new = tl.clamp(new.to(tl.float32), -limit, limit).to(kind)
         tl.store(v + sequence * v_slot + row * v_row + head * v_head + at, new, mask=v_part)
 
     return kernel
+
+
+@functools.cache
+def _triton_types() -> dict[torch.dtype, Any]:
+    import triton.language as tl
+
+    return {
+        torch.float32: tl.float32,
+        torch.float16: tl.float16,
+        torch.bfloat16: tl.bfloat16,
+        torch.float8_e4m3fn: tl.float8e4nv,
+        torch.float8_e5m2: tl.float8e5,
+    }
