@@ -95,7 +95,8 @@ def answers(*wanted: str) -> Iterator[Answer]:
                 for form in wanted:
                     given = forms[form]
                     try:
-                        layers = DynamicCache(config=kind.from_dict(copy.deepcopy(given)) if form != "object" else given).layers
+                        config = given if form == "object" else kind.from_dict(copy.deepcopy(given))
+                        layers = DynamicCache(config=config).layers
                     except Exception:  # of a model without a cache
                         continue
                     yield _answer(model, form, given, layers)
