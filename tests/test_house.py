@@ -79,7 +79,9 @@ PYTHON = {
     "pages.py": {"_core", "cache", "errors"},
     "bench.py": {"_core", "cache", "device", "errors", "layout", "pages", "replay", "trace"},
     "speed.py": {"attach", "cache", "hf", "kernels", "layout"},
-    "cli.py": {"__version__", "_core", "bench", "cache", "demo", "device", "errors", "kernels", "layout", "speed", "trace"},
+    "cli.py": (
+        {"__version__", "_core", "bench", "cache", "demo", "device", "errors", "kernels", "layout", "speed", "trace"}
+    ),
     "__main__.py": {"cli"},
     "__init__.py": {"cache", "errors", "hf", "layout", "sequence", "swap"},
 }
