@@ -40,7 +40,14 @@ SECTIONS = {
     "memory": "Memory of a Llama-3-8B shape, prompts prefilled in chunks",
     "memory_at_once": "Memory of a Llama-3-8B shape, prompts prefilled in one piece",
 }
-_POINTS = {"1x1024": "1 x 1024", "16x8192": "16 x 8192", "32x8192": "32 x 8192", "1x130000": "1 x 130,000"}
+_POINTS = {
+    "1x1024": "1 x 1024",
+    "8x1024": "8 x 1024",
+    "1x32768": "1 x 32,768",
+    "16x8192": "16 x 8192",
+    "32x8192": "32 x 8192",
+    "1x130000": "1 x 130,000",
+}
 BARS = {
     "grow_us_cpp": "`grow` within what is mapped, C++ (µs)",
     "grow_us_python": "`Sequence.grow` within what is mapped, Python (µs)",
@@ -66,6 +73,7 @@ BARS = {
     "beam8_memory_ratio_to_dynamic": "K/V memory of 8 beams on a 4096-token prompt and 64 new ones over DynamicCache's",
     "beam8_copied_per_step": "most bytes that a beam step copies, over those of all beams' K/V",
     "beam8_tokens_equal": "beams equal to DynamicCache's (1 is yes)",
+    "beam_step_over_dynamic": "time of the beams over DynamicCache's",
     "prefix_speedup": "prefilling 8192 tokens over opening a sequence behind them where they are known",
     "next_turn_driver_calls": "memory calls and copies to open a chat's next turn",
     "swap_link_fraction": "swapping 1 and 2 GiB over plain copies of as much, the slowest way",
@@ -80,6 +88,7 @@ BARS = {
             "_static_compile": "StaticCache compiled",
             "_offloaded": "DynamicCache offloaded",
             "_quantized": "QuantizedCache of 4 bits",
+            "_vllm": "vLLM 0.26.0 with its own model",
         }.items()
     },
     "prefill_virtual_over_cudamalloc": "prefill, the fastest kernel on virtual rows over torch's memory, the lowest",

@@ -35,9 +35,11 @@ def generate(result: dict[str, Any], path: Path) -> None:
             mine = [row for row in rows if row["point"] == point]
             caches = [row["cache"].removeprefix("vattn ") for row in mine]
             _bars(steps, caches, [row["step ms p50"] for row in mine], "ms, median")
-            steps.axvline(mine[0]["floor ms"], color="black", linewidth=0.8)
+            steps.axvline(next(row["floor ms"] for row in mine if "floor ms" in row), color="black", linewidth=0.8)
             steps.set(xscale="log", title=f"A step behind {point}; the line is its floor")
-            _bars(memory, caches, [row["device used"] / 1e9 for row in mine], "GB of the device")
+            measured = [row for row in mine if "device used" in row]
+            caches = [row["cache"].removeprefix("vattn ") for row in measured]
+            _bars(memory, caches, [row["device used"] / 1e9 for row in measured], "GB of the device")
             memory.set(title="Memory, weights included")
 
 

@@ -42,6 +42,17 @@ def native(target: str, *arguments: str) -> str:
         return subprocess.run([f"{build}/{target}", *arguments], check=True, capture_output=True, text=True).stdout
 
 
+def read(name: str, device: str, out: Path | None) -> list[dict[str, Any]]:
+    """The rows that a file has which ``write`` has written, or none."""
+    path = _path(name, device, out) if out else None
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path and path.exists() else []
+    return rows
+
+
+def _path(name: str, device: str, out: Path) -> Path:
+    return out / f"{name}-{'cuda' if device.startswith('cuda') else 'cpu'}.json"
+
+
 def write(name: str, device: str, rows: list[dict[str, Any]], bars: dict[str, float], out: Path | None) -> None:
     """Prints the rows and the bars; writes ``<out>/<name>-<cpu or cuda>.json``."""
     for row in rows:
@@ -68,7 +79,7 @@ def write(name: str, device: str, rows: list[dict[str, Any]], bars: dict[str, fl
         "bars": bars,
     }
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{name}-{'cuda' if on_gpu else 'cpu'}.json"
+    path = _path(name, device, out)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {path}")
 

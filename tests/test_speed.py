@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from models import build
 
 from vattn import speed
@@ -30,15 +31,34 @@ def test_a_causal_prefill_counts_the_pairs_that_it_computes():
 def test_decode_steps_of_each_cache():
     model = build("llama-gqa", "sdpa", "cpu")
     model.generation_config.eos_token_id = None
-    floors = {}
-    for name, make in speed.ways(model, 256, ["reference", "reference+fp8"], ["dynamic", "static"]).items():
-        row = speed.decode_speed(model, "mixed", [9, 20, 30], name, make, 8)
-        floors[name] = row["floor ms"]
-        assert row["cache"] == name
-        assert row["step ms p50"] > row["floor ms"] > 0
+    before = dict(vars(model))
+    ways = speed.ways(model, 256, ["reference", "reference+fp8"], ["dynamic", "static"])
+    rows = {row["cache"]: row for row in speed.decode_speed(ways, "mixed", [9, 20, 30], 8, rounds=3)}
+    assert list(rows) == [way.name for way in ways]
+    for name, row in rows.items():
+        assert row["rounds"] == 3
+        assert row["step ms p50"] >= row["step ms least"] > row["floor ms"] > 0
         if name.startswith("vattn"):
             kernel = "reference" if "reference" in name else "sdpa"
             assert f"kernel='{kernel}', fallback=None" in row["decode"]
-            assert "eager=8" in row["decode"]
+            assert "eager=24" in row["decode"]  # of three rounds on one cache
+    floors = {name: row["floor ms"] for name, row in rows.items()}
     assert floors["vattn captured, reference+fp8"] < floors["vattn captured, reference"] == floors["dynamic"]
+    # The model that transformers' caches were measured with has seen nothing of vattn.
+    assert vars(model) == before
+    assert all(way.model is model for way in ways if not way.name.startswith("vattn"))
+    twin = ways[0].model
+    assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
     assert set(KERNELS) >= {"fa2", "fa3", "flex"}
+
+
+def test_what_finds_no_memory_is_a_row_that_says_so():
+    model = build("llama-gqa", "sdpa", "cpu")
+
+    def make(batch, length):
+        raise torch.OutOfMemoryError("no memory\nat all")
+
+    rows = speed.decode_speed([speed.Way("none", model, make)], "one", [4], 8)
+    assert rows == [{"point": "one", "cache": "none", "error": "no memory"}]
+    with pytest.raises(ValueError, match="steps must be at least 4, not 3"):
+        speed.decode_speed([speed.Way("none", model, make)], "one", [4], 3)

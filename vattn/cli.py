@@ -154,7 +154,7 @@ def default_folder() -> Path:
 
 
 def _info(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    versions = {"vattn": __version__, "python": platform.python_version()}
+    versions: dict[str, str | None] = {"vattn": __version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in ("torch", "transformers")}
     backends = [_backend(_core.host_driver(GRANULARITY))]
     probe = _core.probe_cuda()
@@ -319,8 +319,7 @@ def _bench_generate(options: argparse.Namespace) -> dict[str, list[dict[str, Any
     ways = speed.ways(model, max_len, kernels, speed.peers(options.device))
     lengths = [options.context] * options.batch
     point = f"{options.batch} x {options.context}"
-    rows = [speed.decode_speed(model, point, lengths, name, make, options.steps) for name, make in ways.items()]
-    return {"generate": rows}
+    return {"generate": speed.decode_speed(ways, point, lengths, options.steps)}
 
 
 def _bench_map(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:

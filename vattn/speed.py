@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import importlib.util
 import itertools
@@ -231,32 +232,51 @@ def peers(device: str) -> list[str]:
     return ["dynamic", "static", *on_gpu, *["quantized"] * quantized]
 
 
-def ways(model: Any, max_len: int, kernels: list[str], peers: list[str]) -> dict[str, Callable[[int, int], Any]]:
-    """Caches by name, each made for a batch and a length.
+@dataclass(frozen=True)
+class Way:
+    """A kind of cache to decode with.
+
+    Attributes:
+        name: what it is called in rows.
+        model: that computes with it; for caches of vattn one with the same weights as the others', to which nothing of
+            vattn's is attached.
+        make: makes one for a batch and a length.
+        compiled: whether ``generate`` compiles the model by itself, which it does for some caches.
+    """
+
+    name: str
+    model: Any
+    make: Callable[[int, int], Any]
+    compiled: bool = False
+
+
+def ways(model: Any, max_len: int, kernels: list[str], peers: list[str]) -> list[Way]:
+    """Caches of vattn and of transformers.
 
     Args:
-        model: the model that they are for.
+        model: the model that they are for. It stays as it is.
         max_len: of the virtual ones.
         kernels: of captured decode steps: names, with ``+fp8``, ``+compiled`` or ``+tuned`` behind.
         peers: of ``"dynamic"``, ``"static"``, ``"static_compile"``, ``"offloaded"`` (on CUDA), ``"quantized"`` (4 bits,
             by optimum-quanto).
     """
+    twin = _twin(model)
     tuned = {"max_autotune": True, "coordinate_descent_tuning": True}
     hows: dict[str, dict[str, Any]] = {
         "compiled": {"compiled": True}, "tuned": {"compiled": tuned}, "fp8": {"kv_dtype": "float8_e4m3fn"}
     }  # fmt: skip
 
-    def virtual(name: str) -> Callable[[int, int], Any]:
+    def virtual(**options: Any) -> Callable[[int, int], Any]:
+        return lambda batch, length: VirtualCache(twin, max_len=max_len, slots=batch, **options)
+
+    made = []
+    for name in kernels:
         kernel, *parts = name.split("+")
         options: dict[str, Any] = {"attention": kernel}
         for part in parts:
             options |= hows[part]
-        return lambda batch, length: VirtualCache(model, max_len=max_len, slots=batch, **options)
-
-    made = {f"vattn captured, {name}": virtual(name) for name in kernels}
-    made["vattn eager"] = lambda batch, length: VirtualCache(
-        model, max_len=max_len, slots=batch, attention="auto", capture=False
-    )
+        made.append(Way(f"vattn captured, {name}", twin, virtual(**options)))
+    made.append(Way("vattn eager", twin, virtual(attention="auto", capture=False)))
     config = model.config
     others: dict[str, Callable[[int, int], Any]] = {
         "dynamic": lambda batch, length: DynamicCache(config=config),
@@ -265,67 +285,162 @@ def ways(model: Any, max_len: int, kernels: list[str], peers: list[str]) -> dict
         "offloaded": lambda batch, length: DynamicCache(config=config, offloading=True),
         "quantized": lambda batch, length: QuantizedCache("quanto", config),
     }
-    return made | {peer: others[peer] for peer in peers}
+    return made + [Way(peer, model, others[peer], compiled=peer == "static_compile") for peer in peers]
 
 
-def decode_speed(
-    model: Any, point: str, lengths: list[int], name: str, make: Callable[[int, int], Any], steps: int
-) -> dict[str, Any]:
-    """The time of decode steps of ``model.generate`` behind contexts of these lengths, padded on the left.
+def _twin(model: Any) -> Any:
+    """A model with the same weights."""
+    weights = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(weight): weight for weight in weights})
 
-    A step is what lies between two calls of the stopping criteria, on a GPU in its own time. The first quarter, at
-    least two, are not counted: they compare, compile and capture. ``floor ms`` is reading the weights without the
-    embedding, K and V, at 3.0 TB/s.
+
+class Decoding:
+    """Decode steps of ``model.generate`` behind contexts of some lengths, padded on the left, with one kind of cache.
+
+    A step is what lies between two calls of the stopping criteria, on a GPU in its own time. Of each round the first
+    quarter of the steps, at least two, are not counted. Those of several kinds are compared by rounds in turns, after
+    all of them have been warmed up: the first steps of a process take two to three times as long.
+
+    Args:
+        way: what decodes.
+        point: what rows call the contexts.
+        lengths: of the contexts.
+        steps: of a round.
     """
-    if steps < 4:
-        raise ValueError(f"steps must be at least 4, not {steps}: the first are not counted")
-    device, on_gpu, text = model.device, model.device.type == "cuda", model.config.get_text_config()
-    batch, longest = len(lengths), max(lengths)
-    gc.collect()
-    if on_gpu:
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    model.generation_config.disable_compile = name != "static_compile"
-    known(model).refused = None  # by what was measured before
-    cache = make(batch, longest + steps + 8)
-    ids = torch.randint(1, text.vocab_size, (batch, longest + 1), device=device)
-    padding = longest - torch.tensor(lengths, device=device)
-    mask = (torch.arange(longest + 1, device=device) >= padding[:, None]).long()
-    with torch.no_grad():
-        _fill(cache, model, mask[:, :-1])
-    if on_gpu:
-        torch.cuda.empty_cache()  # what has been filled in is no part of steps
-    clock = Clock()
-    options = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, CACHE_KEYWORD: cache}
-    model.generate(ids, attention_mask=mask, stopping_criteria=StoppingCriteriaList([clock]), **options)
-    took = clock.steps()[max(2, steps // 4) :]
-    size = model.dtype.itemsize
-    layouts = [c.layout for c in cache.kv_caches] if isinstance(cache, VirtualCache) else [_layout_of(model)]
-    kv = sum(length + steps for length in lengths) * sum(layout.bytes_per_token for layout in layouts)
-    weights = sum(parameter.numel() for parameter in model.parameters()) * size
-    floor = (weights - text.vocab_size * text.hidden_size * size + kv) / BANDWIDTH
-    row = {
-        "point": point,
-        "cache": name,
-        "step ms p50": statistics.median(took) * 1e3,
-        "step ms p99": sorted(took)[int(0.99 * (len(took) - 1))] * 1e3,
-        "floor ms": floor * 1e3,
-        "tokens/s": batch / statistics.median(took),
-    }
-    if on_gpu:
-        free, total = torch.cuda.mem_get_info()
-        row |= {
-            "device used": total - free,
-            "torch reserved": torch.cuda.max_memory_reserved(),
-            # A GB of what is used is that of the CUDA context and of activations.
-            "used over weights and tokens": (total - free - weights - 1e9) / kv,
+
+    def __init__(self, way: Way, point: str, lengths: list[int], steps: int) -> None:
+        if steps < 4:
+            raise ValueError(f"steps must be at least 4, not {steps}: the first are not counted")
+        self.way = way
+        self.row: dict[str, Any] = {"point": point, "cache": way.name}
+        self._lengths, self._steps = lengths, steps
+        self._rounds: list[list[float]] = []
+        self._cache: Any = None
+
+    def warm_up(self) -> None:
+        """Decodes once with a cache of its own, which also tells what memory it takes."""
+        with self._failing(), self._used_cache() as cache:
+            took = self._decode(cache)
+            self.row |= self._times([took]) | self._memory(cache)
+
+    def round(self) -> None:
+        """Decodes once more."""
+        if "error" in self.row:
+            return
+        with self._failing(), self._used_cache(keep=True) as cache:
+            self._rounds.append(self._decode(cache))
+            self.row |= self._times(self._rounds)
+            if isinstance(cache, VirtualCache):
+                self.row["decode"] = str(cache.decode_stats())
+                again = None if cache.decoder is None else cache.decoder.again()
+                if again is not None:
+                    # Of the last step, without all that is around.
+                    self.row["replay ms"] = _seconds(self._device.type, again)[0] * 1e3
+
+    def close(self) -> None:
+        """Lets go of the cache that the rounds have in common."""
+        if isinstance(self._cache, VirtualCache):
+            self._cache.close()
+        self._cache = None
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self.way.model.device
+        return device
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError, ImportError) as error:
+            self.close()
+            self.row["error"] = str(error).splitlines()[0]
+
+    @contextlib.contextmanager
+    def _used_cache(self, *, keep: bool = False) -> Iterator[Any]:
+        """A new cache, or the one of the round before, where that spares compiling anew."""
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        cache = self._cache or self.way.make(len(self._lengths), max(self._lengths) + self._steps + 8)
+        if isinstance(cache, VirtualCache):
+            known(self.way.model).refused = None  # by what was measured before
+        try:
+            yield cache
+            if isinstance(cache, VirtualCache):
+                cache.check()
+        except BaseException:
+            keep = False
+            raise
+        finally:
+            if keep and (isinstance(cache, VirtualCache) or self.way.compiled):
+                cache.reset()
+                for kv_cache in getattr(cache, "kv_caches", []):
+                    kv_cache.trim()
+                self._cache = cache
+            elif isinstance(cache, VirtualCache):
+                cache.close()
+
+    def _decode(self, cache: Any) -> list[float]:
+        model, steps, lengths = self.way.model, self._steps, self._lengths
+        batch, longest = len(lengths), max(lengths)
+        model.generation_config.disable_compile = not self.way.compiled
+        ids = torch.randint(1, model.config.get_text_config().vocab_size, (batch, longest + 1), device=self._device)
+        padding = longest - torch.tensor(lengths, device=self._device)
+        mask = (torch.arange(longest + 1, device=self._device) >= padding[:, None]).long()
+        with torch.no_grad():
+            _fill(cache, model, mask[:, :-1])
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # what has been filled in is no part of steps
+        clock = Clock()
+        options = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, CACHE_KEYWORD: cache}
+        model.generate(ids, attention_mask=mask, stopping_criteria=StoppingCriteriaList([clock]), **options)
+        return clock.steps()[max(2, steps // 4) :]
+
+    def _times(self, rounds: list[list[float]]) -> dict[str, Any]:
+        medians = [statistics.median(took) * 1e3 for took in rounds]
+        worst = [sorted(took)[int(0.99 * (len(took) - 1))] * 1e3 for took in rounds]
+        return {
+            "step ms p50": statistics.median(medians),
+            "step ms least": min(medians),
+            "step ms p99": statistics.median(worst),
+            "tokens/s": len(self._lengths) / statistics.median(medians) * 1e3,
+            "rounds": len(rounds),
         }
-    if isinstance(cache, VirtualCache):
-        cache.check()
-        row |= {"kv physical": cache.stats().peak, "decode": str(cache.decode_stats())}
-        again = None if cache.decoder is None else cache.decoder.again()
-        if again is not None:
-            row["replay ms"] = _seconds(device.type, again)[0] * 1e3  # of the last step, without all that is around
-        cache.close()
-    return row
+
+    def _memory(self, cache: Any) -> dict[str, Any]:
+        """What the device has taken, and reading the weights but the embedding, K and V at 3.0 TB/s, ``floor ms``."""
+        model, text = self.way.model, self.way.model.config.get_text_config()
+        size = model.dtype.itemsize
+        layouts = [c.layout for c in cache.kv_caches] if isinstance(cache, VirtualCache) else [_layout_of(model)]
+        token = sum(layout.bytes_per_token for layout in layouts)
+        kv = sum(length + self._steps for length in self._lengths) * token
+        weights = sum(parameter.numel() for parameter in model.parameters()) * size
+        floor = (weights - text.vocab_size * text.hidden_size * size + kv) / BANDWIDTH
+        row: dict[str, Any] = {"floor ms": floor * 1e3}
+        if self._device.type == "cuda":
+            free, total = torch.cuda.mem_get_info()
+            row |= {
+                "device used": total - free,
+                "torch reserved": torch.cuda.max_memory_reserved(),
+                # A GB of what is used is that of the CUDA context and of activations.
+                "used over weights and tokens": (total - free - weights - 1e9) / kv,
+            }
+        if isinstance(cache, VirtualCache):
+            row["kv physical"] = cache.stats().peak
+        return row
+
+
+def decode_speed(ways: list[Way], point: str, lengths: list[int], steps: int, rounds: int = 3) -> list[dict[str, Any]]:
+    """A row for each way, see ``Decoding``: the median and the least of the rounds' median steps, and memory."""
+    decodings = [Decoding(way, point, lengths, steps) for way in ways]
+    for decoding in decodings:
+        decoding.warm_up()
+    for _ in range(rounds):
+        for decoding in decodings:
+            decoding.round()
+    for decoding in decodings:
+        decoding.close()
+    return [decoding.row for decoding in decodings]
