@@ -197,7 +197,8 @@ class Sequence:
         """Moves the sequence to page-locked host memory and lets its slot go, without waiting for the copy.
 
         What was queued on the sequence's streams comes first. Its memory serves others when the copy is done. Rows that
-        it shares stay with who else has them; what ``remember`` was told is forgotten.
+        it shares stay with who else has them, go to host memory once for all who share them, and are shared again with
+        those that are there, or come back. What ``remember`` was told is forgotten.
 
         Raises:
             OutOfPages: ``host_budget`` is spent; nothing has changed.
