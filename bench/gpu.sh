@@ -3,7 +3,8 @@
 # Usage: bench/gpu.sh [OUT_FOLDER [map | serve | share | decode | kernels | generate | endure | all]]. After the folder,
 # another job instead, for as long again: `map` measures the mapper; `serve` serves a trace on one GPU and on all of
 # them; `share` tests and measures sharing; `decode` tests kernels and decode steps; `kernels` and `generate` measure
-# these; `endure` long generations and many calls. `all` runs every test at once, on a machine of four GPUs.
+# these; `endure` long generations and many calls. `all` runs every test at once, on a machine of four GPUs. Jobs that
+# SKIP names are left out.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
@@ -13,6 +14,7 @@ failed=0
 run() { # a name, then a command: keeps going, remembers failure, shows the end of what it printed
   local name=$1 start=$SECONDS
   shift
+  [[ " ${SKIP:-} " != *" $name "* ]] || return 0
   if "$@" >"$out/$name.log" 2>&1; then echo "ok   $name ($((SECONDS - start)) s): $(tail -n 1 "$out/$name.log")"; else
     failed=1
     echo "FAIL $name ($((SECONDS - start)) s)"
@@ -27,27 +29,29 @@ steps=(tests/test_{decode,capture,idle,ahead,compiled,halves,padding,prompt,scal
 run build python3 setup.py build_ext --inplace
 others=$(printf -- '--ignore %s ' tests/test_hf_exact.py tests/test_kernels.py tests/test_architectures.py "${steps[@]}")
 # The contract provokes refusals on purpose, and one test a fault in a process of its own.
-memcheck() {
-  run sanitizer timeout 240 compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 \
-    bash -c "$pytest tests -m gpu -k '(test_cache or test_arena or contract or llama-gqa-sdpa-greedy or mistral-sdpa-beams) and not is_a_fault'"
+memcheck() { # a name, and the tests
+  run "$1" timeout 280 compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 \
+    bash -c "$gpu tests -k '($2) and not is_a_fault'"
 }
+of_models="llama-gqa-sdpa-greedy or mistral-sdpa-beams"
 if [ "${2:-}" = all ]; then
-  # What watches a device's memory has one for itself: the first and the last.
+  # What watches a device's memory has one for itself: all but the second.
   on() { # the devices that are seen, then what to run
     CUDA_VISIBLE_DEVICES=$1 "${@:2}" &
   }
   on 0 run core timeout 400 bash -c "$gpu tests $others"
   on 1 run trials timeout 400 python3 bench/verification.py --device cuda --only trials --workers 8 --out "$out"
-  on 2 run flex timeout 400 bash -c "$gpu tests/test_kernels.py -k flex -n 6"
-  on 2 run flashinfer timeout 400 bash -c "$gpu tests/test_kernels.py -k flashinfer -n 12"
-  on 2 run kernels timeout 400 bash -c "$gpu tests/test_kernels.py -k 'not flex and not flashinfer' -n 4"
+  on 1 run flex timeout 400 bash -c "$gpu tests/test_kernels.py -k flex -n 6"
+  on 1 run flashinfer timeout 400 bash -c "$gpu tests/test_kernels.py -k flashinfer -n 12"
+  on 1 run kernels timeout 400 bash -c "$gpu tests/test_kernels.py -k 'not flex and not flashinfer' -n 4"
   on 1 run exact timeout 400 bash -c "$gpu tests/test_hf_exact.py -n 6"
   on 1 run decode timeout 400 bash -c "$gpu ${steps[*]} -n 8"
   on 1 run architectures timeout 120 bash -c "$gpu tests/test_architectures.py --tables $out"
-  on 3 memcheck
-  on 1,2 run devices timeout 200 bash -c "$pytest tests -k two_devices"
+  on 3 memcheck sanitizer test_arena
+  on 2 memcheck sanitizer_of_models "test_cache or contract or swap or $of_models"
   on "" run host timeout 400 bash -c "$host tests $others -n 12"
   for job in $(jobs -p); do wait "$job" || failed=1; done
+  run devices timeout 200 bash -c "$pytest tests -k two_devices"
   exit $failed
 fi
 if [ "${2:-}" = map ]; then
@@ -89,7 +93,7 @@ fi
 run core timeout 240 bash -c "$gpu tests $others"
 run host timeout 240 bash -c "$host tests $others -n 12"
 run exact timeout 240 bash -c "$gpu tests/test_hf_exact.py -n 8"
-memcheck
+memcheck sanitizer "test_arena or test_cache or contract or $of_models"
 run latency timeout 120 python3 bench/latency.py --device cuda --out "$out"
 run memory timeout 300 python3 bench/memory.py --device cuda --out "$out"
 run memory_at_once timeout 120 python3 bench/memory.py --device cuda --at-once --out "$out"
