@@ -45,13 +45,16 @@ if [ "${2:-}" = all ]; then
   on 1 run flashinfer timeout 400 bash -c "$gpu tests/test_kernels.py -k flashinfer -n 12"
   on 1 run kernels timeout 400 bash -c "$gpu tests/test_kernels.py -k 'not flex and not flashinfer' -n 4"
   on 1 run exact timeout 400 bash -c "$gpu tests/test_hf_exact.py -n 6"
-  on 1 run decode timeout 400 bash -c "$gpu ${steps[*]} -n 8"
+  on 1 run decode timeout 400 bash -c "$gpu ${steps[*]} -n 16"
   on 1 run architectures timeout 120 bash -c "$gpu tests/test_architectures.py --tables $out"
   on 3 memcheck sanitizer test_arena
-  on 2 memcheck sanitizer_of_models "test_cache or contract or swap or $of_models"
+  {
+    CUDA_VISIBLE_DEVICES=1,2 run devices timeout 200 bash -c "$pytest tests -k two_devices"
+    CUDA_VISIBLE_DEVICES=2 memcheck sanitizer_of_models "test_cache or contract or swap or $of_models"
+    exit $failed
+  } &
   on "" run host timeout 400 bash -c "$host tests $others -n 12"
   for job in $(jobs -p); do wait "$job" || failed=1; done
-  run devices timeout 200 bash -c "$pytest tests -k two_devices"
   exit $failed
 fi
 if [ "${2:-}" = map ]; then
