@@ -106,8 +106,8 @@ struct Swapped {
     std::size_t head;
     std::vector<Shared> shared;  // from the head on
     std::size_t begin;           // of its own rows, behind what is shared
-    std::size_t bytes;
-    std::vector<HostBlock> blocks;
+    std::size_t bytes;           // of these
+    std::size_t offset;          // of these in the blocks
   };
   ~Swapped();
   // Whether the copies have passed.
@@ -116,6 +116,7 @@ struct Swapped {
   std::shared_ptr<HostPool> pool;
   std::size_t length = 0;
   std::vector<Part> parts;
+  std::vector<HostBlock> blocks;
   mutable std::mutex mutex;          // of what others may look at while it is swapped in
   Fences last;                       // of the copies that use the blocks
   std::atomic<bool> claimed{false};  // by who swaps it in

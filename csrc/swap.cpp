@@ -38,7 +38,7 @@ std::shared_ptr<Extent> HostCopy::linked(const std::shared_ptr<HostCopy>& copy, 
 
 Swapped::~Swapped() {
   if (!pool || pool->in_forked_child()) return;  // whose pool may be locked for good, and owns nothing
-  for (Part& part : parts) pool->give(std::move(part.blocks), last);
+  pool->give(std::move(blocks), last);
 }
 
 bool Swapped::done() const {
@@ -65,11 +65,14 @@ std::shared_ptr<Swapped> Arena::swap_out(std::size_t name, Stream stream) {
   const auto copy = std::make_shared<HostCopy>();  // of what is shared and not in host memory yet
   copy->pool = host_;
   Linked fresh;
-  for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
+  std::size_t own = 0;
+  for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
     swapped->parts.push_back(part_of(slot.runs[plane], slot.length * geometry_[plane].row_bytes, copy, fresh));
+    swapped->parts.back().offset = std::exchange(own, own + swapped->parts.back().bytes);
+  }
   const Fences before = slot.fences;
   lock.unlock();
-  for (Swapped::Part& part : swapped->parts) part.blocks = host_->take(part.bytes);
+  swapped->blocks = host_->take(own);
   if (!fresh.empty()) copy->blocks = host_->take(copy->pieces.back().offset + copy->pieces.back().bytes);
   const Stream out = driver_->own_stream(OwnStream::out);
   try {
@@ -83,7 +86,8 @@ std::shared_ptr<Swapped> Arena::swap_out(std::size_t name, Stream stream) {
           copy_blocks(*driver_, at - offset, copy->blocks, host_->block_bytes(), offset, offset + bytes, true, out);
         at += bytes;
       }
-      copy_blocks(*driver_, at, part.blocks, host_->block_bytes(), 0, part.bytes, true, out);
+      copy_blocks(*driver_, at - part.offset, swapped->blocks, host_->block_bytes(), part.offset,
+                  part.offset + part.bytes, true, out);
     }
     swapped->last.push_back(std::make_shared<const Fence>(driver_, out));  // and of all that went this way before
     copy->last = swapped->last;
@@ -107,7 +111,7 @@ std::shared_ptr<Swapped> Arena::swap_out(std::size_t name, Stream stream) {
 // What a run with rows up to some byte leaves in host memory. The extents that others have as well it has in common
 // with them there, too: found in a copy, or to be copied to the fresh one.
 Swapped::Part Arena::part_of(const Run& run, std::size_t end, const std::shared_ptr<HostCopy>& fresh, Linked& found) {
-  Swapped::Part part{run.head, {}, run.head, 0, {}};
+  Swapped::Part part{run.head, {}, run.head, 0, 0};
   for (const Mapping& mapping : run.mappings) {
     if (part.begin + mapping.bytes() > end) break;
     const std::shared_ptr<Extent>& extent = mapping.extent();
@@ -194,9 +198,10 @@ void Arena::bring_back(Swapped& swapped, std::size_t index, Stream stream, Lock&
       for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
         const std::size_t row_bytes = geometry_[plane].row_bytes;
         const Swapped::Part& part = swapped.parts[plane];
-        copy_blocks(*driver_, address_of(index, plane) + part.begin, part.blocks, host_->block_bytes(),
-                    std::max(part.begin, from * row_bytes) - part.begin,
-                    std::max(part.begin, to * row_bytes) - part.begin, false, in);
+        const std::size_t first = std::max(part.begin, from * row_bytes) - part.begin;
+        const std::size_t end = std::max(part.begin, to * row_bytes) - part.begin;
+        copy_blocks(*driver_, address_of(index, plane) + part.begin - part.offset, swapped.blocks, host_->block_bytes(),
+                    part.offset + first, part.offset + end, false, in);
       }
       lock.lock();
     }
@@ -214,10 +219,8 @@ void Arena::bring_back(Swapped& swapped, std::size_t index, Stream stream, Lock&
     HostCopy::link(shared.copy, shared.piece, extent);
     shared.copy->last = done;  // which come behind those on the way out, and take their room
   }
-  for (Swapped::Part& part : swapped.parts) {
-    host_->give(std::exchange(part.blocks, {}), done);
-    part.shared.clear();
-  }
+  host_->give(std::exchange(swapped.blocks, {}), done);
+  for (Swapped::Part& part : swapped.parts) part.shared.clear();
   {
     const std::lock_guard guard(swapped.mutex);
     swapped.last.swap(done);

@@ -86,14 +86,14 @@ def test_weights_that_move_are_noticed(device):
         assert cache.decode_stats().captures == 2
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_first_rows_that_a_window_has_given_back(compiled, device):
+def test_first_rows_that_a_window_has_given_back(device):
     """Where the first of a slot's rows have no memory any more, steps are captured as anywhere."""
     wide = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 256} if device == "cuda" else {}
     model = build("mistral", "sdpa", device, **wide)
+    model.generation_config.eos_token_id = None
     options = {"length": 150, "max_new_tokens": 70}
     expected = generated(model, DynamicCache(config=model.config), **options)
-    with virtual_of(model, max_len=256, compiled=compiled and device == "cuda") as cache:
+    with virtual_of(model, max_len=256) as cache:
         got = generated(model, cache, **options)
         assert torch.equal(got, expected)
         [kv] = cache.kv_caches
