@@ -13,7 +13,7 @@ from typing import Any
 
 import report
 
-from vattn import speed
+from vattn.bench import decode
 
 
 def bars_of(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -31,7 +31,7 @@ def bars_of(rows: list[dict[str, Any]]) -> dict[str, float]:
 def main() -> None:
     options = report.options(__doc__.splitlines()[0]).parse_args()
     rows: list[dict[str, Any]] = []
-    for row in speed.kernel_speed(options.device, 1 if options.device.startswith("cuda") else 64):
+    for row in decode.kernel_speed(options.device, 1 if options.device.startswith("cuda") else 64):
         if rows and row["work"] != rows[-1]["work"]:  # as far as it is
             report.write("kernels", options.device, rows, bars_of(rows), options.out)
         rows.append(row)

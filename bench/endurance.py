@@ -16,12 +16,13 @@ import report
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteriaList
 
-from vattn import CACHE_KEYWORD, VirtualCache, speed
+from vattn import CACHE_KEYWORD, VirtualCache
+from vattn.bench import decode
 
 
 def steps(model: Any, cache: VirtualCache, prompt: int, new: int) -> list[float]:
     """The seconds of each step of one call."""
-    clock = speed.Clock()
+    clock = decode.Clock()
     ids = torch.randint(1, model.config.vocab_size, (1, prompt), device=model.device)
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, CACHE_KEYWORD: cache}
     model.generate(ids, attention_mask=torch.ones_like(ids), stopping_criteria=StoppingCriteriaList([clock]), **options)

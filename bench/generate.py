@@ -5,7 +5,7 @@ would; then ``generate`` goes on from it, greedily. All are warmed up, and then 
 steps: ``step_ms_*`` are medians of the rounds' median steps, of one of vattn's ways, and of the peers;
 ``step_over_floor_64_mixed``: of 64 sequences of 64 to 4096 tokens over the floor; ``memory_over_tokens_*``: what of the
 device is taken beside the weights and a GB, over the tokens' K and V, by the same way. It is the fastest of those whose
-memory is at most 1.06 times the tokens', or of all where there is none. See ``vattn.speed.Decoding``.
+memory is at most 1.06 times the tokens', or of all where there is none. See ``vattn.bench.decode.Decoding``.
 ``--vllm`` adds what ``bench/vllm_decode.py`` has measured on the same machine. A file that is there keeps its other
 points.
 """
@@ -20,7 +20,7 @@ from typing import Any
 import memory
 import report
 
-from vattn import speed
+from vattn.bench import decode
 from vattn.kernels import KERNELS
 
 POINTS: dict[str, list[int]] = {
@@ -53,9 +53,9 @@ def kernel_of(row: dict[str, Any]) -> str:
 def measured(model: Any, point: str, kernels: list[str], peers: list[str], steps: int, rounds: int) -> list[Any]:
     """The rows of a point. A kernel ``best+how`` is what was fastest in the warm-up, and in little memory."""
 
-    def warmed_up(kernels: list[str], peers: list[str]) -> list[speed.Decoding]:
-        ways = [way for way in speed.ways(model, 131072, kernels, peers) if peers or "captured" in way.name]
-        decodings = [speed.Decoding(way, point, POINTS[point], steps) for way in ways]
+    def warmed_up(kernels: list[str], peers: list[str]) -> list[decode.Decoding]:
+        ways = [way for way in decode.ways(model, 131072, kernels, peers) if peers or "captured" in way.name]
+        decodings = [decode.Decoding(way, point, POINTS[point], steps) for way in ways]
         for decoding in decodings:
             decoding.warm_up()
             print(decoding.row, flush=True)

@@ -25,12 +25,13 @@ from typing import Any
 import report
 import torch
 
-from vattn import KVCache, bench
-from vattn.trace import generate
+from vattn import KVCache
+from vattn.bench import mapping
+from vattn.bench.trace import generate
 
 
 def waits(device: str, rate: float, tokens: int) -> dict[str, Any]:
-    with KVCache(bench.layout(), slots=1, device=device) as cache, cache.open() as sequence:
+    with KVCache(mapping.layout(), slots=1, device=device) as cache, cache.open() as sequence:
         sequence.grow(1)
         before = cache.stats()
         clock = time.perf_counter()
@@ -52,7 +53,7 @@ def waits(device: str, rate: float, tokens: int) -> dict[str, Any]:
 def together(device: str, sequences: int, seconds: float) -> dict[str, Any]:
     """Sequences that grow at 40 steps/s; each step some close, and others open with a prompt of up to 2000 tokens."""
     source = random.Random(0)
-    with KVCache(bench.layout(), slots=2 * sequences, device=device) as cache:
+    with KVCache(mapping.layout(), slots=2 * sequences, device=device) as cache:
         running = []
         coming: list[tuple[Any, int]] = []
         start = clock = time.perf_counter()
@@ -96,7 +97,7 @@ def launches(device: str, *, rounds: int = 10, steps: int = 6) -> list[dict[str,
     """Percentiles of launching a small kernel, by turns with the mapper idle and at the loads."""
     value = torch.zeros(1, device=device)
     rows = []
-    with KVCache(bench.layout(), slots=8, device=device) as cache, cache.open() as sequence:
+    with KVCache(mapping.layout(), slots=8, device=device) as cache, cache.open() as sequence:
         for load, every in [*LOADS.items()] * rounds:
             sequence.truncate(0)
             cache.trim()
@@ -125,9 +126,9 @@ def launches(device: str, *, rounds: int = 10, steps: int = 6) -> list[dict[str,
 
 def fragmented(device: str) -> list[dict[str, Any]]:
     """What an extent and a prompt of 1 GiB take to map, with all memory free and with every other granule taken."""
-    driver = bench.driver_of(device)
+    driver = mapping.driver_of(device)
     size = driver.granularity
-    fresh, prompt = _extents(driver), bench.prompts(device, tokens=(8192,))[0]["vattn ms"]
+    fresh, prompt = _extents(driver), mapping.prompts(device, tokens=(8192,))[0]["vattn ms"]
     count = (driver.memory_info()[0] - 2**30) // size
     handles = [driver.create(size) for _ in range(count)]
     for handle in handles[::2]:
@@ -137,7 +138,7 @@ def fragmented(device: str) -> list[dict[str, Any]]:
         for (mib, before), after in zip(fresh.items(), _extents(driver).values(), strict=True)
     ]
     rows.append(
-        {"prompt": 8192, "fresh ms": prompt, "fragmented ms": bench.prompts(device, tokens=(8192,))[0]["vattn ms"]}
+        {"prompt": 8192, "fresh ms": prompt, "fragmented ms": mapping.prompts(device, tokens=(8192,))[0]["vattn ms"]}
     )
     for handle in handles[1::2]:
         driver.release(handle)
@@ -171,11 +172,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500, help="steps to measure of each replay")
     options = parser.parse_args()
     device, on_gpu = options.device, options.device.startswith("cuda")
-    rows: list[dict[str, Any]] = bench.call_latency(device)
+    rows: list[dict[str, Any]] = mapping.call_latency(device)
     native = [json.loads(line) for line in report.native("map_latency", "cuda" if on_gpu else "cpu").splitlines()]
     rows += native
-    prompts = bench.prompts(device)
-    rows += [*prompts, *bench.growth(device)]
+    prompts = mapping.prompts(device)
+    rows += [*prompts, *mapping.growth(device)]
     slow, fast = waits(device, 100, 8192 if on_gpu else 1024), waits(device, 5000, 8192)
     crowd = together(device, 64, 30)
     rows += [slow, fast, crowd]
@@ -194,7 +195,7 @@ def main() -> None:
         bars["launch_p99_ratio"] = statistics.median(busy) / statistics.median(idle)
         bars["launch_p99_ratio_flat_out"] = statistics.median(flat_out) / statistics.median(idle)
         bars["launch_p99_noise"] = max(idle) / min(idle)
-    replays = bench.replays(
+    replays = mapping.replays(
         device,
         generate("sharegpt", options.requests),
         concurrency=options.concurrency,
@@ -202,10 +203,10 @@ def main() -> None:
         settling=options.concurrency,
         steps_per_second=40,
         max_steps=options.steps,
-        policies=bench.POLICIES[:1],
+        policies=mapping.POLICIES[:1],
     )
     # All policies by a part of it: most of them take long.
-    peers = bench.replays(
+    peers = mapping.replays(
         device,
         generate("sharegpt", 600),
         concurrency=options.concurrency,

@@ -12,12 +12,12 @@ from typing import Any
 import report
 import torch
 
-from vattn import bench
-from vattn.trace import generate
+from vattn.bench import mapping
+from vattn.bench.trace import generate
 
 
 def serve(device: int, requests: int, steps: int) -> list[dict[str, Any]]:
-    rows = bench.replays(
+    rows = mapping.replays(
         f"cuda:{device}",
         generate("sharegpt", requests),
         concurrency=128,

@@ -25,7 +25,9 @@ from typing import Any
 import report
 import torch
 
-from vattn import KVCache, VirtualCache, bench, speed, store
+from vattn import KVCache, VirtualCache
+from vattn.bench import decode, mapping
+from vattn.hf import store
 
 PROMPT = 8192
 SAMPLES, NEW = 32, 256
@@ -53,14 +55,14 @@ def forks(device: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
             ahead = SAMPLES if compacted == "for the forks" else 0
             times: list[float] = []
             again: list[float] = []
-            with KVCache(bench.layout(), slots=SAMPLES + 1, device=device, lookahead=0) as cache:
+            with KVCache(mapping.layout(), slots=SAMPLES + 1, device=device, lookahead=0) as cache:
                 prompt = cache.open()
                 for step in [PROMPT] if how == "at once" else [1] * PROMPT:
                     prompt.grow(step)
                 took = seconds(device, prompt.compact, forks=ahead) if compacted != "no" else 0.0
                 extents = len(cache.map()[prompt.slot]["runs"][0]["extents"])
             for _ in range(5):
-                with KVCache(bench.layout(), slots=SAMPLES + 1, device=device) as cache:
+                with KVCache(mapping.layout(), slots=SAMPLES + 1, device=device) as cache:
                     prompt = cache.open()
                     for step in [PROMPT] if how == "at once" else [1] * PROMPT:
                         prompt.grow(step)
@@ -88,7 +90,7 @@ def forks(device: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
             )
     ratios = []
     for length in (PROMPT, PROMPT - 85):
-        with KVCache(bench.layout(), slots=SAMPLES + 1, device=device) as cache:
+        with KVCache(mapping.layout(), slots=SAMPLES + 1, device=device) as cache:
             prompt = cache.open()
             prompt.grow(length)
             samples = prompt.fork(n=SAMPLES)
@@ -99,7 +101,7 @@ def forks(device: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
                 time.sleep(max(0.0, clock - time.perf_counter()))
             peak = cache.stats().peak
             cache.check()
-        tokens = (length + SAMPLES * NEW) * bench.ROW_BYTES
+        tokens = (length + SAMPLES * NEW) * mapping.ROW_BYTES
         ratios.append(peak / tokens)
         rows.append(
             {"samples": SAMPLES, "prompt": length, "new": NEW, "peak": peak, "bytes of prompt and new tokens": tokens}
@@ -127,7 +129,7 @@ def prefixes(device: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
         rows.append({"opened": what, "known": sequence.length, "ms": took * 1e3, "calls and copies": calls})
         return sequence
 
-    with KVCache(bench.layout(), slots=16, device=device) as cache:
+    with KVCache(mapping.layout(), slots=16, device=device) as cache:
         chat = cache.open(tokens=ids)
         chat.grow(PROMPT)
         chat.close(tokens=ids)
@@ -159,8 +161,8 @@ def swaps(device: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
     rows: list[dict[str, Any]] = []
     ratios, bars = [], {}
     for tokens in (PROMPT, 2 * PROMPT):
-        nbytes = tokens * bench.ROW_BYTES
-        with KVCache(bench.layout(2 * PROMPT), slots=2, device=device) as cache:
+        nbytes = tokens * mapping.ROW_BYTES
+        with KVCache(mapping.layout(2 * PROMPT), slots=2, device=device) as cache:
             sequence = cache.open()
             sequence.grow(tokens)
             sequence.swap_out()  # takes the host memory
@@ -187,7 +189,7 @@ def swaps(device: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
 
 def swap_slowdown() -> tuple[list[dict[str, Any]], dict[str, float]]:
     batch = 16
-    with KVCache(bench.layout(), slots=batch + 2, device="cuda") as cache:
+    with KVCache(mapping.layout(), slots=batch + 2, device="cuda") as cache:
         others = [cache.open(slot=slot) for slot in range(batch)]
         cache.grow_all(others, PROMPT, keep=0)
         k, v = ([get(layer)[:batch, :PROMPT].transpose(1, 2) for layer in range(32)] for get in (cache.k, cache.v))
@@ -249,7 +251,7 @@ def beams() -> tuple[list[dict[str, Any]], dict[str, float]]:
             super().reorder_cache(beam_idx)
             copied[-1] += self.stats().copied
 
-    [way, *_] = speed.ways(model, 8192, [], [])  # whose model is a twin: nothing is attached to DynamicCache's
+    [way, *_] = decode.ways(model, 8192, [], [])  # whose model is a twin: nothing is attached to DynamicCache's
     took: dict[str, list[float]] = {"vattn": [], "DynamicCache": []}
     tokens: dict[str, torch.Tensor] = {}
     held = peak = 0

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import test_verify as trials  # noqa: E402
 
-from vattn.store import Store  # noqa: E402
+from vattn.hf.store import Store  # noqa: E402
 
 
 def tried(name: str, dtype: torch.dtype, device: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -61,7 +61,7 @@ ours, theirs = latency.update_us(device, 1)
 took = {"grow_us": latency.grow_us_python(device), "update_us": ours, "update_us_dynamic": theirs}
 if device == "cuda":
     import statistics, torch, vattn
-    from vattn.speed import Clock
+    from vattn.bench.decode import Clock
     model = generate.memory.llama_3_8b()
     cache = vattn.VirtualCache(model, max_len=4096, attention="fa3")
     rounds = []

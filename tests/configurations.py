@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, DynamicCache
 
-from vattn import configuration
+from vattn.memory import configuration
 
 _OF_LAYERS = ("layer_types", "layers_block_type", "per_layer_config")
 # Why a configuration may be refused: its layers are cached in ways that vattn has no rows for, or its model has no

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from vattn import KVCache, _core, cli, decode, demo, plan
-from vattn.store import Store
+from vattn import KVCache, _core
+from vattn.cli import command, demo
+from vattn.hf import decoder, plan
+from vattn.hf.store import Store
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -78,8 +80,8 @@ def graphs(device: str, small: None, request: pytest.FixtureRequest, monkeypatch
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *device: 0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(decode, "record", lambda run, pool, stream: (graph := Retold(run), graph.output))
-    for module in (plan, decode):
+    monkeypatch.setattr(decoder, "record", lambda run, pool, stream: (graph := Retold(run), graph.output))
+    for module in (plan, decoder):
         monkeypatch.setattr(module, "capturable", lambda device: True)
 
 
@@ -91,7 +93,7 @@ def driver(device: str) -> _core.Driver:
 @pytest.fixture(scope="session")
 def folder() -> Path:
     """The real model's, which the demo extra's package carries."""
-    folder = cli.default_folder()
+    folder = command.default_folder()
     folder.parent.mkdir(parents=True, exist_ok=True)
     demo.load(folder)
     return folder

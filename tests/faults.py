@@ -10,7 +10,8 @@ from unittest import mock
 
 import torch
 
-from vattn import kernels, step
+from vattn import kernels
+from vattn.hf import step
 from vattn.kernels import Scores, Spans
 
 Decode = Callable[..., torch.Tensor]

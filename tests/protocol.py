@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from vattn import Error, KVCache, KVLayout, Sequence, export
+from vattn import Error, KVCache, KVLayout, Sequence
+from vattn.memory import ipc
 
 PAGE = 4096
 LENGTH = 40  # positions of the sequence that is exported; its rows are 3 pages in one plane
@@ -200,11 +201,11 @@ def corpus() -> list[Input]:
 @contextlib.contextmanager
 def fixed_names() -> Any:
     """While it lasts requests have one name, which inputs made beforehand can answer."""
-    before, export.os = export.os, _Named()
+    before, ipc.os = ipc.os, _Named()
     try:
         yield
     finally:
-        export.os = before
+        ipc.os = before
 
 
 class _Named:

@@ -16,7 +16,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from vattn import CACHE_KEYWORD, KVCache, OutOfPages, SequenceTooLong, plan, store
+from vattn import CACHE_KEYWORD, KVCache, OutOfPages, SequenceTooLong
+from vattn.hf import plan, store
 
 pytestmark = pytest.mark.usefixtures("graphs")
 

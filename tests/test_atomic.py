@@ -11,7 +11,7 @@ from models import build, prompt
 from transformers import DynamicCache, EncoderDecoderCache
 
 from vattn import CACHE_KEYWORD, OutOfPages, VirtualCache
-from vattn.store import Store
+from vattn.hf.store import Store
 
 LINEAR = {
     "linear_num_key_heads": 2,

@@ -16,8 +16,9 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from vattn import CACHE_KEYWORD, VirtualCache, decode, plan
-from vattn.attach import known
+from vattn import CACHE_KEYWORD, VirtualCache
+from vattn.hf import decoder, plan
+from vattn.hf.attach import known
 
 pytestmark = pytest.mark.usefixtures("graphs")
 
@@ -280,7 +281,7 @@ def test_weights_go_with_their_model(device):
 
 
 def test_weights_laid_elsewhere_by_another_cache_are_noticed_before_a_replay(device, monkeypatch):
-    monkeypatch.setattr(decode.compiled, "compiled", lambda forward, options: forward)
+    monkeypatch.setattr(decoder.compilation, "compiled", lambda forward, options: forward)
     model = build("llama-gqa", "sdpa", device)
     model.generation_config.eos_token_id = None
     expected = generated(model, DynamicCache(config=model.config), max_new_tokens=24)
@@ -299,8 +300,8 @@ def test_where_weights_find_no_memory_side_by_side_they_stay(device, monkeypatch
     def full(model):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(decode.compiled, "compiled", lambda forward, options: forward)
-    monkeypatch.setattr(decode.compiled, "lay_side_by_side", full)
+    monkeypatch.setattr(decoder.compilation, "compiled", lambda forward, options: forward)
+    monkeypatch.setattr(decoder.compilation, "lay_side_by_side", full)
     model = build("llama-gqa", "sdpa", device)
     expected = generated(model, DynamicCache(config=model.config))
     with virtual_of(model, compiled=True) as cache:

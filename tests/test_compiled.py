@@ -10,7 +10,7 @@ from models import build
 from torch import nn
 from torch.nn import functional
 
-from vattn import compiled
+from vattn.graphs import compilation
 
 
 def products(model, ids):
@@ -18,7 +18,7 @@ def products(model, ids):
     count = []
 
     def backend(graph, inputs):
-        compiled._Joined()(graph.graph)
+        compilation._Joined()(graph.graph)
         graph.graph.lint()
         graph.recompile()
         count.append(sum(node.target is functional.linear for node in graph.graph.nodes))
@@ -43,7 +43,7 @@ def test_products_of_one_input_are_joined(name):
     assert number == (4 if fused else 7) * layers + 1
     torch.testing.assert_close(logits, expected)
     kept = dict(model.named_parameters())
-    compiled.lay_side_by_side(model)
+    compilation.lay_side_by_side(model)
     assert all(parameter is kept[n] for n, parameter in model.named_parameters())
     logits, number = products(model, ids)
     assert number == 4 * layers + 1
@@ -51,7 +51,7 @@ def test_products_of_one_input_are_joined(name):
     with torch.no_grad():
         torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
     places = [parameter.data_ptr() for parameter in model.parameters()]
-    compiled.lay_side_by_side(model)
+    compilation.lay_side_by_side(model)
     assert [parameter.data_ptr() for parameter in model.parameters()] == places
     torch.testing.assert_close(copy.deepcopy(model)(ids, use_cache=False).logits, expected)
 
@@ -59,7 +59,7 @@ def test_products_of_one_input_are_joined(name):
 def test_neighbours_are_saved_and_trained_as_ever(tmp_path):
     model = build("qwen2", "sdpa", "cpu")
     before = copy.deepcopy(model.state_dict())
-    compiled.lay_side_by_side(model)
+    compilation.lay_side_by_side(model)
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     for states in (model.state_dict(), again.state_dict()):
@@ -88,7 +88,7 @@ def test_what_does_not_fit_stays():
     model, x = Several(), torch.randn(2, 8)
     expected = model(x)[0]
     tied = model.d.weight.data_ptr()
-    compiled.lay_side_by_side(model)
+    compilation.lay_side_by_side(model)
     assert model.d.weight.data_ptr() == model.tied.weight.data_ptr() == tied
     result, number = products(model, x)
     torch.testing.assert_close(result, expected)
@@ -128,11 +128,11 @@ def test_each_run_of_neighbours_is_joined(changes, joined):
     model, x = Parallel(changes), torch.randn(2, 8)
     with torch.no_grad():
         expected = model(x)[0]
-        assert compiled.lay_side_by_side(model)
+        assert compilation.lay_side_by_side(model)
         result, number = products(model, x)
     torch.testing.assert_close(result, expected)
     assert number == joined
-    assert not compiled.lay_side_by_side(model)
+    assert not compilation.lay_side_by_side(model)
 
 
 @pytest.mark.parametrize("change", [lambda x: x.add_(1), lambda x: functional.relu(x, True), lambda x: x.__iadd__(1)])
@@ -148,7 +148,7 @@ def test_an_input_that_changes_parts_a_run(change):
     model, x = Changed(None), torch.randn(2, 8)
     with torch.no_grad():
         expected = model(x)[0]
-        compiled.lay_side_by_side(model)
+        compilation.lay_side_by_side(model)
         result, number = products(model, x)
     torch.testing.assert_close(result, expected)
     assert number == 3  # k and v begin behind q, of which a compiled graph does not know
@@ -157,10 +157,10 @@ def test_an_input_that_changes_parts_a_run(change):
 def test_weights_of_several_processes_stay():
     model = Several()
     model.share_memory()
-    assert not compiled.lay_side_by_side(model)
+    assert not compilation.lay_side_by_side(model)
     model = Several()
     rows = torch.randn(24, 8)
     for layer, part in zip((model.a, model.b, model.c), rows.split(8), strict=True):
         layer.weight.data = part  # of what somebody else has too
-    compiled.lay_side_by_side(model)
+    compilation.lay_side_by_side(model)
     assert model.a.weight.data_ptr() == rows.data_ptr()

@@ -9,8 +9,9 @@ import configurations
 import pytest
 import transformers
 
-from vattn import KVLayout, configuration
-from vattn.layout import layer_shapes
+from vattn import KVLayout
+from vattn.memory import configuration
+from vattn.memory.layout import layer_shapes
 
 WHOLE = hasattr(transformers.PretrainedConfig, "per_layer_config")  # from when on DynamicCache says all layers
 

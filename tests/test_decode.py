@@ -18,7 +18,8 @@ import transformers
 from models import CASES, MODES, MORE, adaptable, attentions, build, generated, prompt, qwen2_vl, virtual_of
 from transformers import DynamicCache
 
-from vattn import CACHE_KEYWORD, VirtualCache, kernels, verify
+from vattn import CACHE_KEYWORD, VirtualCache, kernels
+from vattn.hf import verify
 
 MAX_LEN = 160
 OTHERS = ("t5", "deepseek_v3")  # their attention is not given what the cache returns, or has no positions

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from vattn import CACHE_KEYWORD, VirtualCache, cli, demo
+from vattn import CACHE_KEYWORD, VirtualCache
+from vattn.cli import command, demo
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,7 +77,7 @@ def test_the_real_model_is_exact(folder, attention):
 
 @pytest.mark.model
 def test_demo(folder, capsys):
-    assert cli.main(["demo", "Name a colour.", "--max-new-tokens", "12", "--max-len", "1024"]) == 0
+    assert command.main(["demo", "Name a colour.", "--max-new-tokens", "12", "--max-len", "1024"]) == 0
     out = capsys.readouterr().out
     assert "the tokens are the same" in out
     assert "StaticCache of 1024" in out

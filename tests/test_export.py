@@ -14,7 +14,8 @@ import textwrap
 import pytest
 import torch
 
-from vattn import Error, KVCache, KVLayout, OutOfPages, export
+from vattn import Error, KVCache, KVLayout, OutOfPages
+from vattn.memory import ipc
 
 PAGE = 4096
 
@@ -62,7 +63,7 @@ IMPORTER = textwrap.dedent(
     import os, signal, socket, sys, torch
     sys.path.insert(0, sys.argv[3])
     from tests.test_export import cache, write, rows
-    from vattn import export
+    from vattn.memory import ipc
     of = socket.socket(fileno=int(sys.argv[1]))
     device, die_at = sys.argv[2], sys.argv[4]
     c = cache(device, exportable=False)
@@ -73,10 +74,10 @@ IMPORTER = textwrap.dedent(
     if die_at == "start":
         die()
     if die_at == "header":
-        export._send = die
+        ipc._send = die
     elif die_at == "descriptors":
-        received = export._receive
-        export._receive = lambda of: (received(of), die())
+        received = ipc._receive
+        ipc._receive = lambda of: (received(of), die())
     elif die_at == "done":
         c._arena.__class__.import_rows = die
     s = c.import_sequence(of, timeout=20)
@@ -322,7 +323,7 @@ def test_only_the_same_user_is_served(monkeypatch):
     c = cache()
     here, _ = socket.socketpair()
     uid = os.geteuid()
-    monkeypatch.setattr(export.os, "geteuid", lambda: uid + 1)
+    monkeypatch.setattr(ipc.os, "geteuid", lambda: uid + 1)
     with pytest.raises(Error, match=f"belongs to user {uid}"):
         c.import_sequence(here)
     c.check()

@@ -23,8 +23,9 @@ from vattn import (
     OutOfPages,
     SequenceTooLong,
     VirtualCache,
-    store,
 )
+from vattn.hf import store
+from vattn.memory import kv_cache
 
 PAGE = 4096
 CONFIG = LlamaConfig(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, hidden_size=64)
@@ -322,7 +323,7 @@ def test_every_driver_call_failing_once_in_a_generation(llama, monkeypatch, mapp
 
     def run(k):
         driver = vattn._core.host_driver(PAGE, capacity=1000 * PAGE)
-        monkeypatch.setattr(vattn.cache, "driver_of", lambda *args: driver)
+        monkeypatch.setattr(kv_cache, "driver_of", lambda *args: driver)
         cache = VirtualCache(llama.config, max_len=200, mapper=mapper)
         driver.fail_at(k)
         with contextlib.suppress(DriverError):

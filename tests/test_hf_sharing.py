@@ -9,11 +9,13 @@ import torch
 from models import build, prompt
 from transformers import DynamicCache, LlamaConfig
 
-from vattn import CACHE_KEYWORD, OutOfPages, VirtualCache, hf, store
+from vattn import CACHE_KEYWORD, OutOfPages, VirtualCache
+from vattn.hf import store
+from vattn.hf.cache import _CROP_POSITIVE_KEEPS
 
 PAGE = 4096
 CONFIG = LlamaConfig(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, hidden_size=64)
-CROPS_REMOVE = hf._CROP_POSITIVE_KEEPS is False  # what the argument of a layer's crop means
+CROPS_REMOVE = _CROP_POSITIVE_KEEPS is False  # what the argument of a layer's crop means
 TOKEN = 4 * 2 * 2 * 16 * 4  # bytes of a row: layers, K and V, heads, dim, float32
 
 

@@ -17,8 +17,9 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from vattn import CACHE_KEYWORD, plan, step, store
-from vattn.attach import known
+from vattn import CACHE_KEYWORD
+from vattn.hf import plan, step, store
+from vattn.hf.attach import known
 
 pytestmark = pytest.mark.usefixtures("graphs")
 

@@ -142,7 +142,9 @@ def test_an_interrupt_at_any_line(name, mapper):
     while True:
         world = World(mapper)
         cut = interrupted(
-            lambda world=world: OPERATIONS[name](world), at, ("sequence.py", "cache.py", "prefix.py", "device.py")
+            lambda world=world: OPERATIONS[name](world),
+            at,
+            ("sequence.py", "kv_cache.py", "prefix_tree.py", "device.py"),
         )
         world.check()
         world.cache.close()
@@ -165,7 +167,7 @@ def test_an_interrupt_in_a_models_call(kind, device):
             if before:
                 model(ids[:, :before], **{CACHE_KEYWORD: cache}, use_cache=True)
             more = ids[:, before : before + n]
-            files = ("hf.py", "store.py", "lane.py", "cache.py", "sequence.py")
+            files = ("cache.py", "store.py", "layer_views.py", "kv_cache.py", "sequence.py")
             cut = interrupted(lambda more=more: model(more, **{CACHE_KEYWORD: cache}, use_cache=True), at, files)
             if not cut:
                 break

@@ -9,7 +9,7 @@ import torch
 
 from vattn import KVCache, KVLayout, kernels
 from vattn.kernels import KERNELS, Kernel, Scores, Spans, Task, reach_of
-from vattn.layout import GRANULARITY
+from vattn.memory.layout import GRANULARITY
 
 LENGTHS = [1, 64, 127, 128, 129, 300, 512]
 SHAPES = [(8, 2, 64), (4, 4, 128), (8, 8, 64), (8, 1, 256), (6, 2, 96), (2, 2, 192)]  # query heads, KV heads, head dim
@@ -93,7 +93,7 @@ def expected(q, k, v, spans: Spans, counts: list[int], how: Scores) -> torch.Ten
     wide = Scores(scale=how.scale, softcap=how.softcap, sinks=sinks, window=how.window)
     return torch.cat(
         [
-            kernels._plainly(part, k[slot, start:end].double(), v[slot, start:end].double(), wide)
+            kernels.plain_attention(part, k[slot, start:end].double(), v[slot, start:end].double(), wide)
             for part, (slot, start, end) in zip(torch.split(q.double(), counts), spans.tolist(), strict=True)
         ]
     )

@@ -11,8 +11,8 @@ from models import build, prompt, virtual_of
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from vattn import CACHE_KEYWORD, KVCache, OutOfPages
-from vattn.attach import known
-from vattn.padding import Padding
+from vattn.hf.attach import known
+from vattn.hf.padding import Padding
 
 LENGTH = 40  # of a prompt
 pytestmark = pytest.mark.usefixtures("small")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vattn import OutOfPages, _core
-from vattn.pages import Pages
+from vattn.bench.baseline_pages import Pages
 
 PAGE = 4096
 

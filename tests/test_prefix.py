@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vattn import KVCache, KVLayout, OutOfPages
-from vattn.layout import LayerShape
-from vattn.prefix import PrefixTree
+from vattn.memory.prefix_tree import PrefixTree
+from vattn.memory.shape import LayerShape
 
 PAGE = 4096  # 8 tokens
 

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vattn import CACHE_KEYWORD, kernels
-from vattn.attach import known
+from vattn.hf.attach import known
 
 # Their attention is another one, or expands what the cache holds.
 OTHERS = ("t5", "deepseek_v3")

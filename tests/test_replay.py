@@ -7,9 +7,11 @@ import statistics
 
 import pytest
 
-from vattn import KVCache, KVLayout, OutOfPages, bench, cli
-from vattn.replay import replay
-from vattn.trace import DATASETS, Request, generate, read, write
+from vattn import KVCache, KVLayout, OutOfPages
+from vattn.bench import mapping
+from vattn.bench.replay import replay
+from vattn.bench.trace import DATASETS, Request, generate, read, write
+from vattn.cli import command
 
 pytestmark = pytest.mark.mapper
 
@@ -100,19 +102,19 @@ def test_a_warm_up_beyond_the_trace_is_refused():
 
 def test_bench_map_prints_and_reads_a_trace(capsys, tmp_path, monkeypatch):
     # The other parts take seconds and gigabytes of the host.
-    monkeypatch.setattr(bench, "growth", lambda device: [{"growing by": "vattn"}])
-    monkeypatch.setattr(bench, "call_latency", lambda device: [{"call": "create"}])
-    monkeypatch.setattr(bench, "prompts", lambda device: [{"tokens": 128, "vattn ms": 0.1}])
+    monkeypatch.setattr(mapping, "growth", lambda device: [{"growing by": "vattn"}])
+    monkeypatch.setattr(mapping, "call_latency", lambda device: [{"call": "create"}])
+    monkeypatch.setattr(mapping, "prompts", lambda device: [{"tokens": 128, "vattn ms": 0.1}])
     trace = tmp_path / "trace.jsonl"
     write(trace, [Request(0.0, 200, 30)] * 40)
-    assert cli.main(["bench", "map", "--trace", str(trace), "--concurrency", "4", "--json"]) == 0
+    assert command.main(["bench", "map", "--trace", str(trace), "--concurrency", "4", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["replay"]
     assert [(row["policy"], row["budget"]) for row in rows] == [
-        (policy, budget) for policy in bench.POLICIES for budget in ("live + 20%", "full")
+        (policy, budget) for policy in mapping.POLICIES for budget in ("live + 20%", "full")
     ]
     assert all(row["thousand tokens"] > 1 for row in rows[:-1])
     assert "pages are needed" in rows[-1]["not served"]  # a page for each layer's K and V holds 1024 tokens
-    assert cli.main(["bench", "map", "--trace", str(tmp_path / "none"), "--json"]) == 1
+    assert command.main(["bench", "map", "--trace", str(tmp_path / "none"), "--json"]) == 1
 
 
 def test_a_request_that_does_not_fit_is_told():
@@ -122,15 +124,15 @@ def test_a_request_that_does_not_fit_is_told():
 
 
 def test_growth_by_every_policy():
-    rows = bench.growth("cpu", tokens=40, rate=2000)
-    assert [row["growing by"] for row in rows] == ["vattn", "vattn, mapper off", *bench.PAGES]
+    rows = mapping.growth("cpu", tokens=40, rate=2000)
+    assert [row["growing by"] for row in rows] == ["vattn", "vattn, mapper off", *mapping.PAGES]
     assert [row["calls of the caller"] for row in rows[2:]] == [6, 0, 8]  # two more pages of 16 tokens
     for row in rows:
         assert row["p50 us"] <= row["p99 us"] <= row["max us"]
 
 
 def test_what_a_call_costs():
-    rows = bench.call_latency("cpu", rounds=3)
+    rows = mapping.call_latency("cpu", rounds=3)
     assert {row["call"] for row in rows} == {"create", "map", "set_access", "unmap", "release"}
     for row in rows:
-        assert row["p99 us"] >= row["p50 us"] >= bench.CHARGES[row["call"]]
+        assert row["p99 us"] >= row["p50 us"] >= mapping.CHARGES[row["call"]]

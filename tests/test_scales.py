@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from vattn import VirtualCache, kernels
 from vattn.kernels import KERNELS, Scores, Spans, Task
-from vattn.scales import Scales
+from vattn.kernels.quantize import Scales
 
 FP8 = "float8_e4m3fn"
 pytestmark = pytest.mark.usefixtures("small")
@@ -141,7 +141,7 @@ def test_kernels_on_fp8(heads, device):
     )  # fmt: skip
     tried = []
     for kernel in KERNELS.values():
-        if kernel.missing() or kernels._refused_kv(kernel, task) or kernel.refuses(task):
+        if kernel.missing() or kernels.refused_kv(kernel, task) or kernel.refuses(task):
             continue
         filled = Filled(kernel, task, LENGTHS)
         spans = Spans.of([(slot, 0, n) for slot, n in enumerate(LENGTHS)], device)

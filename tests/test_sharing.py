@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vattn import DriverError, KVCache, KVLayout, OutOfPages, _core
-from vattn.layout import LayerShape
+from vattn.memory.shape import LayerShape
 
 PAGE = 4096
 ROW = 512  # bytes of a token: 8 a granule

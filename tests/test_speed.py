@@ -6,14 +6,14 @@ import pytest
 import torch
 from models import build
 
-from vattn import speed
+from vattn.bench import decode
 from vattn.kernels import KERNELS
 
 
 def test_every_kernel_is_measured_on_every_memory():
-    rows = list(speed.kernel_speed("cpu", 1024))
+    rows = list(decode.kernel_speed("cpu", 1024))
     assert {(row["kernel"], row["memory"]) for row in rows} == {
-        (kernel, memory) for kernel in ("sdpa", "reference") for memory in speed.MEMORIES
+        (kernel, memory) for kernel in ("sdpa", "reference") for memory in decode.MEMORIES
     }
     assert len({row["work"] for row in rows}) == 5
     assert {row["unit"] for row in rows} == {"TFLOP/s", "TB/s"}
@@ -21,19 +21,19 @@ def test_every_kernel_is_measured_on_every_memory():
 
 
 def test_a_causal_prefill_counts_the_pairs_that_it_computes():
-    whole = speed._Work("", [8], [8]).rate(1e-12)
-    chunk = speed._Work("", [8], [3]).rate(1e-12)
-    assert whole == ("TFLOP/s", pytest.approx(4 * 36 * speed.HEADS * speed.DIM))
-    assert chunk == ("TFLOP/s", pytest.approx(4 * (6 + 7 + 8) * speed.HEADS * speed.DIM))
-    assert speed._Work("", [8, 5], [1, 1]).rate(1e-12) == ("TB/s", 13 * 2 * speed.KV_HEADS * speed.DIM * 2)
+    whole = decode._Work("", [8], [8]).rate(1e-12)
+    chunk = decode._Work("", [8], [3]).rate(1e-12)
+    assert whole == ("TFLOP/s", pytest.approx(4 * 36 * decode.HEADS * decode.DIM))
+    assert chunk == ("TFLOP/s", pytest.approx(4 * (6 + 7 + 8) * decode.HEADS * decode.DIM))
+    assert decode._Work("", [8, 5], [1, 1]).rate(1e-12) == ("TB/s", 13 * 2 * decode.KV_HEADS * decode.DIM * 2)
 
 
 def test_decode_steps_of_each_cache():
     model = build("llama-gqa", "sdpa", "cpu")
     model.generation_config.eos_token_id = None
     before = dict(vars(model))
-    ways = speed.ways(model, 256, ["reference", "reference+fp8"], ["dynamic", "static"])
-    rows = {row["cache"]: row for row in speed.decode_speed(ways, "mixed", [9, 20, 30], 8, rounds=3)}
+    ways = decode.ways(model, 256, ["reference", "reference+fp8"], ["dynamic", "static"])
+    rows = {row["cache"]: row for row in decode.decode_speed(ways, "mixed", [9, 20, 30], 8, rounds=3)}
     assert list(rows) == [way.name for way in ways]
     for name, row in rows.items():
         assert row["rounds"] == 3
@@ -58,7 +58,7 @@ def test_what_finds_no_memory_is_a_row_that_says_so():
     def make(batch, length):
         raise torch.OutOfMemoryError("no memory\nat all")
 
-    rows = speed.decode_speed([speed.Way("none", model, make)], "one", [4], 8)
+    rows = decode.decode_speed([decode.Way("none", model, make)], "one", [4], 8)
     assert rows == [{"point": "one", "cache": "none", "error": "no memory"}]
     with pytest.raises(ValueError, match="steps must be at least 4, not 3"):
-        speed.decode_speed([speed.Way("none", model, make)], "one", [4], 3)
+        decode.decode_speed([decode.Way("none", model, make)], "one", [4], 3)

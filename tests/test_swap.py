@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vattn import DriverError, KVCache, KVLayout, OutOfPages
-from vattn.layout import LayerShape
-from vattn.swap import SwapCosts
+from vattn.memory.shape import LayerShape
+from vattn.memory.swap_costs import SwapCosts
 
 PAGE = 4096
 WINDOW = 16

@@ -9,8 +9,10 @@ import torch
 from faults import FAULTS, PROMPT_FAULTS, Moves, decoding, planted, planted_in_prompts
 from models import build, prompt, virtual_of
 
-from vattn import CACHE_KEYWORD, demo, kernels, verify
-from vattn.attach import known
+from vattn import CACHE_KEYWORD, kernels
+from vattn.cli import demo
+from vattn.hf import verify
+from vattn.hf.attach import known
 
 HALVES = (torch.bfloat16, torch.float16)
 # Tiny models, and what their weights of Q, K and sinks are multiplied by, so that a fault in what they see shows.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vattn.cache import CacheStats, KVCache
 from vattn.errors import (
     BackendUnavailable,
     DriverError,
@@ -13,12 +12,14 @@ from vattn.errors import (
     OutOfPages,
     SequenceTooLong,
 )
-from vattn.layout import KVLayout, LayerShape
-from vattn.sequence import Sequence
-from vattn.swap import SwapCosts
+from vattn.memory.kv_cache import CacheStats, KVCache
+from vattn.memory.layout import KVLayout
+from vattn.memory.sequence import Sequence
+from vattn.memory.shape import LayerShape
+from vattn.memory.swap_costs import SwapCosts
 
 if TYPE_CHECKING:
-    from vattn.hf import CACHE_KEYWORD, DecodeStats, VirtualCache, install
+    from vattn.hf.cache import CACHE_KEYWORD, DecodeStats, VirtualCache, install
 
 __version__ = "0.1.0"
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from vattn.cli import main
+from vattn.cli.command import main
 
 sys.exit(main())

@@ -18,19 +18,20 @@ from typing import Any
 
 import torch
 
-from vattn import compiled, kernels
-from vattn.append import takes_idle
+from vattn import kernels
 from vattn.arguments import flag, shown
-from vattn.attach import Forward, deciding, greedy
-from vattn.cache import KVCache
-from vattn.capture import capturable, record, streams
 from vattn.errors import Error
-from vattn.padding import hidden
-from vattn.plan import Call, Plan, configs_of, state_of, tokens_of
-from vattn.prompt import Prompt
-from vattn.step import Step, UnsupportedError
-from vattn.store import Store
-from vattn.verify import Expected, PromptWatch, Watch
+from vattn.graphs import compilation
+from vattn.graphs.capture import capturable, record, streams
+from vattn.hf.attach import Forward, deciding, greedy
+from vattn.hf.padding import hidden
+from vattn.hf.plan import Call, Plan, configs_of, state_of, tokens_of
+from vattn.hf.prefill import Prompt
+from vattn.hf.step import Step, UnsupportedError
+from vattn.hf.store import Store
+from vattn.hf.verify import Expected, PromptWatch, Watch
+from vattn.kernels.append import takes_idle
+from vattn.memory.kv_cache import KVCache
 
 _LOG = logging.getLogger("vattn")
 _MOST_GRAPHS = 8  # of one cache
@@ -303,7 +304,7 @@ class Decoder:
 
     def _lay_side_by_side(self, forward: Forward) -> None:
         try:
-            forward.move(compiled.lay_side_by_side)
+            forward.move(compilation.lay_side_by_side)
         except torch.OutOfMemoryError:
             forward.moves += 1  # some may lie elsewhere
             self._fall_back("weights stay where they are: there is no memory to lay them side by side")
@@ -475,7 +476,7 @@ class Decoder:
             self._fall_back("the step is not compiled: its layers share K and V")
             return
         options = self._compiled if isinstance(self._compiled, dict) else None
-        plan.compiled = compiled.compiled(call.forward.original, options)
+        plan.compiled = compilation.compiled(call.forward.original, options)
         try:
             with plan.beside(), kernels.many_shapes():
                 plan.compute(call, compiled=True)

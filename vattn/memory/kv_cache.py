@@ -13,9 +13,11 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from vattn import _core, export
+from vattn import _core
 from vattn.arguments import choice, flag, integer, integers, optional_integer, seconds, shown, token_ids
-from vattn.device import (
+from vattn.errors import OutOfDeviceMemory, OutOfPages
+from vattn.memory import ipc
+from vattn.memory.device import (
     UNLIMITED,
     TrimOnOOM,
     budget_bytes,
@@ -24,11 +26,11 @@ from vattn.device import (
     mapper_of,
     resolve_device,
 )
-from vattn.errors import OutOfDeviceMemory, OutOfPages
-from vattn.guard import guarded
-from vattn.layout import GRANULARITY, KINDS, Group, Kind, KVLayout, dtype_name
-from vattn.prefix import PrefixTree
-from vattn.sequence import SHARES, Sequence, Share
+from vattn.memory.guard import guarded
+from vattn.memory.layout import GRANULARITY, KINDS, Group, Kind, KVLayout
+from vattn.memory.prefix_tree import PrefixTree
+from vattn.memory.sequence import SHARES, Sequence, Share
+from vattn.memory.shape import dtype_name
 
 _HOT = 2  # forks of known rows after which they are compacted
 _T = TypeVar("_T")
@@ -245,7 +247,7 @@ class KVCache:
 
         Its address never changes. Rows at and past a sequence's length may be unmapped: reading them is a fault, so
         slice before computing, e.g. ``cache.k(0)[slot, :length]``. To print, save or copy rows without memory raises
-        RuntimeError, see ``vattn.guard.VirtualTensor``.
+        RuntimeError, see ``vattn.memory.guard.VirtualTensor``.
         """
         return self._guarded_k[self._known(layer)]
 
@@ -447,10 +449,10 @@ class KVCache:
             ValueError: the layout or the device is another one, or every slot is in use.
             OutOfPages: the budget does not hold it. In every case nothing has changed here.
         """
-        export.require_socket("of", of)
+        ipc.require_socket("of", of)
         _require_hashable(namespace)
         timeout = seconds("timeout", timeout)
-        with export.received(of, self._exported_layout(), timeout=timeout) as (length, runs):
+        with ipc.received(of, self._exported_layout(), timeout=timeout) as (length, runs):
             sequence = self._open_empty(None, namespace)
             try:
                 self._arena.import_rows(sequence._handle.name, length, runs)

@@ -10,9 +10,9 @@ from typing import Literal
 
 import torch
 
-from vattn.cache import KVCache
-from vattn.device import resolve_device
-from vattn.layout import GRANULARITY, KVLayout
+from vattn.memory.device import resolve_device
+from vattn.memory.kv_cache import KVCache
+from vattn.memory.layout import GRANULARITY, KVLayout
 
 
 @dataclass(frozen=True, kw_only=True)

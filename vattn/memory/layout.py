@@ -19,75 +19,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from vattn.arguments import choice, flag, integer, optional_integer, shown
+from vattn.arguments import choice, flag, integer, shown
+from vattn.memory.configuration import described
+from vattn.memory.shape import LayerShape
 
 GRANULARITY = 2 * 1024 * 1024
 """Bytes of the smallest physical unit on CUDA devices, and the default on the host."""
 
-ITEMSIZES = {
-    "float32": 4,
-    "bfloat16": 2,
-    "float16": 2,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-}
-"""Bytes of an element, by the name of the torch dtype."""
-
 _LARGEST_ROW = 1 << 40  # bytes of a position in all layers
-ALIGNMENT = 16  # what kernels that load by TMA want of every stride, in bytes
 
 Kind = Literal["interleaved", "compact"]
 KINDS: tuple[Kind, ...] = ("interleaved", "compact")
-
-
-def dtype_name(argument: str, dtype: Any) -> str:
-    """The name of a dtype that rows may have, given as that or as torch's."""
-    name = dtype if isinstance(dtype, str) else shown(dtype)
-    name = name.removeprefix("torch.")
-    if name not in ITEMSIZES:
-        raise ValueError(f"{argument} {name!r} is not supported: use one of {', '.join(ITEMSIZES)}")
-    return name
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerShape:
-    """What one attention layer keeps of a token.
-
-    Attributes:
-        kv_heads: heads of K and V.
-        head_dim: elements of a head of K.
-        v_head_dim: elements of a head of V, where it differs (MLA); by default ``head_dim``.
-        dtype: name of the torch dtype, a key of ``ITEMSIZES``.
-        window: positions that a query sees, itself included; None when it sees all.
-    """
-
-    kv_heads: int
-    head_dim: int
-    v_head_dim: int = 0
-    dtype: str = "bfloat16"
-    window: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.v_head_dim == 0:
-            object.__setattr__(self, "v_head_dim", self.head_dim)
-        for name in ("kv_heads", "head_dim", "v_head_dim"):
-            object.__setattr__(self, name, integer(name, getattr(self, name), 1))
-        object.__setattr__(self, "window", optional_integer("window", self.window, 1))
-        object.__setattr__(self, "dtype", dtype_name("dtype", self.dtype))
-
-    @property
-    def itemsize(self) -> int:
-        return ITEMSIZES[self.dtype]
-
-    @property
-    def k_bytes(self) -> int:
-        """Bytes of one token's K, padded to the alignment."""
-        return _aligned(self.kv_heads * self.head_dim * self.itemsize)
-
-    @property
-    def v_bytes(self) -> int:
-        """Bytes of one token's V, padded to the alignment."""
-        return _aligned(self.kv_heads * self.v_head_dim * self.itemsize)
 
 
 @dataclass(frozen=True)
@@ -199,8 +141,6 @@ class KVLayout:
             TypeError, ValueError: the configuration lacks what a layout needs, or has what is not known; the message
                 names it.
         """
-        from vattn.configuration import described
-
         layers, recurrent = described(config, dtype)
         return cls(layers, max_len=max_len, kind=kind, granularity=granularity, recurrent=recurrent)
 
@@ -300,10 +240,4 @@ def layer_shapes(config: Any, *, dtype: str | None = None) -> list[LayerShape | 
     Raises:
         TypeError, ValueError: something is missing, wrong or not known; the message names it.
     """
-    from vattn.configuration import described
-
     return described(config, dtype)[0]
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -15,11 +15,11 @@ from torch.nn.modules import module as all_modules
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-from vattn.attach import CACHE_KEYWORDS, Forward, Greedy
-from vattn.capture import capturable
-from vattn.step import Outline, Step, UnsupportedError, attention_of
-from vattn.store import Store
-from vattn.verify import relative_error
+from vattn.graphs.capture import capturable
+from vattn.hf.attach import CACHE_KEYWORDS, Forward, Greedy
+from vattn.hf.step import Outline, Step, UnsupportedError, attention_of
+from vattn.hf.store import Store
+from vattn.hf.verify import relative_error
 
 
 @dataclass

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from transformers import DynamicCache, QuantizedCache, StaticCache, StoppingCriteria, StoppingCriteriaList
 
-from vattn.attach import known
-from vattn.cache import KVCache
-from vattn.hf import CACHE_KEYWORD, VirtualCache
+from vattn.hf.attach import known
+from vattn.hf.cache import CACHE_KEYWORD, VirtualCache
 from vattn.kernels import KERNELS, Kernel, Scores, Spans, Task, reach_of
-from vattn.layout import Kind, KVLayout
+from vattn.memory.kv_cache import KVCache
+from vattn.memory.layout import Kind, KVLayout
 
 HEADS, KV_HEADS, DIM = 32, 8, 128  # of the kernels' measurement, Llama-3-8B's
 BANDWIDTH = 3.0e12  # bytes a second that an H100 reads, of which floors are made

@@ -17,15 +17,16 @@ from typing import Any
 import torch
 
 from vattn.arguments import choice, flag, integer, optional_integer
-from vattn.cache import KVCache
-from vattn.device import checked_budget, resolve_device
 from vattn.errors import Error
+from vattn.hf.layer_views import MOVED_AT_ONCE, Lane, Ready
+from vattn.hf.padding import Padding
 from vattn.kernels import Kernel
-from vattn.lane import MOVED_AT_ONCE, Lane, Ready
-from vattn.layout import GRANULARITY, KINDS, Kind, KVLayout, LayerShape, dtype_name
-from vattn.padding import Padding
-from vattn.scales import Scales
-from vattn.sequence import Sequence, Share
+from vattn.kernels.quantize import Scales
+from vattn.memory.device import checked_budget, resolve_device
+from vattn.memory.kv_cache import KVCache
+from vattn.memory.layout import GRANULARITY, KINDS, Kind, KVLayout
+from vattn.memory.sequence import Sequence, Share
+from vattn.memory.shape import LayerShape, dtype_name
 
 _SPARE_SLOTS = 64  # slots reserved when their number is left open: addresses cost nothing
 _SPARE_ADDRESSES = 1 << 45  # but there is an end to them

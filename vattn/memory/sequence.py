@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 
-from vattn import _core, export
+from vattn import _core
 from vattn.arguments import MOST, choice, integer, optional_integer, seconds, shown, token_ids
+from vattn.memory import ipc
 
 if TYPE_CHECKING:
-    from vattn.cache import KVCache
+    from vattn.memory.kv_cache import KVCache
 
 Share = Literal["auto", "alias", "copy"]
 SHARES: tuple[Share, ...] = ("auto", "alias", "copy")
@@ -177,16 +178,16 @@ class Sequence:
             OutOfPages: as in ``fork``.
         """
         self._handle.name  # noqa: B018, which raises where it is closed
-        export.require_socket("to", to)
+        ipc.require_socket("to", to)
         timeout = seconds("timeout", timeout)
         if not self.cache._arena.driver.exportable:
             raise ValueError("the cache cannot export: make it with exportable=True")
-        with export.telling(to, timeout) as peer:
+        with ipc.telling(to, timeout) as peer:
             [copy] = self.fork(share="alias")
-            runs: export.ExportedRuns = []
+            runs: ipc.ExportedRuns = []
             try:
                 runs = self.cache._arena.export_rows(copy._handle.name, self.cache._stream())
-                export.send(peer, self.cache._exported_layout(), self.length, runs)
+                ipc.send(peer, self.cache._exported_layout(), self.length, runs)
             finally:
                 for _, extents in runs:
                     for _, descriptor in extents:

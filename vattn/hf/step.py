@@ -16,14 +16,14 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vattn import kernels
-from vattn.append import append
-from vattn.cache import KVCache
+from vattn.hf.padding import Padding
+from vattn.hf.store import Store
 from vattn.kernels import Kernel, Scores, Spans, Task
-from vattn.padding import Padding
-from vattn.store import Store
+from vattn.kernels.append import append
+from vattn.memory.kv_cache import KVCache
 
 if TYPE_CHECKING:
-    from vattn.verify import Watch
+    from vattn.hf.verify import Watch
 
 _NAME = "vattn"  # of the attention function
 _running: contextvars.ContextVar[_Running | None] = contextvars.ContextVar("running", default=None)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import time
 
 from vattn import _core
-from vattn.cache import CacheStats
 from vattn.errors import OutOfPages
+from vattn.memory.kv_cache import CacheStats
 
 
 class Pages:

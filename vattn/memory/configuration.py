@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from vattn.arguments import integer, shown
-from vattn.layout import LayerShape
+from vattn.memory.shape import LayerShape
 
 # Keys of numbers that a layout is made of, by what they are called in different models.
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from vattn import _core
-from vattn.cache import KVCache
-from vattn.device import resolve_device
+from vattn.bench.baseline_pages import Pages
+from vattn.bench.replay import MEMORY_CALLS, Result, Served, replay
+from vattn.bench.trace import Request
 from vattn.errors import OutOfPages
-from vattn.layout import GRANULARITY, KVLayout
-from vattn.pages import Pages
-from vattn.replay import MEMORY_CALLS, Result, Served, replay
-from vattn.trace import Request
+from vattn.memory.device import resolve_device
+from vattn.memory.kv_cache import KVCache
+from vattn.memory.layout import GRANULARITY, KVLayout
 
 _UNLIMITED = 1 << 62  # bytes
 ROW_BYTES = 128 * 1024  # a token of Llama-3-8B in bfloat16: 32 layers of K and V, 8 heads of 128

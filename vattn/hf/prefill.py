@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vattn import kernels
+from vattn.hf.step import UnsupportedError, attending
 from vattn.kernels import Kernel, Scores, Spans, Task, alike
-from vattn.step import UnsupportedError, attending
 
 if TYPE_CHECKING:
-    from vattn.verify import PromptWatch
+    from vattn.hf.verify import PromptWatch
 
 # Faster than what transformers calls for such queries, see docs/benchmarks.md, and there without compiling.
 _FASTER = {"first": ("fa3",), "padded": ("fa3", "fa2"), "chunk": ("fa3", "fa2")}

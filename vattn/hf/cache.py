@@ -20,19 +20,20 @@ import torch
 import transformers
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from vattn import attach
 from vattn.arguments import flag, shown
-from vattn.attach import Forward
-from vattn.cache import CacheStats, KVCache
-from vattn.decode import Decoder
-from vattn.decode import DecodeStats as DecodeStats
-from vattn.device import TrimOnOOM
-from vattn.lane import write
-from vattn.layout import Kind, KVLayout, LayerShape
-from vattn.plan import tokens_of
-from vattn.scales import Scales
-from vattn.step import running
-from vattn.store import Options, Store, last_of_thread
+from vattn.hf import attach
+from vattn.hf.attach import Forward
+from vattn.hf.decoder import Decoder
+from vattn.hf.decoder import DecodeStats as DecodeStats
+from vattn.hf.layer_views import write
+from vattn.hf.plan import tokens_of
+from vattn.hf.step import running
+from vattn.hf.store import Options, Store, last_of_thread
+from vattn.kernels.quantize import Scales
+from vattn.memory.device import TrimOnOOM
+from vattn.memory.kv_cache import CacheStats, KVCache
+from vattn.memory.layout import Kind, KVLayout
+from vattn.memory.shape import LayerShape
 
 _LOG = logging.getLogger("vattn")
 _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -222,7 +223,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         device: the device all layers must compute on.
         dtype: the dtype all layers must compute in.
         budget: limit on physical memory of each device: bytes (int), a part of what is free (float in (0, 1]), or None.
-        layout: ``"interleaved"`` or ``"compact"``, see ``vattn.layout``.
+        layout: ``"interleaved"`` or ``"compact"``, see ``vattn.memory.layout``.
         lookahead: positions that are kept mapped past the length; None adapts to the rate of growth. See ``KVCache``.
         mapper: False maps in the calling thread, when memory is needed, and not ahead in the background.
         attention: the kernel of decode steps, of ``vattn.kernels.KERNELS``, or ``"auto"`` for the first that does it.
@@ -231,7 +232,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             for the batches that come up to that.
         compiled: compiles decode steps by ``torch.compile`` before they are captured (so ``capture`` must be True),
             which takes its time for each graph; a dict is passed on as its ``options``. Weights of linear layers side
-            by side in a module then come to lie side by side in memory, see ``vattn.compiled.lay_side_by_side``.
+            by side in a module then come to lie side by side in memory, see ``vattn.graphs.compilation.lay_side_by_side``.
         run_ahead: lets a greedy ``generate`` begin the next captured step with the most likely tokens while the host is
             at the last one's; a step of others is computed again. False begins none before its call; it is for logits
             processors and stopping criteria that write to the model's weights, which a step that runs already has read.

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from vattn import __version__, _core
+from vattn.bench.trace import DATASETS, generate, read
 from vattn.errors import Error
-from vattn.layout import GRANULARITY, KVLayout
-from vattn.trace import DATASETS, generate, read
+from vattn.memory.layout import GRANULARITY, KVLayout
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "what",
         choices=["map", "kernels", "generate"],
-        help="what mapping memory costs; how fast kernels run on it; how long decode steps of a model take",
+        help="what bench memory costs; how fast kernels run on it; how long decode steps of a model take",
     )
     bench.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     bench.add_argument("--config", type=Path, help="generate: the model's config.json, or its folder (default: small)")
@@ -97,8 +97,8 @@ def _parser() -> argparse.ArgumentParser:
 def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded, whatever a library may try
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from vattn import demo
-    from vattn.device import resolve_device
+    from vattn.cli import demo
+    from vattn.memory.device import resolve_device
 
     resolve_device(options.device)
     folder = options.folder or default_folder()
@@ -275,7 +275,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from vattn.device import resolve_device
+    from vattn.memory.device import resolve_device
 
     resolve_device(options.device)
     result = {"map": _bench_map, "kernels": _bench_kernels, "generate": _bench_generate}[options.what](options)
@@ -289,17 +289,17 @@ def _bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _bench_kernels(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    from vattn import speed
+    from vattn.bench import decode
 
     scale = 1 if options.device.startswith("cuda") else 64  # on a CPU they are small
-    return {"kernels": list(speed.kernel_speed(options.device, scale))}
+    return {"kernels": list(decode.kernel_speed(options.device, scale))}
 
 
 def _bench_generate(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     import torch
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-    from vattn import speed
+    from vattn.bench import decode
     from vattn.kernels import KERNELS
 
     on_gpu = options.device.startswith("cuda")
@@ -316,21 +316,21 @@ def _bench_generate(options: argparse.Namespace) -> dict[str, list[dict[str, Any
     kernels = [name for name in ("fa3", "fa2", "flashinfer", "flex") if on_gpu and not KERNELS[name].missing()]
     kernels += [f"{name}+compiled" for name in kernels[:1]]
     max_len = max(4096, 2 * options.context, options.context + options.steps + 8)
-    ways = speed.ways(model, max_len, kernels, speed.peers(options.device))
+    ways = decode.ways(model, max_len, kernels, decode.peers(options.device))
     lengths = [options.context] * options.batch
     point = f"{options.batch} x {options.context}"
-    return {"generate": speed.decode_speed(ways, point, lengths, options.steps)}
+    return {"generate": decode.decode_speed(ways, point, lengths, options.steps)}
 
 
 def _bench_map(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    from vattn import bench
+    from vattn.bench import mapping
 
     requests = read(options.trace) if options.trace else generate(options.dataset, options.requests)
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        "calls": lambda: bench.call_latency(options.device),
-        "prompts": lambda: bench.prompts(options.device),
-        "growth": lambda: bench.growth(options.device),
-        "replay": lambda: bench.replays(options.device, requests, concurrency=options.concurrency),
+        "calls": lambda: mapping.call_latency(options.device),
+        "prompts": lambda: mapping.prompts(options.device),
+        "growth": lambda: mapping.growth(options.device),
+        "replay": lambda: mapping.replays(options.device, requests, concurrency=options.concurrency),
     }
     result = {}
     for number, (name, measure) in enumerate(parts.items(), 1):

@@ -1,0 +1,1 @@
+"""CUDA graphs of what is launched, and its compilation. It knows no models."""

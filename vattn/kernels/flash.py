@@ -1,0 +1,127 @@
+"""FlashAttention-2, as torch carries it, and FlashAttention-3."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, ClassVar
+
+import torch
+
+from vattn.kernels.base import (
+    HALVES,
+    Kernel,
+    Scores,
+    Spans,
+    Task,
+    offsets_of,
+    one_each,
+    refused_by_flash,
+    slots_as_rows,
+    with_sinks,
+)
+
+
+class Flash2(Kernel):
+    """FlashAttention-2 as torch carries it, by sequences of different lengths in one call."""
+
+    name = "fa2"
+    source = "torch (aten::_flash_attention_forward)"
+
+    def missing(self) -> str | None:
+        if not torch.cuda.is_available():
+            return "it needs a CUDA device"
+        return None if torch.backends.cuda.is_flash_attention_available() else "torch was built without it"
+
+    def refuses(self, task: Task) -> str | None:
+        if reason := refused_by_flash(task, HALVES):
+            return reason
+        if task.softcap:
+            return "it has no soft cap"
+        if task.sinks and task.queries != "one":
+            return "it has sinks in decoding only"
+        return None
+
+    def decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scores: Scores) -> torch.Tensor:
+        offsets, lengths = offsets_of(k, spans)
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q, slots_as_rows(k), slots_as_rows(v), one_each(spans), offsets, 1, spans.longest, 0.0, False, False,
+            scale=scores.scale, seqused_k=lengths,
+        )  # fmt: skip
+        return with_sinks(out, lse.reshape(-1, len(spans)).t(), scores.sinks) if scores.sinks is not None else out
+
+    def prefill(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, counts: list[int], scores: Scores
+    ) -> torch.Tensor:
+        offsets, lengths = offsets_of(k, spans)
+        firsts = [0]
+        for count in counts:
+            firsts.append(firsts[-1] + count)
+        out: torch.Tensor = torch.ops.aten._flash_attention_forward(
+            q, slots_as_rows(k), slots_as_rows(v), torch.tensor(firsts, dtype=torch.int32, device=q.device), offsets,
+            max(counts), spans.longest, 0.0, True, False, scale=scores.scale, seqused_k=lengths,
+            window_size_left=None if scores.window is None else scores.window - 1,
+            window_size_right=None if scores.window is None else 0,
+        )[0]  # fmt: skip
+        return out
+
+
+class Flash3(Kernel):
+    """FlashAttention-3, for Hopper, from the package ``fa3-fwd`` (``pip install vattn[fa3]``)."""
+
+    name = "fa3"
+    source = "fa3-fwd"
+    _TILES: ClassVar[dict[int, int]] = {64: 192, 96: 144, 128: 176, 192: 128, 256: 80}  # rows of K, by head dims up to
+    tail_rows = max(_TILES.values()) - 1
+
+    def tail(self, head_dim: int) -> int:
+        return next((rows for dim, rows in self._TILES.items() if head_dim <= dim), self.tail_rows + 1) - 1
+
+    def missing(self) -> str | None:
+        if not torch.cuda.is_available():
+            return "it needs a CUDA device"
+        if torch.cuda.get_device_capability()[0] != 9:
+            return "it needs a Hopper device"
+        return None if _flash3() else "fa3-fwd is not installed: pip install vattn[fa3]"
+
+    def refuses(self, task: Task) -> str | None:
+        if reason := refused_by_flash(task, (torch.bfloat16,)):  # of the dtypes it is built for
+            return reason
+        if task.queries != "one" and (task.sinks or task.window):
+            return "it has sinks and windows in decoding only"
+        return None
+
+    def decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scores: Scores) -> torch.Tensor:
+        offsets, lengths = offsets_of(k, spans)
+        heads, capped = (q.shape[1], *k.shape[2:]), bool(scores.softcap)
+        # How it splits the spans is the same for all layers.
+        schedule = spans.once(("fa3", heads, capped), lambda: _flash3().get_scheduler_metadata(
+            len(spans), 1, spans.longest, *heads, lengths, cu_seqlens_q=one_each(spans), has_softcap=capped,
+        ))  # fmt: skip
+        out, lse, *_ = _flash3()._flash_attn_forward(
+            q, slots_as_rows(k), slots_as_rows(v), cu_seqlens_q=one_each(spans), cu_seqlens_k=offsets,
+            seqused_k=lengths, max_seqlen_q=1, max_seqlen_k=spans.longest, softmax_scale=scores.scale,
+            softcap=scores.softcap or 0.0, scheduler_metadata=schedule, num_splits=0,
+        )  # fmt: skip
+        return with_sinks(out, lse.t(), scores.sinks) if scores.sinks is not None else out
+
+    def prefill(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, counts: list[int], scores: Scores
+    ) -> torch.Tensor:
+        parts = []
+        for queries, (slot, start, end) in zip(torch.split(q, counts), spans.tolist(), strict=True):
+            # Sliced to the span it loads no row behind it.
+            seen = (t[slot, None, start:end] for t in (k, v))
+            out = _flash3().flash_attn_func(
+                queries[None], *seen, softmax_scale=scores.scale, causal=True, softcap=scores.softcap or 0.0
+            )  # fmt: skip
+            parts.append(out[0])
+        return torch.cat(parts)
+
+
+@functools.cache
+def _flash3() -> Any:
+    try:
+        import fa3_fwd_interface
+    except (ImportError, OSError):
+        return None
+    return fa3_fwd_interface

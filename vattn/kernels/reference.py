@@ -1,0 +1,54 @@
+"""The definition of attention, which other kernels are compared with."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from vattn.kernels.base import Kernel, Scores, Spans, Task
+
+
+def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Scores) -> torch.Tensor:
+    """Causal attention of the last n of m positions: q ``[n, query_heads, dim]``, k and v ``[m, kv_heads, dim]``."""
+    n, m, groups = q.shape[0], k.shape[0], q.shape[1] // k.shape[1]
+    kind = torch.promote_types(q.dtype, torch.float32)
+    k, v = (t.to(kind).repeat_interleave(groups, 1) for t in (k, v))
+    scores = torch.einsum("nhd,mhd->hnm", q.to(kind), k) * how.scale
+    if how.softcap is not None:
+        scores = how.softcap * torch.tanh(scores / how.softcap)
+    scores = scores.masked_fill(~visible(n, m, how.window, q.device), -math.inf)
+    if how.sinks is not None:
+        scores = torch.cat((scores, how.sinks.to(kind)[:, None, None].expand(-1, n, 1)), 2)
+    weights = scores.softmax(2)[:, :, :m]
+    return torch.einsum("hnm,mhd->nhd", weights, v)
+
+
+def visible(n: int, m: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Which of m positions the last n of them see, ``[n, m]``."""
+    behind = torch.arange(m - n, m, device=device)[:, None] - torch.arange(m, device=device)
+    return (behind >= 0) if window is None else (behind >= 0) & (behind < window)
+
+
+class Reference(Kernel):
+    """The definition, in float32 or wider, one sequence after the other."""
+
+    name = "reference"
+    source = "torch operations"
+    capturable = False
+    kv_dtypes = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+    def refuses(self, task: Task) -> str | None:
+        return None
+
+    def decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scores: Scores) -> torch.Tensor:
+        return self.prefill(q, k, v, spans, [1] * len(spans), scores)
+
+    def prefill(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, counts: list[int], scores: Scores
+    ) -> torch.Tensor:
+        parts = [
+            plain_attention(queries, k[slot, start:end], v[slot, start:end], scores)
+            for queries, (slot, start, end) in zip(torch.split(q, counts), spans.tolist(), strict=True)
+        ]
+        return torch.cat(parts).to(q.dtype)
