@@ -232,7 +232,8 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             for the batches that come up to that.
         compiled: compiles decode steps by ``torch.compile`` before they are captured (so ``capture`` must be True),
             which takes its time for each graph; a dict is passed on as its ``options``. Weights of linear layers side
-            by side in a module then come to lie side by side in memory, see ``vattn.graphs.compilation.lay_side_by_side``.
+            by side in a module then come to lie side by side in memory, see ``lay_side_by_side`` of
+            ``vattn.graphs.compilation``.
         run_ahead: lets a greedy ``generate`` begin the next captured step with the most likely tokens while the host is
             at the last one's; a step of others is computed again. False begins none before its call; it is for logits
             processors and stopping criteria that write to the model's weights, which a step that runs already has read.
