@@ -12,7 +12,7 @@ from models import attentions, build, generated, prompt
 from transformers import DynamicCache, EncoderDecoderCache, StoppingCriteria, StoppingCriteriaList
 
 from vattn import CACHE_KEYWORD, VirtualCache
-from vattn.hf.cache import _tell_foreign
+from vattn.hf.layers import tell_foreign
 from vattn.hf.store import Store
 
 HAS_T5GEMMA = hasattr(transformers, "T5GemmaConfig")
@@ -147,7 +147,7 @@ def test_layers_that_stay_transformers_own_are_told(caplog):
         config = getattr(transformers, name, lambda **_: None)(num_hidden_layers=3)
         if config is None or type(DynamicCache(config=config).layers[0]).__name__ != kind:
             continue  # an older one, where layers of other kinds are in caches of their own
-        _tell_foreign.cache_clear()
+        tell_foreign.cache_clear()
         with caplog.at_level(logging.WARNING, logger="vattn"):
             for _ in range(2):
                 with VirtualCache(config, max_len=10) as cache:

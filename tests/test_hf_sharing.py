@@ -11,11 +11,11 @@ from transformers import DynamicCache, LlamaConfig
 
 from vattn import CACHE_KEYWORD, OutOfPages, VirtualCache
 from vattn.hf import store
-from vattn.hf.cache import _CROP_POSITIVE_KEEPS
+from vattn.hf.layers import CROP_POSITIVE_KEEPS
 
 PAGE = 4096
 CONFIG = LlamaConfig(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, hidden_size=64)
-CROPS_REMOVE = _CROP_POSITIVE_KEEPS is False  # what the argument of a layer's crop means
+CROPS_REMOVE = CROP_POSITIVE_KEEPS is False  # what the argument of a layer's crop means
 TOKEN = 4 * 2 * 2 * 16 * 4  # bytes of a row: layers, K and V, heads, dim, float32
 
 

@@ -27,7 +27,6 @@ TORCHLESS += ("memory/ipc.py", "bench/trace.py")
 
 # Files and classes that are larger than they should be, and why they are.
 LARGE = {
-    "vattn/hf/cache.py": "to be split: layers, install",
     "vattn/hf/cache.py VirtualCache": "most are those of transformers' Cache",
     "vattn/hf/decoder.py": "to be split: routing, verification",
     "vattn/hf/decoder.py Decoder": "to be split: routing, verification",

@@ -19,7 +19,7 @@ from vattn.memory.shape import LayerShape
 from vattn.memory.swap_costs import SwapCosts
 
 if TYPE_CHECKING:
-    from vattn.hf.cache import CACHE_KEYWORD, DecodeStats, VirtualCache, install
+    from vattn.hf import CACHE_KEYWORD, DecodeStats, VirtualCache, install
 
 __version__ = "0.1.0"
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, QuantizedCache, StaticCache, StoppingCriteria, StoppingCriteriaList
 
-from vattn.hf.attach import known
-from vattn.hf.cache import CACHE_KEYWORD, VirtualCache
+from vattn.hf.attach import CACHE_KEYWORD, known
+from vattn.hf.cache import VirtualCache
 from vattn.kernels import KERNELS, Kernel, Scores, Spans, Task, reach_of
 from vattn.memory.kv_cache import KVCache
 from vattn.memory.layout import Kind, KVLayout

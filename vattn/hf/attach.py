@@ -13,8 +13,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import transformers
 from transformers import GenerationMixin
 
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+CACHE_KEYWORD = "cache" if VERSION >= (5, 24) else "past_key_values"
+"""By what keyword models of the installed transformers take a cache, for programs that run with several versions."""
 CACHE_KEYWORDS = ("cache", "past_key_values")
 deciding: contextvars.ContextVar[bool] = contextvars.ContextVar("deciding", default=False)
 """Whether what is called is the model itself, for a step."""

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import inspect
 import logging
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any, NoReturn
 
 import torch
-import transformers
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache
 
 from vattn.arguments import flag, shown
 from vattn.hf import attach
@@ -26,185 +23,18 @@ from vattn.hf.attach import Forward
 from vattn.hf.decoder import Decoder
 from vattn.hf.decoder import DecodeStats as DecodeStats
 from vattn.hf.layer_views import write
+from vattn.hf.layers import VirtualLayer, foreign, virtualize
+from vattn.hf.model_facts import expected_layers, layer_devices, longest
 from vattn.hf.plan import tokens_of
 from vattn.hf.step import running
-from vattn.hf.store import Options, Store, last_of_thread
+from vattn.hf.store import Options, last_of_thread
 from vattn.kernels.quantize import Scales
 from vattn.memory.device import TrimOnOOM
 from vattn.memory.kv_cache import CacheStats, KVCache
-from vattn.memory.layout import Kind, KVLayout
-from vattn.memory.shape import LayerShape
+from vattn.memory.layout import Kind
 
 _LOG = logging.getLogger("vattn")
-_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-CACHE_KEYWORD = "cache" if _VERSION >= (5, 24) else "past_key_values"
-"""By what keyword models of the installed transformers take a cache, for programs that run with several versions."""
-
-# What crop's argument means, by the installed version: how many tokens to remove, as a negative number; but a positive
-# one was the length to keep until 5.18, and so was 0 as long as the parameter said so.
-_CROP_POSITIVE_KEEPS = _VERSION < (5, 18)
-_CROP_ZERO_EMPTIES = "max_length" in inspect.signature(DynamicLayer.crop).parameters
-
 attach.claim_in_generate()
-
-
-def _guarded(view: torch.Tensor) -> torch.Tensor:
-    """The view as a tensor that takes part in autograd's graph and refuses to be differentiated."""
-    # .data, since detach() would share the version counter, and autograd complain of later appends in its own words.
-    guarded = view.data.requires_grad_()
-    guarded.register_hook(_refuse_gradient)  # type: ignore[no-untyped-call]
-    return guarded
-
-
-def _refuse_gradient(gradient: torch.Tensor) -> None:
-    raise RuntimeError("VirtualCache keeps no gradients: pass use_cache=False to train, or run under torch.no_grad()")
-
-
-class _VirtualLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer of a ``VirtualCache``; its members are those of ``DynamicLayer``."""
-
-    def __init__(self, store: Store, index: int) -> None:
-        self._store = store
-        self._index = index
-        super().__init__()
-
-    def lazy_initialization(self, key_states: torch.Tensor, *args: Any) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends ``[batch, kv_heads, n, head_dim]`` and returns views of all that a query may see."""
-        store, index = self._store, self._index
-        if (apart := store.append_apart(index, key_states, value_states)) is not None:
-            k, v = apart
-            store.lengths[index] += key_states.shape[2]
-        else:
-            new, k, v, (_, _, end) = store.take(index, key_states, value_states)
-            with torch.no_grad():
-                write(new, *store.leading(key_states, value_states))
-            store.lengths[index] = end
-        if not self.is_initialized:
-            self.lazy_initialization(key_states)
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            return _guarded(k), _guarded(v)
-        return k, v
-
-    @property
-    def keys(self) -> torch.Tensor | None:
-        """K ``[batch, kv_heads, length, head_dim]``, a view; None before the first update."""
-        views = self._store.view(self._index)
-        return views[0] if views else None
-
-    @keys.setter
-    def keys(self, value: None) -> None:
-        _refuse_assignment(value)
-
-    @property
-    def values(self) -> torch.Tensor | None:
-        """V ``[batch, kv_heads, length, v_head_dim]``, a view; None before the first update."""
-        views = self._store.view(self._index)
-        return views[1] if views else None
-
-    @values.setter
-    def values(self, value: None) -> None:
-        _refuse_assignment(value)
-
-    def get_seq_length(self, *args: Any) -> int:
-        """Positions appended so far."""
-        return self._store.lengths[self._index]
-
-    def get_max_length(self) -> int:
-        """Positions that there may be, ``max_len``."""
-        return self._store.options.max_len
-
-    get_max_cache_shape = get_max_length  # as it was called before transformers 5.13
-
-    def cropped_length(self, argument: int) -> int:
-        """The length that ``crop(argument)`` leaves, in the terms of the installed transformers."""
-        length, argument = self._store.lengths[self._index], int(argument)  # which transformers may give as a tensor
-        if argument < 0:
-            return max(length + argument, 0)
-        if argument > 0 and not _CROP_POSITIVE_KEEPS:
-            raise ValueError(f"crop takes the number of tokens to remove as a negative integer, not {argument}")
-        return min(argument, length) if argument > 0 or _CROP_ZERO_EMPTIES else length
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last tokens of this layer alone; see ``VirtualCache.crop``."""
-        lengths = list(self._store.lengths)
-        lengths[self._index] = self.cropped_length(tokens_to_remove)
-        self._store.truncate(lengths)
-
-    def reset(self) -> None:
-        """Empties this layer alone; see ``VirtualCache.reset``."""
-        lengths = list(self._store.lengths)
-        lengths[self._index] = 0
-        self._store.truncate(lengths)
-        self._store.unlearn(self._index)
-        self.is_initialized = False
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        _refuse_alone("reorder_cache")
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        _refuse_alone("batch_repeat_interleave")
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        _refuse_alone("batch_select_indices")
-
-    def offload(self) -> None:
-        _refuse_alone("offload")
-
-    def prefetch(self) -> None:
-        _refuse_alone("prefetch")
-
-    def clone(self, store: Store) -> _VirtualLayer:
-        """The same layer over another store."""
-        other = copy.copy(self)
-        other._store = store
-        return other
-
-
-class _VirtualSlidingLayer(_VirtualLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
-    """One sliding-window layer. Rows keep their absolute positions; what lies before the window is given back."""
-
-    def __init__(self, store: Store, index: int, sliding_window: int) -> None:
-        self._store = store
-        self._index = index
-        DynamicSlidingWindowLayer.__init__(self, sliding_window)
-
-    def get_max_length(self) -> int:
-        """Positions that a query sees, as of the layers that this one stands for."""
-        return int(self.sliding_window)
-
-    get_max_cache_shape = get_max_length
-
-    @property
-    def cumulative_length(self) -> int:
-        return self._store.lengths[self._index]
-
-    @cumulative_length.setter
-    def cumulative_length(self, value: int) -> None:
-        if value != self.cumulative_length:
-            raise AttributeError("the length of a VirtualCache layer changes by update, crop and reset only")
-
-    def activate_past_recording(self) -> None:
-        """Keeps what later lengths would give back, until ``crop`` says which length holds."""
-        self.record_past = True
-        if not self._store.recording:
-            self._store.recording = True
-            self._store.floor = max(self._store.lengths)
-
-
-def _refuse_assignment(value: object) -> None:
-    # transformers assigns None in the layer's constructor.
-    if value is not None:
-        raise AttributeError("keys and values of a VirtualCache are views: write through update()")
-
-
-def _refuse_alone(name: str) -> None:
-    raise NotImplementedError(f"{name} moves all layers of a VirtualCache at once: call it on the cache")
 
 
 class VirtualCache(DynamicCache):  # type: ignore[misc]
@@ -292,11 +122,11 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             raise TypeError(f"config must be a model of transformers or its configuration, not {shown(config)}")
         if max_len is None and (replaced := _replaced_options(layers)) is not None:
             super().__init__(config=config)
-            _virtualize(self, replaced)
+            virtualize(self, replaced)
             self._fill(layers)
             return
         options = Options(
-            max_len=_longest(config) if max_len is None else max_len,
+            max_len=longest(config) if max_len is None else max_len,
             slots=slots,
             device=device,
             dtype=dtype,
@@ -308,7 +138,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             scales=None if kv_dtype is None else Scales(kv_dtype, kv_scales),
         )
         super().__init__(config=config)
-        _virtualize(self, options)
+        virtualize(self, options)
         self._fill(layers)
         if model is not None:
             self.decoder = decoder
@@ -349,7 +179,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
                 "Use one VirtualCache for each model"
             )
         while layer_idx >= len(self.layers):
-            self.layers.append(_VirtualLayer(store, store.add_layer()))
+            self.layers.append(VirtualLayer(store, store.add_layer()))
         updated: tuple[torch.Tensor, torch.Tensor] = self.layers[layer_idx].update(
             key_states, value_states, *args, **kwargs
         )
@@ -363,7 +193,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         """
         lengths = list(self._store.lengths)
         for layer in self._own():
-            lengths[layer._index] = layer.cropped_length(tokens_to_remove)
+            lengths[layer.index] = layer.cropped_length(tokens_to_remove)
         with self._each_other("crop", tokens_to_remove):
             self._store.truncate(lengths)
 
@@ -371,7 +201,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         """Empties the cache. The memory stays with it, for the next sequences; see ``trim``."""
         self._store.reset()
         for layer in self.layers:
-            if isinstance(layer, _VirtualLayer):
+            if isinstance(layer, VirtualLayer):
                 layer.is_initialized = False
             else:
                 layer.reset()
@@ -400,7 +230,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         if self.decoder is not None and (model := self._model()) is not None:
             attach.attach(model, other)
         other.layers = [
-            layer.clone(other._store) if isinstance(layer, _VirtualLayer) else copy.deepcopy(layer, memo)
+            layer.clone(other._store) if isinstance(layer, VirtualLayer) else copy.deepcopy(layer, memo)
             for layer in self.layers
         ]
         return other
@@ -460,7 +290,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         """Has memory for what a call will append, where several layers or caches would find out one after another."""
         store = self._store
         if half == "whole" and all(store.cached):
-            several = len(store.caches) if store.placed else len(set(_layer_devices(model).values()))
+            several = len(store.caches) if store.placed else len(set(layer_devices(model).values()))
             if several < 2:
                 return  # the first layer asks for all
         names = ["decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds"]
@@ -473,11 +303,11 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             found.insert(0, encoded[0])
         tokens = next((t for t in found if isinstance(t, torch.Tensor) and t.dim() >= 2), None)
         if tokens is not None:
-            store.reserve(*tokens.shape[:2], lambda: _expected_layers(model, store))
+            store.reserve(*tokens.shape[:2], lambda: expected_layers(model, store))
 
     def _other_states(self) -> list[Any]:
         """What layers of other kinds hold, as far as a change of it is to be noticed."""
-        return [_marks(vars(layer)) for layer in self.layers if not isinstance(layer, _VirtualLayer)]
+        return [_marks(vars(layer)) for layer in self.layers if not isinstance(layer, VirtualLayer)]
 
     @contextlib.contextmanager
     def prompt(self, forward: Forward, given: dict[str, Any]) -> Iterator[Callable[[Callable[[], Any]], Any] | None]:
@@ -502,7 +332,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
     @property
     def foreign_layers(self) -> dict[str, list[int]]:
         """Layers that keep rows and are transformers' own, by their class: no option of this cache is of them."""
-        return _foreign(self.layers)
+        return foreign(self.layers)
 
     def serve_as_cross(self) -> None:
         """Has the empty cache keep all positions, as those of an encoder, whatever windows a decoder's layers have."""
@@ -511,7 +341,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             return
         store.windows[:] = [None] * len(store.windows)
         for layer in list(self._own()):
-            self.layers[layer._index] = _VirtualLayer(store, layer._index)
+            self.layers[layer.index] = VirtualLayer(store, layer.index)
 
     def __enter__(self) -> VirtualCache:
         return self
@@ -607,13 +437,13 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             "save clones of its layers' keys and values"
         )
 
-    def _own(self) -> Iterator[_VirtualLayer]:
-        return (layer for layer in self.layers if isinstance(layer, _VirtualLayer))
+    def _own(self) -> Iterator[VirtualLayer]:
+        return (layer for layer in self.layers if isinstance(layer, VirtualLayer))
 
     @contextlib.contextmanager
     def _each_other(self, name: str, *args: Any) -> Iterator[None]:
         """Calls a method of the layers of other kinds, which may refuse it; what fails in the context undoes that."""
-        others = [layer for layer in self.layers if not isinstance(layer, _VirtualLayer)]
+        others = [layer for layer in self.layers if not isinstance(layer, VirtualLayer)]
         self._store.land()
         before = [_copied(vars(layer)) for layer in others]  # they put new tensors in the place of the old ones
         try:
@@ -643,46 +473,9 @@ def _copied(value: Any) -> Any:
     return [_copied(each) for each in value] if isinstance(value, list) else value
 
 
-def _layer_devices(model: Any) -> dict[int, torch.device]:
-    """The devices of a model's attention layers."""
-    found: dict[int, torch.device] = {}
-    for module in model.modules():
-        index, parameter = getattr(module, "layer_idx", None), next(module.parameters(), None)
-        if isinstance(index, int) and parameter is not None:
-            found.setdefault(index, parameter.device)
-    return found
-
-
-def _expected_layers(model: Any, store: Store) -> dict[int, tuple[torch.device, LayerShape]]:
-    """What the layers of a model will most likely append; empty where its configuration does not tell."""
-    try:
-        dtype = str(model.dtype).removeprefix("torch.")
-        config = model.config.get_text_config(decoder=True)
-        shapes = KVLayout.from_config(config, max_len=store.options.max_len, dtype=dtype).layers
-    except (AttributeError, ValueError):
-        return {}
-    known = next((shape for shape in shapes if shape is not None), None)
-    if known is None:
-        return {}
-    devices = _layer_devices(model)
-    return {
-        index: (devices.get(index, model.device), replace(shapes[index] or known, window=store.windows[index]))
-        for index, cached in enumerate(store.cached)
-        if cached and index < len(shapes)
-    }
-
-
 def _is_layer(value: Any) -> bool:
     """Whether it is K and V of a layer, and perhaps more."""
     return isinstance(value, (list, tuple)) and len(value) >= 2 and all(isinstance(t, torch.Tensor) for t in value[:2])
-
-
-def _longest(config: Any) -> int:
-    """Positions that a model is made for."""
-    found = None if config is None else getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if found is None:
-        raise ValueError("max_len must be given: no configuration says max_position_embeddings")
-    return int(found)
 
 
 def _replaced_options(layers: Any) -> Options | None:
@@ -691,78 +484,3 @@ def _replaced_options(layers: Any) -> Options | None:
         return cache._store.options  # type: ignore[no-any-return]
     store = last_of_thread() if layers else None
     return None if store is None else store.options
-
-
-def _foreign(layers: list[Any]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
-    for index, layer in enumerate(layers):
-        if isinstance(layer, DynamicLayer) and not isinstance(layer, _VirtualLayer):
-            found.setdefault(type(layer).__name__, []).append(index)
-    return found
-
-
-@functools.cache
-def _tell_foreign(kind: str, count: int, of: int) -> None:
-    _LOG.warning(
-        "%d of %d layers keep more than K and V (%s) and stay transformers' own: no option of the cache is of them",
-        count,
-        of,
-        kind,
-    )
-
-
-@contextlib.contextmanager
-def install(**options: Any) -> Iterator[None]:
-    """While it lasts, every ``DynamicCache`` that is made in this process is a ``VirtualCache``.
-
-    Args:
-        options: those of ``VirtualCache`` up to ``mapper``; ``max_len`` is needed.
-
-    Caches with ``offloading=True`` stay what they are, and those made before or inside live on after it.
-    """
-    checked = Options(**options)
-    original: Callable[..., None] = DynamicCache.__init__
-    if hasattr(original, "_vattn"):
-        raise RuntimeError("vattn.install is active already: leave the outer one first")
-
-    @functools.wraps(original)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        if type(self) is DynamicCache and not self.offloading:
-            self.__class__ = VirtualCache
-            _virtualize(self, checked)
-
-    init._vattn = True  # type: ignore[attr-defined]
-    DynamicCache.__init__ = init
-    try:
-        yield
-    finally:
-        DynamicCache.__init__ = original
-
-
-def _virtualize(cache: Any, options: Options) -> None:
-    """Replaces the attention layers of a DynamicCache by ours; layers of other kinds stay transformers' own."""
-    layers = cache.layers
-    store = cache._store = Store(
-        [getattr(layer, "sliding_window", None) for layer in layers],
-        [type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers],
-        options,
-        [hasattr(layer, "conv_states") or hasattr(layer, "recurrent_states") for layer in layers],
-    )
-    cache.layer_class_to_replicate = None
-    for index, layer in enumerate(layers):
-        if type(layer) is DynamicSlidingWindowLayer:
-            layers[index] = _VirtualSlidingLayer(store, index, layer.sliding_window)
-        elif type(layer) is DynamicLayer:
-            layers[index] = _VirtualLayer(store, index)
-        else:
-            continue
-        if layer.is_initialized and layer.keys is not None:
-            if layer.get_seq_length() > layer.keys.shape[-2]:
-                raise ValueError(
-                    f"layer {index} has seen {layer.get_seq_length()} positions and keeps {layer.keys.shape[-2]} of "
-                    "them: make the cache empty, and update it"
-                )
-            cache.update(layer.keys, layer.values, index)
-    for kind, indices in _foreign(layers).items():
-        _tell_foreign(kind, len(indices), len(layers))

@@ -1,0 +1,49 @@
+"""What is known of a model before it is called: the devices and the shapes of its layers, its longest sequence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from vattn.hf.store import Store
+from vattn.memory.layout import KVLayout
+from vattn.memory.shape import LayerShape
+
+
+def layer_devices(model: Any) -> dict[int, torch.device]:
+    """The devices of a model's attention layers."""
+    found: dict[int, torch.device] = {}
+    for module in model.modules():
+        index, parameter = getattr(module, "layer_idx", None), next(module.parameters(), None)
+        if isinstance(index, int) and parameter is not None:
+            found.setdefault(index, parameter.device)
+    return found
+
+
+def expected_layers(model: Any, store: Store) -> dict[int, tuple[torch.device, LayerShape]]:
+    """What the layers of a model will most likely append; empty where its configuration does not tell."""
+    try:
+        dtype = str(model.dtype).removeprefix("torch.")
+        config = model.config.get_text_config(decoder=True)
+        shapes = KVLayout.from_config(config, max_len=store.options.max_len, dtype=dtype).layers
+    except (AttributeError, ValueError):
+        return {}
+    known = next((shape for shape in shapes if shape is not None), None)
+    if known is None:
+        return {}
+    devices = layer_devices(model)
+    return {
+        index: (devices.get(index, model.device), replace(shapes[index] or known, window=store.windows[index]))
+        for index, cached in enumerate(store.cached)
+        if cached and index < len(shapes)
+    }
+
+
+def longest(config: Any) -> int:
+    """Positions that a model is made for."""
+    found = None if config is None else getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if found is None:
+        raise ValueError("max_len must be given: no configuration says max_position_embeddings")
+    return int(found)

@@ -1,0 +1,43 @@
+"""``install``: every ``DynamicCache`` of a process as a ``VirtualCache``."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from transformers.cache_utils import DynamicCache
+
+from vattn.hf.cache import VirtualCache
+from vattn.hf.layers import virtualize
+from vattn.hf.store import Options
+
+
+@contextlib.contextmanager
+def install(**options: Any) -> Iterator[None]:
+    """While it lasts, every ``DynamicCache`` that is made in this process is a ``VirtualCache``.
+
+    Args:
+        options: those of ``VirtualCache`` up to ``mapper``; ``max_len`` is needed.
+
+    Caches with ``offloading=True`` stay what they are, and those made before or inside live on after it.
+    """
+    checked = Options(**options)
+    original: Callable[..., None] = DynamicCache.__init__
+    if hasattr(original, "_vattn"):
+        raise RuntimeError("vattn.install is active already: leave the outer one first")
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if type(self) is DynamicCache and not self.offloading:
+            self.__class__ = VirtualCache
+            virtualize(self, checked)
+
+    init._vattn = True  # type: ignore[attr-defined]
+    DynamicCache.__init__ = init
+    try:
+        yield
+    finally:
+        DynamicCache.__init__ = original
