@@ -6,17 +6,13 @@
 #include <stdexcept>
 
 #include "arena.hpp"
+#include "policy.hpp"
 
 namespace vattn {
 
 inline constexpr std::size_t kNever = std::numeric_limits<std::size_t>::max();
 
-// How long fences are left alone between two looks.
-inline constexpr std::chrono::milliseconds kPatience{1};
-inline constexpr std::chrono::milliseconds kLongPatience{64};
-
-// How often the driver is asked for what it had already given.
-inline constexpr int kAttempts = 8;
+inline std::size_t round_up(std::size_t value, std::size_t unit) { return (value + unit - 1) / unit * unit; }
 
 // Remembers one fence for each stream: a later fence of a stream implies the earlier ones.
 inline void note(Fences& fences, std::shared_ptr<const Fence> fence) {

@@ -7,20 +7,6 @@
 namespace vattn {
 namespace {
 
-// What a fork costs, in microseconds on an H100; see docs/design.md.
-constexpr double kAliasCost = 31;                // map and set access of an extent that exists
-constexpr double kUnmapCost = 20;                // of each extent that is in the way
-constexpr double kExtentCost = 44;               // create, map and set access
-constexpr double kCopyCost = 1.0 / (1.5 * 1e6);  // a byte, read and written at 3 TB/s
-constexpr double kMemoryCost = 20;               // a granule taken twice: about what taking it from others costs
-
-// From so many granules on, copied by all forks together, an extent is split for them.
-constexpr std::size_t kSplitGranules = 16;
-
-// With so many extents a fork is cheap enough: what is compacted in the background keeps its boundaries then, at which
-// others may have been forked.
-constexpr std::size_t kFewExtents = 4;
-
 // Takes the mappings of a run from the given one on out of it, to where there is room for them.
 template <typename Run>
 void take_from(Run& run, std::size_t first, std::vector<Mapping>& taken) noexcept {
