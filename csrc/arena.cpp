@@ -337,7 +337,7 @@ void Arena::close() {
   }
   lock.unlock();
   pool_.shrink(0);
-  host_->shrink();
+  host_->close();
 }
 
 bool Arena::closed() const {
@@ -472,11 +472,8 @@ void Arena::refresh(Slot& slot) noexcept {
     // Behind the rows are those to come, where nothing may be written that others map too.
     std::size_t end = run.tail;
     for (auto last = run.mappings.rbegin(); last != run.mappings.rend() && end > slot.length * row_bytes; ++last) {
-      if (!last->writable()) {
-        slot.capacity = std::min(slot.capacity, slot.length);
-      } else {
-        last->extent()->host_copy.reset();  // it will be another one's
-      }
+      if (!last->writable()) slot.capacity = std::min(slot.capacity, slot.length);
+      last->will_be_written();
       end -= last->bytes();
     }
     if (window != 0 && !run.mappings.empty()) {

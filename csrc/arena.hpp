@@ -431,6 +431,7 @@ class Arena {
   void post_compacting(std::size_t slot, std::uint64_t lineage, std::size_t positions, Clock::duration delay);
   bool compact_with_driver(std::size_t slot, std::optional<std::uint64_t> lineage, std::size_t positions,
                            std::size_t most);
+  std::shared_ptr<Swapped> swap_out_as_it_is(std::size_t name, Stream stream);
   void swap_in_with_driver(Swapped& swapped, std::size_t slot, Stream stream);
   void bring_back(Swapped& swapped, std::size_t slot, Stream stream, Lock& lock);
   using Linked = std::vector<std::pair<Swapped::Shared, std::shared_ptr<Extent>>>;

@@ -59,7 +59,7 @@ bool Arena::shares(Slots names, std::size_t positions) const {
       const std::size_t first = positions * geometry_[plane].row_bytes;
       const auto& mappings = slot.runs[plane].mappings;
       for (auto last = mappings.rbegin(); last != mappings.rend() && end > first; ++last) {
-        if (!last->writable()) return true;
+        if (last->seen_by_others()) return true;
         end -= last->bytes();
       }
     }

@@ -78,13 +78,16 @@ void HostPool::give(std::vector<HostBlock>&& blocks, const Fences& fences) noexc
   try {
     Given given{{}, fences};
     const std::lock_guard lock(mutex_);
-    given_.push_back(std::move(given));
-    given_.back().blocks = std::move(blocks);
-    free_ += bytes;
-    return;
+    if (!closed_) {
+      given_.push_back(std::move(given));
+      given_.back().blocks = std::move(blocks);
+      free_ += bytes;
+      return;
+    }
   } catch (const std::bad_alloc&) {
-    // There is no room to remember them by: they go back to the driver once nothing uses them.
+    // There is no room to remember them by.
   }
+  // They go back to the driver once nothing uses them.
   try {
     for (const auto& fence : fences) fence->wait();
   } catch (const std::exception& error) {
@@ -93,6 +96,14 @@ void HostPool::give(std::vector<HostBlock>&& blocks, const Fences& fences) noexc
   blocks.clear();
   const std::lock_guard lock(mutex_);
   charged_ -= bytes;
+}
+
+void HostPool::close() {
+  {
+    const std::lock_guard lock(mutex_);
+    closed_ = true;
+  }
+  shrink();
 }
 
 void HostPool::shrink() {

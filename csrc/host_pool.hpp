@@ -38,6 +38,8 @@ class HostPool {
   void give(std::vector<HostBlock>&& blocks, const Fences& fences) noexcept;
   // Gives what nobody uses back to the system.
   void shrink();
+  // The same, also with what is given from now on.
+  void close();
 
   struct Usage {
     std::size_t budget;
@@ -59,6 +61,7 @@ class HostPool {
   std::size_t budget_;
   std::size_t charged_ = 0;
   std::size_t free_ = 0;
+  bool closed_ = false;
 };
 
 }  // namespace vattn

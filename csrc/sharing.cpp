@@ -360,6 +360,8 @@ bool Arena::unshare(Slots slots, Urgency urgency, Lock& lock) {
       const auto at = [&](std::size_t mapping) { return run.mappings.begin() + static_cast<std::ptrdiff_t>(mapping); };
       const auto writable = [](const Mapping& mapping) { return mapping.writable(); };
       const auto is_shared = [](const Mapping& mapping) { return mapping.shared(); };
+      // Before the mutex is free for the first time: what is alone now stays alone.
+      std::for_each(at(first), run.mappings.end(), [](const Mapping& mapping) { mapping.will_be_written(); });
       if (std::all_of(at(first), run.mappings.end(), writable)) continue;
       if (urgency != Urgency::demand) return false;
       const bool lacks = std::any_of(at(first), at(past), is_shared);
@@ -411,7 +413,9 @@ void Arena::own_with_driver(Slots names, std::size_t positions, Stream stream) {
       for (std::size_t i = 0; i < run.mappings.size();) {
         const std::size_t bytes = run.mappings[i].bytes();
         end += bytes;
-        if (end <= positions * geometry_[plane].row_bytes || run.mappings[i].writable()) {
+        const bool kept = end <= positions * geometry_[plane].row_bytes;
+        if (!kept) run.mappings[i].will_be_written();
+        if (kept || run.mappings[i].writable()) {
           ++i;
           continue;
         }

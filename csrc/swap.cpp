@@ -50,6 +50,12 @@ bool Swapped::done() const {
 }
 
 std::shared_ptr<Swapped> Arena::swap_out(std::size_t name, Stream stream) {
+  for (;;)
+    if (auto swapped = swap_out_as_it_is(name, stream)) return swapped;
+}
+
+// None where the sequence has grown meanwhile, within what was mapped: nothing has changed then.
+std::shared_ptr<Swapped> Arena::swap_out_as_it_is(std::size_t name, Stream stream) {
   Lock lock = locked();
   require_open();
   running(name, "swap out");
@@ -97,6 +103,7 @@ std::shared_ptr<Swapped> Arena::swap_out(std::size_t name, Stream stream) {
   }
   lock.lock();
   note(slot.fences, swapped->last.front());
+  if (slot.length != swapped->length) return nullptr;
   for (const auto& [shared, extent] : fresh) HostCopy::link(shared.copy, shared.piece, extent);
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) retire_run(slot, index, plane);
   slot.length = slot.known = 0;
@@ -208,6 +215,12 @@ void Arena::bring_back(Swapped& swapped, std::size_t index, Stream stream, Lock&
     lock.unlock();
     done.push_back(std::make_shared<const Fence>(driver_, in));
     done.front()->order(stream);
+    if (options_.protect_shared) {
+      done.front()->wait();
+      for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
+        for (std::size_t i = 0; i < swapped.parts[plane].shared.size(); ++i)
+          slot.runs[plane].mappings[i].allow(Access::read);
+    }
     lock.lock();
     advance(index, swapped.length, stream);
   } catch (...) {
@@ -217,7 +230,7 @@ void Arena::bring_back(Swapped& swapped, std::size_t index, Stream stream, Lock&
   }
   for (const auto& [shared, extent] : found) {
     HostCopy::link(shared.copy, shared.piece, extent);
-    shared.copy->last = done;  // which come behind those on the way out, and take their room
+    shared.copy->last.push_back(done.front());  // another thread's may be later
   }
   host_->give(std::exchange(swapped.blocks, {}), done);
   for (Swapped::Part& part : swapped.parts) part.shared.clear();
@@ -236,8 +249,8 @@ void Arena::bring_back_shared(const Swapped::Part& part, std::size_t index, std:
   Run& run = slot.runs[plane];
   make_room(run.mappings, part.shared.size());
   make_room(found, part.shared.size());
-  for (const Swapped::Shared& shared : part.shared) {
-    const auto& [offset, bytes, unused] = shared.in_copy();
+  for (std::size_t i = 0; i < part.shared.size();) {
+    const Swapped::Shared& shared = part.shared[i];
     const Address at = address_of(index, plane) + run.tail;
     const std::shared_ptr<Extent> extent = HostCopy::linked(shared.copy, shared.piece);
     std::vector<Loose> made;
@@ -259,16 +272,30 @@ void Arena::bring_back_shared(const Swapped::Part& part, std::size_t index, std:
       --extent->mappings;
       ++aliases_;
     } else {
-      made = build_on_demand({{index, plane, at, bytes}}, Slots(&index, 1), lock);
+      std::vector<Step> steps;  // of all that nobody has behind one another
+      for (Address next = at; i + steps.size() < part.shared.size(); next += steps.back().bytes) {
+        const Swapped::Shared& one = part.shared[i + steps.size()];
+        if (HostCopy::linked(one.copy, one.piece)) break;
+        steps.push_back({index, plane, next, one.in_copy().bytes});
+      }
+      made = build_on_demand(steps, Slots(&index, 1), lock);
       lock.lock();
     }
-    found.emplace_back(shared, made.front().mapping.extent());
-    run.tail += bytes;
-    run.mappings.push_back(std::move(made.front().mapping));
-    if (extent) continue;
-    lock.unlock();
-    copy_blocks(*driver_, at - offset, shared.copy->blocks, host_->block_bytes(), offset, offset + bytes, false, in);
-    lock.lock();
+    Address next = at;
+    for (Loose& loose : made) {
+      found.emplace_back(part.shared[i], loose.mapping.extent());
+      make_room(part.shared[i].copy->last, 1);
+      run.tail += loose.mapping.bytes();
+      run.mappings.push_back(std::move(loose.mapping));
+      const auto& [offset, bytes, unused] = part.shared[i].in_copy();
+      ++i;
+      if (extent) continue;
+      lock.unlock();
+      copy_blocks(*driver_, next - offset, part.shared[i - 1].copy->blocks, host_->block_bytes(), offset,
+                  offset + bytes, false, in);
+      next += bytes;
+      lock.lock();
+    }
   }
 }
 

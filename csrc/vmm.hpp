@@ -85,10 +85,18 @@ class Mapping {
   void set_zeroed() noexcept { extent_->zeroed = true; }
   const std::shared_ptr<Extent>& extent() const noexcept { return extent_; }
   Access access() const noexcept { return access_.load(); }
-  // Others can come only through this mapping, so that who holds it and finds it alone stays alone.
+  // Others can come only through this mapping, or through its extent's copy in host memory: who holds it, and finds it
+  // alone and without a copy, stays alone.
   bool shared() const noexcept { return extent_->mappings.load() > 1 || extent_->exported.load(); }
   // Whether rows may be written here: nobody else has the extent mapped (invariant 4).
   bool writable() const noexcept { return access_.load() == Access::write && !shared(); }
+  // Whether a write here would be seen by others: also by those in host memory who would map the extent again.
+  bool seen_by_others() const noexcept { return !writable() || !extent_->host_copy.expired(); }
+  // Notes, under the arena's mutex, that rows here may be written from now on, where nobody else has the extent: nobody
+  // else comes to map it any more.
+  void will_be_written() const noexcept {
+    if (!shared()) extent_->host_copy.reset();
+  }
 
  private:
   std::shared_ptr<Driver> driver_;  // empty when moved from or unmapped

@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 import vattn
 from vattn import BackendUnavailable, KVCache, KVLayout, LayerShape, VirtualCache
-from vattn.hf.cache import install
+from vattn.hf import install
 
 PAGE = 4096
 VALUES: dict[str, Any] = {

@@ -160,6 +160,18 @@ def test_layers_that_stay_transformers_own_are_told(caplog):
         assert cache.foreign_layers == {}
 
 
+def test_options_that_are_given_are_of_the_cache_that_is_made():
+    """Only who gives none takes those of the cache that was used before, as transformers does where it replaces one."""
+    k = torch.randn(1, 2, 5, 16)
+    with VirtualCache(None, max_len=77, layout="compact") as before:
+        before.update(k, k, 0)
+        with pytest.raises(ValueError, match="max_len must be given"):
+            VirtualCache([(k, k)], slots=1)
+        with VirtualCache([(k, k)]) as again:
+            assert again._store.options.max_len == 77
+            assert torch.equal(again.layers[0].keys, k)
+
+
 class Cropping(StoppingCriteria):
     """Tries, in the middle of a generation, what is refused."""
 

@@ -103,6 +103,26 @@ def test_what_is_wrong_in_a_file_is_named(change, message, known, monkeypatch):
         layer_shapes({**BASE, "model_type": "llama", **change})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attn_layer_period": 0}, "'attn_layer_period' of the model's configuration must be at least 1, not 0"),
+        ({"attn_layer_period": 2.5}, "'attn_layer_period' of the model's configuration must be an integer"),
+        ({"attn_layer_period": 4, "attn_layer_offset": "x"}, "'attn_layer_offset' .* must be an integer, not 'x'"),
+        ({"num_kv_shared_layers": "a"}, "'num_kv_shared_layers' .* must be an integer, not 'a'"),
+        ({"num_kv_shared_layers": -4}, "'num_kv_shared_layers' .* must not be negative, not -4"),
+        ({"num_kv_shared_layers": 9}, "'num_kv_shared_layers' .* is more than its 8 layers"),
+        ({"attn_layer_indices": 5}, "'attn_layer_indices' .* must be a list of int, not 5"),
+        ({"hybrid_override_pattern": 5}, "'hybrid_override_pattern' .* must be a string, not 5"),
+        ({"block_types": 5, "attention_window_size": 4}, "'block_types' .* must be a list of str, not 5"),
+        ({"num_hidden_layers": 10**9}, "'num_hidden_layers' .* may be at most 100000, not 1000000000"),
+    ],
+)
+def test_what_is_wrong_in_the_file_of_a_model_that_is_not_known_is_named(change, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        layer_shapes({**BASE, "model_type": "mine", **change})
+
+
 @pytest.mark.skipif(not WHOLE, reason="this transformers does not have the model")
 def test_layers_of_different_shapes():
     config = transformers.CONFIG_MAPPING["gemma4_text"]()

@@ -340,7 +340,7 @@ def test_tokens_that_are_none_close_nothing():
 def test_misuse_is_told():
     c = cache()
     sequence, _ = run(c, [1, 2, 3])
-    with pytest.raises(ValueError, match="cannot publish 4 positions: the sequence has 3"):
+    with pytest.raises(ValueError, match="tokens are 4, and the sequence has 3 positions"):
         sequence.remember([1, 2, 3, 4])
     with pytest.raises(ValueError, match="slot cannot be chosen"):
         c.open(slot=2, tokens=[1])

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
 import pytest
 import torch
 
@@ -157,6 +166,115 @@ def test_what_is_written_meanwhile_is_shared_with_nobody(change):
     write(fork, 50)
     check(s, 7)
     c.check()
+
+
+def test_rows_that_are_written_where_they_are_change_nobody_in_host_memory():
+    """Who writes rows that are there asks ``shares``, and calls ``own_all``: that ends it for the swapped, too."""
+    c = cache(mapper=False)
+    s = c.open()
+    write(s, 400)
+    [fork] = s.fork(share="alias")
+    fork.swap_out()
+    c.trim()
+    assert c.shares([s], 0)
+    c.own_all([s], 0)
+    assert not c.shares([s], 0)
+    for layer in range(2):
+        s.k(layer)[-5:] = s.v(layer)[-5:] = 99
+    fork.swap_in()
+    check(fork)
+    c.check()
+
+
+def test_a_sequence_that_grows_while_another_of_its_family_comes_back():
+    """Two threads: one writes behind what it was truncated to, the other brings back who had the same rows."""
+    shapes = [LayerShape(kv_heads=heads, head_dim=64, dtype="float32") for heads in (1, 8)]
+    layout = KVLayout(shapes, max_len=4096, granularity=16 * PAGE)
+    chance = random.Random(0)
+    for _ in range(60):
+        c = KVCache(layout, slots=8, mapper=False)
+        grown = c.open()
+        grown.grow(2048)
+        for layer in range(2):
+            grown.k(layer).fill_(1)
+        away, other = grown.fork(n=2, share="alias")
+        grown.fork(1500, share="alias")
+        slots = away.slot, other.slot
+        away.swap_out()
+        grown.truncate(500)
+        other.close()
+        for slot in slots:  # which unmaps what they had
+            c.open(slot=slot).grow(1)
+        start = threading.Barrier(2)
+
+        def come_back(away=away, start=start):
+            start.wait()
+            time.sleep(chance.random() * 0.002)
+            away.swap_in()
+
+        thread = threading.Thread(target=come_back)
+        thread.start()
+        start.wait()
+        grown.grow(1)
+        grown.k(0)[500] = 7
+        thread.join()
+        assert bool((away.k(0) == 1).all())
+        c.check()
+        c.close()
+
+
+def test_what_grows_while_it_is_swapped_out_keeps_its_length():
+    for _ in range(100):
+        c = cache(slots=2)
+        s = c.open()
+        s.grow(300)
+        grown = [300]
+
+        def work(c=c, s=s, grown=grown):
+            with contextlib.suppress(ValueError):  # in the end it has no slot
+                while True:
+                    c.grow_all([s], grown[0] + 1, keep=grown[0])
+                    grown[0] += 1
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        s.swap_out()
+        thread.join()
+        assert s.length == grown[0]
+        c.close()
+
+
+def test_what_is_shared_again_is_protected():
+    """A write to it faults, where that is asked for, as to what a fork shares."""
+    code = """
+    import sys
+    from vattn import KVCache, KVLayout
+    layout = KVLayout.uniform(layers=1, kv_heads=1, head_dim=64, dtype="float32", max_len=4000, granularity=4096)
+    c = KVCache(layout, slots=4, protect_shared=True)
+    s = c.open()
+    s.grow(400)
+    [fork] = s.fork(share="alias")
+    for one in (fork, s):
+        one.swap_out()
+    c.trim()
+    for one in (s, fork):
+        one.swap_in()
+    print(len(c.map()), flush=True)
+    s.k(0)[0] = 5
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "4"
+    assert done.returncode == -signal.SIGSEGV
+
+
+def test_blocks_of_a_closed_cache_go_back():
+    c = cache()
+    s = c.open()
+    s.grow(300)
+    s.swap_out()
+    c.close()
+    s.close()
+    assert c.stats().host == 0
 
 
 def test_a_family_that_finds_no_memory_stays_swapped():

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger("vattn").setLevel(logging.INFO if options.verbose == 1 else logging.DEBUG)
     try:
         result, text = options.run(options)
-    except (Error, ValueError, TypeError, OSError, ImportError) as error:
+    except (Error, ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError) as error:
         if options.verbose:
             raise
         print(f"vattn {options.command}: {error}", file=sys.stderr)

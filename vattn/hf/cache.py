@@ -120,7 +120,9 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         config = None if layers else config
         if config is not None and not hasattr(config, "get_text_config"):
             raise TypeError(f"config must be a model of transformers or its configuration, not {shown(config)}")
-        if max_len is None and (replaced := _replaced_options(layers)) is not None:
+        told = (max_len, slots, device, dtype, budget, lookahead, attention, kv_dtype)
+        nothing_told = all(each is None for each in told) and (layout, mapper) == ("interleaved", True)
+        if nothing_told and (replaced := _replaced_options(layers)) is not None:
             super().__init__(config=config)
             virtualize(self, replaced)
             self._fill(layers)

@@ -44,6 +44,6 @@ def expected_layers(model: Any, store: Store) -> dict[int, tuple[torch.device, L
 def longest(config: Any) -> int:
     """Positions that a model is made for."""
     found = None if config is None else getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if found is None:
+    if not isinstance(found, int) or found < 1:  # some say -1 where there is no limit
         raise ValueError("max_len must be given: no configuration says max_position_embeddings")
-    return int(found)
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 from transformers.cache_utils import DynamicCache
@@ -23,6 +24,11 @@ def install(**options: Any) -> Iterator[None]:
 
     Caches with ``offloading=True`` stay what they are, and those made before or inside live on after it.
     """
+    known = {field.name for field in fields(Options)}
+    if unknown := sorted(set(options) - known):
+        raise TypeError(f"install takes options of VirtualCache, of which {unknown[0]!r} is none")
+    if "max_len" not in options:
+        raise TypeError("max_len must be given")
     checked = Options(**options)
     original: Callable[..., None] = DynamicCache.__init__
     if hasattr(original, "_vattn"):

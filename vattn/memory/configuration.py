@@ -23,6 +23,7 @@ _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 _HEAD_DIM = ("head_dim", "d_kv")
 _HIDDEN = ("hidden_size", "n_embd", "d_model")
+_MOST_LAYERS = 100_000
 _NUMBERS = (*_LAYERS, *_HEADS, *_KV_HEADS, *_HEAD_DIM, *_HIDDEN)
 
 # The cache layers of transformers that vattn has rows for, and those that keep nothing that grows with a sequence.
@@ -171,6 +172,8 @@ def _without_layer_types(config: Any) -> bool:
 def _kinds_by_keys(get: Callable[..., Any], keys: list[str]) -> list[_Kind]:
     """Of each layer, by the keys of files, old ones too."""
     count, model = _number(get, *_LAYERS), get("model_type")
+    if count > _MOST_LAYERS:
+        raise ValueError(f"{_LAYERS[0]!r} of the model's configuration may be at most {_MOST_LAYERS}, not {count}")
     if model in _BY_CLASS:
         raise ValueError(f"a {model} configuration is understood with a transformers that knows the model alone")
     window = get("sliding_window", "attention_chunk_size", "attention_window_size")
@@ -185,7 +188,9 @@ def _kinds_by_keys(get: Callable[..., Any], keys: list[str]) -> list[_Kind]:
         window = _checked("sliding_window", window)
     elif any(kind in _LOCAL for kind in types):
         raise ValueError("the model's configuration has layers with a window and lacks 'sliding_window'")
-    shared = get("num_kv_shared_layers", default=0)
+    shared = integer("'num_kv_shared_layers' of the model's configuration", get("num_kv_shared_layers", default=0), 0)
+    if shared > count:
+        raise ValueError(f"'num_kv_shared_layers' of the model's configuration is more than its {count} layers")
     return [
         (
             kind in (*_FULL, *_LOCAL) and index < count - shared,
@@ -207,17 +212,31 @@ def _types(get: Callable[..., Any], keys: list[str], count: int, model: Any, win
         period = _checked("the distance of layers", period)
         return [of if (i + last) % period == 0 else other for i in range(count)]
 
+    def listed(name: str, found: Any, kind: type) -> Any:
+        if not isinstance(found, (list, tuple)) or not all(type(each) is kind for each in found):
+            raise TypeError(
+                f"{name!r} of the model's configuration must be a list of {kind.__name__}, not {shown(found)}"
+            )
+        return found
+
     if (period := get("attn_layer_period")) is not None:  # jamba
-        offset = get("attn_layer_offset", default=0)
+        period = _checked("attn_layer_period", period)
+        offset = integer("'attn_layer_offset' of the model's configuration", get("attn_layer_offset", default=0), 0)
         return ["full_attention" if (i - offset) % period == 0 else "mamba" for i in range(count)]
     if (period := get("full_attention_interval")) is not None:  # qwen3_next
         return one_in(period, True, "linear_attention")
     if (indices := get("attn_layer_indices", "full_attn_idxs")) is not None:  # bamba, lfm2
+        indices = listed("attn_layer_indices", indices, int)
         return ["full_attention" if i in indices else "linear_attention" for i in range(count)]
     if (blocks := get("block_types", "_block_types")) and get("attention_window_size"):  # recurrent_gemma
+        blocks = listed("block_types", blocks, str)
         types = {"attention": "sliding_attention"}
         return [types.get(blocks[i % len(blocks)], blocks[i % len(blocks)]) for i in range(count)]
     if (pattern := get("hybrid_override_pattern")) is not None:  # nemotron_h
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"'hybrid_override_pattern' of the model's configuration must be a string, not {shown(pattern)}"
+            )
         letters = {"*": "full_attention", "M": "mamba", "-": "mlp", "E": "moe"}
         return [letters.get(letter, letter) for letter in pattern]
     # `cache`, `_attn_implementation` and the like say nothing of layers.

@@ -55,6 +55,8 @@ class Peer:
 
     def require_same_user(self) -> None:
         _, uid, _ = _PEER.unpack(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        if uid == -1:
+            raise _BrokenOff("the socket is not connected to a process")
         if uid != os.geteuid():
             raise _BrokenOff(f"the process at the other end of the socket belongs to user {uid}, not to this one")
 

@@ -308,7 +308,8 @@ class KVCache:
                 says with how many, at most all but the last token, which is to be computed for what follows. A closed
                 sequence that ends there goes on in its slot, without a driver call; otherwise the rows are forked.
             namespace: what else the rows depend on, e.g. the adapter, the tenant or the images of a prompt: only rows
-                of sequences that were opened with the same one are taken. The sequence keeps it.
+                of sequences that were opened with an equal one are taken (so 1, 1.0 and True are one). The sequence
+                keeps it.
 
         A slot whose memory was last used on another stream is waited for.
 
@@ -542,6 +543,8 @@ class KVCache:
 
     def first_row(self, slot: int, plane: int) -> int:
         """The first position whose whole row in a ``layout.planes`` entry a window has not given back."""
+        slot = integer("slot", slot, 0, self.slots - 1)
+        plane = integer("plane", plane, 0, len(self.layout.planes) - 1)
         return -(-self._arena.head(slot, plane) // self.layout.planes[plane].row_bytes)
 
     def trim(self) -> None:

@@ -160,6 +160,8 @@ class Sequence:
         """
         name, ids = self._handle.name, token_ids("tokens", tokens)
         self.cache._require_rows_only()
+        if len(ids) > self.length:
+            raise ValueError(f"tokens are {len(ids)}, and the sequence has {self.length} positions")
         self.cache._remember(name, self.slot, ids, self.namespace)
 
     def export(self, to: socket.socket, *, timeout: float = 30.0) -> None:
@@ -198,8 +200,9 @@ class Sequence:
         """Moves the sequence to page-locked host memory and lets its slot go, without waiting for the copy.
 
         What was queued on the sequence's streams comes first. Its memory serves others when the copy is done. Rows that
-        it shares stay with who else has them, go to host memory once for all who share them, and are shared again with
-        those that are there, or come back. What ``remember`` was told is forgotten.
+        it shares stay with who else has them, go to host memory once for all who share them (which is given back with
+        the last of them), and are shared again with those that are there, or come back. What ``remember`` was told is
+        forgotten.
 
         Raises:
             OutOfPages: ``host_budget`` is spent; nothing has changed.
