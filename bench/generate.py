@@ -6,7 +6,8 @@ steps: ``step_ms_*`` are medians of the rounds' median steps, of one of vattn's 
 ``step_over_floor_64_mixed``: of 64 sequences of 64 to 4096 tokens over the floor; ``memory_over_tokens_*``: what of the
 device is taken beside the weights and a GB, over the tokens' K and V, by the same way. It is the fastest of those whose
 memory is at most 1.06 times the tokens', or of all where there is none. See ``vattn.bench.decode.Decoding``.
-``--vllm`` adds what ``bench/vllm_decode.py`` has measured on the same machine. A file that is there keeps its other
+``--vllm`` adds what ``bench/vllm_decode.py`` has measured on the same machine, whose steps are means: so is
+``step_ms_*_mean``. A file that is there keeps its other
 points.
 """
 
@@ -61,11 +62,12 @@ def measured(model: Any, point: str, kernels: list[str], peers: list[str], steps
             print(decoding.row, flush=True)
         return decodings
 
-    decodings = warmed_up([name for name in kernels if not name.startswith("best+")], peers)
+    decodings = warmed_up([name for name in kernels if not name.startswith("best+")], [])
     rows = [decoding.row for decoding in decodings]
     best = dict.fromkeys(kernel_of(row) for limit in (math.inf, MEMORY) if (row := fastest(rows, limit)))
     for how in (name.removeprefix("best+") for name in kernels if name.startswith("best+")):
         decodings += warmed_up([f"{kernel}+{how}" for kernel in best], [])
+    decodings += warmed_up([], peers)  # behind what moves weights
     for _ in range(rounds):
         for decoding in decodings:
             decoding.round()
@@ -85,7 +87,14 @@ def bars_of(rows: list[dict[str, Any]], point: str) -> dict[str, float]:
     bars[f"step_ms_{point}"] = best["step ms p50"]
     ours = "vattn "
     peers = [row for row in rows if not row["cache"].startswith(ours) and "error" not in row]
-    return bars | {f"step_ms_{point}_{row['cache'].split()[0]}": row["step ms p50"] for row in peers}
+    if any(is_vllm(row) for row in peers):  # of which the mean is known
+        bars[f"step_ms_{point}_mean"] = best["step ms mean"]
+    time_of = {row["cache"].split()[0]: row["step ms mean" if is_vllm(row) else "step ms p50"] for row in peers}
+    return bars | {f"step_ms_{point}_{peer}": took for peer, took in time_of.items()}
+
+
+def is_vllm(row: dict[str, Any]) -> bool:
+    return str(row["cache"]).startswith("vllm")
 
 
 def of_vllm(path: Path) -> list[dict[str, Any]]:
@@ -96,9 +105,9 @@ def of_vllm(path: Path) -> list[dict[str, Any]]:
 def main() -> None:
     parser = report.options(__doc__.splitlines()[0])
     parser.add_argument("--points", nargs="*", default=list(POINTS), choices=list(POINTS))
-    parser.add_argument("--peers", nargs="*", default=["dynamic", "static"])
+    parser.add_argument("--peers", nargs="*", default=["dynamic", "static_compile"])
     parser.add_argument(
-        "--slow-peers", nargs="*", default=["static_compile", "offloaded", "quantized"], help="at the first point only"
+        "--slow-peers", nargs="*", default=["static", "offloaded", "quantized"], help="at the first point only"
     )
     parser.add_argument(
         "--kernels", nargs="*", default=["fa2", "fa3", "flashinfer", "best+compiled"],
@@ -119,7 +128,9 @@ def main() -> None:
     for number, point in enumerate(options.points):
         peers = options.peers + options.slow_peers * (number == 0)
         rows = measured(model, point, kernels, peers, options.steps, options.rounds)
-        found[point] = rows + [row for row in theirs if row["point"] == point]
+        found[point] = rows + (
+            [row for row in theirs if row["point"] == point] or list(filter(is_vllm, found.get(point, [])))
+        )
         rows = [row for point in POINTS for row in found.get(point, [])]
         bars = [bars_of(found[point], point) for point in POINTS if point in found]
         report.write(options.name, "cuda", rows, {k: v for more in bars for k, v in more.items()}, options.out)

@@ -88,7 +88,8 @@ BARS = {
             "_static_compile": "StaticCache compiled",
             "_offloaded": "DynamicCache offloaded",
             "_quantized": "QuantizedCache of 4 bits",
-            "_vllm": "vLLM 0.26.0 with its own model",
+            "_vllm": "vLLM 0.26.0 with its own model, mean",
+            "_mean": "the same of vattn's, mean",
         }.items()
     },
     "prefill_virtual_over_cudamalloc": "prefill, the fastest kernel on virtual rows over torch's memory, the lowest",

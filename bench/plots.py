@@ -34,7 +34,7 @@ def generate(result: dict[str, Any], path: Path) -> None:
         for point, (steps, memory) in zip(points, axes, strict=True):
             mine = [row for row in rows if row["point"] == point]
             caches = [row["cache"].removeprefix("vattn ") for row in mine]
-            _bars(steps, caches, [row["step ms p50"] for row in mine], "ms, median")
+            _bars(steps, caches, [row.get("step ms p50", row.get("step ms mean")) for row in mine], "ms")
             steps.axvline(next(row["floor ms"] for row in mine if "floor ms" in row), color="black", linewidth=0.8)
             steps.set(xscale="log", title=f"A step behind {point}; the line is its floor")
             measured = [row for row in mine if "device used" in row]

@@ -258,7 +258,7 @@ def beams() -> tuple[list[dict[str, Any]], dict[str, float]]:
     for turn in range(1 + ROUNDS):
         timed = turn > 0  # both are warmed up before, and watched
         store.Lane.move = move if timed else counted  # type: ignore[method-assign]
-        for name in took:
+        for name in list(took)[:: -1 if turn % 2 else 1]:
             memory.clean()
             mine = name == "vattn"
             kind = VirtualCache if timed else Watched

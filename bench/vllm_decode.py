@@ -1,9 +1,9 @@
 """Decode steps of a Llama-3-8B shape through vLLM, beside those of ``bench/generate.py`` on the same machine.
 
-vLLM is a peer, and no dependency: it runs where it is installed. Its weights are its own dummy ones. ``step ms``: what
-each of so many tokens behind the first takes for a batch of prompts, all of one length: the whole time less that to the
-first token, over the tokens, through ``LLM.generate``. After a warm-up of every point there are rounds, of which the
-median and the least are written, a JSON line for each point.
+vLLM is a peer, and no dependency: it runs where it is installed. Its weights are its own dummy ones. A step is what
+each token takes for a batch of prompts, all of one length, through ``LLM.generate``: the time to so many tokens less
+that to a quarter of them, over the tokens between. After a warm-up of every point there are rounds, whose median is
+written, a JSON line for each point.
 """
 
 from __future__ import annotations
@@ -72,22 +72,24 @@ def main() -> None:
         ready = time.perf_counter() - start
         import vllm
 
+        quarter = max(2, options.steps // 4)
         firsts: dict[str, list[float]] = {point: [] for point in options.points}
         steps: dict[str, list[float]] = {point: [] for point in options.points}
         for turn in range(options.rounds + 1):
             for number, point in enumerate(options.points):
-                batch, length = POINTS[point]
-                first = seconds(llm, batch, length, 1, 1000 * turn + 10 * number)
-                whole = seconds(llm, batch, length, options.steps + 1, 1000 * turn + 10 * number + 5)
+                took = [
+                    seconds(llm, *POINTS[point], tokens, 1000 * turn + 10 * number + tokens)
+                    for tokens in (1, quarter, options.steps)
+                ]
                 if turn:  # before, all are warmed up
-                    firsts[point].append(first)
-                    steps[point].append((whole - first) / options.steps)
+                    firsts[point].append(took[0])
+                    steps[point].append((took[2] - took[1]) / (options.steps - quarter))
     rows = [
         {
             "point": point,
             "cache": f"vllm {vllm.__version__}" + (f", {options.impl}" if options.impl != "auto" else ""),
-            "step ms p50": statistics.median(steps[point]) * 1e3,
-            "step ms least": min(steps[point]) * 1e3,
+            "step ms mean": statistics.median(steps[point]) * 1e3,
+            "step ms mean, least": min(steps[point]) * 1e3,
             "first token ms": statistics.median(firsts[point]) * 1e3,
             "tokens/s": POINTS[point][0] / statistics.median(steps[point]),
             "rounds": options.rounds,

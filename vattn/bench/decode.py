@@ -24,6 +24,7 @@ from vattn.memory.layout import Kind, KVLayout
 
 HEADS, KV_HEADS, DIM = 32, 8, 128  # of the kernels' measurement, Llama-3-8B's
 BANDWIDTH = 3.0e12  # bytes a second that an H100 reads, of which floors are made
+_KEPT = 20e9  # bytes of K and V that a peer's cache may hold while others take their turn
 _PAGE = 16  # rows of a page of paged prompts; steps have pages of 64
 MEMORIES: tuple[Kind, ...] = ("compact", "interleaved")  # virtual ones, of 32 layers
 
@@ -254,7 +255,8 @@ def ways(model: Any, max_len: int, kernels: list[str], peers: list[str]) -> list
     """Caches of vattn and of transformers.
 
     Args:
-        model: the model that they are for. It stays as it is.
+        model: the model that they are for. Nothing is attached to it; but its weights may come to lie elsewhere in
+            memory, where steps are compiled: warm those up first.
         max_len: of the virtual ones.
         kernels: of captured decode steps: names, with ``+fp8``, ``+compiled`` or ``+tuned`` behind.
         peers: of ``"dynamic"``, ``"static"``, ``"static_compile"``, ``"offloaded"`` (on CUDA), ``"quantized"`` (4 bits,
@@ -298,8 +300,9 @@ class Decoding:
     """Decode steps of ``model.generate`` behind contexts of some lengths, padded on the left, with one kind of cache.
 
     A step is what lies between two calls of the stopping criteria, on a GPU in its own time. Of each round the first
-    quarter of the steps, at least two, are not counted. Those of several kinds are compared by rounds in turns, after
-    all of them have been warmed up: the first steps of a process take two to three times as long.
+    quarter of the steps, at least two, are not counted; of the others there are the median, the mean and the longest.
+    Those of several kinds are compared by rounds in turns, after all of them have been warmed up: the first steps of a
+    process take two to three times as long.
 
     Args:
         way: what decodes.
@@ -375,7 +378,7 @@ class Decoding:
             keep = False
             raise
         finally:
-            if keep and (isinstance(cache, VirtualCache) or self.way.compiled):
+            if keep and (isinstance(cache, VirtualCache) or (self.way.compiled and self._tokens_bytes() < _KEPT)):
                 cache.reset()
                 for kv_cache in getattr(cache, "kv_caches", []):
                     kv_cache.trim()
@@ -401,14 +404,18 @@ class Decoding:
 
     def _times(self, rounds: list[list[float]]) -> dict[str, Any]:
         medians = [statistics.median(took) * 1e3 for took in rounds]
-        worst = [sorted(took)[int(0.99 * (len(took) - 1))] * 1e3 for took in rounds]
+        means = [statistics.fmean(took) * 1e3 for took in rounds]
         return {
             "step ms p50": statistics.median(medians),
             "step ms least": min(medians),
-            "step ms p99": statistics.median(worst),
-            "tokens/s": len(self._lengths) / statistics.median(medians) * 1e3,
+            "step ms mean": statistics.median(means),
+            "step ms max": statistics.median(max(took) * 1e3 for took in rounds),
+            "tokens/s": len(self._lengths) / statistics.median(means) * 1e3,
             "rounds": len(rounds),
         }
+
+    def _tokens_bytes(self) -> int:
+        return sum(self._lengths) * _layout_of(self.way.model).bytes_per_token
 
     def _memory(self, cache: Any) -> dict[str, Any]:
         """What the device has taken, and reading the weights but the embedding, K and V at 3.0 TB/s, ``floor ms``."""
@@ -418,7 +425,9 @@ class Decoding:
         token = sum(layout.bytes_per_token for layout in layouts)
         kv = sum(length + self._steps for length in self._lengths) * token
         weights = sum(parameter.numel() for parameter in model.parameters()) * size
-        floor = (weights - text.vocab_size * text.hidden_size * size + kv) / BANDWIDTH
+        # Of an embedding one row is read, unless it gives the logits too.
+        unread = 0 if text.tie_word_embeddings else text.vocab_size * text.hidden_size * size
+        floor = (weights - unread + kv) / BANDWIDTH
         row: dict[str, Any] = {"floor ms": floor * 1e3}
         if self._device.type == "cuda":
             free, total = torch.cuda.mem_get_info()
@@ -434,7 +443,17 @@ class Decoding:
 
 
 def decode_speed(ways: list[Way], point: str, lengths: list[int], steps: int, rounds: int = 3) -> list[dict[str, Any]]:
-    """A row for each way, see ``Decoding``: the median and the least of the rounds' median steps, and memory."""
+    """A row for each way, see ``Decoding``: the median and the least of the rounds' median steps, and memory.
+
+    Args:
+        ways: of ``ways``.
+        point: what rows call the contexts.
+        lengths: of the contexts.
+        steps: of a round.
+        rounds: in turns, behind a warm-up of all.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, not {rounds}")
     decodings = [Decoding(way, point, lengths, steps) for way in ways]
     for decoding in decodings:
         decoding.warm_up()
