@@ -144,7 +144,7 @@ def test_an_interrupt_at_any_line(name, mapper):
         cut = interrupted(
             lambda world=world: OPERATIONS[name](world),
             at,
-            ("sequence.py", "kv_cache.py", "prefix_tree.py", "device.py"),
+            ("sequence.py", "kv_cache.py", "prefix_cache.py", "prefix_tree.py", "device.py"),
         )
         world.check()
         world.cache.close()

@@ -12,10 +12,11 @@ from vattn.errors import (
     OutOfPages,
     SequenceTooLong,
 )
-from vattn.memory.kv_cache import CacheStats, KVCache
+from vattn.memory.kv_cache import KVCache
 from vattn.memory.layout import KVLayout
 from vattn.memory.sequence import Sequence
 from vattn.memory.shape import LayerShape
+from vattn.memory.stats import CacheStats
 from vattn.memory.swap_costs import SwapCosts
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import time
 
 from vattn import _core
 from vattn.errors import OutOfPages
-from vattn.memory.kv_cache import CacheStats
+from vattn.memory.stats import CacheStats
 
 
 class Pages:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from vattn.bench.trace import Request
 from vattn.errors import OutOfPages
-from vattn.memory.kv_cache import CacheStats
+from vattn.memory.stats import CacheStats
 
 # Calls that make, map, open, unmap and release memory.
 MEMORY_CALLS = ("create", "map", "set_access", "unmap", "release")

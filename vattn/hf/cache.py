@@ -30,8 +30,9 @@ from vattn.hf.step import running
 from vattn.hf.store import Options, last_of_thread
 from vattn.kernels.quantize import Scales
 from vattn.memory.device import TrimOnOOM
-from vattn.memory.kv_cache import CacheStats, KVCache
+from vattn.memory.kv_cache import KVCache
 from vattn.memory.layout import Kind
+from vattn.memory.stats import CacheStats
 
 _LOG = logging.getLogger("vattn")
 attach.claim_in_generate()

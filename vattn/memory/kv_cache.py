@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import socket
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
@@ -26,104 +24,15 @@ from vattn.memory.device import (
     mapper_of,
     resolve_device,
 )
-from vattn.memory.guard import guarded
-from vattn.memory.layout import GRANULARITY, KINDS, Group, Kind, KVLayout
-from vattn.memory.prefix_tree import PrefixTree
+from vattn.memory.layout import GRANULARITY, KINDS, Kind, KVLayout
+from vattn.memory.prefix_cache import PrefixCache
+from vattn.memory.row_views import RowViews
 from vattn.memory.sequence import SHARES, Sequence, Share
 from vattn.memory.shape import dtype_name
+from vattn.memory.stats import CacheStats
 
 _HOT = 2  # forks of known rows after which they are compacted
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class CacheStats:
-    """A snapshot of a cache's memory; sizes in bytes.
-
-    Attributes:
-        budget: the limit on physical memory; None when there is none.
-        reserved: addresses, which cost nothing.
-        physical: memory taken from the driver, which is mapped + pooled + retired.
-        peak: the most that ``physical`` has been.
-        mapped: memory under slots; ``parked`` is the part that is under no sequence's.
-        parked: see ``mapped``.
-        shared: what would be mapped beside it if sequences did not share.
-        pooled: memory kept for the next growth.
-        retired: memory that waits for kernels to finish.
-        running_slots: slots with a sequence.
-        parked_slots: slots without one, whose memory is still mapped.
-        rows: bytes of the rows of running sequences.
-        spare: mapped under running slots past what their sequences need; given to others when asked for.
-        adopted: how often a new sequence took over a parked slot.
-        aliases: extents that forks have mapped again.
-        copied: bytes copied by forks, by ``compact``, and before a sequence wrote behind rows that it shares.
-        hits: how often a sequence grew into memory that was mapped ahead.
-        misses: how often it had to wait for memory.
-        waited_seconds: time that callers waited for memory, for kernels on other streams, or for the mapper.
-        background_failures: work ahead that the driver refused; who needs the memory tries again and is told.
-        lookahead: positions past its length that the sequence mapped furthest ahead is kept mapped.
-        host: host memory under sequences that are swapped out.
-        host_pooled: host memory kept for the next ones.
-        driver_calls: calls made so far, by name.
-        background_calls: of those, the ones that the mapper made.
-    """
-
-    budget: int | None
-    reserved: int
-    physical: int
-    peak: int
-    mapped: int
-    parked: int
-    shared: int
-    pooled: int
-    retired: int
-    running_slots: int
-    parked_slots: int
-    rows: int
-    spare: int
-    adopted: int
-    aliases: int
-    copied: int
-    hits: int
-    misses: int
-    waited_seconds: float
-    background_failures: int
-    lookahead: int
-    host: int
-    host_pooled: int
-    driver_calls: dict[str, int]
-    background_calls: dict[str, int]
-
-
-class _Index:
-    """Which slots hold the rows of which tokens."""
-
-    def __init__(self) -> None:
-        self.trees: dict[Hashable, PrefixTree] = {}  # by namespace, of slots with their lineages
-        self.lineages: dict[int, tuple[Hashable, int]] = {}  # of the slots in them, with their namespaces
-        self.forks: dict[int, int] = {}  # how often those were forked
-
-    def insert(self, ids: tuple[int, ...], slot: int, namespace: Hashable, lineage: int) -> None:
-        """Notes that a slot holds the rows of some tokens, whatever it held before."""
-        before = self.lineages.get(slot)
-        if before != (namespace, lineage):
-            if before is not None:
-                self.shorten(before[0], (slot, before[1]), 0)
-            self.lineages[slot], self.forks[slot] = (namespace, lineage), 0
-        self.trees.setdefault(namespace, PrefixTree()).insert(ids, (slot, lineage))
-
-    def match(self, ids: tuple[int, ...], namespace: Hashable) -> tuple[Hashable, int] | None:
-        """Who holds the most of the first tokens, and how many of them."""
-        tree = self.trees.get(namespace)
-        return tree.match(ids) if tree is not None else None
-
-    def shorten(self, namespace: Hashable, holder: Hashable, length: int) -> None:
-        """Notes that a holder has its first ``length`` rows only."""
-        tree = self.trees.get(namespace)
-        if tree is not None:
-            tree.shorten(holder, length)
-            if not len(tree):
-                del self.trees[namespace]
 
 
 class KVCache:
@@ -197,29 +106,9 @@ class KVCache:
             host_budget=optional_integer("host_budget", host_budget),
             protect_shared=flag("protect_shared", protect_shared),
         )
-        self._known_rows = _Index()
+        self._prefixes = PrefixCache()
         self.placing = threading.RLock()  # of who looks for slots side by side, and then takes them
-        self._index_lock = threading.Lock()  # never held around a driver call
-        self._k: dict[int, torch.Tensor] = {}
-        self._v: dict[int, torch.Tensor] = {}
-        self._planes_of: dict[int, tuple[int, int]] = {}  # of K and V of each layer
-        self._grouped: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
-        for group in layout.groups:
-            shape = group.shape
-            if group.fused:
-                heads = self._export(group, 2 * shape.kv_heads, shape.head_dim, group.k_planes, group.k_offsets)
-                k, v = heads[..., : shape.kv_heads, :], heads[..., shape.kv_heads :, :]
-            else:
-                k = self._export(group, shape.kv_heads, shape.head_dim, group.k_planes, group.k_offsets)
-                v = self._export(group, shape.kv_heads, shape.v_head_dim, group.v_planes, group.v_offsets)
-                heads = None
-            self._grouped.append((k, v, heads))
-            for index, layer in enumerate(group.layers):
-                self._k[layer], self._v[layer] = k[:, :, index], v[:, :, index]
-                self._planes_of[layer] = group.k_planes[index], group.v_planes[index]
-        self._guarded_k, self._guarded_v = (
-            {layer: self.guarded(slots) for layer, slots in tensors.items()} for tensors in (self._k, self._v)
-        )
+        self._views = RowViews(self._arena, layout, slots)
 
     @classmethod
     def from_config(
@@ -249,32 +138,20 @@ class KVCache:
         slice before computing, e.g. ``cache.k(0)[slot, :length]``. To print, save or copy rows without memory raises
         RuntimeError, see ``vattn.memory.guard.VirtualTensor``.
         """
-        return self._guarded_k[self._known(layer)]
+        return self._views.k(layer)
 
     def v(self, layer: int) -> torch.Tensor:
         """V of one layer, ``[slots, max_len, kv_heads, v_head_dim]``; see ``k``."""
-        return self._guarded_v[self._known(layer)]
+        return self._views.v(layer)
 
     def slot_tensors(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """``k`` and ``v`` of one layer as plain tensors, for kernels that look at the type of what they are given."""
-        layer = self._known(layer)
-        return self._k[layer], self._v[layer]
+        return self._views.plain(layer)
 
     def rows(self, sequence: Sequence, layer: int, *, of_v: bool) -> torch.Tensor:
         """K or V of one layer of a sequence, ``[length, kv_heads, dim]``, whose storage ends with its rows."""
-        slots = self.slot_tensors(layer)[of_v]
         self._names_of("sequence", [sequence])
-        length = sequence.length
-        slot = slots[sequence.slot]
-        plane = self._planes_of[layer][of_v]
-        if self._arena.head(sequence.slot, plane):  # a window has given back the first ones
-            return self.guarded(slot[:length])
-        shape, strides = [length, *slot.shape[1:]], list(slot.stride())
-        offset = slot.data_ptr() - self._arena.base
-        with torch.inference_mode(False):
-            capsule = self._arena.dlpack(offset, shape, strides, slots.element_size())
-            view: torch.Tensor = torch.utils.dlpack.from_dlpack(capsule)
-            return view.view(slots.dtype)
+        return self._views.of_slot(sequence.slot, sequence.length, layer, of_v=of_v)
 
     def grouped(self, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """K and V of all layers of a ``layout.groups`` entry, ``[slots, max_len, layers, kv_heads, head_dim]``.
@@ -282,12 +159,11 @@ class KVCache:
         Where the group is ``fused``, also the heads of K and V as one tensor, ``[slots, max_len, layers, 2 * kv_heads,
         head_dim]``, else None.
         """
-        k, v, heads = self._grouped[integer("group", group, 0, len(self._grouped) - 1)]
-        return self.guarded(k), self.guarded(v), heads if heads is None else self.guarded(heads)
+        return self._views.grouped(group)
 
     def guarded(self, view: torch.Tensor) -> torch.Tensor:
         """A view of the cache's addresses that says so where something looks at rows without memory."""
-        return guarded(view, self._arena)
+        return self._views.guarded(view)
 
     def open(
         self,
@@ -361,18 +237,14 @@ class KVCache:
     ) -> Sequence | None:
         """A sequence behind the longest prefix whose rows are there; with ``whole`` a fork of all of them or none."""
         while ids:
-            with self._index() as index:
-                found = index.match(ids, namespace)
-            if not found:
+            match = self._prefixes.match(ids, namespace)
+            if match is None:
                 return None
-            holder, length = found
-            assert isinstance(holder, tuple)
-            slot, lineage = holder
+            slot, lineage, length = match
             # What the index says is looked up in the arena, which alone knows: also what changes between two lines.
             now, known, parked = self._arena.known(slot)
             if now != lineage or known < length:
-                with self._index() as index:
-                    index.shorten(namespace, holder, known if now == lineage else 0)
+                self._prefixes.shorten(match, namespace, known if now == lineage else 0)
                 continue
             if whole and length < len(ids):
                 return None
@@ -381,8 +253,7 @@ class KVCache:
             if parked and not whole and (last or beyond < max(1, self.layout.tokens_per_granule)):
                 if handle := self._arena.reopen(slot, lineage, length, self._stream()):
                     sequence = Sequence(self, handle, namespace)
-                    with self._index() as index:
-                        index.shorten(namespace, holder, length)
+                    self._prefixes.shorten(match, namespace, length)
                     return sequence
             elif self._arena.running_slots + parked >= self.slots:
                 return None  # none is left beside the one that holds the rows
@@ -408,26 +279,13 @@ class KVCache:
         sequence.close()
         return None
 
-    @contextlib.contextmanager
-    def _index(self) -> Iterator[_Index]:
-        """The index of known rows, for one thread; one that an interrupt leaves half changed begins anew."""
-        with self._index_lock:
-            try:
-                yield self._known_rows
-            except BaseException:
-                self._known_rows = _Index()
-                raise
-
     def _remember(self, name: int, slot: int, ids: tuple[int, ...], namespace: Hashable) -> None:
         lineage, _, _ = self._arena.publish(name, len(ids))
-        with self._index() as index:
-            index.insert(ids, slot, namespace, lineage)
+        self._prefixes.insert(ids, slot, namespace, lineage)
 
     def _note_fork(self, slot: int, lineage: int, length: int) -> None:
         """Has the rows of who is forked again and again put into few extents, in the background."""
-        with self._index() as index:
-            index.forks[slot] = forks = index.forks.get(slot, 0) + 1
-        if forks >= _HOT:
+        if self._prefixes.note_fork(slot) >= _HOT:
             self._arena.compact_later(slot, lineage, length)
 
     def _require_rows_only(self) -> None:
@@ -670,40 +528,9 @@ class KVCache:
             raise ValueError(f"{argument} holds a sequence twice")
         return names
 
-    def _known(self, layer: int) -> int:
-        layer = integer("layer", layer)
-        if layer not in self._k:
-            raise ValueError(f"layer {layer} has no cache: layers with one are {sorted(self._k)}")
-        return layer
-
     def _stream(self) -> int:
         # What torch.cuda.current_stream wraps; this runs at every growth.
         return torch._C._cuda_getCurrentRawStream(self.device.index) if self.device.type == "cuda" else 0
-
-    def _export(
-        self, group: Group, heads: int, head_dim: int, planes: tuple[int, ...], offsets: tuple[int, ...]
-    ) -> torch.Tensor:
-        arena, shape = self._arena, group.shape
-        starts = [arena.plane_offset(plane) + offset for plane, offset in zip(planes, offsets, strict=True)]
-        layer_stride = starts[1] - starts[0] if len(starts) > 1 else 0
-        row_bytes = self.layout.planes[planes[0]].row_bytes
-        strides = [
-            arena.slot_stride(planes[0]),
-            row_bytes,
-            layer_stride,
-            head_dim * shape.itemsize,
-            shape.itemsize,
-        ]
-        capsule = arena.dlpack(
-            starts[0],
-            [self.slots, self.layout.max_len, len(starts), heads, head_dim],
-            [stride // shape.itemsize for stride in strides],
-            shape.itemsize,
-        )
-        # A tensor born in inference mode could not be written outside of it.
-        with torch.inference_mode(False):
-            raw: torch.Tensor = torch.utils.dlpack.from_dlpack(capsule)
-            return raw.view(getattr(torch, shape.dtype))
 
 
 def _require_hashable(namespace: Hashable) -> None:
