@@ -53,7 +53,7 @@ class Peers:
         self.sequence = self.exporter.open()
         self.sequence.grow(LENGTH)
         self.sequence.k(0)[:] = 1
-        self.layout = self.exporter._exported_layout()
+        self.layout = self.exporter._slots.exported_layout()
         self.extents = self.exporter.map()[self.sequence.slot]["runs"][0]["extents"]
         self.files = {"memory": self._memory(), "unsealed": self._memory(sealed=False), "short": self._memory(1)}
         self.files["long"] = self._memory(8)

@@ -155,7 +155,7 @@ def test_queries_say_what_the_map_says():
             for sequence in running:
                 if chance.random() < 0.4:
                     sequence.close()
-            running = [sequence for sequence in running if not sequence._handle.closed]
+            running = [sequence for sequence in running if not sequence.handle.closed]
             states = [slot["state"] for slot in cache.map()]
             for n in range(1, cache.slots + 2):
                 starts = [at for at in range(cache.slots - n + 1) if "running" not in states[at : at + n]]

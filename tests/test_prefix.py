@@ -357,5 +357,5 @@ def test_the_tree_holds_no_more_than_there_are_slots():
     for n in range(20):
         tokens = [n, *range(30)]
         run(c, tokens)[0].close(tokens=tokens)
-    assert len(c._prefixes._index.trees[None]) <= 3
+    assert len(c._slots.prefixes._index.trees[None]) <= 3
     c.check()

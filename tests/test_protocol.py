@@ -127,7 +127,7 @@ def test_an_exporter_that_cuts_its_memory_short_harms_nobody():
             thread.start()
             peers.sequence.export(here)
             thread.join()
-            runs = peers.exporter._arena.export_rows(peers.sequence._handle.name, 0)
+            runs = peers.exporter._arena.export_rows(peers.sequence.handle.name, 0)
             for _, extents in runs:
                 for _, file in extents:
                     try:

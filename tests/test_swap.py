@@ -328,7 +328,7 @@ def test_misuse_is_told():
         with pytest.raises(ValueError, match="the sequence is swapped out"):
             use()
     assert "swapped out" in repr(s)
-    swapped = s._handle.swapped
+    swapped = s.handle.swapped
     s.swap_in()
     with pytest.raises(ValueError, match="is being, or was, swapped in"):
         c._arena.swap_in(swapped)
@@ -342,7 +342,7 @@ def test_misuse_is_told():
     t = other.open()
     t.swap_out()
     with pytest.raises(ValueError, match="swapped out of another cache"):
-        c._arena.swap_in(t._handle.swapped)
+        c._arena.swap_in(t.handle.swapped)
     c.check()
 
 

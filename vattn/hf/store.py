@@ -25,8 +25,9 @@ from vattn.kernels.quantize import Scales
 from vattn.memory.device import checked_budget, resolve_device
 from vattn.memory.kv_cache import KVCache
 from vattn.memory.layout import GRANULARITY, KINDS, Kind, KVLayout
-from vattn.memory.sequence import Sequence, Share
+from vattn.memory.sequence import Sequence
 from vattn.memory.shape import LayerShape, dtype_name
+from vattn.memory.slots import Share
 
 _SPARE_SLOTS = 64  # slots reserved when their number is left open: addresses cost nothing
 _SPARE_ADDRESSES = 1 << 45  # but there is an end to them

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import socket
 import threading
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 
 from vattn import _core
 from vattn.arguments import choice, flag, integer, integers, optional_integer, seconds, shown, token_ids
-from vattn.errors import OutOfDeviceMemory, OutOfPages
+from vattn.errors import OutOfPages
 from vattn.memory import ipc
 from vattn.memory.device import (
     UNLIMITED,
@@ -25,14 +24,11 @@ from vattn.memory.device import (
     resolve_device,
 )
 from vattn.memory.layout import GRANULARITY, KINDS, Kind, KVLayout
-from vattn.memory.prefix_cache import PrefixCache
 from vattn.memory.row_views import RowViews
-from vattn.memory.sequence import SHARES, Sequence, Share
+from vattn.memory.sequence import Sequence
 from vattn.memory.shape import dtype_name
+from vattn.memory.slots import SHARES, Share, Slots
 from vattn.memory.stats import CacheStats
-
-_HOT = 2  # forks of known rows after which they are compacted
-_T = TypeVar("_T")
 
 
 class KVCache:
@@ -106,7 +102,7 @@ class KVCache:
             host_budget=optional_integer("host_budget", host_budget),
             protect_shared=flag("protect_shared", protect_shared),
         )
-        self._prefixes = PrefixCache()
+        self._slots = Slots(self._arena, layout, self.device)
         self.placing = threading.RLock()  # of who looks for slots side by side, and then takes them
         self._views = RowViews(self._arena, layout, slots)
 
@@ -200,17 +196,17 @@ class KVCache:
             ids = token_ids("tokens", tokens)
             if slot is not None:
                 raise ValueError("slot cannot be chosen where tokens are given: they choose it")
-            self._require_rows_only()
+            self._slots.require_rows_only()
             if known := self._open_known(ids[:-1], namespace, expected):
                 if expected > known.length:
-                    self._arena.expect(known._handle.name, expected)
-                return known._handed_out()
-        handle = self._arena.open(slot, expected=expected, stream=self._stream())
-        return Sequence(self, handle, namespace)._handed_out()
+                    self._arena.expect(known.handle.name, expected)
+                return known.handed_out()
+        handle = self._arena.open(slot, expected=expected, stream=self._slots.stream())
+        return Sequence(self, self._slots, handle, namespace).handed_out()
 
     def open_unwatched(self, slot: int) -> Sequence:
         """Starts an empty sequence in a slot for who closes it by himself: nobody is warned where it is forgotten."""
-        return Sequence(self, self._arena.open(integer("slot", slot), stream=self._stream()))
+        return Sequence(self, self._slots, self._arena.open(integer("slot", slot), stream=self._slots.stream()))
 
     def pin(self, tokens: Iterable[int], *, namespace: Hashable = None) -> Sequence:
         """Keeps the rows of known tokens, e.g. of a system prompt, for as long as the sequence it returns is open.
@@ -223,42 +219,42 @@ class KVCache:
         """
         ids = token_ids("tokens", tokens)
         _require_hashable(namespace)
-        self._require_rows_only()
+        self._slots.require_rows_only()
         pinned = self._open_known(ids, namespace, whole=True)
         if pinned is None:
             raise ValueError(
                 f"the rows of these {len(ids)} tokens are not known, or no slot is left: remember them, or close others"
             )
         pinned.remember(ids)
-        return pinned._handed_out()
+        return pinned.handed_out()
 
     def _open_known(
         self, ids: tuple[int, ...], namespace: Hashable, expected: int = 0, *, whole: bool = False
     ) -> Sequence | None:
         """A sequence behind the longest prefix whose rows are there; with ``whole`` a fork of all of them or none."""
         while ids:
-            match = self._prefixes.match(ids, namespace)
+            match = self._slots.prefixes.match(ids, namespace)
             if match is None:
                 return None
             slot, lineage, length = match
             # What the index says is looked up in the arena, which alone knows: also what changes between two lines.
             now, known, parked = self._arena.known(slot)
             if now != lineage or known < length:
-                self._prefixes.shorten(match, namespace, known if now == lineage else 0)
+                self._slots.prefixes.shorten(match, namespace, known if now == lineage else 0)
                 continue
             if whole and length < len(ids):
                 return None
             # What it holds beyond would be lost, but where its slot is the only one that is left.
             beyond, last = known - length, self._arena.running_slots + 1 >= self.slots
             if parked and not whole and (last or beyond < max(1, self.layout.tokens_per_granule)):
-                if handle := self._arena.reopen(slot, lineage, length, self._stream()):
-                    sequence = Sequence(self, handle, namespace)
-                    self._prefixes.shorten(match, namespace, length)
+                if handle := self._arena.reopen(slot, lineage, length, self._slots.stream()):
+                    sequence = Sequence(self, self._slots, handle, namespace)
+                    self._slots.prefixes.shorten(match, namespace, length)
                     return sequence
             elif self._arena.running_slots + parked >= self.slots:
                 return None  # none is left beside the one that holds the rows
             elif (forked := self._fork_known(slot, lineage, length, namespace, expected)) is not None:
-                self._note_fork(slot, lineage, length)
+                self._slots.note_fork(slot, lineage, length)
                 return forked
             if self._arena.known(slot) == (now, known, parked):
                 return None  # a window has moved on, or there is no memory
@@ -266,10 +262,10 @@ class KVCache:
 
     def _fork_known(self, slot: int, lineage: int, length: int, namespace: Hashable, expected: int) -> Sequence | None:
         # Where it is known how much is to come, memory of a parked slot serves for it.
-        sequence = self._open_empty(slot, namespace, expected)
+        sequence = Sequence(self, self._slots, self._slots.open_empty(slot, expected), namespace)
         try:
-            into = sequence._handle.name
-            if sequence.slot != slot and self._fork(slot, length, [into], lineage=lineage, share="auto"):
+            into = sequence.handle.name
+            if sequence.slot != slot and self._slots.fork(slot, length, [into], lineage=lineage, share="auto"):
                 return sequence
         except OutOfPages:
             pass
@@ -278,19 +274,6 @@ class KVCache:
             raise
         sequence.close()
         return None
-
-    def _remember(self, name: int, slot: int, ids: tuple[int, ...], namespace: Hashable) -> None:
-        lineage, _, _ = self._arena.publish(name, len(ids))
-        self._prefixes.insert(ids, slot, namespace, lineage)
-
-    def _note_fork(self, slot: int, lineage: int, length: int) -> None:
-        """Has the rows of who is forked again and again put into few extents, in the background."""
-        if self._prefixes.note_fork(slot) >= _HOT:
-            self._arena.compact_later(slot, lineage, length)
-
-    def _require_rows_only(self) -> None:
-        if self.layout.recurrent:
-            raise ValueError("the model has recurrent layers, whose state is in no row: what tokens left is not known")
 
     def import_sequence(self, of: socket.socket, *, timeout: float = 30.0, namespace: Hashable = None) -> Sequence:
         """Takes a sequence that another process exports over a connected Unix socket, without copying its rows.
@@ -311,26 +294,14 @@ class KVCache:
         ipc.require_socket("of", of)
         _require_hashable(namespace)
         timeout = seconds("timeout", timeout)
-        with ipc.received(of, self._exported_layout(), timeout=timeout) as (length, runs):
-            sequence = self._open_empty(None, namespace)
+        with ipc.received(of, self._slots.exported_layout(), timeout=timeout) as (length, runs):
+            sequence = Sequence(self, self._slots, self._slots.open_empty(None), namespace)
             try:
-                self._arena.import_rows(sequence._handle.name, length, runs)
+                self._arena.import_rows(sequence.handle.name, length, runs)
             except BaseException:
                 sequence.close()
                 raise
-        return sequence._handed_out()
-
-    def _exported_layout(self) -> dict[str, Any]:
-        """What two processes must have in common."""
-        device = "cpu"
-        if self.device.type == "cuda":
-            device = str(torch.cuda.get_device_properties(self.device).uuid)
-        return {
-            "device": device,
-            "granularity": self.layout.granularity,
-            "kind": self.layout.kind,
-            "layers": [None if shape is None else list(vars(shape).values()) for shape in self.layout.layers],
-        }
+        return sequence.handed_out()
 
     def fork_all(self, source: Sequence, targets: list[Sequence], length: int, *, share: Share = "auto") -> None:
         """Gives empty sequences the first ``length`` positions of another: all of them, or none when it raises.
@@ -340,22 +311,7 @@ class KVCache:
         names = self._names_of("targets", targets)
         [name] = self._names_of("source", [source])
         choice("share", share, SHARES)
-        self._fork(name, integer("length", length), names, share=share)
-
-    def _open_empty(self, like: int | None, namespace: Hashable, expected: int = 0) -> Sequence:
-        """In a slot that is ready for a fork of the slot ``like``, or fits ``expected``, or is as empty as can be."""
-        handle = self._arena.open(expected=expected, stream=self._stream(), empty=not expected, like=like)
-        return Sequence(self, handle, namespace)
-
-    def _make_ready(self, source: Sequence, length: int, forks: int) -> None:
-        """Leaves slots in which forks of a sequence find mapped what they share with it."""
-        made = source.fork(length, forks, share="alias")
-        try:
-            for ready in made:
-                rows = self._arena.rows_in_shared(ready._handle.name)
-                self._arena.publish(ready._handle.name, min(rows, length))
-        finally:
-            self.close_all(made)
+        self._slots.fork(name, integer("length", length), names, share=share)
 
     def grow_all(self, sequences: list[Sequence], length: int | list[int], *, keep: int | list[int]) -> None:
         """Brings several sequences to ``length`` positions at once: all of them, or none when it raises.
@@ -367,17 +323,17 @@ class KVCache:
         """
         names = self._names_of("sequences", sequences)
         lengths, keeps = integers("length", length, len(names)), integers("keep", keep, len(names))
-        self._taking(self._arena.grow, names, lengths, keeps, self._stream())
+        self._slots.taking(self._arena.grow, names, lengths, keeps, self._slots.stream())
 
     def truncate_all(self, sequences: list[Sequence], length: int) -> None:
         """Keeps the first ``length`` positions of several sequences: of all of them, or of none when it raises."""
         names = self._names_of("sequences", sequences)
-        self._arena.truncate(names, integer("length", length), self._stream())
+        self._arena.truncate(names, integer("length", length), self._slots.stream())
 
     def close_all(self, sequences: list[Sequence]) -> None:
         """Ends several running sequences and parks their slots: all of them, or none when it raises."""
         self._names_of("sequences", sequences)
-        _core.close([sequence._handle for sequence in sequences], self._stream())
+        _core.close([sequence.handle for sequence in sequences], self._slots.stream())
 
     def free_slots(self, n: int) -> int | None:
         """The first of ``n`` slots side by side without a sequence, as far up as possible, or None."""
@@ -393,7 +349,7 @@ class KVCache:
         For who writes rows that are already there. When it raises OutOfPages or OutOfDeviceMemory, no row has changed.
         """
         names = self._names_of("sequences", sequences)
-        self._taking(self._arena.own, names, integer("length", length), self._stream())
+        self._slots.taking(self._arena.own, names, integer("length", length), self._slots.stream())
 
     def shares(self, sequences: list[Sequence], length: int) -> bool:
         """Whether something that sequences have mapped behind their first ``length`` positions is shared."""
@@ -500,20 +456,6 @@ class KVCache:
             f"{self.layout.kind}, {self.device})"
         )
 
-    def _fork(self, slot: int, length: int, targets: list[int], *, lineage: int | None = None, share: Share) -> bool:
-        fork = functools.partial(self._arena.fork, lineage=lineage, share=share, stream=self._stream())
-        return self._taking(fork, slot, length, targets)
-
-    def _taking(self, call: Callable[..., _T], *args: Any) -> _T:
-        """What a call that takes memory returns; on a full device it is made again without what torch only keeps."""
-        try:
-            return call(*args)
-        except OutOfDeviceMemory:
-            if self.device.type != "cuda":
-                raise
-        torch.cuda.empty_cache()
-        return call(*args)
-
     def _names_of(self, argument: str, sequences: Iterable[Sequence]) -> list[int]:
         """By which the arena knows the sequences of an argument."""
         if not isinstance(sequences, (list, tuple)):
@@ -523,14 +465,10 @@ class KVCache:
                 raise TypeError(f"{argument} must be of sequences, not {shown(sequence)}")
             if sequence.cache is not self:
                 raise ValueError(f"{argument} holds a sequence of another cache")
-        names = [sequence._handle.name for sequence in sequences]
+        names = [sequence.handle.name for sequence in sequences]
         if len(set(names)) < len(names):
             raise ValueError(f"{argument} holds a sequence twice")
         return names
-
-    def _stream(self) -> int:
-        # What torch.cuda.current_stream wraps; this runs at every growth.
-        return torch._C._cuda_getCurrentRawStream(self.device.index) if self.device.type == "cuda" else 0
 
 
 def _require_hashable(namespace: Hashable) -> None:

@@ -9,19 +9,18 @@ import warnings
 from collections.abc import Hashable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from vattn import _core
 from vattn.arguments import MOST, choice, integer, optional_integer, seconds, shown, token_ids
 from vattn.memory import ipc
+from vattn.memory.slots import SHARES, Share, Slots
 
 if TYPE_CHECKING:
     from vattn.memory.kv_cache import KVCache
 
-Share = Literal["auto", "alias", "copy"]
-SHARES: tuple[Share, ...] = ("auto", "alias", "copy")
 _PACKAGE = str(Path(__file__).parent)
 
 
@@ -35,24 +34,26 @@ class Sequence:
     Attributes:
         cache: the cache it is one of.
         namespace: what it was opened with; tokens that it is told to ``remember`` are known to others of the same.
+        handle: the core's, which alone knows what the sequence is.
     """
 
-    def __init__(self, cache: KVCache, handle: _core.Sequence, namespace: Hashable = None) -> None:
+    def __init__(self, cache: KVCache, slots: Slots, handle: _core.Sequence, namespace: Hashable = None) -> None:
         self.cache = cache
         self.namespace = namespace
-        self._handle = handle  # the only one to know what it is
+        self.handle = handle
+        self._slots = slots
         self._opened_at: str | None = None
 
     @property
     def slot(self) -> int:
         """The row of ``cache.k(layer)`` that is this sequence's; -1 while it has none."""
-        slot = self._handle.slot
+        slot = self.handle.slot
         return -1 if slot is None else slot
 
     @property
     def length(self) -> int:
         """Positions that are mapped and may be read and written, once it has a slot."""
-        return self._handle.length
+        return self.handle.length
 
     def grow(self, n: int = 1) -> int:
         """Makes room for ``n`` more positions and returns the new length.
@@ -69,13 +70,13 @@ class Sequence:
         """
         if type(n) is not int or not 0 <= n <= MOST:
             n = integer("n", n)
-        cache = self.cache
-        return cache._taking(self._handle.grow, n, cache._stream())
+        slots = self._slots
+        return slots.taking(self.handle.grow, n, slots.stream())
 
     @property
     def capacity(self) -> int:
         """Positions that ``grow`` can bring the sequence to without waiting for memory."""
-        return self.cache._arena.capacity(self._handle.name)
+        return self._slots.arena.capacity(self.handle.name)
 
     def prefetch(self, length: int) -> bool:
         """Asks for memory for ``length`` positions without waiting for it, and returns whether it is there.
@@ -89,7 +90,7 @@ class Sequence:
             ValueError: the sequence is closed, or ``length`` is negative.
             OutOfPages, OutOfDeviceMemory: as in ``grow``, without a mapper only.
         """
-        return self.cache._arena.prefetch(self._handle.name, integer("length", length))
+        return self._slots.arena.prefetch(self.handle.name, integer("length", length))
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Tells that work on the sequence is queued on ``stream``, beside the streams current at ``grow``.
@@ -99,14 +100,14 @@ class Sequence:
         Raises:
             TypeError, ValueError: ``stream`` is no stream, or one of another device; or the sequence is closed.
         """
-        name, device = self._handle.name, self.cache.device
+        name, device = self.handle.name, self.cache.device
         if not isinstance(stream, torch.Stream):
             raise TypeError(f"stream must be a torch.cuda.Stream, not {shown(stream)}")
         if device.type != "cuda":
             return
         if not isinstance(stream, torch.cuda.Stream) or stream.device != device:
             raise ValueError(f"stream must be one of {device}, not {shown(stream)}")
-        self.cache._arena.use(name, stream.cuda_stream)
+        self._slots.arena.use(name, stream.cuda_stream)
 
     def truncate(self, length: int) -> None:
         """Keeps the first ``length`` positions. Their memory stays mapped until somebody needs it.
@@ -133,18 +134,19 @@ class Sequence:
                 there are not so many slots.
             OutOfPages, OutOfDeviceMemory: as in ``grow``; nothing has changed then.
         """
-        self._handle.name  # noqa: B018, which raises where it is closed
+        self.handle.name  # noqa: B018, which raises where it is closed
         n, length = integer("n", n, 1), optional_integer("length", length)
         choice("share", share, SHARES)
         made: list[Sequence] = []
         try:
             for _ in range(n):
-                made.append(self.cache._open_empty(self.slot, self.namespace))
+                handle = self._slots.open_empty(self.slot)
+                made.append(Sequence(self.cache, self._slots, handle, self.namespace))
             self.cache.fork_all(self, made, self.length if length is None else length, share=share)
         except BaseException:
             self.cache.close_all(made)
             raise
-        return [sequence._handed_out() for sequence in made]
+        return [sequence.handed_out() for sequence in made]
 
     def remember(self, tokens: Iterable[int]) -> None:
         """Tells whose rows the first of this sequence are, so that others that begin alike start behind them.
@@ -158,11 +160,11 @@ class Sequence:
         Raises:
             ValueError: the sequence is closed or shorter than that, or the model has recurrent layers.
         """
-        name, ids = self._handle.name, token_ids("tokens", tokens)
-        self.cache._require_rows_only()
+        name, ids = self.handle.name, token_ids("tokens", tokens)
+        self._slots.require_rows_only()
         if len(ids) > self.length:
             raise ValueError(f"tokens are {len(ids)}, and the sequence has {self.length} positions")
-        self.cache._remember(name, self.slot, ids, self.namespace)
+        self._slots.remember(name, self.slot, ids, self.namespace)
 
     def export(self, to: socket.socket, *, timeout: float = 30.0) -> None:
         """Hands the rows to another process on the same device, which takes them by ``KVCache.import_sequence``.
@@ -179,17 +181,17 @@ class Sequence:
             ValueError: the cache was not made ``exportable``, the layouts differ, or every slot is in use.
             OutOfPages: as in ``fork``.
         """
-        self._handle.name  # noqa: B018, which raises where it is closed
+        self.handle.name  # noqa: B018, which raises where it is closed
         ipc.require_socket("to", to)
         timeout = seconds("timeout", timeout)
-        if not self.cache._arena.driver.exportable:
+        if not self._slots.arena.driver.exportable:
             raise ValueError("the cache cannot export: make it with exportable=True")
         with ipc.telling(to, timeout) as peer:
             [copy] = self.fork(share="alias")
             runs: ipc.ExportedRuns = []
             try:
-                runs = self.cache._arena.export_rows(copy._handle.name, self.cache._stream())
-                ipc.send(peer, self.cache._exported_layout(), self.length, runs)
+                runs = self._slots.arena.export_rows(copy.handle.name, self._slots.stream())
+                ipc.send(peer, self._slots.exported_layout(), self.length, runs)
             finally:
                 for _, extents in runs:
                     for _, descriptor in extents:
@@ -208,7 +210,7 @@ class Sequence:
             OutOfPages: ``host_budget`` is spent; nothing has changed.
             ValueError: the sequence is closed or swapped out.
         """
-        self._handle.swap_out(self.cache._stream())
+        self.handle.swap_out(self._slots.stream())
 
     def swap_in(self, *, slot: int | None = None) -> None:
         """Brings the sequence back, to ``slot`` or any, without waiting for the copy.
@@ -219,12 +221,12 @@ class Sequence:
             OutOfPages, OutOfDeviceMemory: as in ``grow``; the sequence is still swapped out.
             ValueError: the sequence is not swapped out, or the slot, or every slot, is in use.
         """
-        self.cache._taking(self._handle.swap_in, optional_integer("slot", slot), self.cache._stream())
+        self._slots.taking(self.handle.swap_in, optional_integer("slot", slot), self._slots.stream())
 
     @property
     def swapped(self) -> bool:
         """Whether the sequence is in host memory."""
-        return self._handle.swapped is not None
+        return self.handle.swapped is not None
 
     def compact(self, length: int | None = None, *, forks: int = 0) -> None:
         """Moves the first ``length`` positions, by default all, into one extent that a fork shares in one driver call.
@@ -242,12 +244,19 @@ class Sequence:
             OutOfPages, OutOfDeviceMemory: there is not so much memory; nothing has changed then, or all but the forks.
             ValueError: the sequence is closed, or shorter than that; or there are not so many slots.
         """
-        name = self._handle.name
+        name = self.handle.name
         length, forks = optional_integer("length", length), integer("forks", forks)
         length = self.length if length is None else length
-        self.cache._arena.compact(name, length)
-        if forks:
-            self.cache._make_ready(self, length, forks)
+        arena = self._slots.arena
+        arena.compact(name, length)
+        if not forks:
+            return
+        made = self.fork(length, forks, share="alias")  # whose slots keep what they share mapped
+        try:
+            for ready in made:
+                arena.publish(ready.handle.name, min(arena.rows_in_shared(ready.handle.name), length))
+        finally:
+            self.cache.close_all(made)
 
     def k(self, layer: int) -> torch.Tensor:
         """This sequence's K, ``[length, kv_heads, head_dim]``, a view whose storage ends with its rows.
@@ -267,11 +276,11 @@ class Sequence:
             tokens: what to ``remember`` before. Of a sequence that is swapped out nothing is: it has no rows here.
         """
         ids = None if tokens is None else token_ids("tokens", tokens)
-        if self._handle.closed:
+        if self.handle.closed:
             return
         if ids is not None and not self.swapped:
             self.remember(ids)
-        _core.close([self._handle], self.cache._stream())
+        _core.close([self.handle], self._slots.stream())
 
     def __enter__(self) -> Sequence:
         return self
@@ -282,7 +291,7 @@ class Sequence:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._handle.closed else f"length {self.length}"
+        state = "closed" if self.handle.closed else f"length {self.length}"
         if self.swapped:
             state += ", swapped out"
         return f"Sequence(slot {self.slot}, {state})"
@@ -298,18 +307,18 @@ class Sequence:
 
     def __del__(self) -> None:
         opened_at = getattr(self, "_opened_at", None)
-        if opened_at is None or sys.is_finalizing() or self.cache._arena.driver.in_forked_child:
+        if opened_at is None or sys.is_finalizing() or self._slots.arena.driver.in_forked_child:
             return
-        if self._handle.closed:
+        if self.handle.closed:
             return
         closed = self.cache.closed
-        _core.close([self._handle], 0 if closed else self.cache._stream())
+        _core.close([self.handle], 0 if closed else self._slots.stream())
         if not closed:
             what = f"a sequence opened at {opened_at} was never closed"
             warnings.warn(what, ResourceWarning, source=self, stacklevel=2)
 
-    def _handed_out(self) -> Sequence:
-        """Notes where it was opened: whoever called vattn is to close it."""
+    def handed_out(self) -> Sequence:
+        """Notes where it was opened: whoever called vattn is to close it. Returns the sequence."""
         frame = sys._getframe(1)
         while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
             frame = frame.f_back
