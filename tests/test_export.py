@@ -95,7 +95,7 @@ IMPORTER = textwrap.dedent(
     s.close()
     c.trim()
     assert c.stats().physical == 0
-    assert c._arena.driver.reports == 0
+    assert c.driver.reports == 0
     print("gone", flush=True)
     """
 )
@@ -213,11 +213,11 @@ def test_the_importers_death_at_any_step_leaves_the_exporter_whole(device, die_a
     assert c.stats().physical == 0
     assert before.physical > 0
     if device == "cuda":
-        free = c._arena.driver.memory_info()[0]
+        free = c.driver.memory_info()[0]
         other = cache(device)
         other.open().grow(3000)
         other.close()
-        assert abs(c._arena.driver.memory_info()[0] - free) < 64 * 1024 * 1024
+        assert abs(c.driver.memory_info()[0] - free) < 64 * 1024 * 1024
     c.check()
 
 
@@ -336,9 +336,9 @@ def test_a_refused_import_loses_nothing():
         c, other = cache(), cache(mapper=False)
         s = c.open()
         write(s, 300)
-        other._arena.driver.fail_at(k)
+        other.driver.fail_at(k)
         got, here, there = exchange(s.export, other.import_sequence)
-        other._arena.driver.fail_at(0)
+        other.driver.fail_at(0)
         assert (here is None) == (there is None)
         if got:
             assert rows(got) == list(range(300))

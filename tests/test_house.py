@@ -177,3 +177,26 @@ def test_only_the_command_line_reads_the_environment():
     for path in [*SOURCES, *FILES]:
         if PACKAGE / "cli" not in path.parents:
             assert not re.search(r"getenv|os\.environ", path.read_text()), path.name
+
+
+# Attributes that begin with an underscore and are of other packages.
+FOREIGN = {
+    *("_C", "_cdata", "_cuda_endAllocateToPool", "_cuda_getCurrentRawStream", "_cuda_releasePool", "_version"),
+    *("_disabled_torch_function_impl", "_dynamo", "_flash_attention_forward", "_flash_attn_forward", "_foreach_copy_"),
+    *("_buffers", "_forward_hooks", "_forward_pre_hooks", "_parameters", "_sleep", "_getframe"),
+    *("_global_forward_hooks", "_global_forward_pre_hooks"),
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_no_private_name_of_another_module_is_used(path):
+    tree = ast.parse(path.read_text())
+    mine = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            mine.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            mine |= {target.id for target in targets if isinstance(target, ast.Name)}
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert {name for name in used - mine - FOREIGN if name.startswith("_") and not name.startswith("__")} == set()

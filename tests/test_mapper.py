@@ -151,7 +151,7 @@ def test_prefetch_maps_in_the_background_and_takes_nothing_that_others_will_need
 
 def test_prefetch_without_a_mapper_is_a_wait_and_leaves_nothing_when_refused():
     c = cache(mapper=False, budget=20 * PAGE)  # of 16 rows each
-    c._arena.driver.charge("map", 1_000_000)
+    c.driver.charge("map", 1_000_000)
     first = c.open()
     assert first.prefetch(160) is True
     assert c.stats().misses == 1
@@ -324,7 +324,7 @@ def test_a_forked_child_has_a_mapper_of_its_own():
         sequence.grow(100)
 
 
-@pytest.mark.parametrize("ending", ["", "raise SystemExit(0)", "c._arena.driver.charge('map', 10**8); s.prefetch(400)"])
+@pytest.mark.parametrize("ending", ["", "raise SystemExit(0)", "c.driver.charge('map', 10**8); s.prefetch(400)"])
 def test_the_interpreter_ends_with_caches_open(ending):
     code = (
         "from vattn import KVCache, KVLayout\n"

@@ -193,8 +193,8 @@ def test_aliases_give_way_to_copies_before_the_device_has_too_many_mappings():
     first, second = s.fork(n=2, share="alias")
     assert c.stats().aliases == 2
     assert rows(first) == rows(second) == list(range(96))
-    assert c._arena.driver.mappings == 6
-    assert c._arena.driver.mapping_limit > 1000
+    assert c.driver.mappings == 6
+    assert c.driver.mapping_limit > 1000
 
 
 def test_a_forks_growth_is_proportional_to_what_it_added():
@@ -272,7 +272,7 @@ def test_a_window_does_not_move_under_a_fork():
 def test_who_shares_is_not_alone_while_another_gets_its_own():
     for k in range(1, 20):
         c = cache(mapper=False)
-        s, driver = c.open(), c._arena.driver
+        s, driver = c.open(), c.driver
         write(s, 61)
         [fork] = s.fork(share="alias")
         fork.truncate(30)
@@ -324,7 +324,7 @@ def test_the_kth_call_failing_for_every_k(operation, protect_shared):
             [fork] = s.fork(share="alias")
             s.truncate(70)
         expected = list(range(s.length))
-        c._arena.driver.fail_at(k)
+        c.driver.fail_at(k)
         try:
             if operation == "fork":
                 [fork] = s.fork(share="alias")
@@ -337,7 +337,7 @@ def test_the_kth_call_failing_for_every_k(operation, protect_shared):
             failed = True
         else:
             failed = False
-        untouched = c._arena.driver
+        untouched = c.driver
         untouched.fail_at(0)
         c.check()
         assert rows(s) == expected

@@ -287,7 +287,7 @@ def test_a_family_that_finds_no_memory_stays_swapped():
         for sequence in (s, *forks):
             sequence.swap_out()
         s.swap_in()
-        c._arena.driver.fail_at(k)
+        c.driver.fail_at(k)
         try:
             forks[0].swap_in()
         except DriverError:
@@ -295,7 +295,7 @@ def test_a_family_that_finds_no_memory_stays_swapped():
             c.check()
             forks[0].swap_in()
         else:
-            c._arena.driver.fail_at(0)
+            c.driver.fail_at(0)
         forks[1].swap_in()
         for sequence in (s, *forks):
             check(sequence)
@@ -359,13 +359,13 @@ def test_the_kth_call_failing_for_every_k(way, mapper):
             s.swap_out()
             c.trim()
         c.settle()
-        c._arena.driver.fail_at(k)
+        c.driver.fail_at(k)
         try:
             s.swap_out() if way == "out" else s.swap_in()
             failed = False
         except DriverError:
             failed = True
-        c._arena.driver.fail_at(0)
+        c.driver.fail_at(0)
         c.settle()
         c.check()
         if failed:

@@ -147,7 +147,7 @@ def prompts(device: str, *, tokens: Sequence[int] = (128, 1024, 8192), rounds: i
 
     def ours(n: int) -> float:
         with KVCache(layout(), slots=1, device=device) as cache:
-            charge(cache._arena.driver)
+            charge(cache.driver)
             return _milliseconds(cache.open().grow, n)
 
     def pages(policy: str, n: int) -> float:
@@ -200,7 +200,7 @@ def growth(device: str, *, tokens: int = 2100, rate: float = 1000.0) -> list[dic
     rows = []
     for mapper in (True, False):
         with KVCache(layout(), slots=1, device=device, mapper=mapper) as cache, cache.open() as sequence:
-            charge(cache._arena.driver)
+            charge(cache.driver)
             name = "vattn" if mapper else "vattn, mapper off"
             rows.append(measured(name, sequence.grow, functools.partial(made_by_caller, cache)))
     for policy in PAGES:
@@ -283,7 +283,7 @@ def replays(
                         budget=nbytes,
                         mapper=policy == POLICIES[0],
                     )
-                    charge(ours._arena.driver)
+                    charge(ours.driver)
                     cache = stack.enter_context(ours)
                 served = functools.partial(
                     replay,

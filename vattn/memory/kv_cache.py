@@ -395,6 +395,11 @@ class KVCache:
         self._arena.close()
 
     @property
+    def driver(self) -> _core.Driver:
+        """The core's driver of the device, which counts calls; for measurements and tests."""
+        return self._arena.driver
+
+    @property
     def closed(self) -> bool:
         """Whether ``close`` was called."""
         return self._arena.closed
