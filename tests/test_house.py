@@ -32,7 +32,7 @@ LARGE = {
     "vattn/hf/decoder.py Decoder": "to be split: routing, verification",
     "vattn/hf/plan.py Plan": "to be split: a runner of graphs, what a model computes by",
     "vattn/hf/prefill.py Prompt": "to be split with step.py",
-    "vattn/hf/step.py Step": "to be split: the context of attention, and what is of generate's steps",
+    "vattn/hf/step.py Step": "what a step of a batch is, by rows; to be split with store.py",
     "vattn/hf/store.py": "to be split: options, placement, rows, padding, beams",
     "vattn/hf/store.py Store": "to be split: options, placement, rows, padding, beams",
     "vattn/kernels/base.py Task": "a record of what kernels differ in",

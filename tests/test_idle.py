@@ -20,6 +20,8 @@ from transformers import (
 from vattn import CACHE_KEYWORD
 from vattn.hf import plan, step, store
 from vattn.hf.attach import known
+from vattn.models.attention import attending
+from vattn.models.state import configs_of
 
 pytestmark = pytest.mark.usefixtures("graphs")
 
@@ -170,7 +172,7 @@ def test_other_threads_in_a_prompt_change_nothing(device):
     entered, done = threading.Event(), threading.Event()
 
     def beside():
-        with step.attending(object(), plan.configs_of(model)):
+        with attending(object(), configs_of(model)):
             entered.set()
             done.wait()
 

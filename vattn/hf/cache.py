@@ -26,13 +26,13 @@ from vattn.hf.layer_views import write
 from vattn.hf.layers import VirtualLayer, foreign, virtualize
 from vattn.hf.model_facts import expected_layers, layer_devices, longest
 from vattn.hf.plan import tokens_of
-from vattn.hf.step import running
 from vattn.hf.store import Options, last_of_thread
 from vattn.kernels.quantize import Scales
 from vattn.memory.device import TrimOnOOM
 from vattn.memory.kv_cache import KVCache
 from vattn.memory.layout import Kind
 from vattn.memory.stats import CacheStats
+from vattn.models.attention import running
 
 _LOG = logging.getLogger("vattn")
 attach.claim_in_generate()

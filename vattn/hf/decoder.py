@@ -25,13 +25,15 @@ from vattn.graphs import compilation
 from vattn.graphs.capture import capturable, record, streams
 from vattn.hf.attach import Forward, deciding, greedy
 from vattn.hf.padding import hidden
-from vattn.hf.plan import Call, Plan, configs_of, state_of, tokens_of
+from vattn.hf.plan import Call, Plan, tokens_of
 from vattn.hf.prefill import Prompt
-from vattn.hf.step import Step, UnsupportedError
+from vattn.hf.step import Step
 from vattn.hf.store import Store
 from vattn.hf.verify import Expected, PromptWatch, Watch
 from vattn.kernels.append import takes_idle
 from vattn.memory.kv_cache import KVCache
+from vattn.models.attention import UnsupportedError
+from vattn.models.state import configs_of, state_of
 
 _LOG = logging.getLogger("vattn")
 _MOST_GRAPHS = 8  # of one cache
@@ -112,7 +114,8 @@ class Decoder:
     def again(self) -> Callable[[], None] | None:
         """Replays the last step, where it was a replay and its sequences have not changed, e.g. to be timed."""
         plan = next(reversed(self._plans.values()), None)
-        return plan.again if plan is not None and plan.replayed else None
+        there = plan is not None and plan.replayed and plan.model_state.model() is not None
+        return plan.again if plan is not None and there else None
 
     def interrupt(self) -> None:
         """The next step is none that follows the last."""
@@ -243,7 +246,7 @@ class Decoder:
             token = deciding.set(True)  # what is called meanwhile is the model itself
             try:
                 plan, output = self._attempt(call, cache, base)
-                if output is not None and plan.replayed and not plan.stayed():
+                if output is not None and plan.replayed and not plan.model_state.stayed():
                     output = None
                     self._plans = OrderedDict((key, other) for key, other in self._plans.items() if other is not plan)
                     self.interrupt()
@@ -413,7 +416,7 @@ class Decoder:
             store.ready.clear()
             return call.forward.original(**call.given)
 
-        expected = Expected(compute, plan.configs, watch.spread, rounded=call.rounded)
+        expected = Expected(compute, plan.model_state.configs, watch.spread, rounded=call.rounded)
         if not expected.tells():
             return expected.output()
         if not seen_alone:
@@ -435,7 +438,7 @@ class Decoder:
                 plan.replays_tested = call.length != plan.captured_at
             return expected.output()
         plan.note_tested(call.length)
-        if not step.odd and (state := _attends_by(call.forward, plan.configs)) != call.forward.trusted:
+        if not step.odd and (state := _attends_by(call.forward, plan.model_state.configs)) != call.forward.trusted:
             call.forward.trusted, call.forward.prompts = state, None
             call.forward.prompt_kinds.clear()
         self._kernels |= dict.fromkeys(step.used)

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.modules import module as all_modules
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from vattn.graphs.capture import capturable
 from vattn.hf.attach import CACHE_KEYWORDS, Forward, Greedy
-from vattn.hf.step import Outline, Step, UnsupportedError, attention_of
+from vattn.hf.step import Step
 from vattn.hf.store import Store
 from vattn.hf.verify import relative_error
+from vattn.models.attention import Outline, UnsupportedError
+from vattn.models.state import ModelState
 
 
 @dataclass
@@ -125,29 +124,8 @@ class Plan:
         self.step = step
         self.length = -1  # at the last step
         model = call.forward.model
-        self._model = weakref.ref(model, functools.partial(_forget, weakref.ref(self)))
+        self.model_state = ModelState(model)
         self._moves = call.forward.moves
-        modules = list(model.modules())
-        self.configs = configs_of(model)
-        self._weights = _weights(model)
-        self._addresses = _addresses(self._weights)
-        self._held = [
-            (tensors, name, tensor)
-            for module in modules
-            for tensors in (module._parameters, module._buffers)
-            for name, tensor in tensors.items()
-        ]
-        self._state = state_of(model, self.configs)
-        self._hooks: list[dict[int, Any]] = [all_modules._global_forward_hooks, all_modules._global_forward_pre_hooks]
-        self._hooks += [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        # What a model that is given no positions adds to them, as it was found in a prompt.
-        self._shifted = [vars(module) for module in modules if "rope_deltas" in vars(module)]
-        self._adapters = [
-            (vars(module), name, copy.copy(value))
-            for module in modules
-            for name, value in vars(module).items()
-            if "adapter" in name and isinstance(value, (bool, str, list))
-        ]
         self.rows = rows
         device = call.ids.device
         shapes = {"position_ids": (rows, 1), "cache_position": (1,)}
@@ -183,45 +161,18 @@ class Plan:
 
     def is_of(self, forward: Forward, *, everything: bool) -> bool:
         """Whether the model is the one, as far as can be said at once, or with ``everything`` in all it computes by."""
-        model = forward.model
-        if self._model() is not model or self._moves != forward.moves:
-            return False
-        if _addresses(self._weights[:1]) != self._addresses[:1]:
-            return False
-        if not everything:
-            return True
-        return _addresses(_weights(model)) == self._addresses and state_of(model, self.configs) == self._state
-
-    def stayed(self) -> bool:
-        """Whether the weights are where they were, the adapters too, and there still are no hooks."""
-        return (
-            all(tensors.get(name) is tensor for tensors, name, tensor in self._held)
-            and _addresses(self._weights) == self._addresses
-            and not self._hooked()
-            and all(settings[name] == value for settings, name, value in self._adapters)
-        )
-
-    def forget(self) -> None:
-        """Lets go of a model's weights once it is gone."""
-        self.replayed = False
-        self._weights, self._held, self._hooks, self._adapters, self._shifted = [], [], [], [], []
-
-    def _hooked(self) -> bool:
-        """Whether the model has hooks, but for those that transformers leaves and that do nothing in a step."""
-        idle = "transformers.utils.output_capturing"
-        found = (hook for hooks in filter(None, self._hooks) for hook in hooks.values())
-        return any(getattr(hook, "__module__", "") != idle for hook in found)
+        return self._moves == forward.moves and self.model_state.is_of(forward.model, everything=everything)
 
     def makes_up_positions(self) -> bool:
         """Whether the positions that a call has not given are others than how many come before."""
         made_up = "position_ids" in self._made_up
-        return made_up and any(settings["rope_deltas"] is not None for settings in self._shifted)
+        return made_up and self.model_state.shifts_positions()
 
     def obstacle(self) -> str | None:
         """What of the model a graph would leave out."""
-        if self._hooked():
+        if self.model_state.hooked():
             return "the model has forward hooks, which a replay does not call"
-        if any(t.numel() and not t.data_ptr() for t in self._weights):
+        if self.model_state.lacks_addresses():
             return "the model's weights have no address"
         return None
 
@@ -264,7 +215,8 @@ class Plan:
 
     def copies_experts(self) -> bool:
         """Whether experts are computed with a copy of their weights for each token, idle ones too."""
-        return any(getattr(config, "_experts_implementation", None) == "batched_mm" for config in self.configs)
+        configs = self.model_state.configs
+        return any(getattr(config, "_experts_implementation", None) == "batched_mm" for config in configs)
 
     def sees_live_rows_alone(self, call: Call, output: torch.Tensor) -> bool:
         """Whether a step whose idle rows have other tokens gives the same."""
@@ -296,7 +248,7 @@ class Plan:
     def compute(self, call: Call, *, compiled: bool = False) -> Any:
         """What the model gives for a call, idle rows included."""
         caches = {name: Outline(call.store.windows) for name in call.caches} if compiled else call.caches
-        with self.step.run(call.store, call.length, self.configs):
+        with self.step.run(call.store, call.length, self.model_state.configs):
             output = (self.compiled if compiled else call.forward.original)(**call.others, **caches, **self._tensors)
         if not isinstance(output, ModelOutput):
             raise UnsupportedError("its output is no ModelOutput")
@@ -400,70 +352,7 @@ class Plan:
             torch.cuda.current_stream().wait_stream(self.stream)
 
 
-def _forget(plan: weakref.ref[Plan], _: Any) -> None:
-    if (mine := plan()) is not None:
-        mine.forget()
-
-
 def tokens_of(given: dict[str, Any]) -> Any:
     """The tokens of a model's call, ``[batch, n, ...]``, or None."""
     found = (given.get(name) for name in ("input_ids", "inputs_embeds"))
     return next((t for t in found if isinstance(t, torch.Tensor) and t.dim() >= 2), None)
-
-
-def configs_of(model: Any) -> list[Any]:
-    """The configurations by which a model's modules choose their attention."""
-    configs = (getattr(module, "config", None) for module in model.modules())
-    return list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())
-
-
-def _weights(model: Any) -> list[torch.Tensor]:
-    """The tensors that hold a model's weights."""
-    found: list[torch.Tensor] = []
-
-    def add(tensor: torch.Tensor) -> None:
-        if hasattr(tensor, "__tensor_flatten__"):
-            for name in tensor.__tensor_flatten__()[0]:
-                add(getattr(tensor, name))
-        else:
-            found.append(tensor)
-
-    for tensors in (model.parameters(), model.buffers()):
-        for tensor in tensors:
-            add(tensor)
-    return found
-
-
-def _addresses(tensors: list[torch.Tensor]) -> list[int]:
-    return [tensor.data_ptr() for tensor in tensors]
-
-
-def state_of(model: Any, configs: list[Any], *, leaving_out: str | None = None) -> list[Any]:
-    """What a model's computation may depend on beside its weights, e.g. which adapter is active, but for a setting."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return tuple((str(name), plain(each)) for name, each in value.items())
-        if isinstance(value, (list, tuple)):
-            return tuple(map(plain, value))
-        if isinstance(value, (bool, int, float, str)):
-            return value
-        return id(value) if isinstance(value, torch.Tensor) else str(value)
-
-    def settings(of: Any) -> tuple[Any, ...]:
-        return tuple(
-            (name, plain(value))
-            for name, value in vars(of).items()
-            if (
-                isinstance(value, (bool, int, float, str, list))
-                or (name[:1] != "_" and isinstance(value, (dict, tuple)))
-            )
-            and name not in ("_attn_implementation_internal", leaving_out)
-        )
-
-    modules = [
-        (id(module), tuple(module._forward_hooks), tuple(module._forward_pre_hooks), id(vars(module).get("forward")))
-        for module in model.modules()
-    ]
-    names = [attention_of(config) for config in configs]
-    return [modules, names, *map(settings, model.modules()), *map(settings, configs)]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vattn import kernels
-from vattn.hf.step import UnsupportedError, attending
 from vattn.kernels import Kernel, Scores, Spans, Task, alike
+from vattn.models.attention import UnsupportedError, attending
 
 if TYPE_CHECKING:
     from vattn.hf.verify import PromptWatch

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AttentionInterface
-from transformers.cache_utils import Cache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vattn import kernels
 from vattn.hf.padding import Padding
@@ -21,20 +15,10 @@ from vattn.hf.store import Store
 from vattn.kernels import Kernel, Scores, Spans, Task
 from vattn.kernels.append import append
 from vattn.memory.kv_cache import KVCache
+from vattn.models.attention import UnsupportedError, attending
 
 if TYPE_CHECKING:
     from vattn.hf.verify import Watch
-
-_NAME = "vattn"  # of the attention function
-_running: contextvars.ContextVar[_Running | None] = contextvars.ContextVar("running", default=None)
-
-
-class UnsupportedError(Exception):
-    """What keeps steps from running on slot tensors; ``of_model`` when that will never change."""
-
-    def __init__(self, reason: str, *, of_model: bool = False) -> None:
-        super().__init__(reason)
-        self.of_model = of_model
 
 
 class Step:
@@ -250,201 +234,3 @@ class Step:
                 starts, longest = torch.maximum(starts, self.ends - window), min(window, longest)
             self._spans[window] = Spans(self.slots, starts, self.ends, longest=longest, adjacent=True)
         return self._spans[window]
-
-
-@contextlib.contextmanager
-def attending(to: Any, configs: list[Any]) -> Iterator[None]:
-    """While it lasts the attention of the model with these configurations is ``to.attend``, for this thread alone.
-
-    The configurations name vattn's attention to whoever reads them in this context; to all others they name what they
-    always do, and so nothing of it is seen by other threads.
-    """
-    for config in configs:
-        _name_by_context(type(config))
-    token = _running.set(_Running(to, frozenset(map(id, configs))))
-    try:
-        yield
-    finally:
-        _running.reset(token)
-
-
-@dataclass(frozen=True)
-class _Running:
-    """What computes the attention of a model in this context, and the configurations of the model by ``id``."""
-
-    to: Any
-    configs: frozenset[int]
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _is_running() -> bool:
-    return _running.get() is not None
-
-
-def _name_by_context(kind: type) -> None:
-    """Lets configurations of a class name vattn's attention in the context of ``attending``."""
-    owner = next((c for c in kind.__mro__ if isinstance(vars(c).get("_attn_implementation"), property)), None)
-    if owner is None:
-        return
-    plain: Any = vars(owner)["_attn_implementation"]
-    if hasattr(plain.fget, "_vattn"):
-        return
-
-    def name(self: Any) -> Any:
-        if torch.compiler.is_compiling():  # of a step the compiler sees that model alone
-            named = _is_running()
-        else:
-            running = _running.get()
-            named = running is not None and id(self) in running.configs
-        return _NAME if named else plain.fget(self)
-
-    name._vattn = True  # type: ignore[attr-defined]
-    owner._attn_implementation = property(name, plain.fset)  # type: ignore[attr-defined]
-
-
-def attention_of(config: Any) -> str:
-    """The name of the attention that a model computes by, also while it computes by vattn's."""
-    token = _running.set(None)
-    try:
-        name: str = config._attn_implementation
-    finally:
-        _running.reset(token)
-    return name
-
-
-def own_attention(module: Any, *args: Any, **options: Any) -> Any:
-    """What a module's attention gives without vattn."""
-    name = attention_of(module.config)
-    if name in ALL_ATTENTION_FUNCTIONS:
-        return ALL_ATTENTION_FUNCTIONS[name](module, *args, **options)
-    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **options)
-
-
-def running() -> Any:
-    """The step, or what is like it, that this thread computes now, if any."""
-    found = _running.get()
-    return None if found is None else found.to
-
-
-def _require_running() -> Any:
-    if (found := running()) is None:
-        raise RuntimeError(f"the attention {_NAME!r} runs within the decode steps of a VirtualCache only")
-    return found
-
-
-def _attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **options: Any,
-) -> Any:
-    names = ("scaling", "sliding_window", "softcap", "s_aux")
-    scaling, sliding_window, softcap, s_aux = map(options.get, names)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if torch.compiler.is_compiling():
-        plain = (module.layer_idx, scale, softcap or 0.0, sliding_window or 0, s_aux)
-        return torch.ops.vattn.decode(query, key, value, *plain), None
-    step = _require_running()
-    if step.own_attention:
-        return step.attend_own(module, query, key, value, attention_mask, **options)
-    others = {name: value for name, value in options.items() if name not in names}
-    if attention_mask is not None:
-        raise UnsupportedError("it makes a mask of its own", of_model=True)
-    if strange := [name for name in ("position_bias", "head_mask") if others.get(name) is not None]:
-        raise UnsupportedError(f"its attention takes {strange[0]}", of_model=True)
-    if others.get("dropout"):
-        raise UnsupportedError("its attention drops out")
-    causal = others.get("is_causal")
-    if not (getattr(module, "is_causal", True) if causal is None else causal) and query.shape[2] > 1:
-        raise UnsupportedError("its attention is not causal", of_model=True)
-    how = Scores(scale=scale, softcap=softcap, sinks=s_aux, window=sliding_window)
-    out: torch.Tensor = step.attend(getattr(module, "layer_idx", None), query, key, value, how)
-    return out, None
-
-
-def _mask(*args: Any, **options: Any) -> Any:
-    """No mask: a step sees all rows, or those of its window. What is neither is refused."""
-    if torch.compiler.is_compiling():
-        return None  # it was looked at before
-    step = _require_running()
-    if step.own_attention:
-        return ALL_MASK_ATTENTION_FUNCTIONS[attention_of(options["config"])](*args, **options)
-    local_size, mask_function = options.get("local_size"), options["mask_function"]
-    if local_size == 0:
-        return None  # for layers that a model does not have
-    # What is added by rows or positions, e.g. that the tokens of an image see each other, is causal for a step's token.
-    several = step.store is None
-    if options.get("use_vmap") or (several and options.get("allow_is_causal_skip") is False):
-        raise UnsupportedError("it adds to the mask", of_model=True)
-    with torch.device("cpu"):
-        zero = torch.zeros((), dtype=torch.int64)
-        last = 3 if local_size is None else local_size + local_size // 2
-        rows = torch.arange(last + 1)
-        try:
-            seen = [torch.as_tensor(mask_function(zero, zero, at, rows)).expand(rows.shape) for at in rows[[1, -1]]]
-        except Exception:
-            raise UnsupportedError("its mask depends on more than positions", of_model=True) from None
-    expected = [(rows <= at) & (rows > at - (local_size or len(rows))) for at in rows[[1, -1]]]
-    if not all(map(torch.equal, seen, expected)):
-        raise UnsupportedError("its mask is neither causal nor a sliding window", of_model=True)
-    return None
-
-
-AttentionInterface.register(_NAME, _attention)
-AttentionMaskInterface.register(_NAME, _mask)
-
-
-@torch.library.custom_op("vattn::decode", mutates_args=())
-def _decode(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    layer: int,
-    scale: float,
-    softcap: float,
-    window: int,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Appends K and V to a layer and attends to it, in the step that runs. Nothing else of a model sees the layer."""
-    step: Step = running()
-    step.append(layer, k, v)
-    return step.attend_to(layer, q, Scores(scale=scale, softcap=softcap or None, sinks=sinks, window=window or None))
-
-
-@_decode.register_fake
-def _(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, scale: Any, softcap: Any, window: Any, sinks: Any
-) -> torch.Tensor:
-    return q.new_empty(q.shape[0], 1, q.shape[1], v.shape[3])
-
-
-class Outline(Cache):  # type: ignore[misc]
-    """Stands for the cache where a step is compiled: K and V go by the attention function alone."""
-
-    is_compileable = False
-
-    def __init__(self, windows: list[int | None]) -> None:
-        self.layers: list[Any] = []
-        self._sliding = [window is not None for window in windows]
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        return self._sliding
-
-    @property
-    def is_linear(self) -> list[bool]:
-        return [False] * len(self._sliding)
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return key_states, value_states
-
-    def get_seq_length(self, *args: Any) -> int:
-        return 1
-
-    def get_query_offset(self, *args: Any) -> int:
-        return 1
-
-    def get_mask_sizes(self, *args: Any) -> tuple[int, int]:
-        return 2, 0

@@ -18,10 +18,10 @@ import torch
 from torch.nn import functional
 
 from vattn.hf.padding import Padding
-from vattn.hf.step import attending, own_attention
 from vattn.hf.store import Store
 from vattn.kernels import Kernel, Scores, Spans
 from vattn.kernels.quantize import rounded
+from vattn.models.attention import attending, own_attention
 
 # What rounding the output of attention alone makes of it, of its norm.
 _ROUNDING = {torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float32: 1e-4, torch.float64: 1e-10}

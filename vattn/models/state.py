@@ -1,0 +1,143 @@
+"""What a model computes by: where its weights lie, its hooks, its adapters, its settings."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import weakref
+from typing import Any
+
+import torch
+from torch.nn.modules import module as all_modules
+
+from vattn.models.attention import attention_of
+
+
+class ModelState:
+    """What a model computed by when this was made, to see whether it still does.
+
+    Args:
+        model: the model, which is not kept alive.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = weakref.ref(model, functools.partial(_forget, weakref.ref(self)))
+        modules = list(model.modules())
+        self.configs = configs_of(model)
+        self._weights = _weights(model)
+        self._addresses = _addresses(self._weights)
+        self._held = [
+            (tensors, name, tensor)
+            for module in modules
+            for tensors in (module._parameters, module._buffers)
+            for name, tensor in tensors.items()
+        ]
+        self._settings = state_of(model, self.configs)
+        self._hooks: list[dict[int, Any]] = [all_modules._global_forward_hooks, all_modules._global_forward_pre_hooks]
+        self._hooks += [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        # What a model that is given no positions adds to them, as it was found in a prompt.
+        self._shifted = [vars(module) for module in modules if "rope_deltas" in vars(module)]
+        self._adapters = [
+            (vars(module), name, copy.copy(value))
+            for module in modules
+            for name, value in vars(module).items()
+            if "adapter" in name and isinstance(value, (bool, str, list))
+        ]
+
+    def is_of(self, model: Any, *, everything: bool) -> bool:
+        """Whether the model is the one, as far as can be said at once, or with ``everything`` in all it computes by."""
+        if self.model() is not model or _addresses(self._weights[:1]) != self._addresses[:1]:
+            return False
+        if not everything:
+            return True
+        return _addresses(_weights(model)) == self._addresses and state_of(model, self.configs) == self._settings
+
+    def stayed(self) -> bool:
+        """Whether the weights are where they were, the adapters too, and there still are no hooks."""
+        return (
+            all(tensors.get(name) is tensor for tensors, name, tensor in self._held)
+            and _addresses(self._weights) == self._addresses
+            and not self.hooked()
+            and all(settings[name] == value for settings, name, value in self._adapters)
+        )
+
+    def hooked(self) -> bool:
+        """Whether the model has hooks, but for those that transformers leaves and that do nothing in a step."""
+        idle = "transformers.utils.output_capturing"
+        found = (hook for hooks in filter(None, self._hooks) for hook in hooks.values())
+        return any(getattr(hook, "__module__", "") != idle for hook in found)
+
+    def shifts_positions(self) -> bool:
+        """Whether the model adds to positions that it is not given."""
+        return any(settings["rope_deltas"] is not None for settings in self._shifted)
+
+    def lacks_addresses(self) -> bool:
+        """Whether there are weights that lie nowhere."""
+        return any(t.numel() and not t.data_ptr() for t in self._weights)
+
+    def forget(self) -> None:
+        """Lets go of a model's weights once it is gone."""
+        self._weights, self._held, self._hooks, self._adapters, self._shifted = [], [], [], [], []
+
+
+def _forget(state: weakref.ref[ModelState], _: Any) -> None:
+    if (mine := state()) is not None:
+        mine.forget()
+
+
+def configs_of(model: Any) -> list[Any]:
+    """The configurations by which a model's modules choose their attention."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())
+
+
+def _weights(model: Any) -> list[torch.Tensor]:
+    """The tensors that hold a model's weights."""
+    found: list[torch.Tensor] = []
+
+    def add(tensor: torch.Tensor) -> None:
+        if hasattr(tensor, "__tensor_flatten__"):
+            for name in tensor.__tensor_flatten__()[0]:
+                add(getattr(tensor, name))
+        else:
+            found.append(tensor)
+
+    for tensors in (model.parameters(), model.buffers()):
+        for tensor in tensors:
+            add(tensor)
+    return found
+
+
+def _addresses(tensors: list[torch.Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def state_of(model: Any, configs: list[Any], *, leaving_out: str | None = None) -> list[Any]:
+    """What a model's computation may depend on beside its weights, e.g. which adapter is active, but for a setting."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return tuple((str(name), plain(each)) for name, each in value.items())
+        if isinstance(value, (list, tuple)):
+            return tuple(map(plain, value))
+        if isinstance(value, (bool, int, float, str)):
+            return value
+        return id(value) if isinstance(value, torch.Tensor) else str(value)
+
+    def settings(of: Any) -> tuple[Any, ...]:
+        return tuple(
+            (name, plain(value))
+            for name, value in vars(of).items()
+            if (
+                isinstance(value, (bool, int, float, str, list))
+                or (name[:1] != "_" and isinstance(value, (dict, tuple)))
+            )
+            and name not in ("_attn_implementation_internal", leaving_out)
+        )
+
+    modules = [
+        (id(module), tuple(module._forward_hooks), tuple(module._forward_pre_hooks), id(vars(module).get("forward")))
+        for module in model.modules()
+    ]
+    names = [attention_of(config) for config in configs]
+    return [modules, names, *map(settings, model.modules()), *map(settings, configs)]
