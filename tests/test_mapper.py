@@ -181,7 +181,7 @@ def test_what_was_prefetched_is_not_given_to_others():
 
 def test_the_lookahead_is_a_part_of_the_length_at_most():
     a = arena(lookahead=None, slots=1, max_len=40_000)
-    a.driver.charge("map", 2_000_000)
+    a.driver.charge("map", 10_000_000)  # so long that also a slow machine grows far meanwhile
     a.acquire()
     a.grow([0], 1000, 0)
     for length in range(1001, 2000):
