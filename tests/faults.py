@@ -12,26 +12,28 @@ import torch
 
 from vattn import kernels
 from vattn.hf import step
-from vattn.kernels import Scores, Spans
+from vattn.kernels import AttentionParams, SequenceRanges
 
 Decode = Callable[..., torch.Tensor]
-Change = Callable[[Decode, torch.Tensor, torch.Tensor, torch.Tensor, Spans, Scores], torch.Tensor]
+Change = Callable[[Decode, torch.Tensor, torch.Tensor, torch.Tensor, SequenceRanges, AttentionParams], torch.Tensor]
 
 
-def spans_of(spans: Spans, starts: torch.Tensor, ends: torch.Tensor) -> Spans:
-    return Spans(spans.slots, starts, ends, longest=spans.longest, adjacent=spans.adjacent)
+def spans_of(spans: SequenceRanges, starts: torch.Tensor, ends: torch.Tensor) -> SequenceRanges:
+    return SequenceRanges(spans.slots, starts, ends, longest=spans.longest, adjacent=spans.adjacent)
 
 
 def scaled(times: float) -> Change:
     return lambda decode, q, k, v, spans, scores: decode(q, k, v, spans, replace(scores, scale=scores.scale * times))
 
 
-def short(decode: Decode, q: Any, k: Any, v: Any, spans: Spans, scores: Scores) -> torch.Tensor:
+def short(decode: Decode, q: Any, k: Any, v: Any, spans: SequenceRanges, scores: AttentionParams) -> torch.Tensor:
     ends = torch.where(spans.ends - spans.starts > 1, spans.ends - 1, spans.ends)
     return decode(q, k, v, spans_of(spans, spans.starts, ends), scores)
 
 
-def rewritten(decode: Decode, q: Any, k: Any, v: Any, spans: Spans, scores: Scores, change: Any) -> torch.Tensor:
+def rewritten(
+    decode: Decode, q: Any, k: Any, v: Any, spans: SequenceRanges, scores: AttentionParams, change: Any
+) -> torch.Tensor:
     """On copies of the rows, as ``change`` gives them for those of each sequence."""
     parts = [change(k[slot, start:end], v[slot, start:end]) for slot, start, end in spans.tolist()]
     longest = max(len(rows) for rows, _ in parts) + 256  # which kernels may load
@@ -40,10 +42,10 @@ def rewritten(decode: Decode, q: Any, k: Any, v: Any, spans: Spans, scores: Scor
         for copy, rows in zip(copies, both, strict=True):
             copy[row, 127 : 127 + len(rows)] = rows
     told = [(row, 127, 127 + len(rows)) for row, (rows, _) in enumerate(parts)]
-    return decode(q, *copies, Spans.of(told, q.device), scores)
+    return decode(q, *copies, SequenceRanges.of(told, q.device), scores)
 
 
-def long(decode: Decode, q: Any, k: Any, v: Any, spans: Spans, scores: Scores) -> torch.Tensor:
+def long(decode: Decode, q: Any, k: Any, v: Any, spans: SequenceRanges, scores: AttentionParams) -> torch.Tensor:
     """One more row behind, which is zeros."""
 
     def change(keys: torch.Tensor, values: torch.Tensor) -> Any:
@@ -52,7 +54,7 @@ def long(decode: Decode, q: Any, k: Any, v: Any, spans: Spans, scores: Scores) -
     return rewritten(decode, q, k, v, spans, scores, change)
 
 
-def swapped(decode: Decode, q: Any, k: Any, v: Any, spans: Spans, scores: Scores) -> torch.Tensor:
+def swapped(decode: Decode, q: Any, k: Any, v: Any, spans: SequenceRanges, scores: AttentionParams) -> torch.Tensor:
     """K and V of the first head."""
 
     def change(keys: torch.Tensor, values: torch.Tensor) -> Any:
@@ -63,7 +65,7 @@ def swapped(decode: Decode, q: Any, k: Any, v: Any, spans: Spans, scores: Scores
     return rewritten(decode, q, k, v, spans, scores, change)
 
 
-def stale(decode: Decode, q: Any, k: Any, v: Any, spans: Spans, scores: Scores) -> torch.Tensor:
+def stale(decode: Decode, q: Any, k: Any, v: Any, spans: SequenceRanges, scores: AttentionParams) -> torch.Tensor:
     """Of the last row that is not idle."""
     ends = spans.ends.clone()
     lengths = (spans.ends - spans.starts).tolist()
@@ -71,7 +73,9 @@ def stale(decode: Decode, q: Any, k: Any, v: Any, spans: Spans, scores: Scores) 
     return decode(q, k, v, spans_of(spans, spans.starts, ends), scores)
 
 
-def window_short(decode: Decode, q: Any, k: Any, v: Any, spans: Spans, scores: Scores) -> torch.Tensor:
+def window_short(
+    decode: Decode, q: Any, k: Any, v: Any, spans: SequenceRanges, scores: AttentionParams
+) -> torch.Tensor:
     """Of layers with a window, where it hides something."""
     if scores.window is None:
         return decode(q, k, v, spans, scores)
@@ -79,7 +83,7 @@ def window_short(decode: Decode, q: Any, k: Any, v: Any, spans: Spans, scores: S
     return decode(q, k, v, spans_of(spans, starts, spans.ends), scores)
 
 
-def window_long(decode: Decode, q: Any, k: Any, v: Any, spans: Spans, scores: Scores) -> torch.Tensor:
+def window_long(decode: Decode, q: Any, k: Any, v: Any, spans: SequenceRanges, scores: AttentionParams) -> torch.Tensor:
     """The same; the row before, whose memory may have been given back, is taken to be like the first one."""
 
     def change(keys: torch.Tensor, values: torch.Tensor) -> Any:
@@ -113,8 +117,10 @@ PROMPT_FAULTS = [fault for fault in FAULTS if fault not in ("one short", "a row'
 def prompt_fault(prefill: Any, fault: str) -> Any:
     """A prompt's kernel with a fault."""
 
-    def wrong(q: Any, k: Any, v: Any, spans: Spans, counts: list[int], scores: Scores) -> torch.Tensor:
-        def decode(q: Any, k: Any, v: Any, spans: Spans, scores: Scores) -> torch.Tensor:
+    def wrong(
+        q: Any, k: Any, v: Any, spans: SequenceRanges, counts: list[int], scores: AttentionParams
+    ) -> torch.Tensor:
+        def decode(q: Any, k: Any, v: Any, spans: SequenceRanges, scores: AttentionParams) -> torch.Tensor:
             out: torch.Tensor = prefill(q, k, v, spans, counts, scores)
             return out
 
@@ -150,7 +156,7 @@ def planted_in_prompts(name: str, fault: str) -> Iterator[None]:
 def planted(name: str, fault: str) -> Iterator[None]:
     """While it lasts a kernel computes wrong."""
     if fault == "a scale of fp8 ignored":
-        with mock.patch.object(step.Step, "_scaled", lambda self, states, scale: states):
+        with mock.patch.object(step.DecodeContext, "_scaled", lambda self, states, scale: states):
             yield
         return
     change = FAULTS[fault]
@@ -167,7 +173,7 @@ class Moves:
     def recording(self, own: Decode) -> Decode:
         defined = kernels.KERNELS["reference"].__class__().decode
 
-        def decode(q: Any, k: Any, v: Any, spans: Spans, scores: Scores) -> torch.Tensor:
+        def decode(q: Any, k: Any, v: Any, spans: SequenceRanges, scores: AttentionParams) -> torch.Tensor:
             if not of_probe(q):
                 live = [row for row, (_, start, end) in enumerate(spans.tolist()) if end > start]
                 given = q.double(), k, v, spans, scores

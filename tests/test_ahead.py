@@ -150,7 +150,7 @@ def test_an_error_around_a_step_that_begins_leaves_nothing_of_it(where, device, 
     model.generation_config.eos_token_id = None
     expected = generated(model, DynamicCache(config=model.config), max_new_tokens=30)
     with virtual_of(model) as cache:
-        owner = store.Store if where == "grow_ahead" else plan.Plan
+        owner = store.Store if where == "grow_ahead" else plan.DecodeGraph
         original, calls = getattr(owner, where), []
 
         def interrupted(*args):

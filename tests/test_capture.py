@@ -286,8 +286,10 @@ def test_weights_laid_elsewhere_by_another_cache_are_noticed_before_a_replay(dev
     model.generation_config.eos_token_id = None
     expected = generated(model, DynamicCache(config=model.config), max_new_tokens=24)
     with virtual_of(model) as cache, virtual_of(model, compiled=True) as other:
-        replays, replay = [], plan.Plan.replay
-        monkeypatch.setattr(plan.Plan, "replay", lambda self: (replays.append(self.model_state.stayed()), replay(self)))
+        replays, replay = [], plan.DecodeGraph.replay
+        monkeypatch.setattr(
+            plan.DecodeGraph, "replay", lambda self: (replays.append(self.model_state.stayed()), replay(self))
+        )
         criteria = StoppingCriteriaList([At(20, lambda: generated(model, other, max_new_tokens=4))])
         got = generated(model, cache, max_new_tokens=24, stopping_criteria=criteria)
         assert torch.equal(got, expected)

@@ -200,7 +200,7 @@ def test_a_kernel_that_is_wrong_is_found_out(what, device, monkeypatch, caplog):
     model = build("llama-gqa", "sdpa", device)
     expected = generated(model, DynamicCache(config=model.config))
     kernel = kernels.choose(
-        kernels.Task(device=device, dtype=torch.float32, query_heads=4, kv_heads=2, head_dim=16, v_head_dim=16)
+        kernels.AttentionSpec(device=device, dtype=torch.float32, query_heads=4, kv_heads=2, head_dim=16, v_head_dim=16)
     )
 
     def wrong(q, k, v, spans, scores):

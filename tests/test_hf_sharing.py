@@ -99,18 +99,18 @@ def test_a_beam_step_copies_what_the_rows_have_added():
     for order in ([0, 0, 0, 0], [1, 0, 3, 3], [2, 2, 1, 0], [0, 1, 2, 3], [3, 3, 3, 0]):
         append(cache, 1, batch=4, like=like)
         moved = []
-        original = store.Lane.move
+        original = store.LayerGroupViews.move
 
         def move(self, sources, targets, batch, first, end, original=original, moved=moved):
             moved.append(end - first)
             original(self, sources, targets, batch, first, end)
 
         before = cache.stats()
-        store.Lane.move = move
+        store.LayerGroupViews.move = move
         try:
             cache.reorder_cache(torch.tensor(order))
         finally:
-            store.Lane.move = original
+            store.LayerGroupViews.move = original
         like.reorder_cache(torch.tensor(order))
         same(cache, like)
         assert cache.stats().copied == before.copied

@@ -129,7 +129,7 @@ def test_an_error_where_a_plan_is_made_anew_leaves_no_step(device, monkeypatch):
         def flip():
             layer.active_adapter = "b"
             lengths.append(cache.get_seq_length())
-            full.setattr(plan.Plan, "__init__", unittest.mock.Mock(side_effect=torch.OutOfMemoryError))
+            full.setattr(plan.DecodeGraph, "__init__", unittest.mock.Mock(side_effect=torch.OutOfMemoryError))
 
         with pytest.raises(torch.OutOfMemoryError):
             generated(model, cache, max_new_tokens=40, stopping_criteria=StoppingCriteriaList([At(20, flip)]))
@@ -157,7 +157,7 @@ def test_an_interrupt_while_rows_become_idle(device, monkeypatch):
             generated(model, cache, batch)
             cache.reset()
         with monkeypatch.context() as broken:
-            broken.setattr(step.Step, "set_live", unittest.mock.Mock(side_effect=KeyboardInterrupt))
+            broken.setattr(step.DecodeContext, "set_live", unittest.mock.Mock(side_effect=KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 generated(model, cache, 5)
         cache.reset()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vattn import KVCache, KVLayout, kernels
-from vattn.kernels import KERNELS, Kernel, Scores, Spans, Task, reach_of
+from vattn.kernels import KERNELS, AttentionParams, AttentionSpec, Kernel, SequenceRanges, reach_of
 from vattn.memory.layout import GRANULARITY
 
 LENGTHS = [1, 64, 127, 128, 129, 300, 512]
@@ -23,7 +23,7 @@ class Filled:
     A row fills a granule on the host, and a granule holds four or five tokens on a device.
     """
 
-    def __init__(self, kernel: Kernel, task: Task, lengths: list[int]) -> None:
+    def __init__(self, kernel: Kernel, task: AttentionSpec, lengths: list[int]) -> None:
         torch.manual_seed(0)
         dtype = str(task.dtype).removeprefix("torch.")
         fits = GRANULARITY // 8 // (task.kv_heads * task.head_dim * task.dtype.itemsize)
@@ -62,7 +62,7 @@ def tasks(**more) -> list:
         for dtype in ("float32", "float16", "bfloat16")
         for q, kv, dim in SHAPES
         if not kernel.refuses(
-            task := Task(
+            task := AttentionSpec(
                 device=device, dtype=getattr(torch, dtype), query_heads=q, kv_heads=kv, head_dim=dim,
                 **{"v_head_dim": dim, **more},
             )
@@ -88,9 +88,9 @@ def require(kernel: Kernel) -> None:
         pytest.skip(reason)
 
 
-def expected(q, k, v, spans: Spans, counts: list[int], how: Scores) -> torch.Tensor:
+def expected(q, k, v, spans: SequenceRanges, counts: list[int], how: AttentionParams) -> torch.Tensor:
     sinks = None if how.sinks is None else how.sinks.double()
-    wide = Scores(scale=how.scale, softcap=how.softcap, sinks=sinks, window=how.window)
+    wide = AttentionParams(scale=how.scale, softcap=how.softcap, sinks=sinks, window=how.window)
     return torch.cat(
         [
             kernels.plain_attention(part, k[slot, start:end].double(), v[slot, start:end].double(), wide)
@@ -105,13 +105,13 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
     torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
 
 
-def queries_of(task: Task, n: int) -> torch.Tensor:
+def queries_of(task: AttentionSpec, n: int) -> torch.Tensor:
     return torch.randn(n, task.query_heads, task.head_dim, device=task.device, dtype=task.dtype)
 
 
-def how_of(feature: str, task: Task, **more) -> Scores:
+def how_of(feature: str, task: AttentionSpec, **more) -> AttentionParams:
     sinks = torch.randn(task.query_heads, device=task.device, dtype=task.dtype) if feature == "sinks" else None
-    return Scores(scale=0.1, softcap=3.0 if feature == "softcap" else None, sinks=sinks, **more)
+    return AttentionParams(scale=0.1, softcap=3.0 if feature == "softcap" else None, sinks=sinks, **more)
 
 
 @pytest.mark.parametrize(("feature", "kernel", "task"), features(FEATURES))
@@ -121,7 +121,7 @@ def test_decode(feature, kernel, task):
     filled = Filled(kernel, task, lengths)
     firsts = {"window": [max(0, n - WINDOW) for n in lengths], "padding": [min(PADDING, n - 1) for n in lengths]}
     starts = firsts.get(feature, [0] * len(lengths))
-    spans = Spans.of(
+    spans = SequenceRanges.of(
         [(slot, start, n) for slot, (start, n) in enumerate(zip(starts, lengths, strict=True))], task.device
     )
     q = queries_of(task, len(lengths))
@@ -140,9 +140,9 @@ def test_a_span_without_rows(feature, kernel, task):
     filled = Filled(kernel, task, [300, 0, 128, 0])
     q = queries_of(task, 4)
     how = how_of(feature, task)
-    spans = Spans.of([(0, 0, 300), (1, 0, 0), (2, 0, 128), (3, 0, 0)], task.device)
+    spans = SequenceRanges.of([(0, 0, 300), (1, 0, 0), (2, 0, 128), (3, 0, 0)], task.device)
     got = kernel.decode(q, filled.k, filled.v, spans, how)
-    now = Spans.of([(0, 0, 300), (2, 0, 128)], task.device)
+    now = SequenceRanges.of([(0, 0, 300), (2, 0, 128)], task.device)
     close(got[[0, 2]], expected(q[[0, 2]], filled.k, filled.v, now, [1, 1], how))
 
 
@@ -160,7 +160,7 @@ def test_prefill(feature, kernel, task):
     starts = [min(PADDING, n - 1) if feature == "padding" else 0 for n in LENGTHS]
     seen = [n - start for n, start in zip(LENGTHS, starts, strict=True)]
     counts = seen if task.queries == "first" else [max(1, n // 3) for n in seen]
-    spans = Spans.of(
+    spans = SequenceRanges.of(
         [(slot, start, n) for slot, (start, n) in enumerate(zip(starts, LENGTHS, strict=True))], task.device
     )
     q = queries_of(task, sum(counts))
@@ -175,7 +175,7 @@ def test_prefill(feature, kernel, task):
 def test_heads_of_different_width(kernel, task):
     require(kernel)
     filled = Filled(kernel, task, LENGTHS)
-    spans = Spans.of([(slot, 0, n) for slot, n in enumerate(LENGTHS)], task.device)
+    spans = SequenceRanges.of([(slot, 0, n) for slot, n in enumerate(LENGTHS)], task.device)
     q = queries_of(task, len(LENGTHS))
     how = how_of("softcap", task)
     got = kernel.decode(q, filled.k, filled.v, spans, how)
@@ -188,7 +188,7 @@ def test_a_captured_decode_follows_lengths_that_grow(kernel, task):
     require(kernel)
     lengths = [5, 100, 300]
     filled = Filled(kernel, task, lengths)
-    spans = Spans.of([(slot, 0, n) for slot, n in enumerate(lengths)], task.device)
+    spans = SequenceRanges.of([(slot, 0, n) for slot, n in enumerate(lengths)], task.device)
     spans.longest = 1024
     q = queries_of(task, 3)
     how = how_of("plain", task)
@@ -211,7 +211,7 @@ def test_a_captured_decode_follows_lengths_that_grow(kernel, task):
                 view.copy_(torch.randn_like(view))
         spans.ends.copy_(torch.tensor(lengths, dtype=torch.int32))
         graph.replay()
-        now = Spans.of([(slot, 0, n) for slot, n in enumerate(lengths)], task.device)
+        now = SequenceRanges.of([(slot, 0, n) for slot, n in enumerate(lengths)], task.device)
         close(got, expected(q, filled.k, filled.v, now, [1] * 3, how))
 
 
@@ -219,7 +219,7 @@ def test_a_captured_decode_follows_lengths_that_grow(kernel, task):
 def test_kernels_that_number_rows_by_32_bits_refuse_more(slots, refused):
     """Row 2**31 had a negative number: what was read there was whatever lies before the cache."""
     k = torch.empty(slots, 2**20, 2, 64, dtype=torch.bfloat16, device="meta")
-    task = replace(Task.of(k[0, :1], k, k), device="cuda")
+    task = replace(AttentionSpec.of(k[0, :1], k, k), device="cuda")
     assert task.rows == slots * 2**20
     for name in ("fa2", "fa3"):
         reason = KERNELS[name].refuses(task)
@@ -228,7 +228,7 @@ def test_kernels_that_number_rows_by_32_bits_refuse_more(slots, refused):
 
 
 def test_the_choice_says_why():
-    task = Task(device="cpu", dtype=torch.float32, query_heads=4, kv_heads=2, head_dim=64, v_head_dim=64)
+    task = AttentionSpec(device="cpu", dtype=torch.float32, query_heads=4, kv_heads=2, head_dim=64, v_head_dim=64)
     assert kernels.choose(task).name == "sdpa"
     assert kernels.choose(task, name="reference").name == "reference"
     with pytest.raises(ValueError, match=r"attention must be 'auto' or one of .*, not 'fa9'"):
@@ -237,3 +237,11 @@ def test_the_choice_says_why():
         kernels.choose(task, name="fa2")
     with pytest.raises(ValueError, match="sdpa: it cannot be captured; reference: it cannot be captured"):
         kernels.choose(task, capturable=True)
+
+
+def test_names_of_before_warn():
+    for before, now in (("Spans", "SequenceRanges"), ("Task", "AttentionSpec"), ("Scores", "AttentionParams")):
+        with pytest.warns(DeprecationWarning, match=f"{before} is called {now} now"):
+            assert getattr(kernels, before) is getattr(kernels, now)
+    with pytest.raises(AttributeError, match=r"'vattn\.kernels' has no attribute 'Nothing'"):
+        _ = kernels.Nothing

@@ -162,7 +162,7 @@ def test_k_and_v_that_the_model_laid_out_otherwise(name, device, monkeypatch):
     assert all(kernels.alike(k, v) for k, v in seen)
     k = torch.zeros(2, 9, 4, 8)
     v = torch.zeros(2, 4, 9, 8).transpose(1, 2)
-    assert not kernels.Task.of(k, k, v).whole_slots
+    assert not kernels.AttentionSpec.of(k, k, v).whole_slots
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no compiler"), torch.OutOfMemoryError()])

@@ -11,7 +11,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from vattn import VirtualCache, kernels
-from vattn.kernels import KERNELS, Scores, Spans, Task
+from vattn.kernels import KERNELS, AttentionParams, AttentionSpec, SequenceRanges
 from vattn.kernels.quantize import Scales
 
 FP8 = "float8_e4m3fn"
@@ -135,7 +135,7 @@ def test_kernels_on_fp8(heads, device):
     from test_kernels import LENGTHS, Filled, expected, queries_of
 
     query_heads, kv_heads, dim = heads
-    task = Task(
+    task = AttentionSpec(
         device=device, dtype=torch.bfloat16, query_heads=query_heads, kv_heads=kv_heads, head_dim=dim, v_head_dim=dim,
         kv_dtype=torch.float8_e4m3fn,
     )  # fmt: skip
@@ -144,8 +144,8 @@ def test_kernels_on_fp8(heads, device):
         if kernel.missing() or kernels.refused_kv(kernel, task) or kernel.refuses(task):
             continue
         filled = Filled(kernel, task, LENGTHS)
-        spans = Spans.of([(slot, 0, n) for slot, n in enumerate(LENGTHS)], device)
-        q, how = queries_of(task, len(LENGTHS)), Scores(scale=0.1)
+        spans = SequenceRanges.of([(slot, 0, n) for slot, n in enumerate(LENGTHS)], device)
+        q, how = queries_of(task, len(LENGTHS)), AttentionParams(scale=0.1)
         got = kernel.decode(q, filled.k, filled.v, spans, how)
         want = expected(q, filled.k, filled.v, spans, [1] * len(LENGTHS), how)
         # Queries may be rounded too.

@@ -18,7 +18,7 @@ from transformers import DynamicCache, QuantizedCache, StaticCache, StoppingCrit
 
 from vattn.hf.attach import CACHE_KEYWORD, known
 from vattn.hf.cache import VirtualCache
-from vattn.kernels import KERNELS, Kernel, Scores, Spans, Task, reach_of
+from vattn.kernels import KERNELS, AttentionParams, AttentionSpec, Kernel, SequenceRanges, reach_of
 from vattn.memory.kv_cache import KVCache
 from vattn.memory.layout import Kind, KVLayout
 
@@ -115,9 +115,9 @@ def _seconds(device: str, *calls: Callable[[], Any]) -> list[float]:
 
 
 def _call(kernel: Kernel, work: _Work, memory: _Memory, device: str) -> Callable[[], Any]:
-    spans = Spans.of([(slot, 0, length) for slot, length in enumerate(work.lengths)], device)
+    spans = SequenceRanges.of([(slot, 0, length) for slot, length in enumerate(work.lengths)], device)
     q = torch.randn(sum(work.new), HEADS, DIM, dtype=torch.bfloat16, device=device)
-    how = Scores(scale=DIM**-0.5)
+    how = AttentionParams(scale=DIM**-0.5)
     if work.prefill:
         return lambda: kernel.prefill(q, memory.k, memory.v, spans, work.new, how)
     return lambda: kernel.decode(q, memory.k, memory.v, spans, how)
@@ -133,7 +133,7 @@ def kernel_speed(device: str, scale: int = 1) -> Iterator[dict[str, Any]]:
     on_gpu = device.startswith("cuda")
     for work in _works(scale):
         queries = "one" if not work.prefill else "first" if work.new == work.lengths else "chunk"
-        task = Task(
+        task = AttentionSpec(
             device="cuda" if on_gpu else "cpu", dtype=torch.bfloat16, query_heads=HEADS, kv_heads=KV_HEADS,
             head_dim=DIM, v_head_dim=DIM, queries=queries,
         )  # fmt: skip
@@ -145,7 +145,7 @@ def kernel_speed(device: str, scale: int = 1) -> Iterator[dict[str, Any]]:
                 yield row | _on_memories(kernel, work, task, kind, device)
 
 
-def _on_memories(kernel: Kernel, work: _Work, task: Task, kind: Kind, device: str) -> dict[str, Any]:
+def _on_memories(kernel: Kernel, work: _Work, task: AttentionSpec, kind: Kind, device: str) -> dict[str, Any]:
     """The rates on torch's memory and on virtual memory of some kind."""
     with contextlib.ExitStack() as memories:
         try:
@@ -174,7 +174,7 @@ def _paged_call(kernel: Any, work: _Work, device: str) -> Callable[[], Any]:
     k, v = (torch.randn(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
     q = torch.randn(sum(work.new), HEADS, DIM, dtype=torch.bfloat16, device=device)
     call: Callable[[], Any] = kernel.paged(
-        q, k, v, list(torch.split(places, counts)), work.lengths, work.new, Scores(scale=DIM**-0.5)
+        q, k, v, list(torch.split(places, counts)), work.lengths, work.new, AttentionParams(scale=DIM**-0.5)
     )
     return call
 

@@ -25,9 +25,9 @@ from vattn.graphs import compilation
 from vattn.graphs.capture import capturable, record, streams
 from vattn.hf.attach import Forward, deciding, greedy
 from vattn.hf.padding import hidden
-from vattn.hf.plan import Call, Plan, tokens_of
+from vattn.hf.plan import Call, DecodeGraph, tokens_of
 from vattn.hf.prefill import Prompt
-from vattn.hf.step import Step
+from vattn.hf.step import DecodeContext
 from vattn.hf.store import Store
 from vattn.hf.verify import Expected, PromptWatch, Watch
 from vattn.kernels.append import takes_idle
@@ -89,7 +89,7 @@ class Decoder:
         self._run_ahead = run_ahead
         self.capture = capture
         self.enabled = True
-        self._plans: OrderedDict[Any, Plan] = OrderedDict()
+        self._plans: OrderedDict[Any, DecodeGraph] = OrderedDict()
         self._pool: Any = None
         self._ahead: torch.cuda.Stream | None = None  # where steps begin before their calls
         self._fallback: str | None = None
@@ -261,7 +261,7 @@ class Decoder:
             self._counts["ahead"] += plan.early
         return output
 
-    def _attempt(self, call: Call, cache: KVCache, base: int) -> tuple[Plan, Any]:
+    def _attempt(self, call: Call, cache: KVCache, base: int) -> tuple[DecodeGraph, Any]:
         """The plan of a step, and its output, or None."""
         while True:
             plan = self._plan(call, cache, base)
@@ -270,7 +270,7 @@ class Decoder:
             if output is not None or plan.spare == spare:  # else it was found that no rows may be idle
                 return plan, output
 
-    def _plan(self, call: Call, cache: KVCache, base: int) -> Plan:
+    def _plan(self, call: Call, cache: KVCache, base: int) -> DecodeGraph:
         """One with rows to spare, or where none may be idle with just those of the batch."""
         for key in [key for key, plan in self._plans.items() if plan.step.cache is not cache]:
             del self._plans[key]  # it was built anew
@@ -284,7 +284,7 @@ class Decoder:
         plan.set_padding(call.store, call.length)
         return plan
 
-    def _plan_of(self, call: Call, cache: KVCache, base: int, rows: int) -> Plan:
+    def _plan_of(self, call: Call, cache: KVCache, base: int, rows: int) -> DecodeGraph:
         forward, store, length = call.forward, call.store, call.length
         key = (id(forward.model), base, call.key(rows))
         plan = self._plans.get(key)
@@ -297,8 +297,8 @@ class Decoder:
                 self._ahead = torch.cuda.Stream(call.ids.device)  # type: ignore[no-untyped-call]
             if self._compiled:
                 self._lay_side_by_side(forward)
-            step = Step(cache, base, rows, self._attention, self.capture, side)
-            plan = self._plans[key] = Plan(step, call, rows, windows, stream, self._ahead)
+            step = DecodeContext(cache, base, rows, self._attention, self.capture, side)
+            plan = self._plans[key] = DecodeGraph(step, call, rows, windows, stream, self._ahead)
             while len(self._plans) > 2 * _MOST_GRAPHS:  # those where no rows may be idle may have none
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
@@ -312,7 +312,7 @@ class Decoder:
             forward.moves += 1  # some may lie elsewhere
             self._fall_back("weights stay where they are: there is no memory to lay them side by side")
 
-    def _try(self, plan: Plan, call: Call) -> Any:
+    def _try(self, plan: DecodeGraph, call: Call) -> Any:
         if plan.refused:
             return None
         if plan.makes_up_positions():
@@ -333,7 +333,7 @@ class Decoder:
             return None
         return self._run(plan, call)
 
-    def _run(self, plan: Plan, call: Call) -> Any:
+    def _run(self, plan: DecodeGraph, call: Call) -> Any:
         if self._has_begun(plan, call):
             return plan.output(call)
         plan.fill(call)
@@ -348,7 +348,7 @@ class Decoder:
             # What other threads compute while a graph is captured could end the capture.
             return self._run_anew(plan, call) if alone else None
 
-    def _begin(self, plan: Plan, call: Call) -> None:
+    def _begin(self, plan: DecodeGraph, call: Call) -> None:
         """Replays the step behind a call with the most likely tokens, where they are most likely the next ones."""
         store, length = call.store, call.length + 1
         run = greedy(call.forward.model) if self._run_ahead else None
@@ -358,7 +358,7 @@ class Decoder:
             store.ahead = plan.wait
             plan.begin(length, run)
 
-    def _has_begun(self, plan: Plan, call: Call) -> bool:
+    def _has_begun(self, plan: DecodeGraph, call: Call) -> bool:
         """Whether this step runs already, on what it is called with; waits for what runs."""
         store, length = call.store, call.length
         begun = plan.begun == length and plan.steady(length)
@@ -371,7 +371,7 @@ class Decoder:
         plan.replayed = plan.early = right
         return right
 
-    def _run_anew(self, plan: Plan, call: Call) -> Any:
+    def _run_anew(self, plan: DecodeGraph, call: Call) -> Any:
         """A step that is no plain replay: compared, captured, or eager."""
         try:
             if not plan.tested(call.length):
@@ -396,7 +396,7 @@ class Decoder:
                 self._fall_back(f"decodes as transformers does: {reason}")
             return None
 
-    def _compare(self, plan: Plan, call: Call, replayed: Any = None) -> Any:
+    def _compare(self, plan: DecodeGraph, call: Call, replayed: Any = None) -> Any:
         """A step that transformers computes too, whose result is the one; a replay of it is compared as well."""
         step, store = plan.step, call.store
         step.watch = watch = Watch(store, call.mask, call.length, call.batch)
@@ -444,7 +444,7 @@ class Decoder:
         self._kernels |= dict.fromkeys(step.used)
         return expected.output()
 
-    def _capture(self, plan: Plan, call: Call) -> None:
+    def _capture(self, plan: DecodeGraph, call: Call) -> None:
         if reason := plan.obstacle():
             plan.capturable = plan.spare = False
             self._fall_back(f"the step is not captured: {reason}")
@@ -473,7 +473,7 @@ class Decoder:
         plan.graph_bytes = max(0, torch.cuda.memory_reserved(plan.step.ends.device) - before)
         self._counts["captures"] += 1
 
-    def _compile(self, plan: Plan, call: Call) -> None:
+    def _compile(self, plan: DecodeGraph, call: Call) -> None:
         plan.compiled = False
         if plan.step.odd:
             self._fall_back("the step is not compiled: its layers share K and V")
@@ -490,7 +490,7 @@ class Decoder:
             _LOG.debug("a compilation failed", exc_info=True)
             self._fall_back(f"the step cannot be compiled: {_first_line(error)}")
 
-    def _untrust(self, plan: Plan, forward: Forward, difference: str) -> None:
+    def _untrust(self, plan: DecodeGraph, forward: Forward, difference: str) -> None:
         """After a replay that was not what the step gives: is it the compiler's or the capture's fault?"""
         if plan.compiled:
             plan.compiled, plan.graph, plan.captured = False, None, None

@@ -1,4 +1,4 @@
-"""``Lane``: the layers of a ``KVCache`` that share shape and window, as the tensors that updates write and read."""
+"""``LayerGroupViews``: layers of a ``KVCache`` that share shape and window, as tensors to write and read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Shapes = tuple[torch.Size, int, int]
 Ready = tuple[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor, Shapes]
 
 
-class Lane:
+class LayerGroupViews:
     """The layers of one group of one ``KVCache``, as ``[layers, slots, kv_heads, max_len, dim]`` tensors."""
 
     def __init__(self, cache: KVCache, index: int, group: Group, base: int) -> None:

@@ -1,4 +1,4 @@
-"""``Plan``: the steps of so many rows and one set of arguments, their inputs in place and their graph; ``Call``."""
+"""``DecodeGraph``: steps of so many rows and one set of arguments, their inputs and their graph; ``Call``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from transformers.utils import ModelOutput
 
 from vattn.graphs.capture import capturable
 from vattn.hf.attach import CACHE_KEYWORDS, Forward, Greedy
-from vattn.hf.step import Step
+from vattn.hf.step import DecodeContext
 from vattn.hf.store import Store
 from vattn.hf.verify import relative_error
-from vattn.models.attention import Outline, UnsupportedError
+from vattn.models.attention import PassthroughCache, UnsupportedError
 from vattn.models.state import ModelState
 
 
@@ -100,7 +100,7 @@ class Call:
         return cls(forward, store, ids, mask, tensors, caches, others, given, unknown)
 
 
-class Plan:
+class DecodeGraph:
     """The steps of so many rows: what they are given in place, and their graph once there is one.
 
     Args:
@@ -114,7 +114,7 @@ class Plan:
 
     def __init__(
         self,
-        step: Step,
+        step: DecodeContext,
         call: Call,
         rows: int,
         windows: list[int],
@@ -247,7 +247,7 @@ class Plan:
 
     def compute(self, call: Call, *, compiled: bool = False) -> Any:
         """What the model gives for a call, idle rows included."""
-        caches = {name: Outline(call.store.windows) for name in call.caches} if compiled else call.caches
+        caches = {name: PassthroughCache(call.store.windows) for name in call.caches} if compiled else call.caches
         with self.step.run(call.store, call.length, self.model_state.configs):
             output = (self.compiled if compiled else call.forward.original)(**call.others, **caches, **self._tensors)
         if not isinstance(output, ModelOutput):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vattn import kernels
-from vattn.kernels import Kernel, Scores, Spans, Task, alike
+from vattn.kernels import AttentionParams, AttentionSpec, Kernel, SequenceRanges, alike
 from vattn.models.attention import UnsupportedError, attending
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Prompt:
         self.slower = False  # whether no kernel does it, or is faster than transformers' own
         self._windows = windows
         self._attention = attention
-        self._spans: dict[Any, Spans] = {}
+        self._spans: dict[Any, SequenceRanges] = {}
         self._places: dict[torch.device, torch.Tensor] = {}
 
     @property
@@ -54,7 +54,9 @@ class Prompt:
         """While it lasts the model with these configurations computes this prompt."""
         return attending(self, configs)
 
-    def attend(self, at: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Scores) -> torch.Tensor:
+    def attend(
+        self, at: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: AttentionParams
+    ) -> torch.Tensor:
         """Of the module at a layer, on all that the cache has returned: ``[batch, heads, tokens, dim]`` each.
 
         Returns ``[batch, tokens, heads, dim]``, zeros where a query is padding.
@@ -63,7 +65,7 @@ class Prompt:
             raise UnsupportedError("its attention is of other rows than it is given")
         batch, heads, n, _ = q.shape
         windows = [window for window in (self._windows[at], how.window) if window is not None]
-        how = Scores(scale=how.scale, softcap=how.softcap, sinks=how.sinks, window=min(windows, default=None))
+        how = AttentionParams(scale=how.scale, softcap=how.softcap, sinks=how.sinks, window=min(windows, default=None))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if not alike(k, v):  # as the model made them
             k, v = k.contiguous(), v.contiguous()
@@ -80,9 +82,9 @@ class Prompt:
             self.watch.attended(at, kernel, q, k, v, out, how)
         return out
 
-    def _kernel(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Scores) -> Kernel:
+    def _kernel(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: AttentionParams) -> Kernel:
         options: dict[str, Any] = {"softcap": how.softcap is not None, "sinks": how.sinks is not None}
-        task = Task.of(q, k, v, queries=self._queries, window=how.window is not None, **options)
+        task = AttentionSpec.of(q, k, v, queries=self._queries, window=how.window is not None, **options)
         names = _FASTER[self.kind] if self._attention == "auto" else (self._attention,)
         for name in names:
             with contextlib.suppress(ValueError):
@@ -90,13 +92,13 @@ class Prompt:
         self.slower = True
         raise UnsupportedError("no kernel is faster than transformers' own")
 
-    def _spans_of(self, k: torch.Tensor) -> Spans:
+    def _spans_of(self, k: torch.Tensor) -> SequenceRanges:
         """Of rows of which a window may have left out the first."""
         key = k.device, k.shape[1]
         if key not in self._spans:
             left_out = self._end - k.shape[1]
             spans = [(row, max(0, pad - left_out), k.shape[1]) for row, pad in enumerate(self.hidden)]
-            self._spans[key] = Spans.of(spans, k.device)
+            self._spans[key] = SequenceRanges.of(spans, k.device)
         return self._spans[key]
 
     def _places_on(self, device: torch.device) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""``Step``: a decode step of a Hugging Face model on slot tensors, and the attention function that is called in it."""
+"""``DecodeContext``: a decode step of a Hugging Face model on slot tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from vattn import kernels
 from vattn.hf.padding import Padding
 from vattn.hf.store import Store
-from vattn.kernels import Kernel, Scores, Spans, Task
+from vattn.kernels import AttentionParams, AttentionSpec, Kernel, SequenceRanges
 from vattn.kernels.append import append
 from vattn.memory.kv_cache import KVCache
 from vattn.models.attention import UnsupportedError, attending
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vattn.hf.verify import Watch
 
 
-class Step:
+class DecodeContext:
     """What ``VirtualCache.update`` and the attention function do in a decode step of a batch.
 
     Row i of the batch is slot ``base + i``. ``starts`` and ``ends``, int32 ``[batch]`` on the device, are the first row
@@ -134,7 +134,7 @@ class Step:
         self.store, self._length = store, length
         self._returned: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = {}
         self._waiting: set[int] = set()
-        self._spans: dict[int | None, Spans] = {}
+        self._spans: dict[int | None, SequenceRanges] = {}
         try:
             with attending(self, configs):
                 yield
@@ -178,7 +178,9 @@ class Step:
             self.watch.appended(layer, k[:, :, 0], v[:, :, 0], *mine, self._scales_of(layer))
         return mine
 
-    def attend(self, at: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Scores) -> torch.Tensor:
+    def attend(
+        self, at: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: AttentionParams
+    ) -> torch.Tensor:
         """Attention of the module at a layer, on what ``update`` returned, see ``attend_to``."""
         layer, keys, values = self._returned.get(id(k), (-1, None, None))
         if keys is not k or values is not v:
@@ -189,7 +191,7 @@ class Step:
         self._waiting.discard(layer)
         return self.attend_to(layer, q, how)
 
-    def attend_to(self, layer: int, q: torch.Tensor, how: Scores) -> torch.Tensor:
+    def attend_to(self, layer: int, q: torch.Tensor, how: AttentionParams) -> torch.Tensor:
         """q ``[batch, query_heads, 1, head_dim]`` on the K and V of a layer; ``[batch, 1, query_heads, v_dim]``."""
         windows = [window for window in (self.store.windows[layer], how.window) if window is not None]
         window = min(windows, default=None)
@@ -201,7 +203,7 @@ class Step:
                 "softcap": how.softcap is not None,
                 "sinks": how.sinks is not None,
             }
-            task = Task.of(q[:, :, 0], *mine, **options)
+            task = AttentionSpec.of(q[:, :, 0], *mine, **options)
             try:
                 kernel = kernels.choose(task, name=self._attention, capturable=self._capture)
             except ValueError as error:
@@ -226,11 +228,11 @@ class Step:
         heads = states.shape[1] // len(scale) if len(scale) > 1 else 1
         return (states.float() * scale.repeat_interleave(heads)[:, None]).to(states.dtype)
 
-    def _spans_of(self, window: int | None) -> Spans:
+    def _spans_of(self, window: int | None) -> SequenceRanges:
         if window not in self._spans:
             longest = self.cache.layout.max_len
             starts = self.starts
             if window is not None:
                 starts, longest = torch.maximum(starts, self.ends - window), min(window, longest)
-            self._spans[window] = Spans(self.slots, starts, self.ends, longest=longest, adjacent=True)
+            self._spans[window] = SequenceRanges(self.slots, starts, self.ends, longest=longest, adjacent=True)
         return self._spans[window]

@@ -18,7 +18,7 @@ import torch
 
 from vattn.arguments import choice, flag, integer, optional_integer
 from vattn.errors import Error
-from vattn.hf.layer_views import MOVED_AT_ONCE, Lane, Ready
+from vattn.hf.layer_views import MOVED_AT_ONCE, LayerGroupViews, Ready
 from vattn.hf.padding import Padding
 from vattn.kernels import Kernel
 from vattn.kernels.quantize import Scales
@@ -91,7 +91,7 @@ class Store:
         self.placed: dict[int, tuple[Place, LayerShape]] = {}
         self.caches: dict[Place, KVCache] = {}
         self.rows: dict[Place, list[Sequence]] = {}
-        self.lanes: dict[int, Lane] = {}  # of each layer
+        self.lanes: dict[int, LayerGroupViews] = {}  # of each layer
         self.ready: dict[int, Ready] = {}  # the layers that the step at hand is prepared for
         self.bases: dict[Place, int] = {}
         self.sharers: dict[Place, weakref.WeakSet[Store]] = {}  # the stores with rows in each KVCache
@@ -858,7 +858,7 @@ class Store:
         self.caches[place], self.rows[place], self.bases[place], self.sharers[place] = cache, [], base, sharers
         sharers.add(self)
         for number, group in enumerate(cache.layout.groups):
-            self.lanes.update(dict.fromkeys(group.layers, Lane(cache, number, group, base)))
+            self.lanes.update(dict.fromkeys(group.layers, LayerGroupViews(cache, number, group, base)))
 
     def _room(self, place: Place) -> int:
         """Rows that the store can have in its part of a ``KVCache``."""

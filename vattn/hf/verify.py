@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from vattn.hf.padding import Padding
 from vattn.hf.store import Store
-from vattn.kernels import Kernel, Scores, Spans
+from vattn.kernels import AttentionParams, Kernel, SequenceRanges
 from vattn.kernels.quantize import rounded
 from vattn.models.attention import attending, own_attention
 
@@ -44,7 +44,7 @@ def defined(
     k: torch.Tensor,
     v: torch.Tensor,
     seen: torch.Tensor,
-    scores: Scores,
+    scores: AttentionParams,
     narrow: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention by its definition in float64, and as a fused kernel rounds it: its weights and its output.
@@ -92,7 +92,9 @@ def defined(
     return summed[0], summed[1].to(q.dtype)
 
 
-def _stock(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scores: Scores) -> list[torch.Tensor]:
+def _stock(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scores: AttentionParams
+) -> list[torch.Tensor]:
     """The same by what torch calls for it, where it has that."""
     if scores.softcap is not None or scores.sinks is not None:
         return []
@@ -135,7 +137,7 @@ class Comparison:
         k: torch.Tensor,
         v: torch.Tensor,
         seen: torch.Tensor,
-        scores: Scores,
+        scores: AttentionParams,
         scales: tuple[torch.Tensor, torch.Tensor] | tuple[None, None] = (None, None),
         *,
         narrow: bool = False,
@@ -245,8 +247,8 @@ class Watch(Comparison):
         kernel: Kernel,
         q: torch.Tensor,
         out: torch.Tensor,
-        spans: Spans,
-        scores: Scores,
+        spans: SequenceRanges,
+        scores: AttentionParams,
     ) -> None:
         """Compares the attention of a layer, ``[batch, query_heads, dim]``, behind ``appended``."""
         windows = [window for window in (self._store.windows[layer], scores.window) if window is not None]
@@ -291,7 +293,7 @@ class PromptWatch(Comparison):
         k: torch.Tensor,
         v: torch.Tensor,
         out: torch.Tensor,
-        scores: Scores,
+        scores: AttentionParams,
     ) -> None:
         """Compares the attention of a layer, ``[batch, n, heads, dim]``, on what the cache returned."""
         windows = [window for window in (self._windows[layer], scores.window) if window is not None]
@@ -315,7 +317,7 @@ class PromptWatch(Comparison):
 
 
 def probe_decode(
-    kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, live: int, scores: Scores
+    kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, live: int, scores: AttentionParams
 ) -> str | None:
     """A fault that shows where all scores are the same and V tells the rows apart; None where there is none.
 
@@ -350,7 +352,7 @@ def _probed_decode(
         rows = 64 * (-(-(before + longest + 8 + behind) // 64))
         k = torch.zeros(batch, rows, kv_heads, dim, dtype=kv_dtype, device=device)
         v = torch.zeros(batch, rows, kv_heads, v_dim, dtype=dtype, device=device)
-        scores = Scores(
+        scores = AttentionParams(
             scale=dim**-0.5,
             softcap=30.0 if softcap else None,
             sinks=torch.zeros(heads, dtype=dtype, device=device) if sinks else None,
@@ -364,7 +366,7 @@ def _probed_decode(
             for place, at in enumerate((first - 1, first, first + n - 1, first + n)):
                 v[row, at, :, place] += n
         stored = v.to(kv_dtype)
-        out = kernel.decode(q, k, stored, Spans.of(spans, device), scores)
+        out = kernel.decode(q, k, stored, SequenceRanges.of(spans, device), scores)
         for row, first, end in spans[:live]:
             right = stored[row, first:end].double().sum(0) / (end - first + sinks)
             right = right.repeat_interleave(heads // kv_heads, 0)
@@ -380,7 +382,7 @@ def probe_prefill(
     v: torch.Tensor,
     window: int | None,
     behind: bool,
-    scores: Scores,
+    scores: AttentionParams,
 ) -> str | None:
     """The same of a prompt: ``[batch, n, heads, dim]`` each, of which only shapes and dtypes are looked at."""
     return _probed_prefill(
@@ -403,14 +405,14 @@ def _probed_prefill(
         v = torch.eye(n, dtype=dtype, device=device)[None, :, None].expand(2, n, kv_heads, v_dim).contiguous()
         counts = [n // 2, 1] if behind else [n, n // 2]
         spans = [(0, 0, n), (1, 0, n if behind else n // 2)]
-        scores = Scores(
+        scores = AttentionParams(
             scale=dim**-0.5,
             softcap=30.0 if softcap else None,
             sinks=torch.zeros(heads, dtype=dtype, device=device) if sinks else None,
             window=window,
         )
         q = torch.ones(sum(counts), heads, dim, dtype=dtype, device=device)
-        out = kernel.prefill(q, k, v, Spans.of(spans, device), counts, scores)
+        out = kernel.prefill(q, k, v, SequenceRanges.of(spans, device), counts, scores)
         at = torch.cat([torch.arange(end - count, end) for (_, _, end), count in zip(spans, counts, strict=True)])
         distance = (at[:, None] - torch.arange(n)).to(device)
         seen = (distance >= 0) & (distance < (n if window is None else window))

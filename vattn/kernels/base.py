@@ -1,9 +1,9 @@
 """Stock attention kernels on slot tensors, each behind the same door.
 
 K and V are slot tensors, ``[slots, max_len, kv_heads, head_dim]`` views with any strides but 1 for the last dimension,
-as ``KVCache.k`` and ``KVCache.v`` give them. A sequence is a span of rows of a slot; a batch of them is ``Spans``. No
-kernel loads a row outside of the spans but up to ``head_rows`` before and ``tail_rows`` behind, which then must be
-mapped and finite.
+as ``KVCache.k`` and ``KVCache.v`` give them. A sequence is a span of rows of a slot; a batch of them is
+``SequenceRanges``. No kernel loads a row outside of the spans but up to ``head_rows`` before and ``tail_rows`` behind,
+which then must be mapped and finite.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional
 HALVES = (torch.float16, torch.bfloat16)
 
 
-class Spans:
+class SequenceRanges:
     """Where the sequences of a batch have their rows: ``[start, end)`` of a slot each.
 
     Args:
@@ -45,7 +45,7 @@ class Spans:
         self._made: dict[Any, Any] = {}
 
     @classmethod
-    def of(cls, spans: list[tuple[int, int, int]], device: torch.device | str) -> Spans:
+    def of(cls, spans: list[tuple[int, int, int]], device: torch.device | str) -> SequenceRanges:
         """Of (slot, start, end) each."""
         table = torch.tensor(spans, dtype=torch.int32, device=device).t().contiguous()
         adjacent = [slot for slot, _, _ in spans] == list(range(len(spans)))
@@ -69,7 +69,7 @@ class Spans:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class AttentionSpec:
     """What a kernel is to do; its parts are what kernels differ in.
 
     ``queries`` is ``"one"`` for a decode step, ``"first"`` for a prompt that begins its sequence, ``"chunk"`` for
@@ -95,7 +95,7 @@ class Task:
     rows: int = 0
 
     @classmethod
-    def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **more: Any) -> Task:
+    def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **more: Any) -> AttentionSpec:
         """From q ``[..., query_heads, head_dim]`` and slot tensors."""
         return cls(
             device=q.device.type,
@@ -123,7 +123,7 @@ def reach_of(*tensors: torch.Tensor) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scores:
+class AttentionParams:
     """How the scores of queries and keys are made, and which of them count.
 
     Args:
@@ -163,11 +163,13 @@ class Kernel:
         """Why the kernel cannot run on this machine, or None."""
         return None
 
-    def refuses(self, task: Task) -> str | None:
+    def refuses(self, task: AttentionSpec) -> str | None:
         """Why it cannot do a task, or None."""
         raise NotImplementedError
 
-    def decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scores: Scores) -> torch.Tensor:
+    def decode(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: SequenceRanges, scores: AttentionParams
+    ) -> torch.Tensor:
         """Attention of one query for each span, which sees all of its rows; where there are none it gives anything.
 
         Args:
@@ -183,7 +185,13 @@ class Kernel:
         raise NotImplementedError
 
     def prefill(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, counts: list[int], scores: Scores
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        spans: SequenceRanges,
+        counts: list[int],
+        scores: AttentionParams,
     ) -> torch.Tensor:
         """Causal attention of the last ``counts[i]`` positions of each span.
 
@@ -201,7 +209,7 @@ class Kernel:
         raise NotImplementedError
 
 
-def refused_dims(task: Task) -> str | None:
+def refused_dims(task: AttentionSpec) -> str | None:
     """Why kernels that take equal head dims of K and V cannot do a task, or None."""
     fits = task.head_dim == task.v_head_dim <= 256 and task.head_dim % 8 == 0
     return None if fits else "it takes equal head dims of K and V, multiples of 8 up to 256"
@@ -223,7 +231,7 @@ def slots_as_rows(t: torch.Tensor) -> torch.Tensor:
     return t.as_strided((rows, *t.shape[2:]), t.stride()[1:])
 
 
-def offsets_of(k: torch.Tensor, spans: Spans) -> tuple[torch.Tensor, torch.Tensor]:
+def offsets_of(k: torch.Tensor, spans: SequenceRanges) -> tuple[torch.Tensor, torch.Tensor]:
     """The first row of each span among those of all slots, and how many there are."""
     stride = k.stride(0) // k.stride(1)
 
@@ -235,14 +243,14 @@ def offsets_of(k: torch.Tensor, spans: Spans) -> tuple[torch.Tensor, torch.Tenso
     return made
 
 
-def one_each(spans: Spans) -> torch.Tensor:
+def one_each(spans: SequenceRanges) -> torch.Tensor:
     """Where the queries of a decode step begin, and end."""
     device = spans.slots.device
     made: torch.Tensor = spans.once("one", lambda: torch.arange(len(spans) + 1, dtype=torch.int32, device=device))
     return made
 
 
-def refused_by_flash(task: Task, dtypes: tuple[torch.dtype, ...]) -> str | None:
+def refused_by_flash(task: AttentionSpec, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """Why kernels that read all slots as one row after the other, in some dtypes, cannot do a task, or None."""
     if task.device != "cuda":
         return "it runs on cuda only"

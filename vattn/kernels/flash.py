@@ -9,10 +9,10 @@ import torch
 
 from vattn.kernels.base import (
     HALVES,
+    AttentionParams,
+    AttentionSpec,
     Kernel,
-    Scores,
-    Spans,
-    Task,
+    SequenceRanges,
     offsets_of,
     one_each,
     refused_by_flash,
@@ -32,7 +32,7 @@ class Flash2(Kernel):
             return "it needs a CUDA device"
         return None if torch.backends.cuda.is_flash_attention_available() else "torch was built without it"
 
-    def refuses(self, task: Task) -> str | None:
+    def refuses(self, task: AttentionSpec) -> str | None:
         if reason := refused_by_flash(task, HALVES):
             return reason
         if task.softcap:
@@ -41,7 +41,9 @@ class Flash2(Kernel):
             return "it has sinks in decoding only"
         return None
 
-    def decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scores: Scores) -> torch.Tensor:
+    def decode(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: SequenceRanges, scores: AttentionParams
+    ) -> torch.Tensor:
         offsets, lengths = offsets_of(k, spans)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             q, slots_as_rows(k), slots_as_rows(v), one_each(spans), offsets, 1, spans.longest, 0.0, False, False,
@@ -50,7 +52,13 @@ class Flash2(Kernel):
         return with_sinks(out, lse.reshape(-1, len(spans)).t(), scores.sinks) if scores.sinks is not None else out
 
     def prefill(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, counts: list[int], scores: Scores
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        spans: SequenceRanges,
+        counts: list[int],
+        scores: AttentionParams,
     ) -> torch.Tensor:
         offsets, lengths = offsets_of(k, spans)
         firsts = [0]
@@ -83,14 +91,16 @@ class Flash3(Kernel):
             return "it needs a Hopper device"
         return None if _flash3() else "fa3-fwd is not installed: pip install vattn[fa3]"
 
-    def refuses(self, task: Task) -> str | None:
+    def refuses(self, task: AttentionSpec) -> str | None:
         if reason := refused_by_flash(task, (torch.bfloat16,)):  # of the dtypes it is built for
             return reason
         if task.queries != "one" and (task.sinks or task.window):
             return "it has sinks and windows in decoding only"
         return None
 
-    def decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scores: Scores) -> torch.Tensor:
+    def decode(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: SequenceRanges, scores: AttentionParams
+    ) -> torch.Tensor:
         offsets, lengths = offsets_of(k, spans)
         heads, capped = (q.shape[1], *k.shape[2:]), bool(scores.softcap)
         # How it splits the spans is the same for all layers.
@@ -105,7 +115,13 @@ class Flash3(Kernel):
         return with_sinks(out, lse.t(), scores.sinks) if scores.sinks is not None else out
 
     def prefill(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, counts: list[int], scores: Scores
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        spans: SequenceRanges,
+        counts: list[int],
+        scores: AttentionParams,
     ) -> torch.Tensor:
         parts = []
         for queries, (slot, start, end) in zip(torch.split(q, counts), spans.tolist(), strict=True):

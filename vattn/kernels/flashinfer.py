@@ -11,10 +11,10 @@ from torch.nn import functional
 
 from vattn.kernels.base import (
     HALVES,
+    AttentionParams,
+    AttentionSpec,
     Kernel,
-    Scores,
-    Spans,
-    Task,
+    SequenceRanges,
     offsets_of,
     refused_by_flash,
 )
@@ -40,7 +40,7 @@ class FlashInfer(Kernel):
             return "it needs a Hopper or Blackwell device"
         return None if _flashinfer() else "flashinfer-python is not installed: pip install vattn[flashinfer]"
 
-    def refuses(self, task: Task) -> str | None:
+    def refuses(self, task: AttentionSpec) -> str | None:
         if reason := refused_by_flash(task, HALVES):
             return reason
         if task.queries != "one":
@@ -54,7 +54,9 @@ class FlashInfer(Kernel):
             return "it takes head dims 64, 128 and 256 of fp8"
         return None if task.head_dim % 16 == 0 else "it takes head dims that are multiples of 16"
 
-    def decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scores: Scores) -> torch.Tensor:
+    def decode(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: SequenceRanges, scores: AttentionParams
+    ) -> torch.Tensor:
         offsets, lengths = offsets_of(k, spans)
         table = spans.once(("pages", k.stride(0) // k.stride(1)), lambda: self._table(offsets[:-1], spans.longest))
         # A page begins at every row.
@@ -72,8 +74,8 @@ class FlashInfer(Kernel):
         v: torch.Tensor,
         table: torch.Tensor,
         lengths: torch.Tensor,
-        spans: Spans,
-        scores: Scores,
+        spans: SequenceRanges,
+        scores: AttentionParams,
     ) -> torch.Tensor:
         batch, heads, dim = q.shape
         kv_heads, device = k.shape[2], q.device
@@ -92,7 +94,13 @@ class FlashInfer(Kernel):
         return out
 
     def prefill(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, counts: list[int], scores: Scores
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        spans: SequenceRanges,
+        counts: list[int],
+        scores: AttentionParams,
     ) -> torch.Tensor:
         parts = [
             _flashinfer().single_prefill_with_kv_cache(
@@ -111,7 +119,7 @@ class FlashInfer(Kernel):
         tables: list[torch.Tensor],
         lengths: list[int],
         counts: list[int],
-        scores: Scores,
+        scores: AttentionParams,
     ) -> Callable[[], torch.Tensor]:
         """Causal attention on pages ``[pages, rows, kv_heads, head_dim]``, planned; for comparison.
 
@@ -128,7 +136,7 @@ class FlashInfer(Kernel):
         if max(counts) == 1:
             longest = max(len(table) for table in tables)
             table = torch.stack([functional.pad(table, (0, longest - len(table))) for table in tables])
-            spans = Spans.of([(slot, 0, length) for slot, length in enumerate(lengths)], device)
+            spans = SequenceRanges.of([(slot, 0, length) for slot, length in enumerate(lengths)], device)
             return lambda: self._paged(q, k, v, table, spans.ends, spans, scores)
         planned = _flashinfer().BatchPrefillWithPagedKVCacheWrapper(
             torch.empty(128 << 20, dtype=torch.uint8, device=device), "NHD"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vattn.kernels.base import Kernel, Scores, Spans, Task, many_shapes, with_sinks
+from vattn.kernels.base import AttentionParams, AttentionSpec, Kernel, SequenceRanges, many_shapes, with_sinks
 
 
 class Flex(Kernel):
@@ -21,7 +21,7 @@ class Flex(Kernel):
     def missing(self) -> str | None:
         return None if torch.cuda.is_available() else "it needs a CUDA device"
 
-    def refuses(self, task: Task) -> str | None:
+    def refuses(self, task: AttentionSpec) -> str | None:
         if task.device != "cuda":
             return "it runs on cuda only"
         if task.queries != "one":
@@ -30,7 +30,9 @@ class Flex(Kernel):
             return "it takes head dims from 16 on"
         return None if task.reach < 2**31 else "it reaches 2**31 elements only"  # beyond it does not compile
 
-    def decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scores: Scores) -> torch.Tensor:
+    def decode(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: SequenceRanges, scores: AttentionParams
+    ) -> torch.Tensor:
         if not spans.adjacent:
             raise NotImplementedError("flex reads slots side by side from the first on")
         batch, longest = len(spans), k.shape[1]
@@ -43,7 +45,7 @@ class Flex(Kernel):
             )  # fmt: skip
         return with_sinks(out[:, :, 0], lse[:, :, 0], scores.sinks) if scores.sinks is not None else out[:, :, 0]
 
-    def _mask(self, spans: Spans, longest: int) -> Any:
+    def _mask(self, spans: SequenceRanges, longest: int) -> Any:
         from torch.nn.attention.flex_attention import BlockMask
 
         first = spans.starts // self._BLOCK

@@ -6,10 +6,10 @@ import math
 
 import torch
 
-from vattn.kernels.base import Kernel, Scores, Spans, Task
+from vattn.kernels.base import AttentionParams, AttentionSpec, Kernel, SequenceRanges
 
 
-def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Scores) -> torch.Tensor:
+def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: AttentionParams) -> torch.Tensor:
     """Causal attention of the last n of m positions: q ``[n, query_heads, dim]``, k and v ``[m, kv_heads, dim]``."""
     n, m, groups = q.shape[0], k.shape[0], q.shape[1] // k.shape[1]
     kind = torch.promote_types(q.dtype, torch.float32)
@@ -38,14 +38,22 @@ class Reference(Kernel):
     capturable = False
     kv_dtypes = (torch.float8_e4m3fn, torch.float8_e5m2)
 
-    def refuses(self, task: Task) -> str | None:
+    def refuses(self, task: AttentionSpec) -> str | None:
         return None
 
-    def decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scores: Scores) -> torch.Tensor:
+    def decode(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: SequenceRanges, scores: AttentionParams
+    ) -> torch.Tensor:
         return self.prefill(q, k, v, spans, [1] * len(spans), scores)
 
     def prefill(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, counts: list[int], scores: Scores
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        spans: SequenceRanges,
+        counts: list[int],
+        scores: AttentionParams,
     ) -> torch.Tensor:
         parts = [
             plain_attention(queries, k[slot, start:end], v[slot, start:end], scores)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.nn.attention import SDPBackend
 
 from vattn.arguments import shown
-from vattn.kernels.base import Kernel, Task
+from vattn.kernels.base import AttentionSpec, Kernel
 from vattn.kernels.flash import Flash2, Flash3
 from vattn.kernels.flashinfer import FlashInfer
 from vattn.kernels.flex import Flex
@@ -36,14 +36,14 @@ def named(name: str) -> list[Kernel]:
     return list(KERNELS.values()) if name == "auto" else [KERNELS[name]]
 
 
-def refused_kv(kernel: Kernel, task: Task) -> str | None:
+def refused_kv(kernel: Kernel, task: AttentionSpec) -> str | None:
     """Why a kernel does not take the K and V of a task, for their dtype, or None."""
     if task.kv_dtype is None or (task.kv_dtype in kernel.kv_dtypes and task.queries == "one"):
         return None
     return f"it takes no {str(task.kv_dtype).removeprefix('torch.')} K and V"
 
 
-def choose(task: Task, *, name: str = "auto", capturable: bool = False) -> Kernel:
+def choose(task: AttentionSpec, *, name: str = "auto", capturable: bool = False) -> Kernel:
     """The kernel for a task: the one named, or the first that this machine has and that does it.
 
     Args:

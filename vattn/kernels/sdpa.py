@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vattn.kernels.base import HALVES, Kernel, Scores, Spans, Task, refused_dims
+from vattn.kernels.base import HALVES, AttentionParams, AttentionSpec, Kernel, SequenceRanges, refused_dims
 from vattn.kernels.reference import visible
 
 
@@ -25,7 +25,7 @@ class Sdpa(Kernel):
         self._gqa = gqa
         self._on = on
 
-    def refuses(self, task: Task) -> str | None:
+    def refuses(self, task: AttentionSpec) -> str | None:
         if task.device not in self._on:
             return f"it runs on {' and '.join(self._on)} only"
         if task.softcap or task.sinks:
@@ -49,7 +49,9 @@ class Sdpa(Kernel):
         with sdpa_kernel(self._backend):
             return functional.scaled_dot_product_attention(q, k, v, **options)
 
-    def decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scores: Scores) -> torch.Tensor:
+    def decode(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: SequenceRanges, scores: AttentionParams
+    ) -> torch.Tensor:
         places = spans.tolist()
         options: dict[str, Any] = {"scale": scores.scale, "enable_gqa": q.shape[1] != k.shape[2]}
         _, start, end = places[0]
@@ -63,7 +65,13 @@ class Sdpa(Kernel):
         return torch.cat(parts)[:, :, 0]
 
     def prefill(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, counts: list[int], scores: Scores
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        spans: SequenceRanges,
+        counts: list[int],
+        scores: AttentionParams,
     ) -> torch.Tensor:
         parts = []
         for queries, n, (slot, start, end) in zip(torch.split(q, counts), counts, spans.tolist(), strict=True):

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vattn.kernels import Scores
+from vattn.kernels import AttentionParams
 
 _NAME = "vattn"  # of the attention function
 _running: contextvars.ContextVar[_Running | None] = contextvars.ContextVar("running", default=None)
@@ -136,7 +136,7 @@ def _attention(
     causal = others.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal) and query.shape[2] > 1:
         raise UnsupportedError("its attention is not causal", of_model=True)
-    how = Scores(scale=scale, softcap=softcap, sinks=s_aux, window=sliding_window)
+    how = AttentionParams(scale=scale, softcap=softcap, sinks=s_aux, window=sliding_window)
     out: torch.Tensor = step.attend(getattr(module, "layer_idx", None), query, key, value, how)
     return out, None
 
@@ -187,7 +187,7 @@ def _decode(
     """Appends K and V to a layer and attends to it, in the step that runs. Nothing else of a model sees the layer."""
     step = running()
     step.append(layer, k, v)
-    how = Scores(scale=scale, softcap=softcap or None, sinks=sinks, window=window or None)
+    how = AttentionParams(scale=scale, softcap=softcap or None, sinks=sinks, window=window or None)
     out: torch.Tensor = step.attend_to(layer, q, how)
     return out
 
@@ -199,7 +199,7 @@ def _(
     return q.new_empty(q.shape[0], 1, q.shape[1], v.shape[3])
 
 
-class Outline(Cache):  # type: ignore[misc]
+class PassthroughCache(Cache):  # type: ignore[misc]
     """Stands for the cache where a step is compiled: K and V go by the attention function alone."""
 
     is_compileable = False
