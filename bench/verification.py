@@ -61,7 +61,10 @@ ours, theirs = latency.update_us(device, 1)
 took = {"grow_us": latency.grow_us_python(device), "update_us": ours, "update_us_dynamic": theirs}
 if device == "cuda":
     import statistics, torch, vattn
-    from vattn.bench.decode import Clock
+    try:
+        from vattn.bench.decode import Clock
+    except ImportError:  # an earlier commit, which is measured beside
+        from vattn.speed import Clock
     model = generate.memory.llama_3_8b()
     cache = vattn.VirtualCache(model, max_len=4096, attention="fa3")
     rounds = []
