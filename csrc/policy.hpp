@@ -11,7 +11,7 @@ inline constexpr std::size_t kLookahead = 64;
 
 // For sequences that were told how far they will come. No extent is more than 1/kServed of what is needed at first, and
 // the first rows' end is rounded up to 1/kRounded of it; growth takes up to 1/kTold of what there is. Chosen by replays
-// of served traces: fewer driver calls with less memory unused, see docs/design.md.
+// of served traces: fewer driver calls with less memory unused, see docs/design/memory.md.
 inline constexpr std::size_t kServed = 15;
 inline constexpr std::size_t kRounded = 28;
 inline constexpr std::size_t kTold = 14;
@@ -26,7 +26,7 @@ inline constexpr std::chrono::milliseconds kLongPatience{64};
 // How often the driver is asked for what it had already given.
 inline constexpr int kAttempts = 8;
 
-// What a fork costs, in microseconds on an H100; see docs/design.md.
+// What a fork costs, in microseconds on an H100; see docs/design/driver.md.
 inline constexpr double kAliasCost = 31;                // map and set access of an extent that exists
 inline constexpr double kUnmapCost = 20;                // of each extent that is in the way
 inline constexpr double kExtentCost = 44;               // create, map and set access

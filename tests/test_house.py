@@ -1,4 +1,4 @@
-"""The tables of the house in docs/design.md hold. Needs no compiler and no import of vattn."""
+"""The tables of docs/design/house.md hold. Needs no compiler and no import of vattn."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ LARGE = {
 
 def rows(folder: str) -> Iterator[tuple[str, set[str]]]:
     """What the tables say of a folder: a name, and what it may know."""
-    for line in (ROOT / "docs" / "design.md").read_text().splitlines():
+    for line in (ROOT / "docs" / "design" / "house.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
         if len(cells) == 3 and cells[0].startswith(f"`{folder}/"):
             may = set() if cells[2] == "nothing" else {name.strip("` ") for name in cells[2].split(",")}
@@ -57,7 +57,7 @@ def rows(folder: str) -> Iterator[tuple[str, set[str]]]:
 def files_of_table() -> list[str]:
     """The files of packages, in the order of the table."""
     named = []
-    for line in (ROOT / "docs" / "design.md").read_text().splitlines():
+    for line in (ROOT / "docs" / "design" / "house.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
         if len(cells) == 2 and cells[0].startswith("`vattn/"):
             named += re.findall(r"`(vattn/\w+/\w+\.py)`", cells[0])

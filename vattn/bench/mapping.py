@@ -23,7 +23,7 @@ from vattn.memory.layout import GRANULARITY, KVLayout
 
 _UNLIMITED = 1 << 62  # bytes
 ROW_BYTES = 128 * 1024  # a token of Llama-3-8B in bfloat16: 32 layers of K and V, 8 heads of 128
-# Microseconds a call takes on an H100, for the host to charge; see docs/design.md.
+# Microseconds a call takes on an H100, for the host to charge; see docs/design/driver.md.
 CHARGES = {"create": 13.0, "map": 1.0, "set_access": 30.0, "unmap": 20.0, "release": 15.0}
 
 
