@@ -106,7 +106,7 @@ void hits(const std::shared_ptr<Driver>& driver) {
     const auto start = Clock::now();
     arena.grow(std::span(&slot, 1), length, length - 1, Stream{0});
     const double took = since(start);
-    const Arena::Stats stats = arena.stats();
+    const Stats stats = arena.stats();
     if (stats.hits != before) times.push_back(took);
     before = stats.hits;
     std::this_thread::sleep_for(std::chrono::microseconds(200));  // a decode rate of 5000 tokens/s

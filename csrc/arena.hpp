@@ -43,6 +43,7 @@
 #include "host_pool.hpp"
 #include "mapper.hpp"
 #include "slot_set.hpp"
+#include "stats.hpp"
 
 namespace vattn {
 
@@ -295,27 +296,6 @@ class Arena {
   // with a window aside.
   std::size_t rows_in_shared(std::size_t name) const;
 
-  struct Stats {
-    ExtentPool::Usage pool;
-    std::size_t reserved;
-    std::size_t mapped;  // bytes of the extents in runs of running and parked slots
-    std::size_t parked;  // of those, in parked slots only
-    std::size_t shared;  // bytes that would be mapped too if every run had its own
-    std::size_t retired;
-    std::size_t running_slots;
-    std::size_t parked_slots;
-    std::size_t rows;         // bytes of the rows of running sequences
-    std::size_t spare;        // bytes of whole extents past what running sequences need, lookahead included
-    std::uint64_t adopted;    // times a parked slot was taken over
-    std::uint64_t aliases;    // extents mapped again by forks
-    std::uint64_t copied;     // bytes copied by forks, by compacting and before writing behind shared rows
-    std::uint64_t hits;       // growths into memory that was mapped ahead
-    std::uint64_t misses;     // growths that had to wait for memory
-    std::uint64_t waited_ns;  // time that callers waited: for memory, for fences, for the mapper to let go of a slot
-    std::uint64_t background_failures;  // work of the mapper that the driver refused; who needs it tries again
-    std::size_t lookahead;              // positions, the longest of the running sequences
-    HostPool::Usage host;
-  };
   Stats stats() const;
 
   // Recounts everything and throws InvariantBroken where a count, an address or a state is wrong.

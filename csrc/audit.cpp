@@ -80,15 +80,17 @@ std::size_t Arena::rows_in_shared(std::size_t name) const {
   return rows;
 }
 
-Arena::Stats Arena::stats() const {
+Stats Arena::stats() const {
   const Lock lock = locked();
   Stats stats{};
-  stats.host = host_->usage();
+  const HostPool::Usage host = host_->usage();
+  stats.host = host.charged - host.free;
+  stats.host_pooled = host.free;
   stats.reserved = reservation_.bytes();
   stats.adopted = adopted_;
   stats.hits = hits_;
   stats.misses = misses_;
-  stats.waited_ns = waited_ns_;
+  stats.waited_seconds = static_cast<double>(waited_ns_) * 1e-9;
   stats.background_failures = background_failures_;
   stats.aliases = aliases_;
   stats.copied = copied_;
@@ -126,9 +128,12 @@ Arena::Stats Arena::stats() const {
       stats.spare += run.tail - end;
     }
   }
-  stats.pool = pool_.usage();
+  const ExtentPool::Usage pool = pool_.usage();
+  stats.budget = pool.budget;
+  stats.physical = pool.charged;
+  stats.peak = pool.peak;
   // What a caller is mapping or unmapping at this moment is in no slot and in no pool, and serves growth as well.
-  stats.pool.pooled = stats.pool.charged - std::min(stats.pool.charged, stats.mapped + stats.retired);
+  stats.pooled = stats.physical - std::min(stats.physical, stats.mapped + stats.retired);
   return stats;
 }
 

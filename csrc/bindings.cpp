@@ -450,31 +450,11 @@ void bind_arena(py::module_& module) {
              return slots;
            })
       .def("stats", [](const Arena& self) {
-        const Arena::Stats stats = self.stats();
+        const Stats stats = self.stats();
         py::dict result;
-        result["budget"] = stats.pool.budget;
-        result["reserved"] = stats.reserved;
-        result["physical"] = stats.pool.charged;
-        result["peak"] = stats.pool.peak;
-        result["pooled"] = stats.pool.pooled;
-        result["mapped"] = stats.mapped;
-        result["parked"] = stats.parked;
-        result["shared"] = stats.shared;
-        result["retired"] = stats.retired;
-        result["running_slots"] = stats.running_slots;
-        result["parked_slots"] = stats.parked_slots;
-        result["rows"] = stats.rows;
-        result["spare"] = stats.spare;
-        result["adopted"] = stats.adopted;
-        result["aliases"] = stats.aliases;
-        result["copied"] = stats.copied;
-        result["hits"] = stats.hits;
-        result["misses"] = stats.misses;
-        result["waited_seconds"] = static_cast<double>(stats.waited_ns) * 1e-9;
-        result["background_failures"] = stats.background_failures;
-        result["lookahead"] = stats.lookahead;
-        result["host"] = stats.host.charged - stats.host.free;
-        result["host_pooled"] = stats.host.free;
+#define VATTN_ITEM(type, name) result[#name] = stats.name;
+        VATTN_STATISTICS(VATTN_ITEM)
+#undef VATTN_ITEM
         return result;
       });
 }

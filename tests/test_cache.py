@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import os
 import random
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from vattn import BackendUnavailable, KVCache, KVLayout, LayerShape, OutOfPages, SequenceTooLong
+from vattn import BackendUnavailable, CacheStats, KVCache, KVLayout, LayerShape, OutOfPages, SequenceTooLong
 
 PAGE = 4096
 DTYPES = ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
@@ -408,3 +409,12 @@ def test_memory_is_not_taken_away_under_a_running_kernel():
         replacement.k(0).fill_(5)
     torch.cuda.synchronize()
     assert total.item() == 100 * 2 * 16
+
+
+def test_every_statistic_of_the_core_is_a_field():
+    """The table of csrc/stats.hpp, and the calls of the driver."""
+    names = [field.name for field in dataclasses.fields(CacheStats)]
+    with KVCache(KVLayout.uniform(layers=1, kv_heads=1, head_dim=8, max_len=10), slots=1) as c:
+        counted = [*c._arena.stats(), "driver_calls", "background_calls"]
+    assert sorted(names) == sorted(counted)
+    assert all(f" {name}: " in CacheStats.__doc__ for name in names)

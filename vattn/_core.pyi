@@ -24,31 +24,6 @@ class SlotInfo(TypedDict):
     retired: int
     runs: list[RunInfo]
 
-class ArenaStats(TypedDict):
-    budget: int
-    reserved: int
-    physical: int
-    peak: int
-    pooled: int
-    mapped: int
-    parked: int
-    shared: int
-    retired: int
-    running_slots: int
-    parked_slots: int
-    rows: int
-    spare: int
-    adopted: int
-    aliases: int
-    copied: int
-    hits: int
-    misses: int
-    waited_seconds: float
-    background_failures: int
-    lookahead: int
-    host: int
-    host_pooled: int
-
 class Driver:
     @property
     def kind(self) -> str: ...
@@ -221,4 +196,4 @@ class Arena:
         self, offset: int, shape: collections.abc.Sequence[int], strides: collections.abc.Sequence[int], itemsize: int
     ) -> Any: ...
     def map(self) -> list[SlotInfo]: ...
-    def stats(self) -> ArenaStats: ...
+    def stats(self) -> dict[str, Any]: ...  # see csrc/stats.hpp

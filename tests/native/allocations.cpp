@@ -159,8 +159,8 @@ long sweep(bool with_mapper) {
     arena->check();
     require_rows(*arena, kept.slot, kept.length, kept.mark);
     arena->close();
-    require(arena->stats().pool.charged == 0, "memory was lost");
-    require(arena->stats().host.charged == 0, "host memory was lost");
+    require(arena->stats().physical == 0, "memory was lost");
+    require(arena->stats().host + arena->stats().host_pooled == 0, "host memory was lost");
     if (through) return k - 1;
   }
 }

@@ -203,8 +203,8 @@ void stress(std::size_t lives, const std::shared_ptr<Mapper>& mapper) {
           ++totals.out_of_pages;
         }
         arena.check();
-        const Arena::Stats stats = arena.stats();
-        require(stats.mapped + stats.retired + stats.pool.pooled == stats.pool.charged, "a snapshot does not add up");
+        const Stats stats = arena.stats();
+        require(stats.mapped + stats.retired + stats.pooled == stats.physical, "a snapshot does not add up");
         (void)arena.map();
         std::this_thread::yield();
       }
@@ -219,7 +219,7 @@ void stress(std::size_t lives, const std::shared_ptr<Mapper>& mapper) {
     arena.settle();
     arena.check();
     arena.trim();
-    require(arena.stats().pool.charged == 0, "trim left memory behind");
+    require(arena.stats().physical == 0, "trim left memory behind");
   }
   require(driver->memory_info().free == 130 * kPage, "memory was lost");
   std::printf("stress %s a mapper: %ld growths, %ld forks, %ld out of pages, %ld refused\n",
