@@ -7,8 +7,7 @@ steps: ``step_ms_*`` are medians of the rounds' median steps, of one of vattn's 
 device is taken beside the weights and a GB, over the tokens' K and V, by the same way. It is the fastest of those whose
 memory is at most 1.06 times the tokens', or of all where there is none. See ``vattn.bench.decode.Decoding``.
 ``--vllm`` adds what ``bench/vllm_decode.py`` has measured on the same machine, whose steps are means: so is
-``step_ms_*_mean``. A file that is there keeps its other
-points.
+``step_ms_*_mean``. A file that is there keeps its other points.
 """
 
 from __future__ import annotations
@@ -68,13 +67,7 @@ def measured(model: Any, point: str, kernels: list[str], peers: list[str], steps
     for how in (name.removeprefix("best+") for name in kernels if name.startswith("best+")):
         decodings += warmed_up([f"{kernel}+{how}" for kernel in best], [])
     decodings += warmed_up([], peers)  # behind what moves weights
-    for _ in range(rounds):
-        for decoding in decodings:
-            decoding.round()
-    for decoding in decodings:
-        decoding.close()
-        print(decoding.row, flush=True)
-    return [decoding.row for decoding in decodings]
+    return decode.in_turns(decodings, rounds)
 
 
 def bars_of(rows: list[dict[str, Any]], point: str) -> dict[str, float]:

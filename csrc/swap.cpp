@@ -223,14 +223,14 @@ void Arena::bring_back(Swapped& swapped, std::size_t index, Stream stream, Lock&
     }
     lock.lock();
     advance(index, swapped.length, stream);
+    for (const auto& [shared, extent] : found) {
+      HostCopy::link(shared.copy, shared.piece, extent);
+      shared.copy->last.push_back(done.front());  // another thread's may be later
+    }
   } catch (...) {
     if (lock.owns_lock()) lock.unlock();
     driver_->synchronize();
     throw;
-  }
-  for (const auto& [shared, extent] : found) {
-    HostCopy::link(shared.copy, shared.piece, extent);
-    shared.copy->last.push_back(done.front());  // another thread's may be later
   }
   host_->give(std::exchange(swapped.blocks, {}), done);
   for (Swapped::Part& part : swapped.parts) part.shared.clear();
@@ -281,21 +281,22 @@ void Arena::bring_back_shared(const Swapped::Part& part, std::size_t index, std:
       made = build_on_demand(steps, Slots(&index, 1), lock);
       lock.lock();
     }
-    Address next = at;
+    const std::size_t first = i;
     for (Loose& loose : made) {
-      found.emplace_back(part.shared[i], loose.mapping.extent());
-      make_room(part.shared[i].copy->last, 1);
+      found.emplace_back(part.shared[i++], loose.mapping.extent());
       run.tail += loose.mapping.bytes();
       run.mappings.push_back(std::move(loose.mapping));
-      const auto& [offset, bytes, unused] = part.shared[i].in_copy();
-      ++i;
-      if (extent) continue;
-      lock.unlock();
-      copy_blocks(*driver_, next - offset, part.shared[i - 1].copy->blocks, host_->block_bytes(), offset,
-                  offset + bytes, false, in);
-      next += bytes;
-      lock.lock();
     }
+    if (extent) continue;
+    lock.unlock();
+    Address next = at;
+    for (std::size_t one = first; one < i; ++one) {
+      const auto& [offset, bytes, unused] = part.shared[one].in_copy();
+      copy_blocks(*driver_, next - offset, part.shared[one].copy->blocks, host_->block_bytes(), offset, offset + bytes,
+                  false, in);
+      next += bytes;
+    }
+    lock.lock();
   }
 }
 

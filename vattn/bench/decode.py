@@ -457,6 +457,11 @@ def decode_speed(ways: list[Way], point: str, lengths: list[int], steps: int, ro
     decodings = [Decoding(way, point, lengths, steps) for way in ways]
     for decoding in decodings:
         decoding.warm_up()
+    return in_turns(decodings, rounds)
+
+
+def in_turns(decodings: list[Decoding], rounds: int) -> list[dict[str, Any]]:
+    """The rows of what has been warmed up, after so many rounds of each in turns; their caches are closed."""
     for _ in range(rounds):
         for decoding in decodings:
             decoding.round()
