@@ -75,8 +75,8 @@ struct ArenaOptions {
 // How a fork comes to its rows: by mapping their extents again, or by copying them into memory of its own.
 enum class Share { cheapest, alias, copy };
 
-// The bytes of extents that sequences have in common, in host memory: once for all of those that are swapped out. It is
-// the arena's mutex that guards it. Its blocks go back to their pool with it.
+// The bytes of extents that several sequences share, copied to host memory once for all of those sequences that are
+// swapped out. The arena's mutex guards it. Its destructor returns the blocks to their pool.
 struct HostCopy {
   struct Piece {
     std::size_t offset;

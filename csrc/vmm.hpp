@@ -54,7 +54,8 @@ class Extent {
   std::atomic<std::size_t> mappings{0};
   // Whether other processes may have it mapped, for good: then it is never written, and never pooled.
   std::atomic<bool> exported{false};
-  // What has its bytes in host memory, see Swapped; none once they may have been written to. Moving leaves it behind.
+  // The copy of these bytes in host memory, where sequences that are swapped out need it. It is reset before the bytes
+  // may be written to. A moved extent does not take it along.
   std::weak_ptr<HostCopy> host_copy;
 
   // Gives the memory up now. When the driver refuses, throws and still owns it.
@@ -92,8 +93,8 @@ class Mapping {
   bool writable() const noexcept { return access_.load() == Access::write && !shared(); }
   // Whether a write here would be seen by others: also by those in host memory who would map the extent again.
   bool seen_by_others() const noexcept { return !writable() || !extent_->host_copy.expired(); }
-  // Notes, under the arena's mutex, that rows here may be written from now on, where nobody else has the extent: nobody
-  // else comes to map it any more.
+  // Called with the arena's mutex held, before rows of this mapping are written. If no other mapping has the extent,
+  // its copy in host memory no longer stands for it, so that no sequence that is swapped out maps the extent again.
   void will_be_written() const noexcept {
     if (!shared()) extent_->host_copy.reset();
   }
