@@ -106,6 +106,7 @@ def test_what_it_shared_stays_with_the_others():
 
 
 def physical(c):
+    c.settle()
     c.trim()
     return c.stats().physical
 
