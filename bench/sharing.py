@@ -27,7 +27,7 @@ import torch
 
 from vattn import KVCache, VirtualCache
 from vattn.bench import decode, mapping
-from vattn.hf import store
+from vattn.hf.layer_views import LayerGroupViews
 
 PROMPT = 8192
 SAMPLES, NEW = 32, 256
@@ -239,9 +239,9 @@ def beams() -> tuple[list[dict[str, Any]], dict[str, float]]:
     torch.backends.cuda.enable_cudnn_sdp(False)
     model = memory.llama_3_8b()
     copied: list[int] = []
-    move = store.LayerGroupViews.move
+    move = LayerGroupViews.move
 
-    def counted(self: store.LayerGroupViews, sources: Any, targets: Any, batch: int, first: int, end: int) -> None:
+    def counted(self: LayerGroupViews, sources: Any, targets: Any, batch: int, first: int, end: int) -> None:
         copied[-1] += len(targets) * (end - first) * memory.TOKEN_BYTES
         move(self, sources, targets, batch, first, end)
 
@@ -257,7 +257,7 @@ def beams() -> tuple[list[dict[str, Any]], dict[str, float]]:
     held = peak = 0
     for turn in range(1 + ROUNDS):
         timed = turn > 0  # both are warmed up before, and watched
-        store.LayerGroupViews.move = move if timed else counted  # type: ignore[method-assign]
+        LayerGroupViews.move = move if timed else counted  # type: ignore[method-assign]
         for name in list(took)[:: -1 if turn % 2 else 1]:
             memory.clean()
             mine = name == "vattn"

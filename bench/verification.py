@@ -27,13 +27,13 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import test_verify as trials  # noqa: E402
 
-from vattn.hf.store import Store  # noqa: E402
+from vattn.hf.placement import Placement  # noqa: E402
 
 
 def tried(name: str, dtype: torch.dtype, device: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The planted faults and the honest runs of a model."""
     if device == "cpu":
-        Store.granularity = 4096
+        Placement.granularity = 4096
         torch.set_num_threads(1)
     model = trials.tiny(name, device, dtype)
     faults: list[dict[str, Any]] = []

@@ -10,7 +10,7 @@ import torch
 from vattn import KVCache, _core
 from vattn.cli import command, demo
 from vattn.hf import decoder, plan
-from vattn.hf.store import Store
+from vattn.hf.placement import Placement
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,7 +46,7 @@ def device(request: pytest.FixtureRequest) -> str:
 def small(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Granules of a page on the host, so that short sequences meet growth, windows and parked slots."""
     if device == "cpu":
-        monkeypatch.setattr(Store, "granularity", 4096)
+        monkeypatch.setattr(Placement, "granularity", 4096)
 
 
 class Retold:
@@ -66,7 +66,7 @@ class Retold:
         again = self.run()
         for (module, _), adapter in zip(self.kept, now, strict=True):
             module.active_adapter = adapter
-        store.lengths = lengths
+        store.lengths[:] = lengths
         self.output.logits.copy_(again.logits)
 
 

@@ -17,15 +17,15 @@ from transformers import (
 )
 
 from vattn import CACHE_KEYWORD, KVCache, OutOfPages, SequenceTooLong
-from vattn.hf import plan, store
+from vattn.hf import plan, rows
 
 pytestmark = pytest.mark.usefixtures("graphs")
 
 
 def committed(cache):
     """Whether no row holds more than the cache says that it does."""
-    [rows] = cache._store.rows.values()
-    return all(row.length == cache.get_seq_length() for row in rows)
+    [rows] = cache._store.placement.rows.values()
+    return all(row.length == cache.get_seq_length() for row in rows.sequences)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -150,7 +150,7 @@ def test_an_error_around_a_step_that_begins_leaves_nothing_of_it(where, device, 
     model.generation_config.eos_token_id = None
     expected = generated(model, DynamicCache(config=model.config), max_new_tokens=30)
     with virtual_of(model) as cache:
-        owner = store.Store if where == "grow_ahead" else plan.DecodeGraph
+        owner = rows.Rows if where == "grow_ahead" else plan.DecodeGraph
         original, calls = getattr(owner, where), []
 
         def interrupted(*args):
@@ -175,7 +175,7 @@ def test_an_error_around_a_step_that_begins_leaves_nothing_of_it(where, device, 
 def test_no_memory_for_a_step_before_its_call_is_no_error(device, monkeypatch):
     model = build("llama-gqa", "sdpa", device)
     expected = generated(model, DynamicCache(config=model.config), max_new_tokens=24)
-    grow_ahead = store.Store.grow_ahead
+    grow_ahead = rows.Rows.grow_ahead
 
     def refusing(self, length):
         with monkeypatch.context() as full:
@@ -183,7 +183,7 @@ def test_no_memory_for_a_step_before_its_call_is_no_error(device, monkeypatch):
                 full.setattr(KVCache, "grow_all", unittest.mock.Mock(side_effect=OutOfPages("no")))
             return grow_ahead(self, length)
 
-    monkeypatch.setattr(store.Store, "grow_ahead", refusing)
+    monkeypatch.setattr(rows.Rows, "grow_ahead", refusing)
     with virtual_of(model) as cache:
         assert torch.equal(generated(model, cache, max_new_tokens=24), expected)
         assert 0 < cache.decode_stats().ahead < 10

@@ -11,7 +11,7 @@ from models import build, prompt
 from transformers import DynamicCache, EncoderDecoderCache
 
 from vattn import CACHE_KEYWORD, OutOfPages, VirtualCache
-from vattn.hf.store import Store
+from vattn.hf.placement import Placement
 
 LINEAR = {
     "linear_num_key_heads": 2,
@@ -39,7 +39,7 @@ HYBRIDS = {
 @pytest.fixture(autouse=True)
 def pages(request, monkeypatch):
     if not request.node.get_closest_marker("gpu"):
-        monkeypatch.setattr(Store, "granularity", 4096)
+        monkeypatch.setattr(Placement, "granularity", 4096)
 
 
 def hybrid(name):

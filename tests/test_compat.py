@@ -13,7 +13,7 @@ from transformers import DynamicCache, EncoderDecoderCache, StoppingCriteria, St
 
 from vattn import CACHE_KEYWORD, VirtualCache
 from vattn.hf.layers import tell_foreign
-from vattn.hf.store import Store
+from vattn.hf.placement import Placement
 
 HAS_T5GEMMA = hasattr(transformers, "T5GemmaConfig")
 
@@ -192,7 +192,7 @@ class Cropping(StoppingCriteria):
 @pytest.mark.parametrize("attention", [None, "auto"])
 def test_a_generation_goes_on_behind_a_refused_crop(name, attention, monkeypatch):
     """On the host, whose granules are small enough for a window to drop rows."""
-    monkeypatch.setattr(Store, "granularity", 4096)
+    monkeypatch.setattr(Placement, "granularity", 4096)
     model = build(name, attentions(name)[0], "cpu", sliding_window=8)
     expected = generated(model, DynamicCache(config=model.config), max_new_tokens=40)
     with VirtualCache(model, max_len=100, attention=attention) as cache:

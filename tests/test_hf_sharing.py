@@ -10,7 +10,7 @@ from models import build, prompt
 from transformers import DynamicCache, LlamaConfig
 
 from vattn import CACHE_KEYWORD, OutOfPages, VirtualCache
-from vattn.hf import store
+from vattn.hf import layer_views, placement
 from vattn.hf.layers import CROP_POSITIVE_KEEPS
 
 PAGE = 4096
@@ -22,7 +22,7 @@ TOKEN = 4 * 2 * 2 * 16 * 4  # bytes of a row: layers, K and V, heads, dim, float
 @pytest.fixture(autouse=True)
 def small_granules(request, monkeypatch):
     if not request.node.get_closest_marker("gpu"):
-        monkeypatch.setattr(store.Store, "granularity", PAGE)
+        monkeypatch.setattr(placement.Placement, "granularity", PAGE)
 
 
 @pytest.fixture
@@ -99,18 +99,18 @@ def test_a_beam_step_copies_what_the_rows_have_added():
     for order in ([0, 0, 0, 0], [1, 0, 3, 3], [2, 2, 1, 0], [0, 1, 2, 3], [3, 3, 3, 0]):
         append(cache, 1, batch=4, like=like)
         moved = []
-        original = store.LayerGroupViews.move
+        original = layer_views.LayerGroupViews.move
 
         def move(self, sources, targets, batch, first, end, original=original, moved=moved):
             moved.append(end - first)
             original(self, sources, targets, batch, first, end)
 
         before = cache.stats()
-        store.LayerGroupViews.move = move
+        layer_views.LayerGroupViews.move = move
         try:
             cache.reorder_cache(torch.tensor(order))
         finally:
-            store.LayerGroupViews.move = original
+            layer_views.LayerGroupViews.move = original
         like.reorder_cache(torch.tensor(order))
         same(cache, like)
         assert cache.stats().copied == before.copied

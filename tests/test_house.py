@@ -33,8 +33,6 @@ LARGE = {
     "vattn/hf/plan.py DecodeGraph": "to be split: a runner of graphs, what a model computes by",
     "vattn/hf/prefill.py Prompt": "to be split with step.py",
     "vattn/hf/step.py DecodeContext": "what a step of a batch is, by rows; to be split with store.py",
-    "vattn/hf/store.py": "to be split: options, placement, rows, padding, beams",
-    "vattn/hf/store.py Store": "to be split: options, placement, rows, padding, beams",
     "vattn/kernels/base.py AttentionSpec": "a record of what kernels differ in",
     "vattn/memory/kv_cache.py KVCache": "one line each: what a cache can do",
     "vattn/memory/stats.py CacheStats": "a record",

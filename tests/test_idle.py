@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from vattn import CACHE_KEYWORD
-from vattn.hf import plan, step, store
+from vattn.hf import placement, plan, step
 from vattn.hf.attach import known
 from vattn.models.attention import attending
 from vattn.models.state import configs_of
@@ -66,7 +66,7 @@ def test_rows_that_leave_a_batch(device):
 
 def test_graphs_have_no_more_rows_than_there_are_slots(device, monkeypatch):
     """Copies come to lie at the end of them."""
-    monkeypatch.setattr(store, "_SPARE_SLOTS", 0)
+    monkeypatch.setattr(placement, "_SPARE_SLOTS", 0)
     model = build("llama-gqa", "sdpa", device)
     model.generation_config.eos_token_id = None
     whole = generated(model, DynamicCache(config=model.config), 6, 20, max_new_tokens=30)
@@ -235,7 +235,7 @@ def test_what_is_not_of_rows_has_a_graph_all_the_same(batches, device):
         for batch in batches:
             expected = generated(model, DynamicCache(config=model.config), batch, padded=True)
             assert torch.equal(generated(model, cache, batch, padded=True), expected)
-            assert cache._store.padding.rows == [3 * row for row in range(batch)]
+            assert cache._store.rows.format.padding.rows == [3 * row for row in range(batch)]
             cache.reset()
         stats = cache.decode_stats()
         assert stats.replayed + stats.eager == 2 * 11

@@ -44,8 +44,8 @@ def generated(model, cache, inputs, do=lambda step: None, **options):
 
 def held(cache):
     """Positions that each row has memory for."""
-    [rows] = cache._store.rows.values()
-    return [row.length for row in rows]
+    [rows] = cache._store.placement.rows.values()
+    return [row.length for row in rows.sequences]
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral", "gemma2", "gpt2", "phi3", "qwen2"])
@@ -87,7 +87,9 @@ def test_memory_is_what_the_tokens_need(device):
         lambda cache: [layer.keys.clone() for layer in cache.layers],
         lambda cache: cache.batch_repeat_interleave(2) or cache.batch_select_indices(torch.tensor([0, 2, 4])),
         lambda cache: copy.deepcopy(cache).close(),
-        lambda cache: cache._store.clone().restore_padding(),  # on memory that both share
+        lambda cache: [
+            layer.keys for layer in copy.deepcopy(cache).layers
+        ],  # restores padding on memory that both share
         lambda cache: setattr(cache.decoder, "enabled", not cache.decoder.enabled),
     ],
     ids=["reordered", "viewed", "repeated", "copied", "copy restored", "eager"],
@@ -114,7 +116,7 @@ def test_what_rows_show_is_what_they_were_given(name, device):
     generated(model, dynamic, inputs, max_new_tokens=20)
     with virtual_of(model) as cache:
         generated(model, cache, inputs, max_new_tokens=20)
-        assert cache._store.padding is not None
+        assert cache._store.rows.format.padding is not None
         shown = torch.cat([inputs["attention_mask"] != 0, torch.ones(3, 19, dtype=torch.bool, device=device)], 1)
         for ours, theirs in zip(cache.layers, dynamic.layers, strict=True):
             for mine, other in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
@@ -222,7 +224,7 @@ def test_a_model_that_is_refused_finds_its_padding(device):
             known(model).refused = "it is not to be trusted" if step == 7 else None
 
         assert torch.equal(generated(model, cache, mixed(device), refuse), expected)
-        assert cache._store.padding is None
+        assert cache._store.rows.format.padding is None
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral"])

@@ -25,8 +25,9 @@ from vattn.hf.decoder import DecodeStats as DecodeStats
 from vattn.hf.layer_views import write
 from vattn.hf.layers import VirtualLayer, foreign, virtualize
 from vattn.hf.model_facts import expected_layers, layer_devices, longest
+from vattn.hf.options import Options
 from vattn.hf.plan import tokens_of
-from vattn.hf.store import Options, last_of_thread
+from vattn.hf.store import last_of_thread
 from vattn.kernels.quantize import Scales
 from vattn.memory.device import TrimOnOOM
 from vattn.memory.kv_cache import KVCache
@@ -176,7 +177,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
                 store.ready.pop(layer_idx, None)
                 store.lengths[layer_idx] = end
                 return k, v
-        if layer_idx >= len(self.layers) and not store.open_ended:
+        if layer_idx >= len(self.layers) and not store.placement.open_ended:
             raise ValueError(
                 f"layer {layer_idx} does not exist: the cache was made for a model of {len(self.layers)} layers. "
                 "Use one VirtualCache for each model"
@@ -216,7 +217,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row ``repeats`` times."""
-        rows = max((len(rows) for rows in self._store.rows.values()), default=0)
+        rows = self._store.rows.batch
         with self._each_other("batch_repeat_interleave", repeats):
             self._store.gather(torch.arange(rows).repeat_interleave(repeats))
 
@@ -250,7 +251,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             attention_mask: ``[batch, length]``, 0 or False for the padding; None, and one that hides anything else
                 than a part on the left, changes nothing.
         """
-        with self._store.unpadded(attention_mask):
+        with self._store.rows.unpadded(attention_mask):
             yield
 
     decoder: Decoder | None = None
@@ -263,7 +264,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         Raises:
             RuntimeError: it is another one's.
         """
-        with self._store.claimed():
+        with self._store.guard.claimed():
             yield
 
     @contextlib.contextmanager
@@ -286,14 +287,14 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         except BaseException as error:
             store.roll_back(before)
             if self._other_states() != states:
-                store.tear(f"a call of the model ended halfway ({type(error).__name__})")
+                store.guard.torn = f"a call of the model ended halfway ({type(error).__name__})"
             raise
 
     def _reserve(self, model: Any, given: dict[str, Any], half: str) -> None:
         """Has memory for what a call will append, where several layers or caches would find out one after another."""
         store = self._store
-        if half == "whole" and all(store.cached):
-            several = len(store.caches) if store.placed else len(set(layer_devices(model).values()))
+        if half == "whole" and all(store.placement.cached):
+            several = len(store.placement.rows) if store.placement.expected else len(set(layer_devices(model).values()))
             if several < 2:
                 return  # the first layer asks for all
         names = ["decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds"]
@@ -306,7 +307,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             found.insert(0, encoded[0])
         tokens = next((t for t in found if isinstance(t, torch.Tensor) and t.dim() >= 2), None)
         if tokens is not None:
-            store.reserve(*tokens.shape[:2], lambda: expected_layers(model, store))
+            store.reserve(*tokens.shape[:2], lambda: expected_layers(model, store.placement))
 
     def _other_states(self) -> list[Any]:
         """What layers of other kinds hold, as far as a change of it is to be noticed."""
@@ -318,9 +319,10 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         store, tokens, mask = self._store, tokens_of(given), given.get("attention_mask")
         flat = isinstance(mask, torch.Tensor) and mask.dim() == 2
         if mask is None or flat:
-            store.require_hidden(mask)
+            store.rows.require_hidden(mask)
         if tokens is not None and tokens.shape[1] == 1:
-            store.restore_padding()  # others may follow, and would copy
+            store.land()
+            store.rows.restore_padding()  # others may follow, and would copy
         if self.decoder is None or tokens is None or not self.decoder.takes(forward, tokens.device):
             yield None
             return
@@ -340,7 +342,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
     def serve_as_cross(self) -> None:
         """Has the empty cache keep all positions, as those of an encoder, whatever windows a decoder's layers have."""
         store = self._store
-        if store.seen or not any(store.windows):
+        if store.placement.seen or not any(store.windows):
             return
         store.windows[:] = [None] * len(store.windows)
         for layer in list(self._own()):
@@ -371,7 +373,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
     @property
     def kv_caches(self) -> list[KVCache]:
         """The ``KVCache`` under each device that the model has computed on, empty before the first call."""
-        return list(self._store.caches.values())
+        return [rows.cache for rows in self._store.placement.rows.values()]
 
     def stats(self) -> CacheStats:
         """Memory and driver calls, summed over ``kv_caches`` (the longest lookahead); see ``CacheStats``."""
@@ -399,7 +401,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
 
         When it raises OutOfPages for one device, the devices before it have the new budget.
         """
-        self._store.set_budget(budget)
+        self._store.placement.set_budget(budget)
 
     def trim_on_oom(self) -> TrimOnOOM:
         """While it lasts, torch operations that run out of device memory are tried again after a trim.

@@ -189,7 +189,7 @@ class Decoder:
                 forward.prompts = False
             if prompt.slower:
                 self._slower.add((id(forward), prompt.kind))
-            store.lengths = lengths
+            store.lengths[:] = lengths
             return None
         finally:
             deciding.reset(token)
@@ -218,7 +218,7 @@ class Decoder:
             del ours
 
             def again() -> Any:
-                store.lengths = list(lengths)
+                store.lengths[:] = list(lengths)
                 store.ready.clear()
                 return compute()
 
@@ -253,7 +253,7 @@ class Decoder:
                     plan, output = self._attempt(call, cache, base)
             finally:
                 deciding.reset(token)
-                store.lengths = [call.length + (output is not None)] * len(store.lengths)
+                store.lengths[:] = [call.length + (output is not None)] * len(store.lengths)
             if output is not None:
                 self._begin(plan, call)
         if output is not None and not forward.refused:
@@ -327,7 +327,7 @@ class Decoder:
             output = self._run(plan, call)
             if fits or output is None or step.starts_fit(call.mask, length):
                 return output
-        call.store.require_hidden(call.mask)
+        call.store.rows.require_hidden(call.mask)
         if not step.set_starts(call.mask, length):
             self._fall_back("the attention mask is no left padding")
             return None
@@ -354,7 +354,7 @@ class Decoder:
         run = greedy(call.forward.model) if self._run_ahead else None
         if run is None or not run.goes_on(store) or not plan.replayed or not plan.steady(length):
             return
-        if plan.guesses and store.grow_ahead(length):
+        if plan.guesses and store.rows.grow_ahead(length):
             store.ahead = plan.wait
             plan.begin(length, run)
 
@@ -412,7 +412,7 @@ class Decoder:
             step.watch = None
 
         def compute() -> Any:
-            store.lengths = [call.length] * len(store.lengths)
+            store.lengths[:] = [call.length] * len(store.lengths)
             store.ready.clear()
             return call.forward.original(**call.given)
 

@@ -13,7 +13,11 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from vattn.hf.attach import VERSION
 from vattn.hf.layer_views import write
-from vattn.hf.store import Options, Store
+from vattn.hf.options import Options
+from vattn.hf.placement import Placement
+from vattn.hf.row_format import RowFormat
+from vattn.hf.rows import Rows
+from vattn.hf.store import Store
 
 _LOG = logging.getLogger("vattn")
 
@@ -52,13 +56,13 @@ class VirtualLayer(DynamicLayer):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends ``[batch, kv_heads, n, head_dim]`` and returns views of all that a query may see."""
         store, index = self._store, self.index
-        if (apart := store.append_apart(index, key_states, value_states)) is not None:
-            k, v = apart
+        if (converted := store.append_converted(index, key_states, value_states)) is not None:
+            k, v = converted
             store.lengths[index] += key_states.shape[2]
         else:
             new, k, v, (_, _, end) = store.take(index, key_states, value_states)
             with torch.no_grad():
-                write(new, *store.leading(key_states, value_states))
+                write(new, *map(store.rows.prompts.leaders, (key_states, value_states)))
             store.lengths[index] = end
         if not self.is_initialized:
             self.lazy_initialization(key_states)
@@ -116,7 +120,7 @@ class VirtualLayer(DynamicLayer):  # type: ignore[misc]
         lengths = list(self._store.lengths)
         lengths[self.index] = 0
         self._store.truncate(lengths)
-        self._store.unlearn(self.index)
+        self._store.placement.forget(self.index)
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -167,9 +171,9 @@ class VirtualSlidingLayer(VirtualLayer, DynamicSlidingWindowLayer):  # type: ign
     def activate_past_recording(self) -> None:
         """Keeps what later lengths would give back, until ``crop`` says which length holds."""
         self.record_past = True
-        if not self._store.recording:
-            self._store.recording = True
-            self._store.floor = max(self._store.lengths)
+        rows = self._store.rows
+        if rows.floor is None:
+            rows.floor = max(rows.lengths)
 
 
 def _refuse_assignment(value: object) -> None:
@@ -205,10 +209,13 @@ def tell_foreign(kind: str, count: int, of: int) -> None:
 def virtualize(cache: Any, options: Options) -> None:
     """Replaces the attention layers of a DynamicCache by ours; layers of other kinds stay transformers' own."""
     layers = cache.layers
-    store = cache._store = Store(
+    placement = Placement(
         [getattr(layer, "sliding_window", None) for layer in layers],
         [type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers],
         options,
+    )
+    store = cache._store = Store(
+        Rows(placement, RowFormat(options.scales)),
         [hasattr(layer, "conv_states") or hasattr(layer, "recurrent_states") for layer in layers],
     )
     cache.layer_class_to_replicate = None

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vattn.hf.store import Store
+from vattn.hf.placement import Placement
 from vattn.memory.layout import KVLayout
 from vattn.memory.shape import LayerShape
 
@@ -22,12 +22,12 @@ def layer_devices(model: Any) -> dict[int, torch.device]:
     return found
 
 
-def expected_layers(model: Any, store: Store) -> dict[int, tuple[torch.device, LayerShape]]:
+def expected_layers(model: Any, placement: Placement) -> dict[int, tuple[torch.device, LayerShape]]:
     """What the layers of a model will most likely append; empty where its configuration does not tell."""
     try:
         dtype = str(model.dtype).removeprefix("torch.")
         config = model.config.get_text_config(decoder=True)
-        shapes = KVLayout.from_config(config, max_len=store.options.max_len, dtype=dtype).layers
+        shapes = KVLayout.from_config(config, max_len=placement.options.max_len, dtype=dtype).layers
     except (AttributeError, ValueError):
         return {}
     known = next((shape for shape in shapes if shape is not None), None)
@@ -35,8 +35,8 @@ def expected_layers(model: Any, store: Store) -> dict[int, tuple[torch.device, L
         return {}
     devices = layer_devices(model)
     return {
-        index: (devices.get(index, model.device), replace(shapes[index] or known, window=store.windows[index]))
-        for index, cached in enumerate(store.cached)
+        index: (devices.get(index, model.device), replace(shapes[index] or known, window=placement.windows[index]))
+        for index, cached in enumerate(placement.cached)
         if cached and index < len(shapes)
     }
 

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 from vattn.hf.cache import VirtualCache
 from vattn.hf.layers import virtualize
-from vattn.hf.store import Options
+from vattn.hf.options import Options
 
 
 @contextlib.contextmanager

@@ -229,7 +229,7 @@ class DecodeGraph:
         return relative_error(again, output) <= 1e-3
 
     def set_padding(self, store: Store, length: int) -> None:
-        if self.step.set_padding(store.padding, store.blank, length):
+        if self.step.set_padding(store.rows.format.padding, store.rows.format.blank, length):
             self._set_length = -1
 
     def set_length(self, length: int) -> None:

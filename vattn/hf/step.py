@@ -139,7 +139,7 @@ class DecodeContext:
             with attending(self, configs):
                 yield
         finally:
-            store.lengths = [length] * len(store.lengths)  # who takes the step says that it is taken
+            store.lengths[:] = [length] * len(store.lengths)  # who takes the step says that it is taken
             del self.store, self._returned, self._spans
         if self._waiting:
             raise UnsupportedError(

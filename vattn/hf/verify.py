@@ -205,7 +205,7 @@ class Watch(Comparison):
         super().__init__()
         self._store = store
         hidden = [0] * live if mask is None else (mask == 0).sum(1).tolist()
-        padding = store.padding or Padding([0] * live)
+        padding = store.rows.format.padding or Padding([0] * live)
         self._ends = padding.stored(length + 1)
         self._firsts = [hides - pad for hides, pad in zip(hidden, padding.rows, strict=True)]
         self._rows = sampled(live, max(4, _POSITIONS // (length + 1)))
