@@ -9,7 +9,8 @@ import torch
 
 from vattn import KVCache, _core
 from vattn.cli import command, demo
-from vattn.hf import decoder, plan
+from vattn.graphs import runner
+from vattn.hf import decode_graphs
 from vattn.hf.placement import Placement
 
 
@@ -72,7 +73,7 @@ class Retold:
 
 @pytest.fixture
 def graphs(device: str, small: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans are captured, on the host as ``Retold`` ones."""
+    """Decode steps are captured, on the host as ``Retold`` ones."""
     if device != "cpu":
         return
     if request.node.get_closest_marker("gpu"):
@@ -80,9 +81,8 @@ def graphs(device: str, small: None, request: pytest.FixtureRequest, monkeypatch
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *device: 0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(decoder, "record", lambda run, pool, stream: (graph := Retold(run), graph.output))
-    for module in (plan, decoder):
-        monkeypatch.setattr(module, "capturable", lambda device: True)
+    monkeypatch.setattr(runner, "record", lambda run, pool, stream: (graph := Retold(run), graph.output))
+    monkeypatch.setattr(decode_graphs, "capturable", lambda device: True)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 
 from vattn import kernels
-from vattn.hf import step
+from vattn.hf import decode_context
 from vattn.kernels import AttentionParams, SequenceRanges
 
 Decode = Callable[..., torch.Tensor]
@@ -156,7 +156,7 @@ def planted_in_prompts(name: str, fault: str) -> Iterator[None]:
 def planted(name: str, fault: str) -> Iterator[None]:
     """While it lasts a kernel computes wrong."""
     if fault == "a scale of fp8 ignored":
-        with mock.patch.object(step.DecodeContext, "_scaled", lambda self, states, scale: states):
+        with mock.patch.object(decode_context.DecodeContext, "_scaled", lambda self, states, scale: states):
             yield
         return
     change = FAULTS[fault]

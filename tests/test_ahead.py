@@ -17,7 +17,9 @@ from transformers import (
 )
 
 from vattn import CACHE_KEYWORD, KVCache, OutOfPages, SequenceTooLong
-from vattn.hf import plan, rows
+from vattn.graphs.runner import GraphRunner
+from vattn.hf import rows
+from vattn.hf.decode_graph import DecodeGraph
 
 pytestmark = pytest.mark.usefixtures("graphs")
 
@@ -144,19 +146,19 @@ def test_rows_that_have_ended_do_not_hinder_the_others(device):
             assert stats.ahead == expected.shape[1] - free.shape[1] + 39 - 3  # also while a row takes padding
 
 
-@pytest.mark.parametrize("where", ["fits", "begin", "grow_ahead"])
+@pytest.mark.parametrize("where", ["was_given", "begin_next", "grow_ahead"])
 def test_an_error_around_a_step_that_begins_leaves_nothing_of_it(where, device, monkeypatch):
     model = build("llama-gqa", "sdpa", device)
     model.generation_config.eos_token_id = None
     expected = generated(model, DynamicCache(config=model.config), max_new_tokens=30)
     with virtual_of(model) as cache:
-        owner = rows.Rows if where == "grow_ahead" else plan.DecodeGraph
+        owner = {"was_given": GraphRunner, "begin_next": DecodeGraph, "grow_ahead": rows.Rows}[where]
         original, calls = getattr(owner, where), []
 
         def interrupted(*args):
             calls.append(1)
             if len(calls) == 9:
-                if where == "begin":
+                if where == "begin_next":
                     original(*args)
                 raise KeyboardInterrupt
             return original(*args)

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from vattn import CACHE_KEYWORD, VirtualCache
-from vattn.hf import decoder, plan
+from vattn.hf import decode_graph, decode_graphs
 from vattn.hf.attach import known
 
 pytestmark = pytest.mark.usefixtures("graphs")
@@ -281,14 +281,16 @@ def test_weights_go_with_their_model(device):
 
 
 def test_weights_laid_elsewhere_by_another_cache_are_noticed_before_a_replay(device, monkeypatch):
-    monkeypatch.setattr(decoder.compilation, "compiled", lambda forward, options: forward)
+    monkeypatch.setattr(decode_graphs.compilation, "compiled", lambda forward, options: forward)
     model = build("llama-gqa", "sdpa", device)
     model.generation_config.eos_token_id = None
     expected = generated(model, DynamicCache(config=model.config), max_new_tokens=24)
     with virtual_of(model) as cache, virtual_of(model, compiled=True) as other:
-        replays, replay = [], plan.DecodeGraph.replay
+        replays, replay = [], decode_graph.DecodeGraph.replay
         monkeypatch.setattr(
-            plan.DecodeGraph, "replay", lambda self: (replays.append(self.model_state.stayed()), replay(self))
+            decode_graph.DecodeGraph,
+            "replay",
+            lambda self, call: (replays.append(self.model_state.stayed()), replay(self, call))[1],
         )
         criteria = StoppingCriteriaList([At(20, lambda: generated(model, other, max_new_tokens=4))])
         got = generated(model, cache, max_new_tokens=24, stopping_criteria=criteria)
@@ -302,8 +304,8 @@ def test_where_weights_find_no_memory_side_by_side_they_stay(device, monkeypatch
     def full(model):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(decoder.compilation, "compiled", lambda forward, options: forward)
-    monkeypatch.setattr(decoder.compilation, "lay_side_by_side", full)
+    monkeypatch.setattr(decode_graphs.compilation, "compiled", lambda forward, options: forward)
+    monkeypatch.setattr(decode_graphs.compilation, "lay_side_by_side", full)
     model = build("llama-gqa", "sdpa", device)
     expected = generated(model, DynamicCache(config=model.config))
     with virtual_of(model, compiled=True) as cache:

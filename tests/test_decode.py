@@ -19,7 +19,7 @@ from models import CASES, MODES, MORE, adaptable, attentions, build, generated, 
 from transformers import DynamicCache
 
 from vattn import CACHE_KEYWORD, VirtualCache, kernels
-from vattn.hf import verify
+from vattn.models.expected import Expected
 
 MAX_LEN = 160
 OTHERS = ("t5", "deepseek_v3")  # their attention is not given what the cache returns, or has no positions
@@ -364,9 +364,9 @@ def test_weights_that_move_and_adapters_that_change_are_noticed(device):
         for parameter in model.parameters():
             parameter.data = parameter.data * 1.1
         more = {"input_ids": first, "max_new_tokens": 8, "do_sample": False}
-        plan = next(reversed(cache.decoder._plans.values()))
+        graph = cache.decoder.graphs.last()
         model.generate(**more, **{CACHE_KEYWORD: cache})
-        assert next(reversed(cache.decoder._plans.values())) is not plan
+        assert cache.decoder.graphs.last() is not graph
 
 
 def test_padding_is_compared_by_itself(device):
@@ -443,7 +443,7 @@ def test_one_wrong_row_is_a_difference():
     a = b.clone()
     a[5] = torch.randn(1, 100)
     for changed, differs in ((b, False), (a, True)):
-        expected = verify.Expected(lambda: (b,), [], 0.002, rounded=False)
+        expected = Expected(lambda: (b,), [], 0.002, rounded=False)
         assert (expected.difference(changed) is not None) == differs
 
 

@@ -28,11 +28,6 @@ TORCHLESS += ("memory/ipc.py", "bench/trace.py")
 # Files and classes that are larger than they should be, and why they are.
 LARGE = {
     "vattn/hf/cache.py VirtualCache": "most are those of transformers' Cache",
-    "vattn/hf/decoder.py": "to be split: routing, verification",
-    "vattn/hf/decoder.py Decoder": "to be split: routing, verification",
-    "vattn/hf/plan.py DecodeGraph": "to be split: a runner of graphs, what a model computes by",
-    "vattn/hf/prefill.py Prompt": "to be split with step.py",
-    "vattn/hf/step.py DecodeContext": "what a step of a batch is, by rows; to be split with store.py",
     "vattn/kernels/base.py AttentionSpec": "a record of what kernels differ in",
     "vattn/memory/kv_cache.py KVCache": "one line each: what a cache can do",
     "vattn/memory/stats.py CacheStats": "a record",

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from vattn import CACHE_KEYWORD
-from vattn.hf import placement, plan, step
+from vattn.hf import decode_graph, placement, step_rows
 from vattn.hf.attach import known
 from vattn.models.attention import attending
 from vattn.models.state import configs_of
@@ -77,7 +77,7 @@ def test_graphs_have_no_more_rows_than_there_are_slots(device, monkeypatch):
             other.batch_select_indices(torch.arange(1, 6, device=device))
             assert torch.equal(goes_on(model, other, whole[1:], 50), whole[1:])
             assert other.decode_stats().captures == 1
-            assert [plan.rows for plan in other.decoder._plans.values()] == [6]
+            assert [graph.runner.rows for graph in other.decoder.graphs.all()] == [6]
             cache.check()
 
 
@@ -129,7 +129,7 @@ def test_an_error_where_a_plan_is_made_anew_leaves_no_step(device, monkeypatch):
         def flip():
             layer.active_adapter = "b"
             lengths.append(cache.get_seq_length())
-            full.setattr(plan.DecodeGraph, "__init__", unittest.mock.Mock(side_effect=torch.OutOfMemoryError))
+            full.setattr(decode_graph.DecodeGraph, "__init__", unittest.mock.Mock(side_effect=torch.OutOfMemoryError))
 
         with pytest.raises(torch.OutOfMemoryError):
             generated(model, cache, max_new_tokens=40, stopping_criteria=StoppingCriteriaList([At(20, flip)]))
@@ -157,14 +157,14 @@ def test_an_interrupt_while_rows_become_idle(device, monkeypatch):
             generated(model, cache, batch)
             cache.reset()
         with monkeypatch.context() as broken:
-            broken.setattr(step.DecodeContext, "set_live", unittest.mock.Mock(side_effect=KeyboardInterrupt))
+            broken.setattr(step_rows.StepRows, "set_live", unittest.mock.Mock(side_effect=KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 generated(model, cache, 5)
         cache.reset()
         assert torch.equal(generated(model, cache, 5), expected)
-        [shared] = cache.decoder._plans.values()
-        assert shared.step.live == 5
-        assert shared.step.ends[5:].tolist() == [0, 0, 0]
+        [shared] = cache.decoder.graphs.all()
+        assert shared.runner.live == 5
+        assert shared.context.rows.ends[5:].tolist() == [0, 0, 0]
 
 
 def test_other_threads_in_a_prompt_change_nothing(device):
@@ -203,7 +203,7 @@ def test_idle_rows_know_nothing_of_an_earlier_batch(device):
             assert torch.equal(generated(model, cache, batch, length), expected)
             cache.reset()
         if device == "cpu":  # where nothing is captured that waits for the device
-            assert [plan.rows for plan in cache.decoder._plans.values()] == [8]
+            assert [graph.runner.rows for graph in cache.decoder.graphs.all()] == [8]
 
 
 def test_hooks_see_no_idle_rows(device):
@@ -255,7 +255,7 @@ def test_experts_whose_weights_are_copied_have_no_idle_rows(device):
             got = generated(model, cache, batch, stopping_criteria=StoppingCriteriaList([copies]))
             assert torch.equal(got, expected)
             cache.reset()
-        assert sorted(plan.rows for plan in cache.decoder._plans.values() if plan.graph) == [3, 4]
+        assert sorted(graph.runner.rows for graph in cache.decoder.graphs.all() if graph.runner.captured) == [3, 4]
 
 
 @pytest.mark.skipif(transformers.__version__ < "5", reason="its older version makes a mask of its own")

@@ -11,8 +11,8 @@ from models import build, prompt, virtual_of
 
 from vattn import CACHE_KEYWORD, kernels
 from vattn.cli import demo
-from vattn.hf import verify
 from vattn.hf.attach import known
+from vattn.hf.watch import Watch
 
 HALVES = (torch.bfloat16, torch.float16)
 # Tiny models, and what their weights of Q, K and sinks are multiplied by, so that a fault in what they see shows.
@@ -58,14 +58,14 @@ class Watching:
     """What the honest spread of the first verified step was."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.seen: list[verify.Watch] = []
-        original = verify.Watch.__init__
+        self.seen: list[Watch] = []
+        original = Watch.__init__
 
         def init(watch: Any, *args: Any) -> None:
             original(watch, *args)
             self.seen.append(watch)
 
-        monkeypatch.setattr(verify.Watch, "__init__", init)
+        monkeypatch.setattr(Watch, "__init__", init)
 
 
 def caught(model: Any, device: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
@@ -157,15 +157,15 @@ def test_a_scale_of_fp8_that_is_ignored_is_refused(dtype, device):
 
 def honest(model: Any, name: str, device: str, kernel: str, **options: Any) -> dict[str, Any]:
     """One honest run, and how much of what may differ did."""
-    seen: list[verify.Watch] = []
-    original = verify.Watch.__init__
+    seen: list[Watch] = []
+    original = Watch.__init__
 
     def init(watch: Any, *args: Any) -> None:
         original(watch, *args)
         seen.append(watch)
 
     with pytest.MonkeyPatch.context() as patch, virtual_of(model, attention=kernel) as cache:
-        patch.setattr(verify.Watch, "__init__", init)
+        patch.setattr(Watch, "__init__", init)
         stats = stepped(model, cache, device, **options)
     row = {
         "model": name,

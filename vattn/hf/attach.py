@@ -20,11 +20,21 @@ VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 CACHE_KEYWORD = "cache" if VERSION >= (5, 24) else "past_key_values"
 """By what keyword models of the installed transformers take a cache, for programs that run with several versions."""
 CACHE_KEYWORDS = ("cache", "past_key_values")
-deciding: contextvars.ContextVar[bool] = contextvars.ContextVar("deciding", default=False)
-"""Whether what is called is the model itself, for a step."""
+_calling_model: contextvars.ContextVar[bool] = contextvars.ContextVar("calling_model", default=False)
+"""Whether calls here go to the model itself."""
 replaced: contextvars.ContextVar[Any] = contextvars.ContextVar("replaced", default=None)
 """The ``VirtualCache`` of the ``generate`` that runs here, which models of encoders and decoders replace by another."""
 _greedy: contextvars.ContextVar[Greedy | None] = contextvars.ContextVar("greedy", default=None)
+
+
+@contextlib.contextmanager
+def calling_model() -> Iterator[None]:
+    """Within this context calls of models go to the models themselves, as if they were not attached."""
+    token = _calling_model.set(True)
+    try:
+        yield
+    finally:
+        _calling_model.reset(token)
 
 
 def attach(model: Any, cache: Any) -> None:
@@ -85,12 +95,13 @@ def _replace(kind: type, name: str) -> None:
 
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or deciding.get():
+        if torch.compiler.is_compiling() or _calling_model.get():
             return original(self, *args, **kwargs)
         forward = _forwards.get(self)
         if forward is None or not forward.attached:
             return original(self, *args, **kwargs)
-        return forward.called(name, types.MethodType(original, self), args, kwargs)
+        called = forward.forward if name == "forward" else forward.generate
+        return called(types.MethodType(original, self), args, kwargs)
 
     _replaced[kind, name] = method, original, name in vars(kind)
     setattr(kind, name, method)
@@ -155,9 +166,11 @@ class _OwnMethod:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self._model()
-        if torch.compiler.is_compiling() or deciding.get() or model is None or not known(model).attached:
+        if torch.compiler.is_compiling() or _calling_model.get() or model is None or not known(model).attached:
             return self.original(*args, **kwargs)
-        return known(model).called(self._name, self.original, args, kwargs)
+        forward = known(model)
+        called = forward.forward if self._name == "forward" else forward.generate
+        return called(self.original, args, kwargs)
 
     def __reduce__(self) -> Any:
         # A copy's is the method itself: nothing is attached to it.
@@ -284,34 +297,46 @@ class Forward:
             with self._lock:
                 self._steps -= 1
 
-    def called(self, name: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of ``forward`` or ``generate``, by way of the caches that it is given."""
+    @contextlib.contextmanager
+    def _entering(self, name: str, kwargs: dict[str, Any]) -> Iterator[list[tuple[str, Any]] | None]:
+        """Within this context a method of the model runs, and its caches belong to this thread.
+
+        Yields:
+            The caches that it is given, see ``_halves_in``; None where a method calls the one that it stands for.
+        """
         entered = _entered.get()
-        if (self, name) in entered:  # a method that calls the one that it stands for
-            return original(*args, **kwargs)
+        if (self, name) in entered:
+            yield None
+            return
         token = _entered.set((*entered, (self, name)))
         try:
             with contextlib.ExitStack() as claims:
-                caches = [cache for _, cache in _halves_in(kwargs)]
-                for cache in caches:
+                halves = list(_halves_in(kwargs))
+                for _, cache in halves:
                     claims.enter_context(cache.claimed())
-                if name == "forward":
-                    return self._forward(original, args, kwargs)
-                return self._generate(original, args, kwargs, caches)
+                yield halves
         finally:
             _entered.reset(token)
 
-    def _forward(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def forward(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of ``forward``: a decode step of the cache that it is given, or what the model itself computes."""
+        with self._entering("forward", kwargs) as halves:
+            if halves is None:
+                return original(*args, **kwargs)
+            for half, cache in halves:
+                if half == "whole" and cache.decoder is not None:
+                    if (output := cache.decoder.step(self, args, kwargs)) is not None:
+                        return output
+                    cache.decoder.graphs.interrupt()
+            return self._compute(halves, original, args, kwargs)
+
+    def _compute(
+        self, halves: list[tuple[str, Any]], original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What the model itself computes, or for a prompt the model with its attention on kernels."""
+        given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         with contextlib.ExitStack() as around:
             compute = None
-            halves = list(_halves_in(kwargs))
-            for half, cache in halves:
-                if half != "whole" or cache.decoder is None:
-                    continue
-                if (output := cache.decode_step(self, args, kwargs)) is not None:
-                    return output
-                cache.decoder.interrupt()
-            given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
             for half, cache in halves:
                 if half == "whole" and cache.decoder is not None:
                     compute = around.enter_context(cache.prompt(self, given))
@@ -327,21 +352,22 @@ class Forward:
                 with self._lock:
                     self._calls -= 1
 
-    def _generate(
-        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], caches: list[Any]
-    ) -> Any:
-        """Tells where a step may begin before its call, and ends what has begun."""
-        for cache in caches:
-            if cache.decoder is not None:
-                cache.decoder.interrupt()
-        run = Greedy.of(self.model, kwargs) if len(args) < 2 else None
-        token = _greedy.set(run)
-        try:
-            return original(*args, **kwargs)
-        finally:
-            _greedy.reset(token)
-            if run is not None:
-                run.end()
+    def generate(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of ``generate``: tells where a step may begin before its call, and ends what has begun."""
+        with self._entering("generate", kwargs) as halves:
+            if halves is None:
+                return original(*args, **kwargs)
+            for _, cache in halves:
+                if cache.decoder is not None:
+                    cache.decoder.graphs.interrupt()
+            run = Greedy.of(self.model, kwargs) if len(args) < 2 else None
+            token = _greedy.set(run)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                _greedy.reset(token)
+                if run is not None:
+                    run.end()
 
 
 def _halves_in(kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -20,13 +20,14 @@ from transformers.cache_utils import DynamicCache
 from vattn.arguments import flag, shown
 from vattn.hf import attach
 from vattn.hf.attach import Forward
+from vattn.hf.decode_stats import DecodeStats
 from vattn.hf.decoder import Decoder
-from vattn.hf.decoder import DecodeStats as DecodeStats
 from vattn.hf.layer_views import write
 from vattn.hf.layers import VirtualLayer, foreign, virtualize
 from vattn.hf.model_facts import expected_layers, layer_devices, longest
 from vattn.hf.options import Options
-from vattn.hf.plan import tokens_of
+from vattn.hf.step_call import tokens_of
+from vattn.hf.step_settings import StepSettings
 from vattn.hf.store import last_of_thread
 from vattn.kernels.quantize import Scales
 from vattn.memory.device import TrimOnOOM
@@ -115,7 +116,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             raise ValueError("offloading is not for a VirtualCache: give it a budget, or use a DynamicCache")
         if kv_dtype is None and kv_scales is not None:
             raise ValueError("kv_scales need a kv_dtype")
-        decoder = Decoder(attention, capture, compiled, run_ahead)
+        settings = StepSettings(attention, capture, compiled, run_ahead)
         model = config if isinstance(config, torch.nn.Module) else None
         config = config if model is None else getattr(model, "config", model)
         layers = config if isinstance(config, (list, tuple)) and all(map(_is_layer, config)) else ()
@@ -138,14 +139,14 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             layout=layout,
             lookahead=lookahead,
             mapper=mapper,
-            kernels=() if model is None else decoder.kernels(),
+            kernels=() if model is None else settings.kernels(),
             scales=None if kv_dtype is None else Scales(kv_dtype, kv_scales),
         )
         super().__init__(config=config)
         virtualize(self, options)
         self._fill(layers)
         if model is not None:
-            self.decoder = decoder
+            self.decoder = Decoder(settings, self._store)
             self._model = weakref.ref(model)
             attach.attach(model, self)
 
@@ -230,7 +231,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         memo[id(self)] = other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other._store = self._store.clone()
-        other.decoder = self.decoder and self.decoder.clone()
+        other.decoder = self.decoder and self.decoder.clone(other._store)
         if self.decoder is not None and (model := self._model()) is not None:
             attach.attach(model, other)
         other.layers = [
@@ -328,11 +329,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             return
         decoder = self.decoder
         with self.unpadded(mask if flat else None):
-            yield lambda compute: decoder.prompt(store, forward, given, compute)
-
-    def decode_step(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Computes a model's call as a decode step; None where it is none, or the cache was made without the model."""
-        return self.decoder and self.decoder.step(self._store, forward, args, kwargs)
+            yield lambda compute: decoder.prompt(forward, given, compute)
 
     @property
     def foreign_layers(self) -> dict[str, list[int]]:
@@ -419,7 +416,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         """Gives all memory back. Views returned earlier must not be read any more, and the cache not be used."""
         self._store.close()
         if self.decoder is not None:
-            self.decoder.clear()
+            self.decoder.graphs.clear()
         if (model := self._model()) is not None:
             attach.detach(model, self)
 
@@ -430,7 +427,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         laid side by side stay where they are.
         """
         if self.decoder is not None:
-            self.decoder.clear()
+            self.decoder.graphs.clear()
             self._store.land()
         if (model := self._model()) is not None:
             attach.detach(model, self)

@@ -12,7 +12,7 @@ from vattn.kernels import AttentionParams, AttentionSpec, Kernel, SequenceRanges
 from vattn.models.attention import UnsupportedError, attending
 
 if TYPE_CHECKING:
-    from vattn.hf.verify import PromptWatch
+    from vattn.hf.watch import PromptWatch
 
 # Faster than what transformers calls for such queries, see docs/benchmarks.md, and there without compiling.
 _FASTER = {"first": ("fa3",), "padded": ("fa3", "fa2"), "chunk": ("fa3", "fa2")}
