@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -14,98 +14,117 @@ from vattn.models.attention import UnsupportedError, attending
 if TYPE_CHECKING:
     from vattn.hf.watch import PromptWatch
 
-# Faster than what transformers calls for such queries, see docs/benchmarks.md, and there without compiling.
+# By kind of prompt, kernels that are faster than what transformers calls for it, and need no compilation; see
+# docs/benchmarks.md.
 _FASTER = {"first": ("fa3",), "padded": ("fa3", "fa2"), "chunk": ("fa3", "fa2")}
 
 
 class Prompt:
-    """The rows of a batch that go on behind what a cache holds of them.
+    """The tokens that a call appends to the rows of a batch, several for each.
 
     Args:
-        hidden: positions of each row that its attention mask hides on the left.
+        hidden: for each row, positions on the left that its attention mask hides.
         start: positions that the cache holds, padding included.
         n: tokens of each row, padding included.
-        windows: of the layers.
+        windows: the sliding window of each layer, or None.
         attention: the name of the kernel, or ``"auto"`` for one that is faster than transformers' own.
+
+    Attributes:
+        watch: compares the attention of each layer, where the prompt is verified.
+        slower: whether it was found that no kernel computes it faster than transformers.
     """
 
-    store = None  # updates of the cache are as ever
-    own_attention = False
-    watch: PromptWatch | None = None  # of a prompt that is verified
+    store = None  # layers are updated as ever, see ``VirtualCache.update``
+    own_attention = False  # the attention is vattn's, see ``models.attention``
 
     def __init__(self, hidden: list[int], start: int, n: int, windows: list[int | None], attention: str) -> None:
         self.hidden, self.start, self.n = hidden, start, n
-        self._end = start + n
-        self._counts = [min(n, self._end - pad) for pad in hidden]
-        self._queries = "chunk" if start else "first"
-        self.kind = "padded" if any(hidden) and not start else self._queries
-        self.slower = False  # whether no kernel does it, or is faster than transformers' own
+        self.watch: PromptWatch | None = None
+        self.slower = False
+        self._counts = [min(n, start + n - pad) for pad in hidden]  # tokens of each row that are no padding
         self._windows = windows
         self._attention = attention
-        self._spans: dict[Any, SequenceRanges] = {}
-        self._places: dict[torch.device, torch.Tensor] = {}
+        self._ranges: dict[Any, SequenceRanges] = {}
+        self._queries: dict[torch.device, torch.Tensor] = {}
+
+    @property
+    def kind(self) -> Literal["first", "padded", "chunk"]:
+        """Whether it is the first prompt of its rows, the first with padding, or a later chunk."""
+        if self.start:
+            return "chunk"
+        return "padded" if any(self.hidden) else "first"
 
     @property
     def binding_windows(self) -> frozenset[int]:
-        """Those that hide something from the last query."""
-        return frozenset(window for window in self._windows if window is not None and window < self._end)
+        """The sliding windows that hide positions from the last token."""
+        return frozenset(window for window in self._windows if window is not None and window < self.start + self.n)
 
     def run(self, configs: list[Any]) -> contextlib.AbstractContextManager[None]:
-        """While it lasts the model with these configurations computes this prompt."""
+        """Within this context the model with these configurations computes the prompt."""
         return attending(self, configs)
 
     def attend(
         self, at: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: AttentionParams
     ) -> torch.Tensor:
-        """Of the module at a layer, on all that the cache has returned: ``[batch, heads, tokens, dim]`` each.
+        """Attention of the module of layer ``at``, on all K and V that the cache returned.
 
-        Returns ``[batch, tokens, heads, dim]``, zeros where a query is padding.
+        Args:
+            at: the layer.
+            q, k, v: ``[batch, heads, tokens, dim]``.
+            how: scale, softcap, sinks and window.
+
+        Returns:
+            ``[batch, tokens, heads, dim]``, zeros where a query is padding.
+
+        Raises:
+            UnsupportedError: no kernel computes it, or none is faster than transformers.
         """
-        if at is None or q.shape[2] != self.n or k.shape[2] > self._end:
+        if at is None or q.shape[2] != self.n or k.shape[2] > self.start + self.n:
             raise UnsupportedError("its attention is of other rows than it is given")
         batch, heads, n, _ = q.shape
         windows = [window for window in (self._windows[at], how.window) if window is not None]
         how = AttentionParams(scale=how.scale, softcap=how.softcap, sinks=how.sinks, window=min(windows, default=None))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        if not alike(k, v):  # as the model made them
+        if not alike(k, v):  # they are the model's own tensors, not views of the cache
             k, v = k.contiguous(), v.contiguous()
-        kernel, spans = self._kernel(q, k, v, how), self._spans_of(k)
+        kernel, ranges = self._kernel_for(q, k, v, how), self._ranges_of(k)
         packed = q.reshape(batch * n, heads, -1)
         if not any(self.hidden):
-            out = kernel.prefill(packed, k, v, spans, self._counts, how)
+            out = kernel.prefill(packed, k, v, ranges, self._counts, how)
         else:
-            places = self._places_on(q.device)
-            seen = kernel.prefill(packed[places], k, v, spans, self._counts, how)
-            out = seen.new_zeros(batch * n, *seen.shape[1:]).index_copy_(0, places, seen)
+            queries = self._queries_on(q.device)
+            seen = kernel.prefill(packed[queries], k, v, ranges, self._counts, how)
+            out = seen.new_zeros(batch * n, *seen.shape[1:]).index_copy_(0, queries, seen)
         out = out.view(batch, n, *out.shape[1:])
         if self.watch is not None:
             self.watch.attended(at, kernel, q, k, v, out, how)
         return out
 
-    def _kernel(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: AttentionParams) -> Kernel:
+    def _kernel_for(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: AttentionParams) -> Kernel:
         options: dict[str, Any] = {"softcap": how.softcap is not None, "sinks": how.sinks is not None}
-        task = AttentionSpec.of(q, k, v, queries=self._queries, window=how.window is not None, **options)
+        queries = "chunk" if self.start else "first"
+        spec = AttentionSpec.of(q, k, v, queries=queries, window=how.window is not None, **options)
         names = _FASTER[self.kind] if self._attention == "auto" else (self._attention,)
         for name in names:
             with contextlib.suppress(ValueError):
-                return kernels.choose(task, name=name)
+                return kernels.choose(spec, name=name)
         self.slower = True
         raise UnsupportedError("no kernel is faster than transformers' own")
 
-    def _spans_of(self, k: torch.Tensor) -> SequenceRanges:
-        """Of rows of which a window may have left out the first."""
+    def _ranges_of(self, k: torch.Tensor) -> SequenceRanges:
+        """Where the rows of ``k`` ``[batch, positions, kv_heads, dim]`` begin: a window may have left out the first."""
         key = k.device, k.shape[1]
-        if key not in self._spans:
-            left_out = self._end - k.shape[1]
-            spans = [(row, max(0, pad - left_out), k.shape[1]) for row, pad in enumerate(self.hidden)]
-            self._spans[key] = SequenceRanges.of(spans, k.device)
-        return self._spans[key]
+        if key not in self._ranges:
+            left_out = self.start + self.n - k.shape[1]
+            ranges = [(row, max(0, pad - left_out), k.shape[1]) for row, pad in enumerate(self.hidden)]
+            self._ranges[key] = SequenceRanges.of(ranges, k.device)
+        return self._ranges[key]
 
-    def _places_on(self, device: torch.device) -> torch.Tensor:
-        """Which of all tokens are queries."""
-        if device not in self._places:
+    def _queries_on(self, device: torch.device) -> torch.Tensor:
+        """Indices of the tokens that are no padding, among those of all rows."""
+        if device not in self._queries:
             rows = [
                 torch.arange((row + 1) * self.n - count, (row + 1) * self.n) for row, count in enumerate(self._counts)
             ]
-            self._places[device] = torch.cat(rows).to(device)
-        return self._places[device]
+            self._queries[device] = torch.cat(rows).to(device)
+        return self._queries[device]
