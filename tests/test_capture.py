@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +18,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+import vattn
 from vattn import CACHE_KEYWORD, VirtualCache
-from vattn.hf import decode_graph, decode_graphs
+from vattn.graphs.runner import GraphRunner
+from vattn.hf import decode_graphs
 from vattn.hf.attach import known
 
 pytestmark = pytest.mark.usefixtures("graphs")
@@ -286,16 +290,19 @@ def test_weights_laid_elsewhere_by_another_cache_are_noticed_before_a_replay(dev
     model.generation_config.eos_token_id = None
     expected = generated(model, DynamicCache(config=model.config), max_new_tokens=24)
     with virtual_of(model) as cache, virtual_of(model, compiled=True) as other:
-        replays, replay = [], decode_graph.DecodeGraph.replay
-        monkeypatch.setattr(
-            decode_graph.DecodeGraph,
-            "replay",
-            lambda self, call: (replays.append(self.model_state.stayed()), replay(self, call))[1],
-        )
+        replays, replay = [], GraphRunner.replay
+
+        def replaying(self):
+            every = [*cache.decoder.graphs.all(), *other.decoder.graphs.all()]
+            replays.extend(graph.model_state.stayed() for graph in every if graph.runner is self)
+            replay(self)
+
+        monkeypatch.setattr(GraphRunner, "replay", replaying)
         criteria = StoppingCriteriaList([At(20, lambda: generated(model, other, max_new_tokens=4))])
         got = generated(model, cache, max_new_tokens=24, stopping_criteria=criteria)
         assert torch.equal(got, expected)
         assert known(model).moves == 1
+        assert len(replays) > 5
         assert all(replays)
         assert cache.decode_stats().captures == 2
 
@@ -343,3 +350,29 @@ def test_compiled(name):
         stats = cache.decode_stats()
         assert stats.fallback is None
         assert stats.replayed >= 21
+
+
+def test_a_replay_is_at_most_six_calls_deep(device, monkeypatch):
+    """From the model's forward to the replay, each call goes to the same package or one that it may know."""
+    paths = []
+    replay = GraphRunner.replay
+
+    def traced(self):
+        frames, frame = [], sys._getframe(1)
+        while frame is not None:
+            frames.append(frame.f_code.co_filename)
+            frame = frame.f_back
+        package = str(Path(vattn.__file__).parent)
+        paths.append([str(Path(name).relative_to(package)) for name in reversed(frames) if name.startswith(package)])
+        replay(self)
+
+    monkeypatch.setattr(GraphRunner, "replay", traced)
+    model = build("llama-gqa", "sdpa", device)
+    model.generation_config.eos_token_id = None
+    with virtual_of(model, run_ahead=False) as cache:
+        generated(model, cache, max_new_tokens=24)
+    assert len(paths) > 10
+    # generate's own way through attach.py comes first; the replay itself is the sixth call.
+    steps = [path[path.index("hf/decoder.py") - 2 :] for path in paths[2:]]
+    expected = ["hf/attach.py"] * 2 + ["hf/decoder.py"] * 2 + ["hf/decode_graph.py"]
+    assert all(step == expected for step in steps)
