@@ -2,10 +2,10 @@
 
 Random weights in bfloat16 on one GPU. Each cache is filled with random K and V of the context's length, as a prompt
 would; then ``generate`` goes on from it, greedily. All are warmed up, and then take rounds in turns, each of as many
-steps: ``step_ms_*`` are medians of the rounds' median steps, of one of vattn's ways, and of the peers;
+steps: ``step_ms_*`` are medians of the rounds' median steps, of vattn and of the peers;
 ``step_over_floor_64_mixed``: of 64 sequences of 64 to 4096 tokens over the floor; ``memory_over_tokens_*``: what of the
-device is taken beside the weights and a GB, over the tokens' K and V, by the same way. It is the fastest of those whose
-memory is at most 1.06 times the tokens', or of all where there is none. See ``vattn.bench.decode.Decoding``.
+device is taken beside the weights and a GB, over the tokens' K and V, of the same cache. That is the fastest of those
+whose memory is at most 1.06 times the tokens', or of all where there is none. See ``vattn.bench.decode.Decoding``.
 ``--vllm`` adds what ``bench/vllm_decode.py`` has measured on the same machine, whose steps are means: so is
 ``step_ms_*_mean``. A file that is there keeps its other points.
 """
@@ -40,7 +40,7 @@ def missing(kernel: str) -> str | None:
 
 
 def fastest(rows: list[dict[str, Any]], most: float = math.inf) -> dict[str, Any] | None:
-    """Of vattn's captured ways with at most so much memory over the tokens', of those that ran."""
+    """Of vattn's captured rows with at most so much memory over the tokens', of those that ran."""
     fit = [row for row in rows if "captured" in row["cache"] and "error" not in row]
     fit = [row for row in fit if row["used over weights and tokens"] <= most]
     return min(fit, key=lambda row: float(row["step ms p50"]), default=None)
@@ -54,8 +54,9 @@ def measured(model: Any, point: str, kernels: list[str], peers: list[str], steps
     """The rows of a point. A kernel ``best+how`` is what was fastest in the warm-up, and in little memory."""
 
     def warmed_up(kernels: list[str], peers: list[str]) -> list[decode.Decoding]:
-        ways = [way for way in decode.ways(model, 131072, kernels, peers) if peers or "captured" in way.name]
-        decodings = [decode.Decoding(way, point, POINTS[point], steps) for way in ways]
+        factories = decode.cache_factories(model, 131072, kernels, peers)
+        chosen = [factory for factory in factories if peers or "captured" in factory.name]
+        decodings = [decode.Decoding(factory, point, POINTS[point], steps) for factory in chosen]
         for decoding in decodings:
             decoding.warm_up()
             print(decoding.row, flush=True)

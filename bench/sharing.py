@@ -69,7 +69,7 @@ def forks(device: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
                     for rounds in (times, again):
                         if compacted != "no":
                             prompt.compact(forks=ahead)
-                        cache.settle()
+                        cache.wait_idle()
                         before = cache.stats().aliases
                         start = time.perf_counter()
                         made = prompt.fork(n=SAMPLES)
@@ -96,7 +96,7 @@ def forks(device: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
             samples = prompt.fork(n=SAMPLES)
             clock = time.perf_counter()
             for grown in range(length, length + NEW):
-                cache.grow_all(samples, grown + 1, keep=grown)
+                cache.grow_all(samples, grown + 1, min_truncate_length=grown)
                 clock += 1 / 40
                 time.sleep(max(0.0, clock - time.perf_counter()))
             peak = cache.stats().peak
@@ -133,14 +133,14 @@ def prefixes(device: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
         chat = cache.open(tokens=ids)
         chat.grow(PROMPT)
         chat.close(tokens=ids)
-        cache.settle()
+        cache.wait_idle()
         turn = opened(cache, "next turn", [*ids, 1, 2, 3])
         turn.remember(ids)
         opened(cache, "fork", [*ids[:-100], 1, 2, 3])
         opened(cache, "fork, again", [*ids[:-100], 1, 2, 4])
         turn.close()
         opened(cache, "fork of a closed one", [*ids[:-100], 1, 2, 5])
-        cache.settle()
+        cache.wait_idle()
         opened(cache, "fork of a compacted one", [*ids[:-100], 1, 2, 6])
         cache.check()
     return rows, {"next_turn_driver_calls": float(rows[0]["calls and copies"]), "open ms": rows[1]["ms"]}
@@ -191,7 +191,7 @@ def swap_slowdown() -> tuple[list[dict[str, Any]], dict[str, float]]:
     batch = 16
     with KVCache(mapping.layout(), slots=batch + 2, device="cuda") as cache:
         others = [cache.open(slot=slot) for slot in range(batch)]
-        cache.grow_all(others, PROMPT, keep=0)
+        cache.grow_all(others, PROMPT, min_truncate_length=0)
         k, v = ([get(layer)[:batch, :PROMPT].transpose(1, 2) for layer in range(32)] for get in (cache.k, cache.v))
         query = torch.randn(batch, 32, 1, 128, dtype=torch.bfloat16, device="cuda")
         sequence = cache.open()
@@ -251,7 +251,8 @@ def beams() -> tuple[list[dict[str, Any]], dict[str, float]]:
             super().reorder_cache(beam_idx)
             copied[-1] += self.stats().copied
 
-    [way, *_] = decode.ways(model, 8192, [], [])  # whose model is a twin: nothing is attached to DynamicCache's
+    # The model of this factory is a twin: nothing is attached to DynamicCache's.
+    [factory, *_] = decode.cache_factories(model, 8192, [], [])
     took: dict[str, list[float]] = {"vattn": [], "DynamicCache": []}
     tokens: dict[str, torch.Tensor] = {}
     held = peak = 0
@@ -262,9 +263,9 @@ def beams() -> tuple[list[dict[str, Any]], dict[str, float]]:
             memory.clean()
             mine = name == "vattn"
             kind = VirtualCache if timed else Watched
-            cache = kind(way.model, max_len=8192) if mine else DynamicCache(config=memory.LLAMA_3_8B)
+            cache = kind(factory.model, max_len=8192) if mine else DynamicCache(config=memory.LLAMA_3_8B)
             start = time.perf_counter()
-            tokens[name] = memory.generate(way.model if mine else model, cache, 1, 4096, 64, num_beams=8)
+            tokens[name] = memory.generate(factory.model if mine else model, cache, 1, 4096, 64, num_beams=8)
             torch.cuda.synchronize()
             if timed:
                 took[name].append(time.perf_counter() - start)

@@ -1,4 +1,4 @@
-#include "hold.hpp"
+#include "slot_lock.hpp"
 
 #include <numeric>
 #include <tuple>
@@ -33,7 +33,7 @@ std::size_t checked_reservation(const ArenaOptions& options, const std::vector<P
   for (const Plane& plane : planes) {
     if (plane.row_bytes == 0) throw std::invalid_argument("a plane's row_bytes must be at least 1");
     const Wide rows = Wide{options.max_len} + options.tail_rows;
-    const Wide slots = Wide{options.slots} + 1;  // the bench
+    const Wide slots = Wide{options.slots} + 1;  // the scratch
     const bool fits = rows <= kAddresses / plane.row_bytes;
     const Wide slot = fits ? stride_of(plane, options, granularity) : Wide{kAddresses};
     if (!fits || slot * slots + total > kAddresses)
@@ -96,8 +96,8 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
     // Whether it may be had.
     const auto consider = [&](std::size_t index) {
       const Slot& slot = slots_[index];
-      others = others || slot.held;
-      if (slot.held) return false;
+      others = others || slot.locked;
+      if (slot.locked) return false;
       std::size_t lacking = 0;
       std::size_t beyond = 0;
       for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
@@ -110,8 +110,8 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
       // now, and weighs twice by replays of served traces. A bare slot may be the better one, but who is told nothing
       // takes what is parked.
       const bool bare = slot.state == State::bare;
-      const int worse = bare ? 1 : slot.retired.empty() ? 0 : 2;  // what is retired there may have to be waited for
-      const auto rank = std::make_tuple(!is_like(slot), slot.known != 0 ? slot.parked_at : 0,
+      const int worse = bare ? 1 : slot.deferred.empty() ? 0 : 2;  // what is retired there may have to be waited for
+      const auto rank = std::make_tuple(!is_like(slot), slot.cached != 0 ? slot.parked_at : 0,
                                         bare && expected == 0 && !empty, 2 * lacking + beyond, worse);
       if (chosen == kNever || rank < best) {
         best = rank;
@@ -141,17 +141,17 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
     throw std::invalid_argument("all " + std::to_string(options_.slots) +
                                 " slots are in use: close a sequence, or make the cache with more slots");
   Slot& slot = slots_[chosen];
-  const Hold hold(*this, Slots(&chosen, 1), lock);
+  const SlotLock slot_lock(*this, Slots(&chosen, 1), lock);
   wait_for_others(slot.fences, stream, lock);
   adopted_ += slot.state == State::parked ? 1 : 0;
   const bool ready = is_like(slot);
   begin(slot, 0, stream);
   slot.expected = expected;
-  slot.lineage = ++clock_;
-  slot.known = 0;
+  slot.generation = ++clock_;
+  slot.cached = 0;
   if (!ready) drop_unwritable(slot, chosen);
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
-    if (slot.runs[plane].head != 0) retire_run(slot, chosen, plane);
+    if (slot.runs[plane].head != 0) defer_unmap_of_run(slot, chosen, plane);
   refresh(slot);
   return chosen;
 }
@@ -168,7 +168,7 @@ void Arena::set_state(Slot& slot, State state) noexcept {
 void Arena::begin(Slot& slot, std::size_t positions, Stream stream) {
   slot.streams.assign(1, stream);  // which may fail, and so comes first
   set_state(slot, State::running);
-  slot.begun = ++clock_;
+  slot.started_at = ++clock_;
   slot.length = positions;
   slot.expected = 0;
   slot.wanted = 0;
@@ -197,26 +197,26 @@ void Arena::drop_unwritable(Slot& slot, std::size_t index) noexcept {
     const auto unusable = std::find_if(run.mappings.begin(), run.mappings.end(),
                                        [](const Mapping& mapping) { return !mapping.writable(); });
     if (run.head != 0 || unusable == run.mappings.begin()) {
-      retire_run(slot, index, plane);
+      defer_unmap_of_run(slot, index, plane);
     } else {
-      retire_from(slot, index, plane, static_cast<std::size_t>(unusable - run.mappings.begin()));
+      defer_unmap_from(slot, index, plane, static_cast<std::size_t>(unusable - run.mappings.begin()));
     }
   }
-  if (!slot.retired.empty()) post_housekeeping({});
+  if (!slot.deferred.empty()) post_maintenance({});
 }
 
 void Arena::use(std::size_t name, Stream stream) {
   const Lock lock = locked();
   require_open();
   Slot& slot = running(name, "use");
-  if (!holds(slot.streams, stream)) slot.streams.push_back(stream);
+  if (!contains(slot.streams, stream)) slot.streams.push_back(stream);
 }
 
 void Arena::truncate(Slots names, std::size_t positions, Stream stream) {
   Lock lock = locked();
   require_open();
   const std::vector<std::size_t> slots = running_slots(names, "truncate");
-  const Hold hold(*this, slots, lock);
+  const SlotLock slot_lock(*this, slots, lock);
   bool shorter = false;
   for (const std::size_t name : names) {
     const Slot& slot = running(name, "truncate");
@@ -238,13 +238,13 @@ void Arena::truncate(Slots names, std::size_t positions, Stream stream) {
     Slot& slot = slots_[index];
     cover(slot, stream, fresh);
     slot.wanted = 0;
-    slot.known = std::min(slot.known, positions);
+    slot.cached = std::min(slot.cached, positions);
     if (!shorter) continue;
     slot.length = positions;
     slot.asked_since = {};
     // A run that starts behind the first row is of no use to what is to come.
     for (std::size_t plane = 0; plane < geometry_.size() && positions == 0; ++plane)
-      if (slot.runs[plane].head != 0) retire_run(slot, index, plane);
+      if (slot.runs[plane].head != 0) defer_unmap_of_run(slot, index, plane);
     refresh(slot);
   }
   ask_again();
@@ -254,7 +254,7 @@ void Arena::release(Slots names, Stream stream) {
   Lock lock = locked();
   require_open();
   const std::vector<std::size_t> slots = running_slots(names, "close");
-  const Hold hold(*this, slots, lock);
+  const SlotLock slot_lock(*this, slots, lock);
   running_slots(names, "close");
   Fences fresh;
   if (!std::all_of(slots.begin(), slots.end(), [&](std::size_t index) { return has_nothing(slots_[index]); }))
@@ -263,7 +263,7 @@ void Arena::release(Slots names, Stream stream) {
     Slot& slot = slots_[index];
     const bool empty = has_nothing(slot);
     if (!empty) cover(slot, stream, fresh);
-    if (slot.known == 0) drop_unwritable(slot, index);
+    if (slot.cached == 0) drop_unwritable(slot, index);
     slot.length = 0;
     set_state(slot, empty ? State::bare : State::parked);
     slot.parked_at = ++clock_;
@@ -301,7 +301,7 @@ void Arena::set_budget(std::size_t bytes) {
         const std::size_t in_use = pool_.usage().in_use();
         if (in_use <= bytes) break;
         if (!reclaim(in_use - bytes, {}, {}, Keep::rows, Urgency::demand, lock))
-          throw OutOfPages(pool_.usage().in_use(), bytes);
+          throw BudgetExceeded(pool_.usage().in_use(), bytes);
       }
       lock.unlock();
       pool_.shrink(bytes);
@@ -322,12 +322,12 @@ void Arena::close() {
   lock.lock();
   wait_until_idle(lock);
   for (std::size_t index = 0; index < slots_.size(); ++index) {
-    for (std::size_t plane = 0; plane < geometry_.size(); ++plane) retire_run(slots_[index], index, plane);
+    for (std::size_t plane = 0; plane < geometry_.size(); ++plane) defer_unmap_of_run(slots_[index], index, plane);
     // Everything the device was given is waited for at once instead.
-    for (Loose& loose : slots_[index].retired) loose.fences.clear();
+    for (DeferredUnmap& loose : slots_[index].deferred) loose.fences.clear();
     slots_[index].fences.clear();
     set_state(slots_[index], State::bare);
-    slots_[index].length = slots_[index].known = 0;
+    slots_[index].length = slots_[index].cached = 0;
     refresh(slots_[index]);
   }
   lock.unlock();
@@ -348,7 +348,7 @@ bool Arena::closed() const {
 std::size_t Arena::length(std::size_t name) const {
   const Lock lock = locked();
   const Slot& slot = slots_.at(slot_of(name));
-  return name >> kSlotBits == 0 || name >> kSlotBits == slot.begun ? slot.length : 0;
+  return name >> kSlotBits == 0 || name >> kSlotBits == slot.started_at ? slot.length : 0;
 }
 
 std::size_t Arena::capacity(std::size_t name) const {
@@ -363,7 +363,7 @@ std::size_t Arena::head(std::size_t slot, std::size_t plane) const {
 
 std::size_t Arena::name(std::size_t slot) const {
   const Lock lock = locked();
-  return slots_.at(slot).begun << kSlotBits | slot;
+  return slots_.at(slot).started_at << kSlotBits | slot;
 }
 
 bool Arena::readable(std::size_t offset, std::size_t bytes) const {
@@ -382,7 +382,7 @@ bool Arena::readable(std::size_t offset, std::size_t bytes) const {
 bool Arena::is_running(std::size_t name) const noexcept {
   const std::size_t index = slot_of(name);
   return index < options_.slots && slots_[index].state == State::running &&
-         (name >> kSlotBits == 0 || name >> kSlotBits == slots_[index].begun);
+         (name >> kSlotBits == 0 || name >> kSlotBits == slots_[index].started_at);
 }
 
 Arena::Slot& Arena::running(std::size_t name, const char* what) {
@@ -407,7 +407,7 @@ std::vector<std::size_t> Arena::running_slots(Slots names, const char* what) {
 }
 
 bool Arena::has_nothing(const Slot& slot) noexcept {
-  return slot.retired.empty() &&
+  return slot.deferred.empty() &&
          std::all_of(slot.runs.begin(), slot.runs.end(), [](const Run& run) { return run.mappings.empty(); });
 }
 
@@ -494,7 +494,7 @@ Fences Arena::fences_of(Slots slots, Stream stream, Lock& lock) {
   std::vector<Stream> streams{stream};
   for (const std::size_t index : slots)
     for (const Stream used : slots_[index].streams)
-      if (!holds(streams, used)) streams.push_back(used);
+      if (!contains(streams, used)) streams.push_back(used);
   lock.unlock();
   Fences fences;
   for (const Stream used : streams) fences.push_back(std::make_shared<const Fence>(driver_, used));
@@ -505,12 +505,12 @@ Fences Arena::fences_of(Slots slots, Stream stream, Lock& lock) {
 // Those of the new fences that concern a slot become its own.
 void Arena::cover(Slot& slot, Stream stream, const Fences& fresh) {
   for (const auto& fence : fresh)
-    if (fence->stream() == stream || holds(slot.streams, fence->stream())) note(slot.fences, fence);
+    if (fence->stream() == stream || contains(slot.streams, fence->stream())) note(slot.fences, fence);
 }
 
 void Arena::wait_until_idle(Lock& lock) const {
   released_.wait(
-      lock, [&] { return std::none_of(slots_.begin(), slots_.end(), [](const Slot& slot) { return slot.held; }); });
+      lock, [&] { return std::none_of(slots_.begin(), slots_.end(), [](const Slot& slot) { return slot.locked; }); });
 }
 
 }  // namespace vattn

@@ -161,9 +161,9 @@ class Arena {
   // `keep` (at most a slot's length) is the earliest length that truncate will still be asked for, a promise even when
   // the call throws: rows before the windows at that length are given back once the work queued in the slot's streams
   // is done. Lengths never shrink here. `stream` is where the rows will be used, see use().
-  void grow(Slots names, PerSlot positions, PerSlot keep, Stream stream);
+  void grow(Slots names, PerSlot positions, PerSlot min_truncate_length, Stream stream);
   // The same when it takes no driver call and no waiting; otherwise false, and nothing has changed.
-  bool try_grow(Slots names, PerSlot positions, PerSlot keep, Stream stream);
+  bool try_grow(Slots names, PerSlot positions, PerSlot min_truncate_length, Stream stream);
   // Makes so many more rows of a slot usable, `keep` being its length before, and returns the new length. Several
   // callers at once each get their own rows.
   std::size_t extend(std::size_t name, std::size_t count, Stream stream);
@@ -187,37 +187,37 @@ class Arena {
   void abandon(std::size_t name) noexcept;
 
   // What a slot holds that others may go on from.
-  struct Known {
-    std::uint64_t lineage;  // names the sequence that wrote the rows: another one that starts there has another
+  struct CachedPrefix {
+    std::uint64_t generation;  // names the sequence that wrote the rows: another one that starts there has another
     std::size_t positions;
     bool parked;
   };
   // Declares that a running slot's first rows are written, as far as its streams have come, and stay what they are
   // until it is truncated: they may be forked, also when it is parked, until somebody needs the memory.
-  Known publish(std::size_t slot, std::size_t positions);
-  Known known(std::size_t slot) const;
-  // Forgets what is known of a slot of that lineage.
-  void forget(std::size_t slot, std::uint64_t lineage);
+  CachedPrefix commit(std::size_t slot, std::size_t positions);
+  CachedPrefix cached_prefix(std::size_t slot) const;
+  // Forgets what is known of a slot of that generation.
+  void forget(std::size_t slot, std::uint64_t generation);
   // Lets a new sequence go on behind the first rows of a parked slot, with the rest of its memory to grow into, without
   // a driver call. False when they are not there any more.
-  bool resume(std::size_t slot, std::uint64_t lineage, std::size_t positions, Stream stream);
+  bool resume(std::size_t slot, std::uint64_t generation, std::size_t positions, Stream stream);
   // Notes that a running slot's sequence will most likely need so many positions, as acquire() is told.
   void expect(std::size_t name, std::size_t positions);
-  // Gives every target, running and of length 0, the first rows of a slot: of a running one, or of one of the lineage
-  // that is known to hold them. Whole extents are shared (those that the target begins with already, as they are), what
-  // lies behind the last of them is copied in `stream`: all or, when it throws, none. False when the rows are not there
-  // any more.
-  bool fork(std::size_t source, std::optional<std::uint64_t> lineage, std::size_t positions, Slots targets, Share share,
-            Stream stream);
+  // Gives every target, running and of length 0, the first rows of a slot: of a running one, or of one of the
+  // generation that is known to hold them. Whole extents are shared (those that the target begins with already, as they
+  // are), what lies behind the last of them is copied in `stream`: all or, when it throws, none. False when the rows
+  // are not there any more.
+  bool fork(std::size_t source, std::optional<std::uint64_t> generation, std::size_t positions, Slots targets,
+            Share share, Stream stream);
   // Gives running slots memory of their own, with what is in it, behind their first rows. When it throws, no row has
   // changed.
-  void own(Slots slots, std::size_t positions, Stream stream);
+  void copy_on_write(Slots slots, std::size_t positions, Stream stream);
   // Puts the whole granules of the first rows of a running slot into one extent of just their size in each plane, so
   // that a fork there shares them in one call. Planes with a window are left as they are.
   void compact(std::size_t slot, std::size_t positions);
-  // Puts them into few extents, of which one ends there, for a parked slot of the lineage, in the mapper's time and
+  // Puts them into few extents, of which one ends there, for a parked slot of the generation, in the mapper's time and
   // where there is memory to spare. Without a mapper nothing.
-  void compact_later(std::size_t slot, std::uint64_t lineage, std::size_t positions);
+  void compact_later(std::size_t slot, std::uint64_t generation, std::size_t positions);
 
   // Moves a running sequence's rows to host memory, while the caller goes on, and lets its slot go: its memory is free
   // once the copy is done. What was queued in its streams comes first. When it throws, nothing has changed.
@@ -244,12 +244,12 @@ class Arena {
   // Returns every byte to the driver that no running sequence needs, and what host memory nobody uses.
   void trim();
 
-  // Sets the budget; when it is lower, brings the memory beyond it back to the driver. Throws OutOfPages, and leaves
-  // the budget as it was, when the running sequences need more.
+  // Sets the budget; when it is lower, brings the memory beyond it back to the driver. Throws BudgetExceeded, and
+  // leaves the budget as it was, when the running sequences need more.
   void set_budget(std::size_t bytes);
 
   // Waits until the mapper has nothing more to do for this arena than to wait for kernels.
-  void settle() const;
+  void wait_idle() const;
 
   // Unmaps everything; the addresses stay reserved, and every later call but stats() and check() is refused.
   void close();
@@ -280,7 +280,7 @@ class Arena {
   struct SlotInfo {
     State state;
     std::size_t length;
-    std::size_t retired;  // bytes
+    std::size_t deferred;  // bytes
     std::vector<RunInfo> runs;
   };
   std::vector<SlotInfo> map() const;
@@ -314,7 +314,7 @@ class Arena {
     std::size_t tail = 0;
   };
   // A mapping outside of its run: being made, or on its way back to the pool.
-  struct Loose {
+  struct DeferredUnmap {
     std::size_t slot;
     std::size_t plane;
     Mapping mapping;
@@ -322,7 +322,7 @@ class Arena {
   };
   struct Slot {
     State state = State::bare;
-    bool held = false;
+    bool locked = false;
     std::size_t length = 0;
     std::size_t capacity = 0;      // positions usable as mapped
     std::size_t next_discard = 0;  // the `keep` at which a window gives something back
@@ -336,14 +336,14 @@ class Arena {
     bool starved = false;          // there was no memory; asked again when there may be
     std::size_t asked_length = 0;
     Mapper::Clock::time_point asked_since{};
-    std::uint64_t parked_at = 0;  // or last forked from
-    std::uint64_t lineage = 0;    // of the last sequence that began here
-    std::uint64_t begun = 0;      // when the last sequence began here, or went on
-    std::size_t known = 0;        // positions of it that others may go on from
-    std::vector<Stream> streams;  // that used it since it was acquired
+    std::uint64_t parked_at = 0;   // or last forked from
+    std::uint64_t generation = 0;  // of the last sequence that began here
+    std::uint64_t started_at = 0;  // when the last sequence began here, or went on
+    std::size_t cached = 0;        // positions of it that others may go on from
+    std::vector<Stream> streams;   // that used it since it was acquired
     Fences fences;
     std::vector<Run> runs;
-    std::vector<Loose> retired;
+    std::vector<DeferredUnmap> deferred;
   };
   struct Step {
     std::size_t slot;
@@ -355,7 +355,7 @@ class Arena {
   enum class Keep { rows, ahead, expected };
   using Lock = std::unique_lock<std::mutex>;
   using Clock = Mapper::Clock;
-  class Hold;
+  class SlotLock;
   class Waiting;
   class Harvest;
 
@@ -381,25 +381,25 @@ class Arena {
   std::size_t widest_row() const noexcept;
   std::size_t shared_rows(const Slot& slot) const noexcept;
   void refresh(Slot& slot) noexcept;
-  bool discard_due(const Slot& slot, std::size_t keep) const noexcept;
-  bool grow_in_place(Slots names, PerSlot positions, PerSlot keep, Stream stream);
+  bool discard_due(const Slot& slot, std::size_t min_truncate_length) const noexcept;
+  bool grow_in_place(Slots names, PerSlot positions, PerSlot min_truncate_length, Stream stream);
   void advance(std::size_t index, std::size_t positions, Stream stream);
   void grow_with_driver(Slots names, PerSlot positions, Stream stream);
   std::size_t extend_with_driver(std::size_t name, std::size_t count, Stream stream);
   std::optional<std::size_t> extend_in_place(std::size_t name, std::size_t count, Stream stream);
-  bool discard_due_now(Slots names, PerSlot keep, Stream stream, Lock& lock);
+  bool discard_due_now(Slots names, PerSlot min_truncate_length, Stream stream, Lock& lock);
   bool map_up_to(Slots slots, PerSlot positions, Urgency urgency, Lock& lock);
   std::vector<Step> plan(Slots slots, PerSlot positions, bool exact) const;
   static std::size_t bytes_of(const std::vector<Step>& steps) noexcept;
-  std::vector<Loose> build(const std::vector<Step>& steps);
-  std::vector<Loose> build_on_demand(const std::vector<Step>& steps, Slots mine, Lock& lock);
+  std::vector<DeferredUnmap> build(const std::vector<Step>& steps);
+  std::vector<DeferredUnmap> build_on_demand(const std::vector<Step>& steps, Slots mine, Lock& lock);
   Fences fences_of(Slots slots, Stream stream, Lock& lock);
   static void cover(Slot& slot, Stream stream, const Fences& fresh);
-  void discard_before_windows(Slots slots, PerSlot keep, const Fences& fresh);
+  void discard_before_windows(Slots slots, PerSlot min_truncate_length, const Fences& fresh);
   bool clear_the_way(Slots slots, Urgency urgency, Lock& lock);
-  bool fork_with_driver(std::size_t source, std::optional<std::uint64_t> lineage, std::size_t positions, Slots targets,
-                        Share share, Stream stream);
-  bool has_rows(const Slot& slot, std::optional<std::uint64_t> lineage, std::size_t positions) const noexcept;
+  bool fork_with_driver(std::size_t source, std::optional<std::uint64_t> generation, std::size_t positions,
+                        Slots targets, Share share, Stream stream);
+  bool has_rows(const Slot& slot, std::optional<std::uint64_t> generation, std::size_t positions) const noexcept;
   std::size_t sharable(const Slot& slot, std::size_t plane, std::size_t positions) const noexcept;
   static std::size_t common(const Run& one, const Run& other) noexcept;
   bool is_ready(const Slot& slot, const Slot& source) const noexcept;
@@ -408,8 +408,8 @@ class Arena {
   void split_for_forks(std::size_t source, std::size_t positions, std::size_t forks, Slots mine, Lock& lock);
   void share_runs(std::size_t source, std::size_t positions, Slots targets, Slots aliased, Lock& lock);
   void copy_rows(std::size_t source, std::size_t positions, Slots targets, Stream stream, Lock& lock);
-  void post_compacting(std::size_t slot, std::uint64_t lineage, std::size_t positions, Clock::duration delay);
-  bool compact_with_driver(std::size_t slot, std::optional<std::uint64_t> lineage, std::size_t positions,
+  void post_compacting(std::size_t slot, std::uint64_t generation, std::size_t positions, Clock::duration delay);
+  bool compact_with_driver(std::size_t slot, std::optional<std::uint64_t> generation, std::size_t positions,
                            std::size_t most);
   std::shared_ptr<Swapped> swap_out_as_it_is(std::size_t name, Stream stream);
   void swap_in_with_driver(Swapped& swapped, std::size_t slot, Stream stream);
@@ -420,27 +420,27 @@ class Arena {
                          Lock& lock);
   void release_quietly(std::size_t name, Stream stream) noexcept;
   void own_with_driver(Slots slots, std::size_t positions, Stream stream);
-  bool unshare(Slots slots, Urgency urgency, Lock& lock);
+  bool copy_shared(Slots slots, Urgency urgency, Lock& lock);
   void replace(std::size_t index, std::size_t plane, std::size_t first, std::size_t count,
                const std::vector<std::size_t>& sizes, std::size_t bytes, Slots mine, Lock& lock);
   void wait_quietly(const Fences& fences) const noexcept;
-  void retire_run(Slot& slot, std::size_t index, std::size_t plane) noexcept;
-  void retire_again(std::vector<Loose>& loose) noexcept;
-  void retire_from(Slot& slot, std::size_t index, std::size_t plane, std::size_t first) noexcept;
+  void defer_unmap_of_run(Slot& slot, std::size_t index, std::size_t plane) noexcept;
+  void defer_again(std::vector<DeferredUnmap>& loose) noexcept;
+  void defer_unmap_from(Slot& slot, std::size_t index, std::size_t plane, std::size_t first) noexcept;
   bool reclaim(std::size_t bytes, const std::vector<Step>& wanted, Slots mine, Keep keep, Urgency urgency, Lock& lock);
   void collect(Harvest& harvest, const std::vector<Step>& wanted, Slots mine, Keep keep);
   void strip(std::size_t slot, Keep keep, const std::function<bool(const Mapping&)>& wanted, Harvest& harvest);
-  void unmap_last(std::vector<Loose>& loose);
-  void unmap(std::vector<Loose>& loose);
-  bool unmap_outside(std::vector<Loose> loose, Urgency urgency, Lock& lock);
+  void unmap_last(std::vector<DeferredUnmap>& loose);
+  void unmap(std::vector<DeferredUnmap>& loose);
+  bool unmap_outside(std::vector<DeferredUnmap> loose, Urgency urgency, Lock& lock);
   void wait_until_idle(Lock& lock) const;
 
   void on_mapper(const std::function<void()>& work);
   void ask(std::size_t index);
   void ask_again();
   void map_ahead();
-  void keep_house();
-  void post_housekeeping(Clock::duration delay) noexcept;
+  void run_maintenance();
+  void post_maintenance(Clock::duration delay) noexcept;
 
   const std::shared_ptr<Driver> driver_;
   const std::shared_ptr<Mapper> mapper_;  // none: everything happens in the callers' threads
@@ -453,8 +453,8 @@ class Arena {
   mutable std::mutex mutex_;
   mutable std::condition_variable released_;
   std::vector<Slot>
-      slots_;     // and one more, the bench: addresses at which extents are filled before they replace others
-  SlotSet bare_;  // of the slots but the bench
+      slots_;     // and one more, the scratch: addresses at which extents are filled before they replace others
+  SlotSet bare_;  // of the slots but the scratch
   SlotSet parked_;
   SlotSet starved_;  // those that have found no memory ahead, and perhaps others
   bool closed_ = false;

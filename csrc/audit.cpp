@@ -2,7 +2,7 @@
 #include <unordered_map>
 #include <unordered_set>
 
-#include "hold.hpp"
+#include "slot_lock.hpp"
 
 namespace vattn {
 
@@ -13,7 +13,7 @@ std::vector<Arena::SlotInfo> Arena::map() const {
   for (std::size_t index = 0; index < options_.slots; ++index) {
     const Slot& slot = slots_[index];
     SlotInfo info{slot.state, slot.length, 0, {}};
-    for (const Loose& loose : slot.retired) info.retired += loose.mapping.bytes();
+    for (const DeferredUnmap& loose : slot.deferred) info.deferred += loose.mapping.bytes();
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
       const Run& run = slot.runs[plane];
       RunInfo row{address_of(index, plane) + run.head - base(), run.head, run.tail, {}, {}};
@@ -112,7 +112,8 @@ Stats Arena::stats() const {
     }
   }
   for (const Slot& slot : slots_) {
-    for (const Loose& loose : slot.retired) stats.retired += first_sight(loose.mapping) ? loose.mapping.bytes() : 0;
+    for (const DeferredUnmap& loose : slot.deferred)
+      stats.deferred += first_sight(loose.mapping) ? loose.mapping.bytes() : 0;
     stats.parked_slots += slot.state == State::parked ? 1 : 0;
     if (slot.state != State::running) continue;
     stats.running_slots += 1;
@@ -133,7 +134,7 @@ Stats Arena::stats() const {
   stats.physical = pool.charged;
   stats.peak = pool.peak;
   // What a caller is mapping or unmapping at this moment is in no slot and in no pool, and serves growth as well.
-  stats.pooled = stats.physical - std::min(stats.physical, stats.mapped + stats.retired);
+  stats.pooled = stats.physical - std::min(stats.physical, stats.mapped + stats.deferred);
   return stats;
 }
 
@@ -174,12 +175,12 @@ void Arena::check() const {
       if (slot.state == State::running && run.head > first * geometry.row_bytes)
         broken(index, plane, "rows of a running sequence's window are not mapped (invariant 1)");
       if (slot.state == State::bare && run.tail != 0) broken(index, plane, "a bare slot has memory");
-      if (slot.state == State::parked && slot.known == 0 && run.head != 0)
+      if (slot.state == State::parked && slot.cached == 0 && run.head != 0)
         broken(index, plane, "a parked slot lacks its first rows");
-      if (slot.known != 0 && run.tail < slot.known * geometry.row_bytes)
+      if (slot.cached != 0 && run.tail < slot.cached * geometry.row_bytes)
         broken(index, plane, "rows that are known are not mapped");
     }
-    for (const Loose& loose : slot.retired) {
+    for (const DeferredUnmap& loose : slot.deferred) {
       const Run& run = slot.runs[loose.plane];
       const Address start = address_of(index, loose.plane);
       const auto [at, bytes] = loose.mapping.range();
@@ -192,7 +193,7 @@ void Arena::check() const {
     if (index < options_.slots && (bare_.contains(index) != (slot.state == State::bare) ||
                                    parked_.contains(index) != (slot.state == State::parked)))
       broken(index, 0, "the slot is not where slots of its state are looked for");
-    if (slot.known > (slot.state == State::running ? slot.length : options_.max_len))
+    if (slot.cached > (slot.state == State::running ? slot.length : options_.max_len))
       broken(index, 0, "rows are known that were never written");
   }
   for (const auto& [extent, counted] : mappings)

@@ -3,7 +3,7 @@
 #include <chrono>
 #include <utility>
 
-#include "hold.hpp"
+#include "slot_lock.hpp"
 
 namespace vattn {
 
@@ -79,13 +79,13 @@ void Arena::map_ahead() {
     Slot& slot = slots_[index];
     slot.asked = false;
     const std::size_t goal = goal_of(slot);
-    if (closed_ || slot.state != State::running || slot.held || slot.capacity >= goal) {
+    if (closed_ || slot.state != State::running || slot.locked || slot.capacity >= goal) {
       refresh(slot);
       continue;
     }
     const auto since = slot.asked_since;
     try {
-      const Hold hold(*this, Slots(&index, 1), lock);
+      const SlotLock slot_lock(*this, Slots(&index, 1), lock);
       slot.starved = !map_up_to(Slots(&index, 1), PerSlot(goal), Urgency::ahead, lock);
     } catch (const std::exception&) {
       slot.starved = true;
@@ -101,7 +101,7 @@ void Arena::map_ahead() {
 }
 
 // The mapper's: unmaps what is retired and done with, and creates what growth will take next.
-void Arena::keep_house() {
+void Arena::run_maintenance() {
   Lock lock(mutex_);
   housekeeping_posted_ = false;
   bool freed = false;
@@ -109,15 +109,15 @@ void Arena::keep_house() {
   try {
     for (std::size_t index = 0; index < slots_.size() && !closed_; ++index) {
       Slot& slot = slots_[index];
-      if (slot.retired.empty()) continue;
-      if (!slot.held) {
-        const std::size_t before = slot.retired.size();
-        const Hold hold(*this, Slots(&index, 1), lock);
+      if (slot.deferred.empty()) continue;
+      if (!slot.locked) {
+        const std::size_t before = slot.deferred.size();
+        const SlotLock slot_lock(*this, Slots(&index, 1), lock);
         clear_the_way(Slots(&index, 1), Urgency::housekeeping, lock);
-        freed = freed || slot.retired.size() < before;
+        freed = freed || slot.deferred.size() < before;
         if (slot.state == State::parked && has_nothing(slot)) set_state(slot, State::bare);
       }
-      left = left || !slot.retired.empty();
+      left = left || !slot.deferred.empty();
     }
     if (const auto size_class = std::exchange(stocked_class_, std::nullopt); size_class && !closed_) {
       lock.unlock();
@@ -131,22 +131,22 @@ void Arena::keep_house() {
   }
   if (freed) ask_again();
   housekeeping_delay_ = freed ? kPatience : std::min<Clock::duration>(2 * housekeeping_delay_, kLongPatience);
-  if (left) post_housekeeping(housekeeping_delay_);
+  if (left) post_maintenance(housekeeping_delay_);
 }
 
 // Where there is no room to note it, the next one to need it posts it.
-void Arena::post_housekeeping(Clock::duration delay) noexcept {
+void Arena::post_maintenance(Clock::duration delay) noexcept {
   if (!mapper_ || closed_ || housekeeping_posted_) return;
   housekeeping_delay_ = std::max<Clock::duration>(delay, kPatience);
   try {
-    housekeeping_posted_ = mapper_->post(Urgency::housekeeping, this, [this] { keep_house(); }, delay);
+    housekeeping_posted_ = mapper_->post(Urgency::housekeeping, this, [this] { run_maintenance(); }, delay);
   } catch (const std::bad_alloc&) {
   }
 }
 
-void Arena::settle() const {
+void Arena::wait_idle() const {
   driver_->require_owner();
-  if (mapper_) mapper_->settle(this);
+  if (mapper_) mapper_->wait_idle(this);
 }
 
 }  // namespace vattn

@@ -82,8 +82,8 @@ void translate(std::exception_ptr pointer) {
     raise("OutOfDeviceMemory", error.what(), std::pair{"call", error.call()}, std::pair{"code", error.code()});
   } catch (const DriverError& error) {
     raise("DriverError", error.what(), std::pair{"call", error.call()}, std::pair{"code", error.code()});
-  } catch (const OutOfPages& error) {
-    raise("OutOfPages", error.what(), std::pair{"needed", error.needed()}, std::pair{"free", error.free()});
+  } catch (const BudgetExceeded& error) {
+    raise("BudgetExceeded", error.what(), std::pair{"needed", error.needed()}, std::pair{"free", error.free()});
   } catch (const SequenceTooLong& error) {
     raise("SequenceTooLong", error.what());
   } catch (const BackendUnavailable& error) {
@@ -106,7 +106,9 @@ Share share_named(const std::string& name) {
   throw std::invalid_argument("share must be 'auto', 'alias' or 'copy', not '" + name + "'");
 }
 
-py::tuple as_tuple(const Arena::Known& known) { return py::make_tuple(known.lineage, known.positions, known.parked); }
+py::tuple as_tuple(const Arena::CachedPrefix& known) {
+  return py::make_tuple(known.generation, known.positions, known.parked);
+}
 
 const char* name_of(Arena::State state) {
   switch (state) {
@@ -281,20 +283,20 @@ void bind_arena(py::module_& module) {
           py::arg("empty") = false, py::arg("like") = std::nullopt, Unlocked())
       .def(
           "grow",
-          [](Arena& self, const Slots& slots, const Slots& positions, const Slots& keep, std::uintptr_t stream) {
-            if (self.try_grow(slots, PerSlot(positions), PerSlot(keep), Stream{stream})) return;
+          [](Arena& self, const Slots& slots, const Slots& positions, const Slots& min_truncate_length, std::uintptr_t stream) {
+            if (self.try_grow(slots, PerSlot(positions), PerSlot(min_truncate_length), Stream{stream})) return;
             const py::gil_scoped_release release;
-            self.grow(slots, PerSlot(positions), PerSlot(keep), Stream{stream});
+            self.grow(slots, PerSlot(positions), PerSlot(min_truncate_length), Stream{stream});
           },
-          py::arg("slots"), py::arg("positions"), py::arg("keep"), py::arg("stream") = 0)
+          py::arg("slots"), py::arg("positions"), py::arg("min_truncate_length"), py::arg("stream") = 0)
       .def(
           "grow",
-          [](Arena& self, const Slots& slots, std::size_t positions, std::size_t keep, std::uintptr_t stream) {
-            if (self.try_grow(slots, PerSlot(positions), PerSlot(keep), Stream{stream})) return;
+          [](Arena& self, const Slots& slots, std::size_t positions, std::size_t min_truncate_length, std::uintptr_t stream) {
+            if (self.try_grow(slots, PerSlot(positions), PerSlot(min_truncate_length), Stream{stream})) return;
             const py::gil_scoped_release release;
-            self.grow(slots, PerSlot(positions), PerSlot(keep), Stream{stream});
+            self.grow(slots, PerSlot(positions), PerSlot(min_truncate_length), Stream{stream});
           },
-          py::arg("slots"), py::arg("positions"), py::arg("keep"), py::arg("stream") = 0)
+          py::arg("slots"), py::arg("positions"), py::arg("min_truncate_length"), py::arg("stream") = 0)
       .def(
           "truncate",
           [](Arena& self, const Slots& slots, std::size_t positions, std::uintptr_t stream) {
@@ -318,40 +320,40 @@ void bind_arena(py::module_& module) {
           "use", [](Arena& self, std::size_t slot, std::uintptr_t stream) { self.use(slot, Stream{stream}); },
           py::arg("slot"), py::arg("stream"))
       .def(
-          "publish",
-          [](Arena& self, std::size_t slot, std::size_t positions) { return as_tuple(self.publish(slot, positions)); },
+          "commit",
+          [](Arena& self, std::size_t slot, std::size_t positions) { return as_tuple(self.commit(slot, positions)); },
           py::arg("slot"), py::arg("positions"))
       .def(
-          "known", [](const Arena& self, std::size_t slot) { return as_tuple(self.known(slot)); }, py::arg("slot"))
-      .def("forget", &Arena::forget, py::arg("slot"), py::arg("lineage"), Unlocked())
+          "cached_prefix", [](const Arena& self, std::size_t slot) { return as_tuple(self.cached_prefix(slot)); }, py::arg("slot"))
+      .def("forget", &Arena::forget, py::arg("slot"), py::arg("generation"), Unlocked())
       .def(
           "resume",
-          [](Arena& self, std::size_t slot, std::uint64_t lineage, std::size_t positions, std::uintptr_t stream) {
-            return self.resume(slot, lineage, positions, Stream{stream});
+          [](Arena& self, std::size_t slot, std::uint64_t generation, std::size_t positions, std::uintptr_t stream) {
+            return self.resume(slot, generation, positions, Stream{stream});
           },
-          py::arg("slot"), py::arg("lineage"), py::arg("positions"), py::arg("stream") = 0, Unlocked())
+          py::arg("slot"), py::arg("generation"), py::arg("positions"), py::arg("stream") = 0, Unlocked())
       .def(
           "reopen",
-          [](const std::shared_ptr<Arena>& self, std::size_t slot, std::uint64_t lineage, std::size_t positions,
+          [](const std::shared_ptr<Arena>& self, std::size_t slot, std::uint64_t generation, std::size_t positions,
              std::uintptr_t stream) -> std::shared_ptr<Sequence> {
-            if (!self->resume(slot, lineage, positions, Stream{stream})) return nullptr;
+            if (!self->resume(slot, generation, positions, Stream{stream})) return nullptr;
             return owned(new Sequence(self, slot));
           },
-          py::arg("slot"), py::arg("lineage"), py::arg("positions"), py::arg("stream") = 0, Unlocked())
+          py::arg("slot"), py::arg("generation"), py::arg("positions"), py::arg("stream") = 0, Unlocked())
       .def(
           "fork",
           [](Arena& self, std::size_t source, std::size_t positions, const Slots& targets,
-             std::optional<std::uint64_t> lineage, const std::string& share, std::uintptr_t stream) {
+             std::optional<std::uint64_t> generation, const std::string& share, std::uintptr_t stream) {
             const Share chosen = share_named(share);
             const py::gil_scoped_release release;
-            return self.fork(source, lineage, positions, targets, chosen, Stream{stream});
+            return self.fork(source, generation, positions, targets, chosen, Stream{stream});
           },
-          py::arg("source"), py::arg("positions"), py::arg("targets"), py::kw_only(), py::arg("lineage") = std::nullopt,
+          py::arg("source"), py::arg("positions"), py::arg("targets"), py::kw_only(), py::arg("generation") = std::nullopt,
           py::arg("share") = "auto", py::arg("stream") = 0)
       .def(
-          "own",
+          "copy_on_write",
           [](Arena& self, const Slots& slots, std::size_t positions, std::uintptr_t stream) {
-            self.own(slots, positions, Stream{stream});
+            self.copy_on_write(slots, positions, Stream{stream});
           },
           py::arg("slots"), py::arg("positions"), py::arg("stream") = 0, Unlocked())
       .def("compact", &Arena::compact, py::arg("slot"), py::arg("positions"), Unlocked())
@@ -403,10 +405,10 @@ void bind_arena(py::module_& module) {
           [](const Arena& self, const Slots& slots, std::size_t positions) { return self.shares(slots, positions); },
           py::arg("slots"), py::arg("positions"))
       .def("rows_in_shared", &Arena::rows_in_shared, py::arg("slot"))
-      .def("compact_later", &Arena::compact_later, py::arg("slot"), py::arg("lineage"), py::arg("positions"))
+      .def("compact_later", &Arena::compact_later, py::arg("slot"), py::arg("generation"), py::arg("positions"))
       .def("trim", &Arena::trim, Unlocked())
       .def("set_budget", &Arena::set_budget, py::arg("budget"), Unlocked())
-      .def("settle", &Arena::settle, Unlocked())
+      .def("wait_idle", &Arena::wait_idle, Unlocked())
       .def("close", &Arena::close, Unlocked())
       .def("check", &Arena::check, Unlocked())
       .def("length", &Arena::length, py::arg("slot"))
@@ -443,7 +445,7 @@ void bind_arena(py::module_& module) {
                py::dict slot;
                slot["state"] = name_of(info.state);
                slot["length"] = info.length;
-               slot["retired"] = info.retired;
+               slot["deferred"] = info.deferred;
                slot["runs"] = runs;
                slots.append(slot);
              }

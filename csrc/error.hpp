@@ -32,11 +32,11 @@ class OutOfDeviceMemory : public DriverError {
 };
 
 // The byte budget is spent: `needed` bytes were asked for and `free` are left. A normal event for a scheduler.
-class OutOfPages : public Error {
+class BudgetExceeded : public Error {
  public:
-  OutOfPages(std::size_t needed, std::size_t free, const std::string& budget = "budget")
+  BudgetExceeded(std::size_t needed, std::size_t free, const std::string& budget = "budget")
       : Error("the " + budget + " is spent: " + std::to_string(needed) + " bytes needed, " + std::to_string(free) +
-              " free. Close or truncate a sequence, raise `" + budget + "`, or catch OutOfPages and retry later"),
+              " free. Close or truncate a sequence, raise `" + budget + "`, or catch BudgetExceeded and retry later"),
         needed_(needed),
         free_(free) {}
   std::size_t needed() const noexcept { return needed_; }

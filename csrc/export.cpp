@@ -3,7 +3,7 @@
 
 #include <utility>
 
-#include "hold.hpp"
+#include "slot_lock.hpp"
 
 namespace vattn {
 
@@ -12,7 +12,7 @@ std::vector<Arena::ExportedRun> Arena::export_rows(std::size_t name, Stream stre
   require_open();
   running(name, "export");
   const std::size_t index = slot_of(name);
-  const Hold hold(*this, Slots(&index, 1), lock);
+  const SlotLock slot_lock(*this, Slots(&index, 1), lock);
   running(name, "export");
   const Fences fences = fences_of(Slots(&index, 1), stream, lock);
   Slot& slot = slots_[index];
@@ -51,7 +51,7 @@ void Arena::import_rows(std::size_t name, std::size_t positions, const std::vect
   require_open();
   running(name, "import into");
   const std::size_t index = slot_of(name);
-  const Hold hold(*this, Slots(&index, 1), lock);
+  const SlotLock slot_lock(*this, Slots(&index, 1), lock);
   Slot& slot = running(name, "import into");
   if (slot.length != 0) throw std::invalid_argument("cannot import into slot " + std::to_string(index) + ": not empty");
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
@@ -68,7 +68,7 @@ void Arena::import_rows(std::size_t name, std::size_t positions, const std::vect
         end < positions * row_bytes)
       throw Error("what is imported lacks rows");
   }
-  for (std::size_t plane = 0; plane < geometry_.size(); ++plane) retire_run(slot, index, plane);
+  for (std::size_t plane = 0; plane < geometry_.size(); ++plane) defer_unmap_of_run(slot, index, plane);
   refresh(slot);
   clear_the_way(Slots(&index, 1), Urgency::demand, lock);
   std::size_t needed = 0;
@@ -76,7 +76,7 @@ void Arena::import_rows(std::size_t name, std::size_t positions, const std::vect
     for (const ExportedExtent& extent : run.extents) needed += extent.bytes;
   for (std::size_t available = pool_.usage().available(); needed > available; available = pool_.usage().available())
     if (!reclaim(needed - available, {}, Slots(&index, 1), Keep::rows, Urgency::demand, lock))
-      throw OutOfPages(needed, pool_.usage().available());
+      throw BudgetExceeded(needed, pool_.usage().available());
   std::vector<std::vector<Mapping>> mapped(geometry_.size());
   lock.unlock();
   try {
@@ -91,8 +91,8 @@ void Arena::import_rows(std::size_t name, std::size_t positions, const std::vect
   } catch (...) {
     lock.lock();
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
-      for (Mapping& mapping : mapped[plane]) slot.retired.push_back({index, plane, std::move(mapping), {}});
-    post_housekeeping({});
+      for (Mapping& mapping : mapped[plane]) slot.deferred.push_back({index, plane, std::move(mapping), {}});
+    post_maintenance({});
     throw;
   }
   lock.lock();
@@ -109,7 +109,7 @@ void Arena::import_rows(std::size_t name, std::size_t positions, const std::vect
     map_up_to(Slots(&index, 1), PerSlot(positions), Urgency::demand, lock);
   } catch (...) {
     if (!lock.owns_lock()) lock.lock();
-    for (std::size_t plane = 0; plane < geometry_.size(); ++plane) retire_run(slot, index, plane);
+    for (std::size_t plane = 0; plane < geometry_.size(); ++plane) defer_unmap_of_run(slot, index, plane);
     slot.length = 0;
     refresh(slot);
     throw;

@@ -37,7 +37,7 @@ std::shared_ptr<Extent> ExtentPool::obtain(std::size_t bytes, std::optional<int>
         lock.unlock();
         return lend(std::move(extent));
       }
-      if (bytes > usage_.available()) throw OutOfPages(bytes, usage_.available());
+      if (bytes > usage_.available()) throw BudgetExceeded(bytes, usage_.available());
       if (usage_.charged + bytes <= usage_.budget) {
         charge(bytes);
         break;

@@ -22,9 +22,9 @@ class ExtentPool {
 
   // An extent of so many bytes, whole granules: a pooled one where that is a class, or a new one, for which pooled
   // extents of other sizes are released when the budget or the device is short. It is pooled again with its last owner,
-  // who must not outlive the pool. Throws OutOfPages or DriverError, and then has lost nothing.
+  // who must not outlive the pool. Throws BudgetExceeded or DriverError, and then has lost nothing.
   std::shared_ptr<Extent> take(std::size_t bytes);
-  // The memory of another process, charged like any. Throws OutOfPages or DriverError.
+  // The memory of another process, charged like any. Throws BudgetExceeded or DriverError.
   std::shared_ptr<Extent> import(std::size_t bytes, int descriptor);
   // Creates extents of a class until so many are pooled or an eighth of the budget is left, where one class would be
   // released for another. Throws DriverError.

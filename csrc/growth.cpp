@@ -2,12 +2,12 @@
 #include <algorithm>
 #include <utility>
 
-#include "hold.hpp"
+#include "slot_lock.hpp"
 
 namespace vattn {
 
-void Arena::grow(Slots names, PerSlot positions, PerSlot keep, Stream stream) {
-  if (!positions.serves(names.size()) || !keep.serves(names.size()))
+void Arena::grow(Slots names, PerSlot positions, PerSlot min_truncate_length, Stream stream) {
+  if (!positions.serves(names.size()) || !min_truncate_length.serves(names.size()))
     throw std::invalid_argument("there must be one number for all slots, or one for each");
   for (std::size_t i = 0; i < names.size(); ++i) {
     if (positions[i] <= options_.max_len) continue;
@@ -17,8 +17,10 @@ void Arena::grow(Slots names, PerSlot positions, PerSlot keep, Stream stream) {
   Lock lock = locked();
   require_open();
   const std::vector<std::size_t> slots = running_slots(names, "grow");
-  if (grow_in_place(slots, positions, keep, stream)) return;
-  if (discard_due_now(names, keep, stream, lock) && mapper_ && grow_in_place(slots, positions, keep, stream)) return;
+  if (grow_in_place(slots, positions, min_truncate_length, stream)) return;
+  if (discard_due_now(names, min_truncate_length, stream, lock) && mapper_ &&
+      grow_in_place(slots, positions, min_truncate_length, stream))
+    return;
   lock.unlock();
   ++misses_;
   const Waiting waiting(*this);
@@ -29,7 +31,7 @@ void Arena::grow_with_driver(Slots names, PerSlot positions, Stream stream) {
   Lock lock = locked();
   require_open();
   const std::vector<std::size_t> slots = running_slots(names, "grow");
-  const Hold hold(*this, slots, lock);
+  const SlotLock slot_lock(*this, slots, lock);
   require_open();
   running_slots(names, "grow");
   map_up_to(slots, positions, Urgency::demand, lock);
@@ -60,7 +62,7 @@ std::size_t Arena::extend_with_driver(std::size_t name, std::size_t count, Strea
   require_open();
   running(name, "grow");
   const std::size_t index = slot_of(name);
-  const Hold hold(*this, Slots(&index, 1), lock);
+  const SlotLock slot_lock(*this, Slots(&index, 1), lock);
   require_open();
   Slot& slot = running(name, "grow");
   for (;;) {
@@ -92,16 +94,16 @@ std::optional<std::size_t> Arena::extend_in_place(std::size_t name, std::size_t 
 }
 
 // Gives back what windows have passed, where something is to be given back; false where nothing is.
-bool Arena::discard_due_now(Slots names, PerSlot keep, Stream stream, Lock& lock) {
+bool Arena::discard_due_now(Slots names, PerSlot min_truncate_length, Stream stream, Lock& lock) {
   const std::vector<std::size_t> slots = running_slots(names, "grow");
   bool due = false;
-  for (std::size_t i = 0; i < slots.size() && !due; ++i) due = discard_due(slots_[slots[i]], keep[i]);
+  for (std::size_t i = 0; i < slots.size() && !due; ++i) due = discard_due(slots_[slots[i]], min_truncate_length[i]);
   if (!due) return false;
-  const Hold hold(*this, slots, lock);  // who forks one of them counts on its runs
+  const SlotLock slot_lock(*this, slots, lock);  // who forks one of them counts on its runs
   const Fences fresh = fences_of(slots, stream, lock);
   require_open();
   running_slots(names, "grow");  // another thread may have closed it meanwhile
-  discard_before_windows(slots, keep, fresh);
+  discard_before_windows(slots, min_truncate_length, fresh);
   return true;
 }
 
@@ -114,22 +116,22 @@ bool Arena::map_up_to(Slots slots, PerSlot positions, Urgency urgency, Lock& loc
   bool exact = false;
   const Keep least = demand ? Keep::rows : Keep::ahead;
   for (;;) {
-    if (!unshare(slots, urgency, lock) || !clear_the_way(slots, urgency, lock)) return false;
+    if (!copy_shared(slots, urgency, lock) || !clear_the_way(slots, urgency, lock)) return false;
     const auto steps = plan(slots, positions, exact);
     const std::size_t needed = bytes_of(steps);
     if (const std::size_t available = pool_.usage().available(); needed > available) {
       if (reclaim(needed - available, steps, slots, exact ? least : Keep::expected, urgency, lock)) continue;
       if (exact && !demand) return false;
-      if (exact) throw OutOfPages(needed, pool_.usage().available());
+      if (exact) throw BudgetExceeded(needed, pool_.usage().available());
       exact = true;
       continue;
     }
     for (const Step& step : steps) make_room(slots_[step.slot].runs[step.plane].mappings, steps.size());
     lock.unlock();
-    std::vector<Loose> built;
+    std::vector<DeferredUnmap> built;
     try {
       built = build(steps);
-    } catch (const OutOfPages&) {
+    } catch (const BudgetExceeded&) {
       lock.lock();  // another caller was quicker
       continue;
     } catch (const OutOfDeviceMemory&) {
@@ -143,9 +145,9 @@ bool Arena::map_up_to(Slots slots, PerSlot positions, Urgency urgency, Lock& loc
     lock.lock();
     if (first_lookahead() != 0 && !steps.empty() && steps.size() <= geometry_.size()) {  // growth, and not a prompt
       stocked_class_ = pool_.class_of(steps.back().bytes);
-      post_housekeeping({});
+      post_maintenance({});
     }
-    for (Loose& loose : built) {
+    for (DeferredUnmap& loose : built) {
       Run& run = slots_[loose.slot].runs[loose.plane];
       run.tail += loose.mapping.bytes();
       run.mappings.push_back(std::move(loose.mapping));
@@ -161,22 +163,22 @@ bool Arena::map_up_to(Slots slots, PerSlot positions, Urgency urgency, Lock& loc
   return true;
 }
 
-bool Arena::try_grow(Slots names, PerSlot positions, PerSlot keep, Stream stream) {
+bool Arena::try_grow(Slots names, PerSlot positions, PerSlot min_truncate_length, Stream stream) {
   const Lock lock = locked();
-  if (!positions.serves(names.size()) || !keep.serves(names.size())) return false;
+  if (!positions.serves(names.size()) || !min_truncate_length.serves(names.size())) return false;
   for (const std::size_t name : names)
     if (!is_running(name)) return false;
-  return !closed_ && grow_in_place(names, positions, keep, stream);
+  return !closed_ && grow_in_place(names, positions, min_truncate_length, stream);
 }
 
-bool Arena::discard_due(const Slot& slot, std::size_t keep) const noexcept {
-  return slot.next_discard <= std::min(keep, slot.length);
+bool Arena::discard_due(const Slot& slot, std::size_t min_truncate_length) const noexcept {
+  return slot.next_discard <= std::min(min_truncate_length, slot.length);
 }
 
-bool Arena::grow_in_place(Slots names, PerSlot positions, PerSlot keep, Stream stream) {
+bool Arena::grow_in_place(Slots names, PerSlot positions, PerSlot min_truncate_length, Stream stream) {
   for (std::size_t i = 0; i < names.size(); ++i) {
     const Slot& slot = slots_[slot_of(names[i])];
-    if (slot.capacity < positions[i] || discard_due(slot, keep[i])) return false;
+    if (slot.capacity < positions[i] || discard_due(slot, min_truncate_length[i])) return false;
   }
   for (std::size_t i = 0; i < names.size(); ++i) advance(slot_of(names[i]), positions[i], stream);
   return true;
@@ -186,7 +188,7 @@ bool Arena::grow_in_place(Slots names, PerSlot positions, PerSlot keep, Stream s
 void Arena::advance(std::size_t index, std::size_t positions, Stream stream) {
   Slot& slot = slots_[index];
   slot.length = std::max(slot.length, positions);
-  if (!holds(slot.streams, stream)) slot.streams.push_back(stream);
+  if (!contains(slot.streams, stream)) slot.streams.push_back(stream);
   if (slot.length <= slot.quiet) return;
   if (slot.length > slot.hit_at) {
     ++hits_;
@@ -211,7 +213,7 @@ bool Arena::prefetch(std::size_t name, std::size_t positions) {
   }
   ++misses_;
   try {
-    const Hold hold(*this, Slots(&index, 1), lock);
+    const SlotLock slot_lock(*this, Slots(&index, 1), lock);
     require_open();
     running(name, "prefetch");
     const Waiting waiting(*this);
@@ -271,8 +273,8 @@ std::size_t Arena::bytes_of(const std::vector<Step>& steps) noexcept {
 }
 
 // Takes, maps and zeroes what was planned. The mutex is free. When it throws, everything is back where it was.
-std::vector<Arena::Loose> Arena::build(const std::vector<Step>& steps) {
-  std::vector<Loose> built;
+std::vector<Arena::DeferredUnmap> Arena::build(const std::vector<Step>& steps) {
+  std::vector<DeferredUnmap> built;
   built.reserve(steps.size());
   bool zeroing = false;
   try {
@@ -285,7 +287,7 @@ std::vector<Arena::Loose> Arena::build(const std::vector<Step>& steps) {
       driver_->zero(mapping.range());  // while the next one is being mapped
     }
     if (zeroing) driver_->zeroed();
-    for (Loose& loose : built) loose.mapping.set_zeroed();
+    for (DeferredUnmap& loose : built) loose.mapping.set_zeroed();
   } catch (...) {
     try {
       if (zeroing) driver_->zeroed();
@@ -298,7 +300,7 @@ std::vector<Arena::Loose> Arena::build(const std::vector<Step>& steps) {
       // Twice refused: what is still mapped is retired, to be tried again when it is in somebody's way.
       driver_->report(error);
       const std::lock_guard lock(mutex_);
-      retire_again(built);
+      defer_again(built);
     }
     throw;
   }
@@ -307,17 +309,17 @@ std::vector<Arena::Loose> Arena::build(const std::vector<Step>& steps) {
 
 // The same with memory that is taken from whoever has no rows in it, the slots that the caller holds aside. The mutex
 // is free when it returns.
-std::vector<Arena::Loose> Arena::build_on_demand(const std::vector<Step>& steps, Slots mine, Lock& lock) {
+std::vector<Arena::DeferredUnmap> Arena::build_on_demand(const std::vector<Step>& steps, Slots mine, Lock& lock) {
   const std::size_t needed = bytes_of(steps);
   for (;;) {
     if (const std::size_t available = pool_.usage().available(); needed > available) {
       if (reclaim(needed - available, steps, mine, Keep::rows, Urgency::demand, lock)) continue;
-      throw OutOfPages(needed, pool_.usage().available());
+      throw BudgetExceeded(needed, pool_.usage().available());
     }
     lock.unlock();
     try {
       return build(steps);
-    } catch (const OutOfPages&) {
+    } catch (const BudgetExceeded&) {
       lock.lock();  // another caller was quicker
     } catch (const OutOfDeviceMemory&) {
       lock.lock();
@@ -326,13 +328,13 @@ std::vector<Arena::Loose> Arena::build_on_demand(const std::vector<Step>& steps,
   }
 }
 
-void Arena::discard_before_windows(Slots slots, PerSlot keep, const Fences& fresh) {
+void Arena::discard_before_windows(Slots slots, PerSlot min_truncate_length, const Fences& fresh) {
   for (std::size_t i = 0; i < slots.size(); ++i) {
     const std::size_t index = slots[i];
     Slot& slot = slots_[index];
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
       const auto& [row_bytes, window, offset, stride] = geometry_[plane];
-      const std::size_t kept = std::min(keep[i], slot.length);
+      const std::size_t kept = std::min(min_truncate_length[i], slot.length);
       if (window == 0 || kept < window) continue;
       Run& run = slot.runs[plane];
       const std::size_t first = (kept - window + 1) * row_bytes;
@@ -344,15 +346,15 @@ void Arena::discard_before_windows(Slots slots, PerSlot keep, const Fences& fres
       Fences after = slot.fences;
       for (const auto& fence : fresh) note(after, fence);
       std::vector<Fences> fences(gone, after);
-      make_room(slot.retired, gone);
+      make_room(slot.deferred, gone);
       run.head = head;
       for (std::size_t one = 0; one < gone; ++one)
-        slot.retired.push_back({index, plane, std::move(run.mappings[one]), std::move(fences[one])});
+        slot.deferred.push_back({index, plane, std::move(run.mappings[one]), std::move(fences[one])});
       run.mappings.erase(run.mappings.begin(), run.mappings.begin() + static_cast<std::ptrdiff_t>(gone));
     }
     refresh(slot);
   }
-  post_housekeeping({});
+  post_maintenance({});
 }
 
 }  // namespace vattn

@@ -32,7 +32,7 @@ class HostPool {
   std::size_t block_bytes() const noexcept { return block_bytes_; }
   bool in_forked_child() const noexcept { return driver_->in_forked_child(); }
   // Blocks for so many bytes: such as were given back, when what used them is done, and then new ones. Throws
-  // OutOfPages or what the driver throws, and then has lost nothing.
+  // BudgetExceeded or what the driver throws, and then has lost nothing.
   std::vector<HostBlock> take(std::size_t bytes);
   // Blocks that may be used again once the fences have passed.
   void give(std::vector<HostBlock>&& blocks, const Fences& fences) noexcept;

@@ -61,7 +61,7 @@ void Mapper::cancel(const void* owner) {
   state_->done.wait(lock, [&] { return state_->running != owner; });
 }
 
-void Mapper::settle(const void* owner) {
+void Mapper::wait_idle(const void* owner) {
   const auto now_due = [&](const Job& job) { return job.owner == owner && job.not_before == Clock::time_point{}; };
   std::unique_lock lock(state_->mutex);
   state_->done.wait(lock, [&] {

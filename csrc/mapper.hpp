@@ -40,7 +40,7 @@ class Mapper {
   // Drops what is queued for an owner, which must wait for nothing, and waits for what is under way for it.
   void cancel(const void* owner);
   // Waits until nothing of an owner is queued or under way, but what was posted with a delay.
-  void settle(const void* owner);
+  void wait_idle(const void* owner);
   // Finishes what is waited for, drops the rest and ends the thread.
   void stop();
 

@@ -3,31 +3,31 @@
 #include <unordered_map>
 #include <utility>
 
-#include "hold.hpp"
+#include "slot_lock.hpp"
 
 namespace vattn {
 
 // Unmaps, of what the held slots have retired, whatever has passed its fences or lies where they will grow. False when
 // something lies there that only a demand would wait for.
 bool Arena::clear_the_way(Slots slots, Urgency urgency, Lock& lock) {
-  std::vector<Loose> in_the_way;
-  std::vector<Loose> others;
+  std::vector<DeferredUnmap> in_the_way;
+  std::vector<DeferredUnmap> others;
   std::size_t count = 0;
-  for (const std::size_t index : slots) count += slots_[index].retired.size();
+  for (const std::size_t index : slots) count += slots_[index].deferred.size();
   in_the_way.reserve(count);
   others.reserve(count);
   for (const std::size_t index : slots) {
-    for (Loose& loose : slots_[index].retired) {
+    for (DeferredUnmap& loose : slots_[index].deferred) {
       const Address tail = address_of(index, loose.plane) + slots_[index].runs[loose.plane].tail;
       (loose.mapping.range().at >= tail ? in_the_way : others).push_back(std::move(loose));
     }
-    slots_[index].retired.clear();
+    slots_[index].deferred.clear();
   }
   if (in_the_way.empty() && others.empty()) return true;
   std::size_t done = 0;  // of the others, from the oldest on: those are through first
   const auto put_back = [&] {
     others.erase(others.begin(), others.begin() + static_cast<std::ptrdiff_t>(done));
-    for (auto* rest : {&in_the_way, &others}) retire_again(*rest);
+    for (auto* rest : {&in_the_way, &others}) defer_again(*rest);
   };
   lock.unlock();
   try {
@@ -57,10 +57,10 @@ void Arena::wait_quietly(const Fences& fences) const noexcept {
 }
 
 // Takes mappings back that are in no run. Where there is no room for one it goes at once, when nothing uses it.
-void Arena::retire_again(std::vector<Loose>& loose) noexcept {
-  for (Loose& one : loose) {
+void Arena::defer_again(std::vector<DeferredUnmap>& loose) noexcept {
+  for (DeferredUnmap& one : loose) {
     try {
-      slots_[one.slot].retired.push_back(std::move(one));
+      slots_[one.slot].deferred.push_back(std::move(one));
     } catch (const std::bad_alloc&) {  // which has not moved it
       wait_quietly(one.fences);
     }
@@ -68,24 +68,24 @@ void Arena::retire_again(std::vector<Loose>& loose) noexcept {
   loose.clear();
 }
 
-void Arena::retire_run(Slot& slot, std::size_t index, std::size_t plane) noexcept {
+void Arena::defer_unmap_of_run(Slot& slot, std::size_t index, std::size_t plane) noexcept {
   Run& run = slot.runs[plane];
-  retire_from(slot, index, plane, 0);
+  defer_unmap_from(slot, index, plane, 0);
   run = Run{};
 }
 
 // Takes a run's mappings from the given one on out of it. Where there is no room for them they go at once, when nothing
 // uses them.
-void Arena::retire_from(Slot& slot, std::size_t index, std::size_t plane, std::size_t first) noexcept {
+void Arena::defer_unmap_from(Slot& slot, std::size_t index, std::size_t plane, std::size_t first) noexcept {
   Run& run = slot.runs[plane];
   const auto from = run.mappings.begin() + static_cast<std::ptrdiff_t>(std::min(first, run.mappings.size()));
   for (auto mapping = from; mapping != run.mappings.end(); ++mapping) run.tail -= mapping->bytes();
   try {
     const auto count = static_cast<std::size_t>(run.mappings.end() - from);
     std::vector<Fences> fences(count, slot.fences);
-    make_room(slot.retired, count);
+    make_room(slot.deferred, count);
     for (std::size_t i = 0; i < count; ++i)
-      slot.retired.push_back({index, plane, std::move(from[static_cast<std::ptrdiff_t>(i)]), std::move(fences[i])});
+      slot.deferred.push_back({index, plane, std::move(from[static_cast<std::ptrdiff_t>(i)]), std::move(fences[i])});
   } catch (const std::bad_alloc&) {
     wait_quietly(slot.fences);
   }
@@ -104,17 +104,17 @@ class Arena::Harvest {
     make_room(loose_, 1);
     taken_[mapping.extent().get()];
   }
-  void add(Loose&& loose) noexcept {
+  void add(DeferredUnmap&& loose) noexcept {
     const auto& extent = loose.mapping.extent();
     if (++taken_.find(extent.get())->second == extent->mappings.load()) found_ += extent->bytes();
     loose_.push_back(std::move(loose));
   }
-  std::vector<Loose>& loose() noexcept { return loose_; }
+  std::vector<DeferredUnmap>& loose() noexcept { return loose_; }
 
  private:
   const std::size_t wanted_;
   std::size_t found_ = 0;
-  std::vector<Loose> loose_;
+  std::vector<DeferredUnmap> loose_;
   std::unordered_map<const Extent*, std::size_t> taken_;
 };
 
@@ -126,7 +126,7 @@ class Arena::Harvest {
 bool Arena::reclaim(std::size_t bytes, const std::vector<Step>& wanted, Slots mine, Keep keep, Urgency urgency,
                     Lock& lock) {
   Harvest harvest(bytes);
-  std::optional<Hold> hold;  // of those whose mappings are harvested
+  std::optional<SlotLock> slot_lock;  // of those whose mappings are harvested
   std::vector<std::size_t> others;
   try {
     collect(harvest, wanted, mine, keep);
@@ -136,11 +136,11 @@ bool Arena::reclaim(std::size_t bytes, const std::vector<Step>& wanted, Slots mi
       released_.wait(lock, [this] { return reclaiming_ == 0; });
       return true;
     }
-    for (const Loose& one : harvest.loose())
-      if (!holds(mine, one.slot) && !holds(others, one.slot)) others.push_back(one.slot);
-    hold.emplace(*this, others, lock);
+    for (const DeferredUnmap& one : harvest.loose())
+      if (!contains(mine, one.slot) && !contains(others, one.slot)) others.push_back(one.slot);
+    slot_lock.emplace(*this, others, lock);
   } catch (...) {
-    retire_again(harvest.loose());
+    defer_again(harvest.loose());
     throw;
   }
   ++reclaiming_;
@@ -163,22 +163,22 @@ bool Arena::reclaim(std::size_t bytes, const std::vector<Step>& wanted, Slots mi
 
 // What reclaim() takes out of the runs.
 void Arena::collect(Harvest& harvest, const std::vector<Step>& wanted, Slots mine, Keep keep) {
-  const auto take_retired = [&](Slot& slot) {
-    while (!harvest.enough() && !slot.retired.empty()) {
-      harvest.make_room_for(slot.retired.back().mapping);
-      harvest.add(std::move(slot.retired.back()));
-      slot.retired.pop_back();
+  const auto take_deferred = [&](Slot& slot) {
+    while (!harvest.enough() && !slot.deferred.empty()) {
+      harvest.make_room_for(slot.deferred.back().mapping);
+      harvest.add(std::move(slot.deferred.back()));
+      slot.deferred.pop_back();
     }
   };
-  for (const std::size_t index : mine) take_retired(slots_[index]);
+  for (const std::size_t index : mine) take_deferred(slots_[index]);
   using Ranked = std::vector<std::pair<std::size_t, std::size_t>>;  // by rank: the less, the earlier its memory goes
   Ranked ranked;
   Ranked remembered;
   for (std::size_t index = 0; index < slots_.size(); ++index) {
     Slot& slot = slots_[index];
-    if (slot.held || has_nothing(slot)) continue;
-    take_retired(slot);
-    if (slot.state == State::parked && slot.known != 0) {
+    if (slot.locked || has_nothing(slot)) continue;
+    take_deferred(slot);
+    if (slot.state == State::parked && slot.cached != 0) {
       remembered.emplace_back(slot.parked_at, index);
       continue;
     }
@@ -215,14 +215,14 @@ void Arena::collect(Harvest& harvest, const std::vector<Step>& wanted, Slots min
 // Takes mappings that a slot does not need off the ends of its runs, while they are `wanted` and not enough.
 void Arena::strip(std::size_t index, Keep keep, const std::function<bool(const Mapping&)>& wanted, Harvest& harvest) {
   Slot& slot = slots_[index];
-  const bool remembered = slot.known != 0;
+  const bool remembered = slot.cached != 0;
   const auto note_taken = [&]() noexcept {
     for (std::size_t plane = 0; plane < geometry_.size() && slot.state != State::running; ++plane) {
       Run& run = slot.runs[plane];
       if (run.mappings.empty()) run.head = run.tail = 0;
-      slot.known = std::min(slot.known, usable_rows(plane, run.tail));
+      slot.cached = std::min(slot.cached, usable_rows(plane, run.tail));
     }
-    if (remembered && slot.known == 0 && slot.state == State::parked) drop_unwritable(slot, index);
+    if (remembered && slot.cached == 0 && slot.state == State::parked) drop_unwritable(slot, index);
     refresh(slot);
   };
   try {
@@ -246,27 +246,27 @@ void Arena::strip(std::size_t index, Keep keep, const std::function<bool(const M
 }
 
 // Waits for the fences of the last of them, unmaps it and pools its extent. When it throws, it is still mapped.
-void Arena::unmap_last(std::vector<Loose>& loose) {
+void Arena::unmap_last(std::vector<DeferredUnmap>& loose) {
   for (const auto& fence : loose.back().fences) fence->wait();
   loose.back().mapping.unmap();
   loose.pop_back();
 }
 
-void Arena::unmap(std::vector<Loose>& loose) {
+void Arena::unmap(std::vector<DeferredUnmap>& loose) {
   while (!loose.empty()) unmap_last(loose);
 }
 
 // The same with the mutex released meanwhile, for mappings of held slots; true when some were unmapped. What the driver
 // refuses, and what only a demand would wait for, stays retired.
-bool Arena::unmap_outside(std::vector<Loose> loose, Urgency urgency, Lock& lock) {
+bool Arena::unmap_outside(std::vector<DeferredUnmap> loose, Urgency urgency, Lock& lock) {
   const std::size_t before = loose.size();
-  const auto put_back = [&] { retire_again(loose); };
+  const auto put_back = [&] { defer_again(loose); };
   lock.unlock();
   try {
     const auto ready =
         urgency == Urgency::demand
             ? loose.begin()
-            : std::partition(loose.begin(), loose.end(), [](const Loose& one) { return !passed(one.fences); });
+            : std::partition(loose.begin(), loose.end(), [](const DeferredUnmap& one) { return !passed(one.fences); });
     for (auto left = loose.end() - ready; left > 0; --left) unmap_last(loose);
   } catch (...) {
     lock.lock();
@@ -275,7 +275,7 @@ bool Arena::unmap_outside(std::vector<Loose> loose, Urgency urgency, Lock& lock)
   }
   lock.lock();
   const bool some = loose.size() < before;
-  if (!loose.empty()) post_housekeeping(kPatience);
+  if (!loose.empty()) post_maintenance(kPatience);
   put_back();
   return some;
 }

@@ -2,7 +2,7 @@
 #include <iterator>
 #include <utility>
 
-#include "hold.hpp"
+#include "slot_lock.hpp"
 
 namespace vattn {
 namespace {
@@ -18,47 +18,47 @@ void take_from(Run& run, std::size_t first, std::vector<Mapping>& taken) noexcep
 
 }  // namespace
 
-Arena::Known Arena::publish(std::size_t name, std::size_t positions) {
+Arena::CachedPrefix Arena::commit(std::size_t name, std::size_t positions) {
   const Lock lock = locked();
   require_open();
-  Slot& slot = running(name, "publish");
+  Slot& slot = running(name, "commit");
   if (positions > slot.length)
-    throw std::invalid_argument("cannot publish " + std::to_string(positions) + " positions: the sequence has " +
+    throw std::invalid_argument("cannot commit " + std::to_string(positions) + " positions: the sequence has " +
                                 std::to_string(slot.length));
-  slot.known = positions;
-  return {slot.lineage, slot.known, false};
+  slot.cached = positions;
+  return {slot.generation, slot.cached, false};
 }
 
-Arena::Known Arena::known(std::size_t index) const {
+Arena::CachedPrefix Arena::cached_prefix(std::size_t index) const {
   const Lock lock = locked();
   const Slot& slot = slots_.at(index);
-  return {slot.lineage, slot.known, slot.state == State::parked};
+  return {slot.generation, slot.cached, slot.state == State::parked};
 }
 
-void Arena::forget(std::size_t index, std::uint64_t lineage) {
+void Arena::forget(std::size_t index, std::uint64_t generation) {
   Lock lock = locked();
   require_open();
   if (index >= options_.slots) return;
-  const Hold hold(*this, Slots(&index, 1), lock);
+  const SlotLock slot_lock(*this, Slots(&index, 1), lock);
   Slot& slot = slots_[index];
-  if (slot.lineage != lineage) return;
-  slot.known = 0;
+  if (slot.generation != generation) return;
+  slot.cached = 0;
   if (slot.state == State::parked) drop_unwritable(slot, index);
   refresh(slot);
 }
 
-bool Arena::resume(std::size_t index, std::uint64_t lineage, std::size_t positions, Stream stream) {
+bool Arena::resume(std::size_t index, std::uint64_t generation, std::size_t positions, Stream stream) {
   Lock lock = locked();
   require_open();
   if (index >= options_.slots) return false;
-  const Hold hold(*this, Slots(&index, 1), lock);
+  const SlotLock slot_lock(*this, Slots(&index, 1), lock);
   require_open();
   Slot& slot = slots_[index];
-  if (slot.state != State::parked || !has_rows(slot, lineage, positions)) return false;
+  if (slot.state != State::parked || !has_rows(slot, generation, positions)) return false;
   wait_for_others(slot.fences, stream, lock);
   ++adopted_;
   begin(slot, positions, stream);
-  slot.known = std::min(slot.known, positions);
+  slot.cached = std::min(slot.cached, positions);
   refresh(slot);
   return true;
 }
@@ -69,35 +69,35 @@ void Arena::expect(std::size_t name, std::size_t positions) {
   running(name, "expect of").expected = positions;
 }
 
-bool Arena::fork(std::size_t source, std::optional<std::uint64_t> lineage, std::size_t positions, Slots targets,
+bool Arena::fork(std::size_t source, std::optional<std::uint64_t> generation, std::size_t positions, Slots targets,
                  Share share, Stream stream) {
   bool done = false;
-  on_mapper([&] { done = fork_with_driver(source, lineage, positions, targets, share, stream); });
+  on_mapper([&] { done = fork_with_driver(source, generation, positions, targets, share, stream); });
   return done;
 }
 
-bool Arena::fork_with_driver(std::size_t name, std::optional<std::uint64_t> lineage, std::size_t positions, Slots names,
-                             Share share, Stream stream) {
+bool Arena::fork_with_driver(std::size_t name, std::optional<std::uint64_t> generation, std::size_t positions,
+                             Slots names, Share share, Stream stream) {
   Lock lock = locked();
   require_open();
-  if (!lineage) running(name, "fork");
+  if (!generation) running(name, "fork");
   const std::size_t source = slot_of(name);
   if (source >= options_.slots) return false;
   const std::vector<std::size_t> targets = running_slots(names, "fork into");
   std::vector<std::size_t> all(targets);
   all.push_back(source);
-  const Hold hold(*this, all, lock);
+  const SlotLock slot_lock(*this, all, lock);
   require_open();
   Slot& from = slots_[source];
-  if (!lineage) {
+  if (!generation) {
     running(name, "fork");
     if (positions > from.length)
       throw std::invalid_argument("cannot fork at " + std::to_string(positions) + " positions: the sequence has " +
                                   std::to_string(from.length));
-    if (!has_rows(from, lineage, positions))
+    if (!has_rows(from, generation, positions))
       throw std::invalid_argument("cannot fork at " + std::to_string(positions) +
                                   " positions: a window has moved on and the rows before it are given back");
-  } else if (!has_rows(from, lineage, positions)) {
+  } else if (!has_rows(from, generation, positions)) {
     return false;
   }
   for (const std::size_t target : names)
@@ -109,7 +109,7 @@ bool Arena::fork_with_driver(std::size_t name, std::optional<std::uint64_t> line
   if (!parked) cover(from, stream, fences_of(Slots(&source, 1), stream, lock));
   // What is made read-only may not be written by what is queued in this stream either.
   wait_for_others(from.fences, options_.protect_shared ? Stream{kNever} : stream, lock);
-  if (!parked && !holds(from.streams, stream)) from.streams.push_back(stream);
+  if (!parked && !contains(from.streams, stream)) from.streams.push_back(stream);
   std::vector<std::size_t> aliased;
   std::size_t mappings = driver_->mappings();
   const std::size_t limit = options_.alias_limit.value_or(driver_->mapping_limit() / 4 * 3);
@@ -146,10 +146,10 @@ bool Arena::fork_with_driver(std::size_t name, std::optional<std::uint64_t> line
       cover(slot, stream, after);
       slot.length = 0;
       for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
-        if (slot.runs[plane].head != 0 || holds(aliased, target)) retire_run(slot, target, plane);
+        if (slot.runs[plane].head != 0 || contains(aliased, target)) defer_unmap_of_run(slot, target, plane);
       refresh(slot);
     }
-    post_housekeeping({});
+    post_maintenance({});
     throw;
   }
   if (parked) cover(from, stream, fences_after());
@@ -161,9 +161,9 @@ bool Arena::fork_with_driver(std::size_t name, std::optional<std::uint64_t> line
   return true;
 }
 
-// Whether a slot holds its first rows: as a running one, or with a lineage as what is known of it.
-bool Arena::has_rows(const Slot& slot, std::optional<std::uint64_t> lineage, std::size_t positions) const noexcept {
-  if (lineage && (slot.lineage != *lineage || slot.known < positions)) return false;
+// Whether a slot holds its first rows: as a running one, or with a generation as what is known of it.
+bool Arena::has_rows(const Slot& slot, std::optional<std::uint64_t> generation, std::size_t positions) const noexcept {
+  if (generation && (slot.generation != *generation || slot.cached < positions)) return false;
   if (slot.state == State::bare || (slot.state == State::running && slot.length < positions)) return false;
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
     const auto& [row_bytes, window, offset, stride] = geometry_[plane];
@@ -196,14 +196,14 @@ std::size_t Arena::common(const Run& one, const Run& other) noexcept {
 // Whether all that is known of a slot lies in what it shares with another one, so that nothing is lost when a fork of
 // that one takes it.
 bool Arena::is_ready(const Slot& slot, const Slot& source) const noexcept {
-  if (&slot == &source || slot.known == 0) return false;
+  if (&slot == &source || slot.cached == 0) return false;
   bool any = false;
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
     if (geometry_[plane].window != 0) continue;
     const std::size_t count = common(slot.runs[plane], source.runs[plane]);
     std::size_t bytes = 0;
     for (std::size_t index = 0; index < count; ++index) bytes += slot.runs[plane].mappings[index].bytes();
-    if (slot.known * geometry_[plane].row_bytes > bytes) return false;
+    if (slot.cached * geometry_[plane].row_bytes > bytes) return false;
     any = true;
   }
   return any;
@@ -253,7 +253,7 @@ void Arena::split_for_forks(std::size_t source, std::size_t positions, std::size
       sizes.push_back(pool_.bytes_of(pool_.class_of(left)));
     try {
       replace(source, plane, count, 1, sizes, bytes, mine, lock);
-    } catch (const OutOfPages&) {  // then they copy
+    } catch (const BudgetExceeded&) {  // then they copy
     } catch (const OutOfDeviceMemory&) {
     }
   }
@@ -266,10 +266,10 @@ void Arena::share_runs(std::size_t source, std::size_t positions, Slots targets,
   for (const std::size_t target : targets)
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
       if (Run& run = slots_[target].runs[plane]; run.head != from.runs[plane].head) {
-        retire_run(slots_[target], target, plane);
-      } else if (holds(aliased, target)) {
+        defer_unmap_of_run(slots_[target], target, plane);
+      } else if (contains(aliased, target)) {
         const std::size_t had = kept(from, slots_[target], plane, positions);
-        if (had < sharable(from, plane, positions)) retire_from(slots_[target], target, plane, had);
+        if (had < sharable(from, plane, positions)) defer_unmap_from(slots_[target], target, plane, had);
       }
   clear_the_way(targets, Urgency::demand, lock);
   for (const std::size_t target : targets)
@@ -286,7 +286,7 @@ void Arena::share_runs(std::size_t source, std::size_t positions, Slots targets,
       std::vector<Mapping> mappings;
       mappings.reserve(count - had);
       make_room(run.mappings, count - had);
-      make_room(slots_[target].retired, count - had);
+      make_room(slots_[target].deferred, count - had);
       std::size_t tail = run.tail;
       lock.unlock();
       try {
@@ -298,7 +298,7 @@ void Arena::share_runs(std::size_t source, std::size_t positions, Slots targets,
         }
       } catch (...) {
         lock.lock();
-        for (Mapping& mapping : mappings) slots_[target].retired.push_back({target, plane, std::move(mapping), {}});
+        for (Mapping& mapping : mappings) slots_[target].deferred.push_back({target, plane, std::move(mapping), {}});
         throw;
       }
       lock.lock();
@@ -343,7 +343,7 @@ void Arena::copy_rows(std::size_t source, std::size_t positions, Slots targets, 
 
 // Sees to it that held slots may write behind their rows: what is shared there is let go, and of an extent that holds
 // the last rows too they get their own copy. False when there is something that only a demand would do.
-bool Arena::unshare(Slots slots, Urgency urgency, Lock& lock) {
+bool Arena::copy_shared(Slots slots, Urgency urgency, Lock& lock) {
   for (const std::size_t index : slots) {
     Slot& slot = slots_[index];
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
@@ -368,7 +368,7 @@ bool Arena::unshare(Slots slots, Urgency urgency, Lock& lock) {
       const auto beyond = std::find_if(at(past), run.mappings.end(), is_shared);
       if (lacks || beyond != run.mappings.end())
         cover(slot, slot.streams.front(), fences_of(Slots(&index, 1), slot.streams.front(), lock));
-      retire_from(slot, index, plane, static_cast<std::size_t>(beyond - run.mappings.begin()));
+      defer_unmap_from(slot, index, plane, static_cast<std::size_t>(beyond - run.mappings.begin()));
       if (lacks) {
         std::size_t left = (past == run.mappings.size() ? std::min(end, needed_end) : end) - start;
         std::vector<std::size_t> sizes;
@@ -392,17 +392,17 @@ bool Arena::unshare(Slots slots, Urgency urgency, Lock& lock) {
   return true;
 }
 
-void Arena::own(Slots slots, std::size_t positions, Stream stream) {
+void Arena::copy_on_write(Slots slots, std::size_t positions, Stream stream) {
   on_mapper([&] { own_with_driver(slots, positions, stream); });
 }
 
 void Arena::own_with_driver(Slots names, std::size_t positions, Stream stream) {
   Lock lock = locked();
   require_open();
-  const std::vector<std::size_t> slots = running_slots(names, "own");
-  const Hold hold(*this, slots, lock);
+  const std::vector<std::size_t> slots = running_slots(names, "copy_on_write");
+  const SlotLock slot_lock(*this, slots, lock);
   require_open();
-  running_slots(names, "own");
+  running_slots(names, "copy_on_write");
   const Fences fresh = fences_of(slots, stream, lock);
   for (const std::size_t index : slots) {
     Slot& slot = slots_[index];
@@ -441,46 +441,46 @@ void Arena::compact(std::size_t slot, std::size_t positions) {
   on_mapper([&] { compact_with_driver(slot, std::nullopt, positions, 1); });
 }
 
-void Arena::compact_later(std::size_t slot, std::uint64_t lineage, std::size_t positions) {
+void Arena::compact_later(std::size_t slot, std::uint64_t generation, std::size_t positions) {
   const Lock lock = locked();
-  post_compacting(slot, lineage, positions, {});
+  post_compacting(slot, generation, positions, {});
 }
 
 // Looks again, with growing patience, while kernels use the slot.
-void Arena::post_compacting(std::size_t slot, std::uint64_t lineage, std::size_t positions, Clock::duration delay) {
+void Arena::post_compacting(std::size_t slot, std::uint64_t generation, std::size_t positions, Clock::duration delay) {
   if (!mapper_ || closed_ || delay > kLongPatience) return;
-  const auto work = [this, slot, lineage, positions, delay] {
+  const auto work = [this, slot, generation, positions, delay] {
     bool done = true;
     try {
-      done = compact_with_driver(slot, lineage, positions, kFewExtents);
+      done = compact_with_driver(slot, generation, positions, kFewExtents);
     } catch (const std::exception&) {
       const Lock again(mutex_);
       ++background_failures_;
     }
     const Lock again(mutex_);
-    if (!done) post_compacting(slot, lineage, positions, std::max<Clock::duration>(2 * delay, kPatience));
+    if (!done) post_compacting(slot, generation, positions, std::max<Clock::duration>(2 * delay, kPatience));
   };
   mapper_->post(Urgency::housekeeping, this, work, delay);
 }
 
-// Of a running slot at once; of a parked one of the lineage where there is memory to spare, and false while its fences
-// have not passed.
-bool Arena::compact_with_driver(std::size_t name, std::optional<std::uint64_t> lineage, std::size_t positions,
+// Of a running slot at once; of a parked one of the generation where there is memory to spare, and false while its
+// fences have not passed.
+bool Arena::compact_with_driver(std::size_t name, std::optional<std::uint64_t> generation, std::size_t positions,
                                 std::size_t most) {
   Lock lock = locked();
   require_open();
-  if (!lineage) running(name, "compact");
+  if (!generation) running(name, "compact");
   const std::size_t index = slot_of(name);
   if (index >= options_.slots) return true;
-  const Hold hold(*this, Slots(&index, 1), lock);
+  const SlotLock slot_lock(*this, Slots(&index, 1), lock);
   require_open();
   Slot& slot = slots_[index];
-  if (!lineage && positions > running(name, "compact").length)
+  if (!generation && positions > running(name, "compact").length)
     throw std::invalid_argument("cannot compact " + std::to_string(positions) + " positions: the sequence has " +
                                 std::to_string(slot.length));
-  if (lineage && (slot.state != State::parked || !has_rows(slot, lineage, positions))) return true;
-  if (!lineage) cover(slot, slot.streams.front(), fences_of(Slots(&index, 1), slot.streams.front(), lock));
-  if (lineage) {
+  if (generation && (slot.state != State::parked || !has_rows(slot, generation, positions))) return true;
+  if (!generation) cover(slot, slot.streams.front(), fences_of(Slots(&index, 1), slot.streams.front(), lock));
+  if (generation) {
     lock.unlock();
     const bool done = passed(slot.fences);
     lock.lock();
@@ -498,7 +498,7 @@ bool Arena::compact_with_driver(std::size_t name, std::optional<std::uint64_t> l
     const std::size_t first = count <= most ? count - 1 : 0;
     std::size_t start = end;
     for (std::size_t i = first; i < count; ++i) start -= mappings[i].bytes();
-    if (lineage && end - start > pool_.usage().available()) continue;
+    if (generation && end - start > pool_.usage().available()) continue;
     std::vector<std::size_t> sizes{cut - start};
     for (std::size_t left = end - cut; left != 0; left -= sizes.back())
       sizes.push_back(pool_.bytes_of(pool_.class_of(left)));
@@ -515,32 +515,32 @@ void Arena::replace(std::size_t index, std::size_t plane, std::size_t first, std
   Run& run = slots_[index].runs[plane];
   std::size_t start = run.head;
   for (std::size_t i = 0; i < first; ++i) start += run.mappings[i].bytes();
-  const std::size_t bench = options_.slots;
+  const std::size_t scratch = options_.slots;
   const Fences fences = slots_[index].fences;
   std::vector<Step> steps;
   for (std::size_t at = start; const std::size_t size : sizes) {
-    steps.push_back({bench, plane, address_of(bench, plane) + at, size});
+    steps.push_back({scratch, plane, address_of(scratch, plane) + at, size});
     at += size;
   }
-  const Hold hold(*this, Slots(&bench, 1), lock);
-  clear_the_way(Slots(&bench, 1), Urgency::demand, lock);
-  std::vector<Loose> filled = build_on_demand(steps, mine, lock);
-  const auto clear_bench = [&] {
+  const SlotLock slot_lock(*this, Slots(&scratch, 1), lock);
+  clear_the_way(Slots(&scratch, 1), Urgency::demand, lock);
+  std::vector<DeferredUnmap> filled = build_on_demand(steps, mine, lock);
+  const auto clear_scratch = [&] {
     try {
       while (!filled.empty()) unmap_last(filled);
     } catch (const std::exception&) {  // tried again when it is in the way
     }
     lock.lock();
-    retire_again(filled);
+    defer_again(filled);
   };
   try {
     for (const auto& fence : fences) fence->wait();
     if (bytes != 0)
-      driver_->copy(address_of(bench, plane) + start, address_of(index, plane) + start, bytes,
+      driver_->copy(address_of(scratch, plane) + start, address_of(index, plane) + start, bytes,
                     driver_->own_stream(OwnStream::zeroing));
     driver_->zeroed();
   } catch (...) {
-    clear_bench();
+    clear_scratch();
     throw;
   }
 
@@ -549,7 +549,7 @@ void Arena::replace(std::size_t index, std::size_t plane, std::size_t first, std
   std::vector<Mapping> old;
   std::vector<Mapping> fresh;
   std::vector<std::pair<std::shared_ptr<Extent>, Access>> before;
-  std::vector<Fences> of_retired;
+  std::vector<Fences> of_deferred;
   lock.lock();
   try {
     behind.reserve(run.mappings.size());
@@ -559,11 +559,11 @@ void Arena::replace(std::size_t index, std::size_t plane, std::size_t first, std
       before.emplace_back(run.mappings[i].extent(), run.mappings[i].access());
     make_room(run.mappings, sizes.size());
     const std::size_t most = run.mappings.size() + sizes.size();
-    of_retired.assign(most, fences);
-    make_room(slots_[index].retired, most);
+    of_deferred.assign(most, fences);
+    make_room(slots_[index].deferred, most);
   } catch (...) {
     lock.unlock();
-    clear_bench();
+    clear_scratch();
     throw;
   }
   take_from(run, first + count, behind);
@@ -583,7 +583,7 @@ void Arena::replace(std::size_t index, std::size_t plane, std::size_t first, std
       old.back().unmap();
       old.pop_back();
     }
-    for (const Loose& loose : filled) {
+    for (const DeferredUnmap& loose : filled) {
       fresh.emplace_back(driver_, loose.mapping.extent(), end_of_run(fresh));
       fresh.back().allow();
     }
@@ -605,13 +605,13 @@ void Arena::replace(std::size_t index, std::size_t plane, std::size_t first, std
   }
   for (const auto& [extent, access] : before) --extent->mappings;
   before.clear();
-  clear_bench();
+  clear_scratch();
   Slot& slot = slots_[index];
   const auto put_back = [&](std::vector<Mapping>& mappings, std::size_t first_lost) {
     for (std::size_t i = 0; i < mappings.size(); ++i) {
       if (i >= first_lost) {
-        slot.retired.push_back({index, plane, std::move(mappings[i]), std::move(of_retired.back())});
-        of_retired.pop_back();
+        slot.deferred.push_back({index, plane, std::move(mappings[i]), std::move(of_deferred.back())});
+        of_deferred.pop_back();
         continue;
       }
       run.tail += mappings[i].bytes();
@@ -624,7 +624,7 @@ void Arena::replace(std::size_t index, std::size_t plane, std::size_t first, std
   if (failure) {
     const std::size_t left = usable_rows(plane, run.tail);
     slot.length = std::min(slot.length, left);
-    slot.known = std::min(slot.known, left);
+    slot.cached = std::min(slot.cached, left);
   }
   refresh(slot);
   if (failure) std::rethrow_exception(failure);

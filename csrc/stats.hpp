@@ -17,7 +17,7 @@ namespace vattn {
   X(std::size_t, mapped)                  /* memory in runs of running and parked slots */                     \
   X(std::size_t, parked)                  /* of that, in parked slots only */                                  \
   X(std::size_t, shared)                  /* what would be mapped too if every run had its own */              \
-  X(std::size_t, retired)                 /* memory that waits for its fences */                               \
+  X(std::size_t, deferred)                 /* memory that waits for its fences */                               \
   X(std::size_t, running_slots)                                                                                \
   X(std::size_t, parked_slots)                                                                                 \
   X(std::size_t, rows)                    /* rows of running sequences */                                      \

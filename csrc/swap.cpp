@@ -1,7 +1,7 @@
 // How a sequence leaves its slot for host memory, and comes back.
 #include <utility>
 
-#include "hold.hpp"
+#include "slot_lock.hpp"
 
 namespace vattn {
 namespace {
@@ -60,7 +60,7 @@ std::shared_ptr<Swapped> Arena::swap_out_as_it_is(std::size_t name, Stream strea
   require_open();
   running(name, "swap out");
   const std::size_t index = slot_of(name);
-  const Hold hold(*this, Slots(&index, 1), lock);
+  const SlotLock slot_lock(*this, Slots(&index, 1), lock);
   require_open();
   running(name, "swap out");
   Slot& slot = slots_[index];
@@ -105,13 +105,13 @@ std::shared_ptr<Swapped> Arena::swap_out_as_it_is(std::size_t name, Stream strea
   note(slot.fences, swapped->last.front());
   if (slot.length != swapped->length) return nullptr;
   for (const auto& [shared, extent] : fresh) HostCopy::link(shared.copy, shared.piece, extent);
-  for (std::size_t plane = 0; plane < geometry_.size(); ++plane) retire_run(slot, index, plane);
-  slot.length = slot.known = 0;
+  for (std::size_t plane = 0; plane < geometry_.size(); ++plane) defer_unmap_of_run(slot, index, plane);
+  slot.length = slot.cached = 0;
   set_state(slot, has_nothing(slot) ? State::bare : State::parked);
   slot.parked_at = ++clock_;
   slot.streams.clear();
   refresh(slot);
-  post_housekeeping({});
+  post_maintenance({});
   return swapped;
 }
 
@@ -159,7 +159,7 @@ std::size_t Arena::swap_in(Swapped& swapped, std::optional<std::size_t> wanted, 
 void Arena::swap_in_with_driver(Swapped& swapped, std::size_t index, Stream stream) {
   Lock lock = locked();
   require_open();
-  const Hold hold(*this, Slots(&index, 1), lock);
+  const SlotLock slot_lock(*this, Slots(&index, 1), lock);
   try {
     bring_back(swapped, index, stream, lock);
   } catch (...) {
@@ -168,7 +168,7 @@ void Arena::swap_in_with_driver(Swapped& swapped, std::size_t index, Stream stre
     Slot& slot = slots_[index];
     slot.length = 0;
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
-      if (slot.runs[plane].head != 0 || !swapped.parts[plane].shared.empty()) retire_run(slot, index, plane);
+      if (slot.runs[plane].head != 0 || !swapped.parts[plane].shared.empty()) defer_unmap_of_run(slot, index, plane);
     refresh(slot);
     throw;
   }
@@ -180,7 +180,7 @@ void Arena::bring_back(Swapped& swapped, std::size_t index, Stream stream, Lock&
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
     const Swapped::Part& part = swapped.parts[plane];
     if (part.head == 0 && part.shared.empty()) continue;
-    retire_run(slot, index, plane);
+    defer_unmap_of_run(slot, index, plane);
     clear_the_way(Slots(&index, 1), Urgency::demand, lock);
     slot.runs[plane].head = slot.runs[plane].tail = part.head;
     if (!part.shared.empty()) slot.length = swapped.length;  // what is shared lies before it
@@ -253,10 +253,10 @@ void Arena::bring_back_shared(const Swapped::Part& part, std::size_t index, std:
     const Swapped::Shared& shared = part.shared[i];
     const Address at = address_of(index, plane) + run.tail;
     const std::shared_ptr<Extent> extent = HostCopy::linked(shared.copy, shared.piece);
-    std::vector<Loose> made;
+    std::vector<DeferredUnmap> made;
     if (extent) {
       made.reserve(1);
-      make_room(slot.retired, 1);
+      make_room(slot.deferred, 1);
       ++extent->mappings;  // from now on nobody else is alone with it
       lock.unlock();
       try {
@@ -265,7 +265,7 @@ void Arena::bring_back_shared(const Swapped::Part& part, std::size_t index, std:
       } catch (...) {
         lock.lock();
         --extent->mappings;
-        retire_again(made);
+        defer_again(made);
         throw;
       }
       lock.lock();
@@ -282,7 +282,7 @@ void Arena::bring_back_shared(const Swapped::Part& part, std::size_t index, std:
       lock.lock();
     }
     const std::size_t first = i;
-    for (Loose& loose : made) {
+    for (DeferredUnmap& loose : made) {
       found.emplace_back(part.shared[i++], loose.mapping.extent());
       run.tail += loose.mapping.bytes();
       run.mappings.push_back(std::move(loose.mapping));

@@ -16,7 +16,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from vattn import CACHE_KEYWORD, KVCache, OutOfPages, SequenceTooLong
+from vattn import CACHE_KEYWORD, BudgetExceeded, KVCache, SequenceTooLong
 from vattn.graphs.runner import GraphRunner
 from vattn.hf import rows
 from vattn.hf.decode_graph import DecodeGraph
@@ -44,7 +44,9 @@ def test_greedy_steps_begin_before_their_calls(batch, device):
                 cache.reset()
             stats = cache.decode_stats()
             assert stats.eager + stats.replayed == 2 * 23
-            assert stats.ahead == (23 + 23 - 4 if run_ahead else 0)  # not the first of a call, nor those before a graph
+            assert stats.speculative == (
+                23 + 23 - 4 if run_ahead else 0
+            )  # not the first of a call, nor those before a graph
 
 
 class Banned(LogitsProcessor):
@@ -71,7 +73,7 @@ def test_steps_that_began_with_other_tokens_are_computed_again(every, least, dev
     with virtual_of(model) as cache:
         assert torch.equal(run(cache), expected)
         assert committed(cache)
-        assert least <= cache.decode_stats().ahead <= 36
+        assert least <= cache.decode_stats().speculative <= 36
         assert cache.decode_stats().replayed >= 36
 
 
@@ -91,7 +93,7 @@ def test_what_is_done_to_a_cache_in_between_ends_what_has_begun(device):
     with virtual_of(model) as cache:
         criteria = StoppingCriteriaList([Copying()])
         assert torch.equal(generated(model, cache, max_new_tokens=30, stopping_criteria=criteria), expected)
-        assert cache.decode_stats().ahead >= 18
+        assert cache.decode_stats().speculative >= 18
         for other, ids in copies:
             more = {"max_new_tokens": 40 - ids.shape[1], "do_sample": False} if ids.shape[1] < 40 else None
             if more is not None:
@@ -121,7 +123,7 @@ def test_what_is_written_through_a_view_is_seen(name, device):
     with virtual_of(model) as cache:
         assert torch.equal(run(cache), run(DynamicCache(config=model.config)))
         assert committed(cache)
-        assert cache.decode_stats().ahead >= 15
+        assert cache.decode_stats().speculative >= 15
 
 
 def test_rows_that_have_ended_do_not_hinder_the_others(device):
@@ -143,22 +145,22 @@ def test_rows_that_have_ended_do_not_hinder_the_others(device):
             assert torch.equal(generated(model, cache, **options), expected)
             assert committed(cache)
             stats = cache.decode_stats()
-            assert stats.ahead == expected.shape[1] - free.shape[1] + 39 - 3  # also while a row takes padding
+            assert stats.speculative == expected.shape[1] - free.shape[1] + 39 - 3  # also while a row takes padding
 
 
-@pytest.mark.parametrize("where", ["was_given", "begin_next", "grow_ahead"])
+@pytest.mark.parametrize("where", ["was_given", "start_speculative", "grow_speculatively"])
 def test_an_error_around_a_step_that_begins_leaves_nothing_of_it(where, device, monkeypatch):
     model = build("llama-gqa", "sdpa", device)
     model.generation_config.eos_token_id = None
     expected = generated(model, DynamicCache(config=model.config), max_new_tokens=30)
     with virtual_of(model) as cache:
-        owner = {"was_given": GraphRunner, "begin_next": DecodeGraph, "grow_ahead": rows.Rows}[where]
+        owner = {"was_given": GraphRunner, "start_speculative": DecodeGraph, "grow_speculatively": rows.Rows}[where]
         original, calls = getattr(owner, where), []
 
         def interrupted(*args):
             calls.append(1)
             if len(calls) == 9:
-                if where == "begin_next":
+                if where == "start_speculative":
                     original(*args)
                 raise KeyboardInterrupt
             return original(*args)
@@ -168,8 +170,8 @@ def test_an_error_around_a_step_that_begins_leaves_nothing_of_it(where, device, 
             generated(model, cache, max_new_tokens=30)
         assert len(calls) == 9
         assert committed(cache)
-        assert cache._store.ahead is None
-        assert (cache.decoder.again() is None) == (where != "grow_ahead")  # where nothing has begun
+        assert cache._store.speculative is None
+        assert (cache.decoder.again() is None) == (where != "grow_speculatively")  # where nothing has begun
         cache.reset()
         assert torch.equal(generated(model, cache, max_new_tokens=30), expected)
 
@@ -177,18 +179,18 @@ def test_an_error_around_a_step_that_begins_leaves_nothing_of_it(where, device, 
 def test_no_memory_for_a_step_before_its_call_is_no_error(device, monkeypatch):
     model = build("llama-gqa", "sdpa", device)
     expected = generated(model, DynamicCache(config=model.config), max_new_tokens=24)
-    grow_ahead = rows.Rows.grow_ahead
+    grow_speculatively = rows.Rows.grow_speculatively
 
     def refusing(self, length):
         with monkeypatch.context() as full:
             if length > 20:
-                full.setattr(KVCache, "grow_all", unittest.mock.Mock(side_effect=OutOfPages("no")))
-            return grow_ahead(self, length)
+                full.setattr(KVCache, "grow_all", unittest.mock.Mock(side_effect=BudgetExceeded("no")))
+            return grow_speculatively(self, length)
 
-    monkeypatch.setattr(rows.Rows, "grow_ahead", refusing)
+    monkeypatch.setattr(rows.Rows, "grow_speculatively", refusing)
     with virtual_of(model) as cache:
         assert torch.equal(generated(model, cache, max_new_tokens=24), expected)
-        assert 0 < cache.decode_stats().ahead < 10
+        assert 0 < cache.decode_stats().speculative < 10
 
 
 def test_the_last_step_is_not_repeated_once_another_has_begun_behind_it(device):

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from vattn import DriverError, Error, OutOfDeviceMemory, OutOfPages, SequenceTooLong, _core
+from vattn import BudgetExceeded, DriverError, Error, OutOfDeviceMemory, SequenceTooLong, _core
 
 PAGE = 4096
 ROW = 512  # bytes: 8 rows a granule
@@ -107,7 +107,7 @@ def test_several_slots_grow_together_or_not_at_all():
     for _ in range(3):
         a.acquire()
     a.grow([0, 1, 2], 8, 0)
-    with pytest.raises(OutOfPages) as caught:
+    with pytest.raises(BudgetExceeded) as caught:
         a.grow([0, 1, 2], 9, 8)
     assert (caught.value.needed, caught.value.free) == (3 * PAGE, 2 * PAGE)
     assert [a.length(slot) for slot in range(3)] == [8, 8, 8]
@@ -173,7 +173,7 @@ def test_truncating_keeps_memory_until_somebody_needs_it():
     a.truncate([0], 8)
     # The four granules came as one extent, which still holds the first rows: nothing can be taken away.
     a.acquire()
-    with pytest.raises(OutOfPages):
+    with pytest.raises(BudgetExceeded):
         a.grow([1], 1, 0)
     a.check()
     a.release([0])
@@ -324,7 +324,7 @@ def test_trim_gives_everything_back_that_no_sequence_needs():
     a.truncate([1], 3)
     a.trim()
     stats = a.stats()
-    assert (mapped(a), stats["pooled"], stats["retired"]) == (14, 0, 0)
+    assert (mapped(a), stats["pooled"], stats["deferred"]) == (14, 0, 0)
     assert stats["physical"] == stats["mapped"]
     assert [slot["state"] for slot in a.map()] == ["bare", "running", "running", "bare"]
     a.check()
@@ -494,7 +494,7 @@ def run_life(driver, k, *, times=1, out_of_memory=False):
         before, tails_before = snapshot(a), tails(a)
         try:
             operation()
-        except (DriverError, OutOfPages) as error:
+        except (DriverError, BudgetExceeded) as error:
             failures += 1
             if isinstance(error, DriverError):
                 assert isinstance(error, OutOfDeviceMemory) == out_of_memory
@@ -606,7 +606,7 @@ def test_threads_share_a_tight_budget():
                     try:
                         a.grow([slot], goal, length)
                         length = goal
-                    except OutOfPages:
+                    except BudgetExceeded:
                         refused[0] += 1
                         break
                 a.truncate([slot], length // 2)
@@ -628,7 +628,7 @@ def test_threads_share_a_tight_budget():
 
 
 def test_check_is_part_of_the_errors():
-    assert issubclass(OutOfPages, Error)
-    assert issubclass(OutOfPages, MemoryError)
+    assert issubclass(BudgetExceeded, Error)
+    assert issubclass(BudgetExceeded, MemoryError)
     assert issubclass(SequenceTooLong, ValueError)
     assert issubclass(OutOfDeviceMemory, DriverError)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from vattn import DriverError, OutOfPages, _core
+from vattn import BudgetExceeded, DriverError, _core
 
 ROWS = 4  # a granule
 SLOTS = 6
@@ -73,7 +73,9 @@ class ArenaMachine(RuleBasedStateMachine):
         self.addresses = [plane.data_ptr() for plane in self.planes]
         self.written: dict[int, list[int]] = {}  # slot -> what each of its rows holds
         self.kept: dict[int, int] = {}  # slot -> the first position that a truncated window may still need
-        self.known: dict[int, tuple[int, list[int], int]] = {}  # parked slot -> lineage, rows, what is kept of windows
+        self.known: dict[
+            int, tuple[int, list[int], int]
+        ] = {}  # parked slot -> generation, rows, what is kept of windows
         self.swapped: list[tuple[_core.Swapped, list[int], int]] = []  # and their rows, and what is kept of windows
         self.next_value = 1
 
@@ -81,7 +83,7 @@ class ArenaMachine(RuleBasedStateMachine):
         """Whether the operation succeeded; it fails in the ways it may, and then has changed nothing."""
         try:
             operation()
-        except (DriverError, OutOfPages):
+        except (DriverError, BudgetExceeded):
             return False
         return True
 
@@ -144,18 +146,18 @@ class ArenaMachine(RuleBasedStateMachine):
     def fork(self, index: int, fraction: float, share: str, parked: bool) -> None:
         if parked and self.known:
             source = pick(self.known, index)
-            lineage, rows, kept = self.known[source]
+            generation, rows, kept = self.known[source]
         elif self.written:
             source = pick(self.written, index)
-            lineage, rows, kept = None, self.written[source], self.kept[source]
+            generation, rows, kept = None, self.written[source], self.kept[source]
         else:
             return
         length = int(len(rows) * fraction)
         if length == len(rows) or length - WINDOW + 1 >= kept:  # else a window may have passed
-            self.fork_into_new(source, lineage, length, rows, kept, share)
+            self.fork_into_new(source, generation, length, rows, kept, share)
 
     def fork_into_new(
-        self, source: int, lineage: int | None, length: int, rows: list[int], kept: int, share: str
+        self, source: int, generation: int | None, length: int, rows: list[int], kept: int, share: str
     ) -> None:
         if len(self.written.keys() | {source}) == SLOTS:
             return
@@ -168,8 +170,8 @@ class ArenaMachine(RuleBasedStateMachine):
             return
         done: list[bool] = []
         if self.attempt(
-            lambda: done.append(self.arena.fork(source, length, [target], lineage=lineage, share=share))
-        ) and (done[0] or lineage is None):
+            lambda: done.append(self.arena.fork(source, length, [target], generation=generation, share=share))
+        ) and (done[0] or generation is None):
             assert done[0]
             self.written[target], self.kept[target] = rows[:length], kept
 
@@ -185,14 +187,14 @@ class ArenaMachine(RuleBasedStateMachine):
                 self.written[slots[0]], self.kept[slots[0]] = rows, kept
             else:  # a slot was taken, and let go again
                 self.known = {
-                    slot: found for slot, found in self.known.items() if self.arena.known(slot)[0] == found[0]
+                    slot: found for slot, found in self.known.items() if self.arena.cached_prefix(slot)[0] == found[0]
                 }
         elif self.known:
             slot = pick(self.known, index)
-            lineage, rows, kept = self.known[slot]
+            generation, rows, kept = self.known[slot]
             length = int(len(rows) * fraction)
             done: list[bool] = []
-            if self.attempt(lambda: done.append(self.arena.resume(slot, lineage, length))) and done[0]:
+            if self.attempt(lambda: done.append(self.arena.resume(slot, generation, length))) and done[0]:
                 del self.known[slot]
                 self.written[slot], self.kept[slot] = rows[:length], kept
 
@@ -200,8 +202,8 @@ class ArenaMachine(RuleBasedStateMachine):
     def compact(self, index: int, fraction: float, parked: bool) -> None:
         if parked and self.known:
             slot = pick(self.known, index)
-            lineage, rows, _ = self.known[slot]
-            self.arena.compact_later(slot, lineage, int(len(rows) * fraction))
+            generation, rows, _ = self.known[slot]
+            self.arena.compact_later(slot, generation, int(len(rows) * fraction))
         elif self.written:
             slot = pick(self.written, index)
             self.attempt(lambda: self.arena.compact(slot, int(len(self.written[slot]) * fraction)))
@@ -211,7 +213,7 @@ class ArenaMachine(RuleBasedStateMachine):
         if (slot := pick(self.known, index)) is not None:
             self.arena.forget(slot, self.known.pop(slot)[0])
 
-    @rule(index=INDEX, how=st.sampled_from(["release", "publish", "publish half", "swap"]))
+    @rule(index=INDEX, how=st.sampled_from(["release", "commit", "publish half", "swap"]))
     def let_go(self, index: int, how: str) -> None:
         if (slot := pick(self.written, index)) is None:
             return
@@ -221,14 +223,14 @@ class ArenaMachine(RuleBasedStateMachine):
             if self.attempt(lambda: gone.append(self.arena.swap_out(slot))):
                 self.swapped.append((gone[0], self.written.pop(slot), kept))
             return
-        known = rows[: {"release": 0, "publish": len(rows), "publish half": len(rows) // 2}[how]]
-        lineage = self.arena.publish(slot, len(known))[0]
+        known = rows[: {"release": 0, "commit": len(rows), "publish half": len(rows) // 2}[how]]
+        generation = self.arena.commit(slot, len(known))[0]
         if self.attempt(lambda: self.arena.release([slot])):
             del self.written[slot]
             if known:
-                self.known[slot] = lineage, known, kept
+                self.known[slot] = generation, known, kept
         else:
-            self.arena.publish(slot, 0)
+            self.arena.commit(slot, 0)
 
     @rule(index=INDEX)
     def drop_swapped(self, index: int) -> None:
@@ -263,14 +265,14 @@ class ArenaMachine(RuleBasedStateMachine):
     def agrees(self) -> None:
         if not hasattr(self, "arena"):
             return
-        self.arena.settle()
+        self.arena.wait_idle()
         self.arena.check()
         slots = self.arena.map()
         assert {i for i, slot in enumerate(slots) if slot["state"] == "running"} == set(self.written)
         assert [plane.data_ptr() for plane in self.planes] == self.addresses
-        for slot, (lineage, rows, _) in list(self.known.items()):
-            now, positions, parked = self.arena.known(slot)
-            assert now == lineage
+        for slot, (generation, rows, _) in list(self.known.items()):
+            now, positions, parked = self.arena.cached_prefix(slot)
+            assert now == generation
             assert slots[slot]["state"] == "parked" if positions else slots[slot]["state"] != "running"
             # What was taken back is gone from the end on.
             del rows[positions:]
@@ -322,7 +324,7 @@ OPERATIONS = {
     "come_back": (8, {"index": (0, 63), "fraction": 1.0, "swapped": (False, True)}),
     "compact": (4, {"index": (0, 63), "fraction": 1.0, "parked": (False, True)}),
     "forget": (1, {"index": (0, 63)}),
-    "let_go": (12, {"index": (0, 63), "how": ("release", "publish", "publish half", "swap")}),
+    "let_go": (12, {"index": (0, 63), "how": ("release", "commit", "publish half", "swap")}),
     "drop_swapped": (1, {"index": (0, 63)}),
     "prefetch": (3, {"index": (0, 63), "positions": (0, MAX_LEN)}),
     "set_budget": (1, {"budget": (4, 60)}),

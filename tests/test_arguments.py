@@ -89,7 +89,7 @@ def of_cache(method: str, argument: str, right: dict[str, Any], *, length: int =
         with small() as cache:
             sequence = cache.open()
             sequence.grow(length)
-            cache.settle()
+            cache.wait_idle()
             before = sequence.length, cache.stats().running_slots, cache.map()[sequence.slot]
             try:
                 getattr(sequence, method)(**{argument: value, **others})
@@ -232,14 +232,14 @@ def _(value: Any) -> Any:
         return cache.free_slots_from(value)
 
 
-for name in ("length", "keep"):
+for name in ("length", "min_truncate_length"):
 
     @case("KVCache.grow_all", name, {**COUNT, "list": 3})
     def _(value: Any, name: str = name) -> Any:
         with small() as cache:
             sequence = cache.open()
             sequence.grow(3)
-            cache.grow_all([sequence], **{"length": 3, "keep": 0, name: value})
+            cache.grow_all([sequence], **{"length": 3, "min_truncate_length": 0, name: value})
             assert type(sequence.length) is int
             return sequence.length
 
@@ -264,9 +264,9 @@ def _(value: Any) -> Any:
 
 
 for method, others in (
-    ("grow_all", {"length": 1, "keep": 0}),
+    ("grow_all", {"length": 1, "min_truncate_length": 0}),
     ("truncate_all", {"length": 0}),
-    ("own_all", {"length": 0}),
+    ("copy_on_write", {"length": 0}),
     ("close_all", {}),
 ):
 
@@ -439,7 +439,7 @@ def test_counts_are_not_kept_as_what_they_were_given() -> None:
         sequence.grow(60)
         sequence.truncate(count)
         [fork] = sequence.fork(count)
-        cache.grow_all([fork], count, keep=count)
+        cache.grow_all([fork], count, min_truncate_length=count)
         count.add_(7)
         assert (sequence.length, fork.length) == (50, 50)
         assert type(sequence.length) is type(fork.length) is int
@@ -449,9 +449,9 @@ def test_a_sequence_is_named_once() -> None:
     with small() as cache:
         sequence, other = cache.open(), cache.open()
         for call in (
-            lambda: cache.grow_all([sequence, other, sequence], 5, keep=0),
+            lambda: cache.grow_all([sequence, other, sequence], 5, min_truncate_length=0),
             lambda: cache.truncate_all([sequence, sequence], 0),
-            lambda: cache.own_all([sequence, sequence], 0),
+            lambda: cache.copy_on_write([sequence, sequence], 0),
             lambda: cache.fork_all(other, [sequence, sequence], 0),
         ):
             with pytest.raises(ValueError, match=r"(sequences|targets) holds a sequence twice"):
@@ -474,7 +474,7 @@ def test_large_counts_do_not_wrap_around(large: int) -> None:
             lambda: sequence.compact(large),
             lambda: sequence.compact(forks=large),
             lambda: cache.open(slot=large),
-            lambda: cache.grow_all([sequence], large, keep=0),
+            lambda: cache.grow_all([sequence], large, min_truncate_length=0),
             lambda: small(slots=large),
             lambda: KVCache(layout(max_len=large), slots=4),
             lambda: KVCache(layout(layers=2, kv_heads=large), slots=4),

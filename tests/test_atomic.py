@@ -10,7 +10,7 @@ import transformers
 from models import build, prompt
 from transformers import DynamicCache, EncoderDecoderCache
 
-from vattn import CACHE_KEYWORD, OutOfPages, VirtualCache
+from vattn import CACHE_KEYWORD, BudgetExceeded, VirtualCache
 from vattn.hf.placement import Placement
 
 LINEAR = {
@@ -68,17 +68,17 @@ def test_no_memory_in_a_hybrid(name, made_with):
     expected = stepped(model, DynamicCache(config=model.config), parts)
     given = model if made_with == "model" else model.config
     with contextlib.closing(VirtualCache(given, max_len=512, budget=2 * 4096, mapper=False)) as cache:
-        with pytest.raises(OutOfPages):
+        with pytest.raises(BudgetExceeded):
             stepped(model, cache, parts[:1])
         cache.set_budget(64 << 20)
         if made_with == "config":
-            with pytest.raises(ValueError, match=r"ended halfway \(OutOfPages\).*Call reset\(\)"):
+            with pytest.raises(ValueError, match=r"ended halfway \(BudgetExceeded\).*Call reset\(\)"):
                 stepped(model, cache, parts[:1])
             cache.reset()
         got = stepped(model, cache, parts[:2])
         cache.set_budget(cache.stats().physical)
         if made_with == "model":
-            with pytest.raises(OutOfPages):
+            with pytest.raises(BudgetExceeded):
                 stepped(model, cache, [ids[:, 51:60].repeat(1, 20)])
             cache.set_budget(64 << 20)
             got += stepped(model, cache, parts[2:])
@@ -169,11 +169,11 @@ def test_no_memory_in_the_other_half_of_an_encoder_decoders(made_with):
     both = EncoderDecoderCache(own, cross)
     expected = model(**inputs, use_cache=True)
     with torch.no_grad():
-        with pytest.raises(OutOfPages):
+        with pytest.raises(BudgetExceeded):
             model(**inputs, **{CACHE_KEYWORD: both}, use_cache=True)
         cross.set_budget(64 << 20)
         if made_with == "config":
-            with pytest.raises(ValueError, match=r"ended halfway \(OutOfPages\).*Call reset\(\)"):
+            with pytest.raises(ValueError, match=r"ended halfway \(BudgetExceeded\).*Call reset\(\)"):
                 model(**inputs, **{CACHE_KEYWORD: both}, use_cache=True)
             both.reset()
         else:
@@ -199,6 +199,6 @@ def test_no_memory_on_one_of_two_devices():
     with contextlib.closing(VirtualCache(sharded, max_len=100_000, budget=2 << 21)) as cache, torch.no_grad():
         stepped(sharded, cache, [ids[:, :20]])
         lengths = list(cache._store.lengths)
-        with pytest.raises(OutOfPages):
+        with pytest.raises(BudgetExceeded):
             stepped(sharded, cache, [ids.repeat(1, 3000)])
         assert cache._store.lengths == lengths

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from vattn import BackendUnavailable, CacheStats, KVCache, KVLayout, LayerShape, OutOfPages, SequenceTooLong
+from vattn import BackendUnavailable, BudgetExceeded, CacheStats, KVCache, KVLayout, LayerShape, SequenceTooLong
 
 PAGE = 4096
 DTYPES = ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
@@ -108,36 +108,36 @@ def test_sequences_grow_truncate_and_close():
 def test_a_batch_grows_together():
     cache = small(budget=8 * PAGE)
     rows = [cache.open() for _ in range(3)]
-    cache.grow_all(rows, 3, keep=0)
-    with pytest.raises(OutOfPages):
-        cache.grow_all(rows, 400, keep=3)
+    cache.grow_all(rows, 3, min_truncate_length=0)
+    with pytest.raises(BudgetExceeded):
+        cache.grow_all(rows, 400, min_truncate_length=3)
     assert [row.length for row in rows] == [3, 3, 3]
-    cache.grow_all(rows, [4, 3, 9], keep=[3, 3, 3])
-    with pytest.raises(OutOfPages):
-        cache.grow_all(rows, [5, 400, 400], keep=3)
+    cache.grow_all(rows, [4, 3, 9], min_truncate_length=[3, 3, 3])
+    with pytest.raises(BudgetExceeded):
+        cache.grow_all(rows, [5, 400, 400], min_truncate_length=3)
     assert [row.length for row in rows] == [4, 3, 9]
     assert [cache.map()[row.slot]["length"] for row in rows] == [4, 3, 9]
-    cache.grow_all(rows, np.int64(3), keep=0)
+    cache.grow_all(rows, np.int64(3), min_truncate_length=0)
     with pytest.raises(ValueError, match="length must be one number or one for each of 3 sequences, not 2"):
-        cache.grow_all(rows, [9, 9], keep=0)
+        cache.grow_all(rows, [9, 9], min_truncate_length=0)
 
 
 def test_a_batch_of_different_lengths_grows_in_one_call_or_not_at_all():
     with small(budget=60 * PAGE, mapper=False) as cache:
         rows = [cache.open() for _ in range(3)]
-        cache.grow_all(rows, [5, 1, 9], keep=[0, 0, 0])
+        cache.grow_all(rows, [5, 1, 9], min_truncate_length=[0, 0, 0])
         misses = cache.stats().misses
-        cache.grow_all(rows, [40, 60, 20], keep=0)
+        cache.grow_all(rows, [40, 60, 20], min_truncate_length=0)
         assert cache.stats().misses == misses + 1
         assert [row.length for row in rows] == [40, 60, 20]
-        with pytest.raises(OutOfPages):
-            cache.grow_all(rows, [41, 490, 490], keep=[40, 60, 20])
+        with pytest.raises(BudgetExceeded):
+            cache.grow_all(rows, [41, 490, 490], min_truncate_length=[40, 60, 20])
         longest = cache.layout.max_len
         with pytest.raises(SequenceTooLong, match=rf"sequence 1 of the batch: {longest + 1} positions are more"):
-            cache.grow_all(rows, [41, longest + 1, longest + 2], keep=0)
+            cache.grow_all(rows, [41, longest + 1, longest + 2], min_truncate_length=0)
         assert [row.length for row in rows] == [40, 60, 20]
-        cache.grow_all([], 5, keep=0)
-        cache.grow_all([], [], keep=[])
+        cache.grow_all([], 5, min_truncate_length=0)
+        cache.grow_all([], [], min_truncate_length=[])
         cache.check()
 
 
@@ -205,7 +205,7 @@ def test_a_batch_is_of_running_sequences_of_the_cache():
         (stranger, "holds a sequence of another cache"),
     ):
         for use in (
-            lambda batch: cache.grow_all(batch, 9, keep=0),
+            lambda batch: cache.grow_all(batch, 9, min_truncate_length=0),
             lambda batch: cache.truncate_all(batch, 2),
             cache.close_all,
         ):
@@ -222,7 +222,7 @@ def test_misuse_is_told():
     with pytest.raises(ValueError, match="length must not be negative"):
         sequence.truncate(-1)
     with pytest.raises(ValueError, match="length must not be negative"):
-        cache.grow_all([sequence], -1, keep=0)
+        cache.grow_all([sequence], -1, min_truncate_length=0)
     with pytest.raises(ValueError, match="expected must not be negative"):
         cache.open(expected=-1)
     with pytest.raises(ValueError, match="slot must not be negative"):
@@ -378,7 +378,7 @@ def test_host_and_cuda_show_the_same_map_and_make_the_same_calls():
         for turn in range(3):
             rows = [cache.open() for _ in range(3)]
             for step in range(40):
-                cache.grow_all(rows, 1 + step * (turn + 1) * 37, keep=0)
+                cache.grow_all(rows, 1 + step * (turn + 1) * 37, min_truncate_length=0)
             rows[1].truncate(100)
             for row in rows:
                 row.close()

@@ -22,7 +22,7 @@ import vattn
 from vattn import CACHE_KEYWORD, VirtualCache
 from vattn.graphs.runner import GraphRunner
 from vattn.hf import decode_graphs
-from vattn.hf.attach import known
+from vattn.hf.attach import forward_of
 
 pytestmark = pytest.mark.usefixtures("graphs")
 
@@ -301,7 +301,7 @@ def test_weights_laid_elsewhere_by_another_cache_are_noticed_before_a_replay(dev
         criteria = StoppingCriteriaList([At(20, lambda: generated(model, other, max_new_tokens=4))])
         got = generated(model, cache, max_new_tokens=24, stopping_criteria=criteria)
         assert torch.equal(got, expected)
-        assert known(model).moves == 1
+        assert forward_of(model).moves == 1
         assert len(replays) > 5
         assert all(replays)
         assert cache.decode_stats().captures == 2

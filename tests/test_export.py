@@ -14,7 +14,7 @@ import textwrap
 import pytest
 import torch
 
-from vattn import Error, KVCache, KVLayout, OutOfPages
+from vattn import BudgetExceeded, Error, KVCache, KVLayout
 from vattn.memory import ipc
 
 PAGE = 4096
@@ -259,10 +259,10 @@ def test_what_does_not_fit_is_told_to_both():
     assert "another layout" in str(here)
     small = cache(budget=10 * PAGE)
     _, here, there = exchange(s.export, small.import_sequence)
-    assert isinstance(here, OutOfPages)
+    assert isinstance(here, BudgetExceeded)
     assert "the budget is spent" in str(there)
     assert small.stats().running_slots == 0
-    small.settle()
+    small.wait_idle()
     assert small.stats().physical == 0
     short = KVCache(layout(max_len=100), slots=2)
     _, here, there = exchange(s.export, short.import_sequence)

@@ -17,10 +17,10 @@ import vattn
 from vattn import (
     CACHE_KEYWORD,
     BackendUnavailable,
+    BudgetExceeded,
     DriverError,
     KVCache,
     KVLayout,
-    OutOfPages,
     SequenceTooLong,
     VirtualCache,
 )
@@ -186,7 +186,7 @@ def test_keys_and_values_are_read_only_views():
         ({"dtype": torch.bfloat16}, {}, ValueError, "dtype=torch.bfloat16 and layer 0 computes in torch.float32"),
         ({"dtype": "float16"}, {}, ValueError, "made with dtype=torch.float16"),
         ({"budget": 100}, {}, ValueError, "budget of 100 bytes is below one granule"),
-        ({"budget": PAGE}, {"n": 9}, OutOfPages, "the budget is spent"),
+        ({"budget": PAGE}, {"n": 9}, BudgetExceeded, "the budget is spent"),
         ({}, {"dtype": torch.float64}, ValueError, "dtype 'float64' is not supported"),
     ],
 )  # fmt: skip
@@ -304,7 +304,7 @@ def test_out_of_pages_leaves_the_cache_as_it_was(llama):
     inputs = prompt(1, 8, "cpu")
     with torch.no_grad():
         llama(**inputs, **{CACHE_KEYWORD: cache}, use_cache=True)
-        with pytest.raises(OutOfPages) as caught:
+        with pytest.raises(BudgetExceeded) as caught:
             llama(prompt(1, 40, "cpu")["input_ids"], **{CACHE_KEYWORD: cache}, use_cache=True)
         assert (caught.value.needed, caught.value.free) == (10 * PAGE, 3 * PAGE)
         assert cache.get_seq_length() == 8

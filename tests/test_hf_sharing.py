@@ -9,7 +9,7 @@ import torch
 from models import build, prompt
 from transformers import DynamicCache, LlamaConfig
 
-from vattn import CACHE_KEYWORD, OutOfPages, VirtualCache
+from vattn import CACHE_KEYWORD, BudgetExceeded, VirtualCache
 from vattn.hf import layer_views, placement
 from vattn.hf.layers import CROP_POSITIVE_KEEPS
 
@@ -187,7 +187,7 @@ def test_a_copy_is_a_fork():
     cache = VirtualCache(CONFIG, max_len=500)
     like = DynamicCache(config=CONFIG)
     append(cache, 200, batch=2, like=like)
-    cache.kv_caches[0].settle()  # the mapper has mapped ahead of both rows
+    cache.kv_caches[0].wait_idle()  # the mapper has mapped ahead of both rows
     before = cache.stats()
     other, also = copy.deepcopy(cache), copy.deepcopy(like)
     assert other.kv_caches == cache.kv_caches
@@ -204,7 +204,7 @@ def test_a_copy_is_a_fork():
     same(other, also)
     kv_cache = other.kv_caches[0]
     other.close()
-    kv_cache.settle()
+    kv_cache.wait_idle()
     assert kv_cache.stats().physical == 0
 
 
@@ -230,7 +230,7 @@ def test_a_copy_for_which_there_is_no_memory_is_told():
     like = DynamicCache(config=CONFIG)
     append(cache, 199, like=like)  # 50 pages
     held = [copy.deepcopy(cache) for _ in range(2)]
-    with pytest.raises(OutOfPages):
+    with pytest.raises(BudgetExceeded):
         copy.deepcopy(cache)
     same(cache, like)
     held.clear()
@@ -336,7 +336,7 @@ def test_a_move_for_which_there_is_no_memory_changes_nothing(order):
     cache.set_budget(cache.stats().physical)
     try:
         cache.batch_select_indices(torch.tensor(order))
-    except OutOfPages:
+    except BudgetExceeded:
         cache.trim()
         same(cache, like)
     else:

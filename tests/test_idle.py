@@ -19,7 +19,7 @@ from transformers import (
 
 from vattn import CACHE_KEYWORD
 from vattn.hf import decode_graph, placement, step_rows
-from vattn.hf.attach import known
+from vattn.hf.attach import forward_of
 from vattn.models.attention import attending
 from vattn.models.state import configs_of
 
@@ -39,7 +39,7 @@ def test_batches_of_other_sizes_share_a_graph(name, padded, device):
             cache.reset()
         stats = cache.decode_stats()
         assert stats.captures == stats.graphs == 3  # of 4, 8 and 16 rows
-        assert stats.ahead
+        assert stats.speculative
 
 
 def goes_on(model, cache, whole, upto):
@@ -99,7 +99,7 @@ def test_rows_that_depend_on_each_other_have_graphs_of_their_own(batches, dtype,
             got = generated(model, cache, batch)
             assert torch.equal(got, expected) or dtype == torch.bfloat16  # where two kernels may part
             cache.reset()
-        assert known(model).refused is None
+        assert forward_of(model).refused is None
         assert cache.decode_stats().captures == len(set(batches))
 
 
@@ -273,7 +273,7 @@ def test_positions_that_are_not_given_keep_no_other_steps_from_kernels(device):
             logits.append(model(last, attention_mask=mask, **options).logits)
         torch.testing.assert_close(*logits)
         assert "positions of padded rows" in cache.decode_stats().fallback
-        assert known(model).refused is None
+        assert forward_of(model).refused is None
         cache.reset()
         assert torch.equal(generated(model, cache), expected)
         assert cache.decode_stats().captures == 1

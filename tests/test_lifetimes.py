@@ -39,7 +39,7 @@ def test_a_forked_child_drops_what_is_its_parents(mapper):
     sequence.grow(100)
     other.grow(50)
     other.swap_out()
-    cache.settle()
+    cache.wait_idle()
     child = os.fork()
     if child == 0:
         del sequence, other, cache

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from vattn import DriverError, KVCache, KVLayout, OutOfPages, VirtualCache, _core
+from vattn import BudgetExceeded, DriverError, KVCache, KVLayout, VirtualCache, _core
 
 PAGE = 4096
 ROW = 512  # bytes: 8 rows a granule
@@ -42,14 +42,14 @@ def two_running(granules):
     a.acquire()
     a.acquire()
     a.grow([0], 8, 0)
-    a.settle()
+    a.wait_idle()
     return a
 
 
 def grow_by_one(a, to, slot=0):
     for length in range(a.length(slot) + 1, to + 1):
         a.grow([slot], length, length - 1)
-        a.settle()
+        a.wait_idle()
 
 
 def test_growth_finds_its_memory_mapped_and_the_caller_makes_no_call():
@@ -87,14 +87,14 @@ def test_a_demand_waits_for_what_is_in_flight_and_does_not_map_twice():
     a = arena()
     a.acquire()
     a.grow([0], 8, 0)
-    a.settle()
+    a.wait_idle()
     a.driver.charge("map", 50_000_000)
     capacity = a.capacity(0)
     a.grow([0], capacity - 1, 8)  # asks for the next one
     time.sleep(0.01)
     a.grow([0], capacity + 1, 8)
     a.driver.charge("map", 0)
-    a.settle()
+    a.wait_idle()
     assert a.driver.counts()["map"] == len(a.map()[0]["runs"][0]["extents"])
     assert a.driver.counts()["unmap"] == 0
     assert a.stats()["waited_seconds"] > 0.005
@@ -104,11 +104,11 @@ def test_what_the_driver_refuses_ahead_is_told_to_who_needs_it():
     a = arena()
     a.acquire()
     a.grow([0], 8, 0)
-    a.settle()
+    a.wait_idle()
     capacity = a.capacity(0)
     a.driver.fail_at(1, times=10_000)
     a.grow([0], capacity, 8)  # asks ahead, in vain
-    a.settle()
+    a.wait_idle()
     assert a.stats()["background_failures"] > 0
     with pytest.raises(DriverError):
         a.grow([0], capacity + 1, capacity)
@@ -121,13 +121,13 @@ def test_what_the_driver_refuses_ahead_is_told_to_who_needs_it():
 def test_who_found_no_memory_gets_it_when_another_closes():
     a = two_running(4)
     a.grow([1], 16, 0)
-    a.settle()
+    a.wait_idle()
     held = a.capacity(0)
     a.grow([0], held, 8)
-    a.settle()
+    a.wait_idle()
     assert a.capacity(0) == held
     a.release([1])
-    a.settle()
+    a.wait_idle()
     assert a.capacity(0) >= held + 8
     assert a.stats()["misses"] == 2
     a.check()
@@ -137,11 +137,11 @@ def test_prefetch_maps_in_the_background_and_takes_nothing_that_others_will_need
     a = two_running(8)
     kept = a.capacity(0)
     assert a.prefetch(1, 40) is False
-    a.settle()
+    a.wait_idle()
     assert a.capacity(1) >= 40
     assert a.prefetch(1, 40) is True
     a.prefetch(1, 80)
-    a.settle()
+    a.wait_idle()
     assert a.capacity(1) < 80
     assert a.capacity(0) == kept
     a.grow([1], 40, 0)
@@ -159,7 +159,7 @@ def test_prefetch_without_a_mapper_is_a_wait_and_leaves_nothing_when_refused():
     first.close()
     heir, other = c.open(), c.open()
     assert heir.capacity == 160
-    with pytest.raises(OutOfPages):
+    with pytest.raises(BudgetExceeded):
         heir.prefetch(400)
     other.grow(304)  # nothing is kept for what was refused
     c.check()
@@ -168,9 +168,9 @@ def test_prefetch_without_a_mapper_is_a_wait_and_leaves_nothing_when_refused():
 def test_what_was_prefetched_is_not_given_to_others():
     a = two_running(8)
     a.prefetch(1, 40)
-    a.settle()
+    a.wait_idle()
     kept = a.capacity(1)
-    with pytest.raises(OutOfPages):
+    with pytest.raises(BudgetExceeded):
         a.grow([0], 32, 8)
     assert a.capacity(1) == kept >= 40
     a.truncate([1], 0)
@@ -200,9 +200,9 @@ def test_retired_memory_comes_back_without_being_asked_for():
     a.acquire()
     grow_by_one(a, 200)
     deadline = time.monotonic() + 10
-    while a.stats()["retired"] and time.monotonic() < deadline:
+    while a.stats()["deferred"] and time.monotonic() < deadline:
         time.sleep(0.001)
-    assert a.stats()["retired"] == 0
+    assert a.stats()["deferred"] == 0
     assert a.driver.counts()["unmap"] == a.driver.counts(background=True)["unmap"] > 10
     a.check()
 
@@ -219,10 +219,10 @@ def test_the_budget_changes_at_run_time(mapper):
         stats = c.stats()
         assert (stats.budget, stats.physical) == (10 * PAGE, 10 * PAGE)
         assert (a.k(0) == 7).all()
-        with pytest.raises(OutOfPages):
+        with pytest.raises(BudgetExceeded):
             c.set_budget(9 * PAGE)
         assert c.stats().budget == 10 * PAGE
-        with pytest.raises(OutOfPages):
+        with pytest.raises(BudgetExceeded):
             a.grow(16)
         c.set_budget(None)
         a.grow(16)
@@ -236,7 +236,7 @@ def test_a_slot_used_in_several_streams_leaves_a_fence_in_each():
     a.acquire(stream=1)
     a.grow([0], 8, 0, 1)
     a.use(0, 2)
-    a.settle()
+    a.wait_idle()
     before = a.driver.counts()["record"]
     a.release([0], 3)
     assert a.driver.counts()["record"] - before == 3
@@ -318,7 +318,7 @@ def test_a_forked_child_has_a_mapper_of_its_own():
                 other = own.open()
                 for _ in range(100):
                     other.grow()
-                own.settle()
+                own.wait_idle()
                 os._exit(0 if own.stats().misses == 1 or own.stats().hits > 0 else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         sequence.grow(100)

@@ -10,8 +10,8 @@ import torch
 from models import build, prompt, virtual_of
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
-from vattn import CACHE_KEYWORD, KVCache, OutOfPages
-from vattn.hf.attach import known
+from vattn import CACHE_KEYWORD, BudgetExceeded, KVCache
+from vattn.hf.attach import forward_of
 from vattn.hf.padding import Padding
 
 LENGTH = 40  # of a prompt
@@ -200,7 +200,7 @@ def test_no_memory_for_the_padding_loses_nothing(device):
         generated(model, cache, inputs, max_new_tokens=2)
         cache.set_budget(cache.stats().peak)
         before = held(cache)
-        with pytest.raises(OutOfPages):
+        with pytest.raises(BudgetExceeded):
             cache.layers[0].keys  # noqa: B018
         assert held(cache) == before
         cache.check()
@@ -215,13 +215,13 @@ def test_a_model_that_is_refused_finds_its_padding(device):
     model = build("llama-gqa", "sdpa", device)
     expected = generated(model, DynamicCache(config=model.config), mixed(device))
     with virtual_of(model) as cache:
-        known(model).refused = "it is not to be trusted"
+        forward_of(model).refused = "it is not to be trusted"
         assert torch.equal(generated(model, cache, mixed(device)), expected)
-        known(model).refused = None
+        forward_of(model).refused = None
         cache.reset()
 
         def refuse(step):
-            known(model).refused = "it is not to be trusted" if step == 7 else None
+            forward_of(model).refused = "it is not to be trusted" if step == 7 else None
 
         assert torch.equal(generated(model, cache, mixed(device), refuse), expected)
         assert cache._store.rows.format.padding is None
@@ -282,9 +282,11 @@ def test_no_memory_while_the_padding_is_restored(device, monkeypatch):
         other = copy.deepcopy(cache)  # with which it shares, so that restoring needs memory of its own
         before = held(cache)
         with monkeypatch.context() as full:
-            needs = "own_all" if device == "cpu" else "grow_all"  # a copy shares no device memory of these few tokens
-            full.setattr(KVCache, needs, unittest.mock.Mock(side_effect=OutOfPages("no")))
-            with pytest.raises(OutOfPages):
+            needs = (
+                "copy_on_write" if device == "cpu" else "grow_all"
+            )  # a copy shares no device memory of these few tokens
+            full.setattr(KVCache, needs, unittest.mock.Mock(side_effect=BudgetExceeded("no")))
+            with pytest.raises(BudgetExceeded):
                 cache.layers[0].keys  # noqa: B018
         assert held(cache) == before
         with monkeypatch.context() as full:
@@ -318,7 +320,7 @@ def test_padding_of_a_longer_batch_is_forgotten(chunk, device):
             for inputs, tokens in zip((long, short), expected, strict=True):
                 assert torch.equal(generated(model, cache, inputs, **options), tokens)
                 cache.reset()
-        assert known(model).refused is None
+        assert forward_of(model).refused is None
 
 
 def test_models_of_any_kind_and_masks_by_place(device):

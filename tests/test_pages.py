@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vattn import OutOfPages, _core
+from vattn import BudgetExceeded, _core
 from vattn.bench.baseline_pages import Pages
 
 PAGE = 4096
@@ -57,7 +57,7 @@ def test_pages_are_taken_from_who_needs_them_least():
     assert (cache.driver.counts()["unmap"], cache.stats().parked) == (2, PAGE)
     third = cache.open()  # has the page that is left
     third.prefetch(8)
-    with pytest.raises(OutOfPages):
+    with pytest.raises(BudgetExceeded):
         third.grow(9)
     assert third.length == 0
     second.close()

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vattn import KVCache, KVLayout, OutOfPages
+from vattn import BudgetExceeded, KVCache, KVLayout
 from vattn.memory.prefix_tree import PrefixTree
 from vattn.memory.shape import LayerShape
 
@@ -100,7 +100,7 @@ def test_a_chats_next_turn_goes_on_in_its_slot():
     slot = sequence.slot
     sequence.close(tokens=tokens)
     run(c, list(range(1000, 1050)))
-    c.settle()
+    c.wait_idle()
     calls = memory_calls(c)
     again = c.open(tokens=[*tokens, 7, 8, 9])
     assert (again.slot, again.length) == (slot, 100)
@@ -146,7 +146,7 @@ def test_a_pinned_prefix_stays():
     system = list(range(100))
     run(c, system)[0].close(tokens=system)
     pinned = c.pin(system)
-    with pytest.raises(OutOfPages):
+    with pytest.raises(BudgetExceeded):
         c.open().grow(1000)
     c.trim()
     sequence, start = run(c, [*system, 1])
@@ -173,7 +173,7 @@ def test_a_hot_prefix_is_compacted_in_the_background():
     assert len(c.map()[slot]["runs"][0]["extents"]) > 10
     for token in range(3):
         run(c, [*system[:200], token])
-        c.settle()
+        c.wait_idle()
     assert c.map()[slot]["runs"][0]["extents"][0] == 25 * PAGE
     before = c.stats()
     _, start = run(c, [*system[:200], 5])
@@ -183,7 +183,7 @@ def test_a_hot_prefix_is_compacted_in_the_background():
     # A boundary that serves stays, and others come to it.
     for token in range(3):
         run(c, [*system[:100], 1000 + token])
-        c.settle()
+        c.wait_idle()
     assert c.map()[slot]["runs"][0]["extents"][:3] == [12 * PAGE, 8 * PAGE, 4 * PAGE]
     assert c.open(tokens=[*system, 1]).length == 300
     c.check()

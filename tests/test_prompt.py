@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vattn import CACHE_KEYWORD, kernels
-from vattn.hf.attach import known
+from vattn.hf.attach import forward_of
 
 # Their attention is another one, or expands what the cache holds.
 OTHERS = ("t5", "deepseek_v3")
@@ -40,7 +40,7 @@ def test_exact(name, kernel, padded, device):
         assert torch.equal(generated(model, cache, prefill_chunk_size=11, **options), chunked)
         if takes:
             assert cache.decode_stats().prompts == 3 + 3
-            assert known(model).prompts
+            assert forward_of(model).prompts
 
 
 def test_experts_may_be_computed_by_other_means(device):
@@ -95,7 +95,7 @@ def test_a_model_that_is_another_one_in_prompts_is_found_out(device, caplog):
         for _ in range(2):  # which is another model, whose steps are trusted anew
             cache.reset()
             generated(model, cache)
-        assert known(model).prompts is False
+        assert forward_of(model).prompts is False
         assert "kernels give something else" in caplog.text
         assert cache.decode_stats().prompts == 0
         model.model.norm.forward = forward
@@ -204,7 +204,7 @@ def test_trust_ends_where_the_model_computes_otherwise(device):
         assert not torch.equal(other, expected)
         assert torch.equal(generated(model, cache), other)
         cache.reset()
-        known(model).refused = None  # as its steps now are
+        forward_of(model).refused = None  # as its steps now are
         model.set_attn_implementation("eager")
         model.config.output_attentions = True
         with torch.no_grad():

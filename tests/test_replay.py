@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from vattn import KVCache, KVLayout, OutOfPages
+from vattn import BudgetExceeded, KVCache, KVLayout
 from vattn.bench import mapping
 from vattn.bench.replay import replay
 from vattn.bench.trace import DATASETS, Request, generate, read, write
@@ -119,7 +119,7 @@ def test_bench_map_prints_and_reads_a_trace(capsys, tmp_path, monkeypatch):
 
 def test_a_request_that_does_not_fit_is_told():
     for options in ({}, {"mapper": False}):
-        with cache(budget=4096, **options) as c, pytest.raises(OutOfPages):
+        with cache(budget=4096, **options) as c, pytest.raises(BudgetExceeded):
             replay(c, [Request(0.0, 100, 10)] * 2, concurrency=2)
 
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from vattn import DriverError, KVCache, KVLayout, OutOfPages, _core
+from vattn import BudgetExceeded, DriverError, KVCache, KVLayout, _core
 from vattn.memory.shape import LayerShape
 
 PAGE = 4096
@@ -85,7 +85,7 @@ def test_many_forks_split_the_extent_in_which_they_end():
     c = cache(slots=20, budget=80 * PAGE)
     s = c.open()
     write(s, 8 * 64 - 4)
-    with pytest.raises(OutOfPages):
+    with pytest.raises(BudgetExceeded):
         s.fork(n=2)
     assert rows(s) == list(range(508))
     c.check()
@@ -143,7 +143,7 @@ def test_who_is_left_alone_writes_without_a_copy():
     write(s, 100)
     [fork] = s.fork(share="alias")
     fork.close()
-    c.settle()
+    c.wait_idle()
     c.trim()
     s.truncate(50)
     before = c.stats()
@@ -301,7 +301,7 @@ def test_a_fork_that_the_budget_refuses_changes_nothing():
     c = cache(budget=15 * PAGE)
     s = c.open()
     write(s, 100)  # 13 granules
-    with pytest.raises(OutOfPages):
+    with pytest.raises(BudgetExceeded):
         s.fork(n=3)  # each needs a granule of its own
     assert c.stats().running_slots == 1
     assert rows(s) == list(range(100))
@@ -436,20 +436,20 @@ def test_rows_outlive_their_sequence_until_the_memory_is_needed():
     arena = c._arena
     s = c.open()
     write(s, 100)
-    lineage, positions, parked = arena.publish(s.slot, 90)
+    generation, positions, parked = arena.commit(s.slot, 90)
     assert (positions, parked) == (90, False)
     s.close()
-    assert arena.known(0) == (lineage, 90, True)
+    assert arena.cached_prefix(0) == (generation, 90, True)
     other = c.open()
     assert other.slot != s.slot  # what is known is taken last
     write(other, 8)
     fork = c.open()
-    assert arena.fork(s.slot, 80, [fork.slot], lineage=lineage)
+    assert arena.fork(s.slot, 80, [fork.slot], generation=generation)
     assert rows(fork) == list(range(80))
     empty = c.open()
-    assert not arena.fork(s.slot, 95, [empty.slot], lineage=lineage)
+    assert not arena.fork(s.slot, 95, [empty.slot], generation=generation)
     write(other, 60)  # needs more than is free: what is known goes, from its end on
-    assert arena.known(0) == (lineage, 64, True)
+    assert arena.cached_prefix(0) == (generation, 64, True)
     assert rows(fork) == list(range(80))
     c.check()
 
@@ -459,29 +459,29 @@ def test_a_sequence_resumes_in_the_slot_of_another():
     arena = c._arena
     s = c.open()
     write(s, 100)
-    lineage, _, _ = arena.publish(s.slot, 100)
+    generation, _, _ = arena.commit(s.slot, 100)
     [fork] = s.fork(share="alias")
     s.close()
-    c.settle()
+    c.wait_idle()
     calls = memory_calls(c)
-    assert arena.resume(0, lineage, 100)
+    assert arena.resume(0, generation, 100)
     assert memory_calls(c) == calls
-    assert not arena.resume(0, lineage, 100)
+    assert not arena.resume(0, generation, 100)
     arena.release([0])
-    assert arena.known(0) == (lineage, 100, True)
-    assert arena.resume(0, lineage, 60)
+    assert arena.cached_prefix(0) == (generation, 100, True)
+    assert arena.resume(0, generation, 60)
     arena.grow([0], 70, 60)  # its own from here on
     c.k(0)[0, 60:70] = 5
     assert rows(fork) == list(range(100))
-    assert arena.known(0) == (lineage, 60, False)
+    assert arena.cached_prefix(0) == (generation, 60, False)
     arena.truncate([0], 20)
-    assert arena.known(0) == (lineage, 20, False)
-    arena.forget(0, lineage)
+    assert arena.cached_prefix(0) == (generation, 20, False)
+    arena.forget(0, generation)
     arena.release([0])
-    assert arena.known(0)[1] == 0
-    assert not arena.resume(0, lineage, 1)
-    with pytest.raises(ValueError, match="cannot publish 200 positions"):
-        arena.publish(fork.slot, 200)
+    assert arena.cached_prefix(0)[1] == 0
+    assert not arena.resume(0, generation, 1)
+    with pytest.raises(ValueError, match="cannot commit 200 positions"):
+        arena.commit(fork.slot, 200)
 
 
 @pytest.mark.gpu

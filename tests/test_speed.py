@@ -32,9 +32,9 @@ def test_decode_steps_of_each_cache():
     model = build("llama-gqa", "sdpa", "cpu")
     model.generation_config.eos_token_id = None
     before = dict(vars(model))
-    ways = decode.ways(model, 256, ["reference", "reference+fp8"], ["dynamic", "static"])
-    rows = {row["cache"]: row for row in decode.decode_speed(ways, "mixed", [9, 20, 30], 8, rounds=3)}
-    assert list(rows) == [way.name for way in ways]
+    factories = decode.cache_factories(model, 256, ["reference", "reference+fp8"], ["dynamic", "static"])
+    rows = {row["cache"]: row for row in decode.decode_speed(factories, "mixed", [9, 20, 30], 8, rounds=3)}
+    assert list(rows) == [factory.name for factory in factories]
     for name, row in rows.items():
         assert row["rounds"] == 3
         assert row["step ms p50"] >= row["step ms least"] > row["floor ms"] > 0
@@ -46,8 +46,8 @@ def test_decode_steps_of_each_cache():
     assert floors["vattn captured, reference+fp8"] < floors["vattn captured, reference"] == floors["dynamic"]
     # The model that transformers' caches were measured with has seen nothing of vattn.
     assert vars(model) == before
-    assert all(way.model is model for way in ways if not way.name.startswith("vattn"))
-    twin = ways[0].model
+    assert all(factory.model is model for factory in factories if not factory.name.startswith("vattn"))
+    twin = factories[0].model
     assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
     assert set(KERNELS) >= {"fa2", "fa3", "flex"}
 
@@ -58,7 +58,7 @@ def test_what_finds_no_memory_is_a_row_that_says_so():
     def make(batch, length):
         raise torch.OutOfMemoryError("no memory\nat all")
 
-    rows = decode.decode_speed([decode.Way("none", model, make)], "one", [4], 8)
+    rows = decode.decode_speed([decode.CacheFactory("none", model, make)], "one", [4], 8)
     assert rows == [{"point": "one", "cache": "none", "error": "no memory"}]
     with pytest.raises(ValueError, match="steps must be at least 4, not 3"):
-        decode.decode_speed([decode.Way("none", model, make)], "one", [4], 3)
+        decode.decode_speed([decode.CacheFactory("none", model, make)], "one", [4], 3)

@@ -14,7 +14,7 @@ import time
 import pytest
 import torch
 
-from vattn import DriverError, KVCache, KVLayout, OutOfPages
+from vattn import BudgetExceeded, DriverError, KVCache, KVLayout
 from vattn.memory.shape import LayerShape
 from vattn.memory.swap_costs import SwapCosts
 
@@ -78,7 +78,7 @@ def test_the_memory_serves_others_meanwhile():
     other = c.open()
     write(other, 400, value=5)
     write(other, 150, value=5)
-    with pytest.raises(OutOfPages):
+    with pytest.raises(BudgetExceeded):
         s.swap_in()
     assert s.swapped
     assert c.stats().running_slots == 1
@@ -96,7 +96,7 @@ def test_what_it_shared_stays_with_the_others():
     write(s, 400)
     [fork] = s.fork(share="alias")
     s.swap_out()
-    c.settle()
+    c.wait_idle()
     write(fork, 50)
     s.swap_in()
     write(s, 50, value=0)
@@ -106,7 +106,7 @@ def test_what_it_shared_stays_with_the_others():
 
 
 def physical(c):
-    c.settle()
+    c.wait_idle()
     c.trim()
     return c.stats().physical
 
@@ -127,7 +127,7 @@ def test_a_family_shares_again_what_it_shared(device, first_to_go):
     copies = c.stats().driver_calls["copy"]
     for sequence in everybody[1:]:
         sequence.swap_out()
-    c.settle()
+    c.wait_idle()
     block = 16 * c.layout.granularity
     assert c.stats().host - c.stats().host_pooled <= alone + block * (1 + len(everybody))
     assert c.stats().driver_calls["copy"] - copies <= 2 * len(c.map()[0]["runs"]) * (len(everybody) - 1)
@@ -154,7 +154,7 @@ def test_what_is_written_meanwhile_is_shared_with_nobody(change):
     write(s, 400)
     [fork] = s.fork(share="alias")
     fork.swap_out()
-    c.settle()
+    c.wait_idle()
     if change == "truncated":
         s.truncate(0)
     else:
@@ -170,7 +170,7 @@ def test_what_is_written_meanwhile_is_shared_with_nobody(change):
 
 
 def test_rows_that_are_written_where_they_are_change_nobody_in_host_memory():
-    """Who writes rows that are there asks ``shares``, and calls ``own_all``: that ends it for the swapped, too."""
+    """``copy_on_write`` before rows are written in place ends the sharing with sequences that are swapped out, too."""
     c = cache(mapper=False)
     s = c.open()
     write(s, 400)
@@ -178,7 +178,7 @@ def test_rows_that_are_written_where_they_are_change_nobody_in_host_memory():
     fork.swap_out()
     c.trim()
     assert c.shares([s], 0)
-    c.own_all([s], 0)
+    c.copy_on_write([s], 0)
     assert not c.shares([s], 0)
     for layer in range(2):
         s.k(layer)[-5:] = s.v(layer)[-5:] = 99
@@ -234,7 +234,7 @@ def test_what_grows_while_it_is_swapped_out_keeps_its_length():
         def work(c=c, s=s, grown=grown):
             with contextlib.suppress(ValueError):  # in the end it has no slot
                 while True:
-                    c.grow_all([s], grown[0] + 1, keep=grown[0])
+                    c.grow_all([s], grown[0] + 1, min_truncate_length=grown[0])
                     grown[0] += 1
 
         thread = threading.Thread(target=work)
@@ -309,7 +309,7 @@ def test_the_host_has_a_budget_of_its_own():
     write(first, 100)  # a block holds what all planes have of it
     write(second, 100)
     first.swap_out()
-    with pytest.raises(OutOfPages, match="the host_budget is spent"):
+    with pytest.raises(BudgetExceeded, match="the host_budget is spent"):
         second.swap_out()
     check(second)
     first.close()
@@ -359,7 +359,7 @@ def test_the_kth_call_failing_for_every_k(way, mapper):
         if way == "in":
             s.swap_out()
             c.trim()
-        c.settle()
+        c.wait_idle()
         c.driver.fail_at(k)
         try:
             s.swap_out() if way == "out" else s.swap_in()
@@ -367,7 +367,7 @@ def test_the_kth_call_failing_for_every_k(way, mapper):
         except DriverError:
             failed = True
         c.driver.fail_at(0)
-        c.settle()
+        c.wait_idle()
         c.check()
         if failed:
             assert s.swapped == (way == "in")

@@ -17,7 +17,7 @@ from models import build, generated, prompt, virtual_of
 from transformers import DynamicCache
 
 from vattn import CACHE_KEYWORD, Error, KVCache, KVLayout
-from vattn.errors import OutOfPages
+from vattn.errors import BudgetExceeded
 
 PAGE = 4096
 # Seconds of mixed work; more of them by VATTN_TEST_SECONDS.
@@ -62,7 +62,7 @@ def test_a_snapshot_adds_up_while_others_grow():
         def look():
             while not done.is_set():
                 stats = cache.stats()
-                if stats.physical != stats.mapped + stats.pooled + stats.retired:
+                if stats.physical != stats.mapped + stats.pooled + stats.deferred:
                     wrong.append(stats)
 
         def work():
@@ -176,7 +176,7 @@ def test_mixed_work(mapper):
     """Open, grow, fork, swap, remember, compact and close, under a budget, with somebody who looks and trims."""
     with small_cache(mapper=mapper, budget=120 * PAGE) as cache:
         until = time.monotonic() + SECONDS
-        refused = (OutOfPages, ValueError)
+        refused = (BudgetExceeded, ValueError)
 
         def work(seed):
             chance = random.Random(seed)
@@ -217,7 +217,7 @@ def test_mixed_work(mapper):
         def disturb():
             while time.monotonic() < until:
                 stats = cache.stats()
-                assert stats.physical == stats.mapped + stats.pooled + stats.retired
+                assert stats.physical == stats.mapped + stats.pooled + stats.deferred
                 cache.map()
                 with contextlib.suppress(Error):
                     cache.trim()

@@ -11,7 +11,7 @@ from models import build, prompt, virtual_of
 
 from vattn import CACHE_KEYWORD, kernels
 from vattn.cli import demo
-from vattn.hf.attach import known
+from vattn.hf.attach import forward_of
 from vattn.hf.watch import Watch
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -80,7 +80,7 @@ def caught(model: Any, device: str, kernel: str, monkeypatch: pytest.MonkeyPatch
     for fault in FAULTS:
         with virtual_of(model, attention=kernel, capture=False) as cache, planted(kernel, fault):
             stats = stepped(model, cache, device)
-            known(model).refused = known(model).trusted = None
+            forward_of(model).refused = forward_of(model).verified = None
         row = {
             "model": type(model).__name__,
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -133,9 +133,9 @@ def test_planted_faults_in_prompts_are_refused(name, dtype, device):
             cache.reset()
             with planted_in_prompts(kernel, fault):
                 assert stepped(model, cache, device).prompts == 0, fault
-            assert known(model).prompts is False, fault
-            known(model).prompts = known(model).trusted = None
-            known(model).prompt_kinds.clear()
+            assert forward_of(model).prompts is False, fault
+            forward_of(model).prompts = forward_of(model).verified = None
+            forward_of(model).prompt_kinds.clear()
     with virtual_of(model, attention=kernel, capture=False) as cache:
         stepped(model, cache, device)
         cache.reset()
@@ -152,7 +152,7 @@ def test_a_scale_of_fp8_that_is_ignored_is_refused(dtype, device):
     for scales, refused in (((0.5, 1.0), True), ((1.0, 0.8), True), ((1.0, 1.0), False)):
         with virtual_of(model, kv_scales=scales, **options) as cache, planted(kernel, "a scale of fp8 ignored"):
             assert ("is not what" in (stepped(model, cache, device).fallback or "")) == refused
-        known(model).refused = known(model).trusted = None
+        forward_of(model).refused = forward_of(model).verified = None
 
 
 def honest(model: Any, name: str, device: str, kernel: str, **options: Any) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def honest(model: Any, name: str, device: str, kernel: str, **options: Any) -> d
         "of what may differ": max((watch.ratio for watch in seen), default=None),
         "refused": stats.fallback,
     }
-    known(model).refused = known(model).trusted = None
+    forward_of(model).refused = forward_of(model).verified = None
     return row
 
 

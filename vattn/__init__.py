@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vattn.aliases import renamed
 from vattn.errors import (
     BackendUnavailable,
+    BudgetExceeded,
     DriverError,
     Error,
     OutOfDeviceMemory,
-    OutOfPages,
     SequenceTooLong,
 )
 from vattn.memory.kv_cache import KVCache
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CACHE_KEYWORD",
     "BackendUnavailable",
+    "BudgetExceeded",
     "CacheStats",
     "DecodeStats",
     "DriverError",
@@ -35,7 +37,6 @@ __all__ = [
     "KVLayout",
     "LayerShape",
     "OutOfDeviceMemory",
-    "OutOfPages",
     "Sequence",
     "SequenceTooLong",
     "SwapCosts",
@@ -50,4 +51,7 @@ def __getattr__(name: str) -> Any:
         from vattn import hf
 
         return getattr(hf, name)
-    raise AttributeError(f"module 'vattn' has no attribute {name!r}")
+    return _renamed(name)
+
+
+_renamed = renamed(__name__, {"OutOfPages": "BudgetExceeded"})

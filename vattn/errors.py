@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from vattn.aliases import renamed
+
 
 class Error(Exception):
     """Base of every error that is vattn's own."""
@@ -23,7 +25,7 @@ class OutOfDeviceMemory(DriverError, MemoryError):
     """The device has no memory left: free some (``torch.cuda.empty_cache()``) or lower the budget."""
 
 
-class OutOfPages(Error, MemoryError):
+class BudgetExceeded(Error, MemoryError):
     """The cache's byte budget is spent. Normal under load: close, truncate or wait, and try again.
 
     Attributes:
@@ -41,3 +43,6 @@ class SequenceTooLong(Error, ValueError):
 
 class BackendUnavailable(Error, RuntimeError):
     """The device cannot be used here: no driver, no such device, or a cache carried through ``fork``."""
+
+
+__getattr__ = renamed(__name__, {"OutOfPages": "BudgetExceeded"})

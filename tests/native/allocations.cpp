@@ -58,8 +58,8 @@ void require_rows(const Arena& arena, std::size_t slot, std::size_t end, std::ui
 }
 
 void grow(Arena& arena, std::size_t slot, std::size_t positions) {
-  const std::size_t keep = arena.length(slot);
-  arena.grow(Arena::Slots(&slot, 1), PerSlot(positions), PerSlot(keep), kStream);
+  const std::size_t min_truncate_length = arena.length(slot);
+  arena.grow(Arena::Slots(&slot, 1), PerSlot(positions), PerSlot(min_truncate_length), kStream);
 }
 
 // A sequence that is held while others are at work: its rows are looked at in the end, whatever has failed.
@@ -109,9 +109,9 @@ void scenario(const std::shared_ptr<Arena>& shared, const Kept& kept) {
   }
   family.clear();
   for (std::size_t length = 71; length < 120; ++length) grow(arena, first, length);
-  const Arena::Known known = arena.publish(a.name(), 60);
+  const Arena::CachedPrefix known = arena.commit(a.name(), 60);
   Sequence::close({&a}, kStream);
-  if (arena.resume(first, known.lineage, 40, kStream)) {
+  if (arena.resume(first, known.generation, 40, kStream)) {
     Sequence resumed(shared, first);
     require_rows(arena, first, 40, 1000);
   }
@@ -143,7 +143,7 @@ long sweep(bool with_mapper) {
     const Kept kept{arena->acquire(std::nullopt, 0, kStream), 40, 7'000'000};
     grow(*arena, kept.slot, kept.length);
     write(*arena, kept.slot, 0, kept.length, kept.mark);
-    arena->settle();
+    arena->wait_idle();
     fail_in = k;
     try {
       scenario(arena, kept);

@@ -74,8 +74,8 @@ void fork_from(Arena& arena, Totals& totals, std::mt19937& random, std::size_t s
     for (std::size_t position = kept; position < goal; ++position)
       for (std::size_t plane = 0; plane < 2; ++plane) *row_of(arena, plane, target, position) = ~mark;
     require_rows(target, kept);
-    if (below(2) == 0) arena.publish(target, goal);
-  } catch (const OutOfPages&) {
+    if (below(2) == 0) arena.commit(target, goal);
+  } catch (const BudgetExceeded&) {
     ++totals.out_of_pages;
   } catch (const DriverError&) {
     ++totals.refused;
@@ -99,7 +99,7 @@ void live(Arena& arena, Totals& totals, unsigned seed, std::size_t lives) {
       kept = length < kWindow ? 0 : length - kWindow + 1;
       try {
         arena.grow(std::span(&slot, 1), goal, length, Stream{0});
-      } catch (const OutOfPages&) {
+      } catch (const BudgetExceeded&) {
         ++totals.out_of_pages;
         break;
       } catch (const DriverError&) {
@@ -137,7 +137,7 @@ void share(const std::shared_ptr<Arena>& arena, Totals& totals, std::size_t live
           try {
             sequence.extend(2, Stream{0});
             grown += 2;
-          } catch (const OutOfPages&) {
+          } catch (const BudgetExceeded&) {
             ++totals.out_of_pages;
           } catch (const DriverError&) {
             ++totals.refused;
@@ -165,7 +165,7 @@ void share(const std::shared_ptr<Arena>& arena, Totals& totals, std::size_t live
         throw;
       }
       looks.join();
-    } catch (const OutOfPages&) {
+    } catch (const BudgetExceeded&) {
       ++totals.out_of_pages;
     } catch (const DriverError&) {
       ++totals.refused;
@@ -199,12 +199,12 @@ void stress(std::size_t lives, const std::shared_ptr<Mapper>& mapper) {
           if (mapper && random() % 64 == 0) fork_once();
         } catch (const DriverError&) {
           ++totals.refused;
-        } catch (const OutOfPages&) {
+        } catch (const BudgetExceeded&) {
           ++totals.out_of_pages;
         }
         arena.check();
         const Stats stats = arena.stats();
-        require(stats.mapped + stats.retired + stats.pooled == stats.physical, "a snapshot does not add up");
+        require(stats.mapped + stats.deferred + stats.pooled == stats.physical, "a snapshot does not add up");
         (void)arena.map();
         std::this_thread::yield();
       }
@@ -216,7 +216,7 @@ void stress(std::size_t lives, const std::shared_ptr<Mapper>& mapper) {
     done = true;
     disturber.join();
     driver->fail_at(0, 0, false);
-    arena.settle();
+    arena.wait_idle();
     arena.check();
     arena.trim();
     require(arena.stats().physical == 0, "trim left memory behind");

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 
 from vattn import _core
-from vattn.errors import OutOfPages
+from vattn.errors import BudgetExceeded
 from vattn.memory.stats import CacheStats
 
 
@@ -68,7 +68,7 @@ class Pages:
         self.running.append(sequence)
         return sequence
 
-    def settle(self) -> None:
+    def wait_idle(self) -> None:
         """Nothing is done in the background."""
 
     def stats(self) -> CacheStats:
@@ -84,7 +84,7 @@ class Pages:
             parked=self.page * sum(len(pages) for slot in self.parked for pages in self.handles[slot]),
             shared=0,
             pooled=self.page * len(self.pooled),
-            retired=0,
+            deferred=0,
             running_slots=len(self.running),
             parked_slots=len(self.parked),
             rows=sum(one.length for one in self.running) * self.row_bytes * self.planes,
@@ -139,7 +139,7 @@ class Pages:
         surplus = sum(self._surplus(one) for one in self.running if one.slot != slot)
         available = len(self.pooled) + self.limit - self.created + parked + surplus
         if missing > available:
-            error = OutOfPages(f"{missing} pages are needed and {available} available")
+            error = BudgetExceeded(f"{missing} pages are needed and {available} available")
             error.needed, error.free = missing * self.page, available * self.page
             raise error
         for plane, pages in enumerate(planes):
@@ -194,7 +194,7 @@ class PageSequence:
         return min(len(pages) for pages in self.cache.handles[self.slot]) * self.cache.page // self.cache.row_bytes
 
     def grow(self, n: int = 1) -> int:
-        """Makes room for ``n`` more positions; raises OutOfPages, and then nothing has changed."""
+        """Makes room for ``n`` more positions; raises BudgetExceeded, and then nothing has changed."""
         self.cache._grow(self.slot, self.length + n)
         self.length += n
         return self.length

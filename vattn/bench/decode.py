@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, QuantizedCache, StaticCache, StoppingCriteria, StoppingCriteriaList
 
-from vattn.hf.attach import CACHE_KEYWORD, known
+from vattn.hf.attach import CACHE_KEYWORD, forward_of
 from vattn.hf.cache import VirtualCache
 from vattn.kernels import KERNELS, AttentionParams, AttentionSpec, Kernel, SequenceRanges, reach_of
 from vattn.memory.kv_cache import KVCache
@@ -223,8 +223,8 @@ def _fill(cache: Any, model: Any, mask: torch.Tensor) -> None:
                 cache.update(k, v, layer)
 
 
-def peers(device: str) -> list[str]:
-    """The caches of transformers that a machine has, see ``ways``."""
+def baselines(device: str) -> list[str]:
+    """The caches of transformers that a machine has, see ``cache_factories``."""
     try:
         quantized = importlib.util.find_spec("optimum.quanto") is not None
     except ImportError:
@@ -234,7 +234,7 @@ def peers(device: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Way:
+class CacheFactory:
     """A kind of cache to decode with.
 
     Attributes:
@@ -251,7 +251,7 @@ class Way:
     compiled: bool = False
 
 
-def ways(model: Any, max_len: int, kernels: list[str], peers: list[str]) -> list[Way]:
+def cache_factories(model: Any, max_len: int, kernels: list[str], baselines: list[str]) -> list[CacheFactory]:
     """Caches of vattn and of transformers.
 
     Args:
@@ -259,8 +259,8 @@ def ways(model: Any, max_len: int, kernels: list[str], peers: list[str]) -> list
             memory, where steps are compiled: warm those up first.
         max_len: of the virtual ones.
         kernels: of captured decode steps: names, with ``+fp8``, ``+compiled`` or ``+tuned`` behind.
-        peers: of ``"dynamic"``, ``"static"``, ``"static_compile"``, ``"offloaded"`` (on CUDA), ``"quantized"`` (4 bits,
-            by optimum-quanto).
+        baselines: of ``"dynamic"``, ``"static"``, ``"static_compile"``, ``"offloaded"`` (on CUDA), ``"quantized"``
+            (4 bits, by optimum-quanto).
     """
     twin = _twin(model)
     tuned = {"max_autotune": True, "coordinate_descent_tuning": True}
@@ -277,8 +277,8 @@ def ways(model: Any, max_len: int, kernels: list[str], peers: list[str]) -> list
         options: dict[str, Any] = {"attention": kernel}
         for part in parts:
             options |= hows[part]
-        made.append(Way(f"vattn captured, {name}", twin, virtual(**options)))
-    made.append(Way("vattn eager", twin, virtual(attention="auto", capture=False)))
+        made.append(CacheFactory(f"vattn captured, {name}", twin, virtual(**options)))
+    made.append(CacheFactory("vattn eager", twin, virtual(attention="auto", capture=False)))
     config = model.config
     others: dict[str, Callable[[int, int], Any]] = {
         "dynamic": lambda batch, length: DynamicCache(config=config),
@@ -287,7 +287,9 @@ def ways(model: Any, max_len: int, kernels: list[str], peers: list[str]) -> list
         "offloaded": lambda batch, length: DynamicCache(config=config, offloading=True),
         "quantized": lambda batch, length: QuantizedCache("quanto", config),
     }
-    return made + [Way(peer, model, others[peer], compiled=peer == "static_compile") for peer in peers]
+    return made + [
+        CacheFactory(baseline, model, others[baseline], compiled=baseline == "static_compile") for baseline in baselines
+    ]
 
 
 def _twin(model: Any) -> Any:
@@ -305,17 +307,17 @@ class Decoding:
     process take two to three times as long.
 
     Args:
-        way: what decodes.
+        factory: what decodes.
         point: what rows call the contexts.
         lengths: of the contexts.
         steps: of a round.
     """
 
-    def __init__(self, way: Way, point: str, lengths: list[int], steps: int) -> None:
+    def __init__(self, factory: CacheFactory, point: str, lengths: list[int], steps: int) -> None:
         if steps < 4:
             raise ValueError(f"steps must be at least 4, not {steps}: the first are not counted")
-        self.way = way
-        self.row: dict[str, Any] = {"point": point, "cache": way.name}
+        self.factory = factory
+        self.row: dict[str, Any] = {"point": point, "cache": factory.name}
         self._lengths, self._steps = lengths, steps
         self._rounds: list[list[float]] = []
         self._cache: Any = None
@@ -348,7 +350,7 @@ class Decoding:
 
     @property
     def _device(self) -> torch.device:
-        device: torch.device = self.way.model.device
+        device: torch.device = self.factory.model.device
         return device
 
     @contextlib.contextmanager
@@ -367,9 +369,9 @@ class Decoding:
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        cache = self._cache or self.way.make(len(self._lengths), max(self._lengths) + self._steps + 8)
+        cache = self._cache or self.factory.make(len(self._lengths), max(self._lengths) + self._steps + 8)
         if isinstance(cache, VirtualCache):
-            known(self.way.model).refused = None  # by what was measured before
+            forward_of(self.factory.model).refused = None  # by what was measured before
         try:
             yield cache
             if isinstance(cache, VirtualCache):
@@ -378,7 +380,7 @@ class Decoding:
             keep = False
             raise
         finally:
-            if keep and (isinstance(cache, VirtualCache) or (self.way.compiled and self._tokens_bytes() < _KEPT)):
+            if keep and (isinstance(cache, VirtualCache) or (self.factory.compiled and self._tokens_bytes() < _KEPT)):
                 cache.reset()
                 for kv_cache in getattr(cache, "kv_caches", []):
                     kv_cache.trim()
@@ -387,9 +389,9 @@ class Decoding:
                 cache.close()
 
     def _decode(self, cache: Any) -> list[float]:
-        model, steps, lengths = self.way.model, self._steps, self._lengths
+        model, steps, lengths = self.factory.model, self._steps, self._lengths
         batch, longest = len(lengths), max(lengths)
-        model.generation_config.disable_compile = not self.way.compiled
+        model.generation_config.disable_compile = not self.factory.compiled
         ids = torch.randint(1, model.config.get_text_config().vocab_size, (batch, longest + 1), device=self._device)
         padding = longest - torch.tensor(lengths, device=self._device)
         mask = (torch.arange(longest + 1, device=self._device) >= padding[:, None]).long()
@@ -415,11 +417,11 @@ class Decoding:
         }
 
     def _tokens_bytes(self) -> int:
-        return sum(self._lengths) * _layout_of(self.way.model).bytes_per_token
+        return sum(self._lengths) * _layout_of(self.factory.model).bytes_per_token
 
     def _memory(self, cache: Any) -> dict[str, Any]:
         """What the device has taken, and reading the weights but the embedding, K and V at 3.0 TB/s, ``floor ms``."""
-        model, text = self.way.model, self.way.model.config.get_text_config()
+        model, text = self.factory.model, self.factory.model.config.get_text_config()
         size = model.dtype.itemsize
         layouts = [c.layout for c in cache.kv_caches] if isinstance(cache, VirtualCache) else [_layout_of(model)]
         token = sum(layout.bytes_per_token for layout in layouts)
@@ -442,11 +444,13 @@ class Decoding:
         return row
 
 
-def decode_speed(ways: list[Way], point: str, lengths: list[int], steps: int, rounds: int = 3) -> list[dict[str, Any]]:
-    """A row for each way, see ``Decoding``: the median and the least of the rounds' median steps, and memory.
+def decode_speed(
+    factories: list[CacheFactory], point: str, lengths: list[int], steps: int, rounds: int = 3
+) -> list[dict[str, Any]]:
+    """A row for each factory, see ``Decoding``: the median and the least of the rounds' median steps, and memory.
 
     Args:
-        ways: of ``ways``.
+        factories: of ``cache_factories``.
         point: what rows call the contexts.
         lengths: of the contexts.
         steps: of a round.
@@ -454,7 +458,7 @@ def decode_speed(ways: list[Way], point: str, lengths: list[int], steps: int, ro
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, not {rounds}")
-    decodings = [Decoding(way, point, lengths, steps) for way in ways]
+    decodings = [Decoding(factory, point, lengths, steps) for factory in factories]
     for decoding in decodings:
         decoding.warm_up()
     return in_turns(decodings, rounds)

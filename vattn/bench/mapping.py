@@ -16,7 +16,7 @@ from vattn import _core
 from vattn.bench.baseline_pages import Pages
 from vattn.bench.replay import MEMORY_CALLS, Result, Served, replay
 from vattn.bench.trace import Request
-from vattn.errors import OutOfPages
+from vattn.errors import BudgetExceeded
 from vattn.memory.device import resolve_device
 from vattn.memory.kv_cache import KVCache
 from vattn.memory.layout import GRANULARITY, KVLayout
@@ -299,7 +299,7 @@ def replays(
                 row: dict[str, Any] = {"policy": policy, "budget": budget, "requests": len(requests)}
                 try:
                     rows.append(row | _summary(served()))
-                except OutOfPages as error:
+                except BudgetExceeded as error:
                     rows.append(row | {"not served": str(error)})
     return rows
 

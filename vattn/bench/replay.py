@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from vattn.bench.trace import Request
-from vattn.errors import OutOfPages
+from vattn.errors import BudgetExceeded
 from vattn.memory.stats import CacheStats
 
 # Calls that make, map, open, unmap and release memory.
@@ -37,7 +37,7 @@ class Served(Protocol):
 
     def open(self, *, expected: int = 0) -> ServedSequence: ...
     def stats(self) -> CacheStats: ...
-    def settle(self) -> None: ...
+    def wait_idle(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class _Server:
             one = self.running[position]
             try:
                 one.sequence.grow(1)
-            except OutOfPages:
+            except BudgetExceeded:
                 if len(self.running) + len(self.coming) == 1:
                     raise
                 if self.coming:
@@ -162,7 +162,7 @@ class _Server:
 
     @staticmethod
     def _ask(one: _Running) -> None:
-        with contextlib.suppress(OutOfPages):  # without a mapper it is said at once
+        with contextlib.suppress(BudgetExceeded):  # without a mapper it is said at once
             one.sequence.prefetch(one.request.prompt + 1)
 
     @staticmethod
@@ -244,7 +244,7 @@ def replay(
 
     Raises:
         ValueError: the requests end before the warm-up does.
-        OutOfPages: the budget does not hold a request that runs alone.
+        BudgetExceeded: the budget does not hold a request that runs alone.
     """
     server = _Server(cache, requests, concurrency, output_guess)
     measured: _Measured | None = None
@@ -265,7 +265,7 @@ def replay(
             clock += 1 / steps_per_second
             time.sleep(max(0.0, clock - time.perf_counter()))
         else:
-            cache.settle()
+            cache.wait_idle()
         if measured and measured.steps == max_steps:
             break
     if measured is None:

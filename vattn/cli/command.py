@@ -316,10 +316,10 @@ def _bench_generate(options: argparse.Namespace) -> dict[str, list[dict[str, Any
     kernels = [name for name in ("fa3", "fa2", "flashinfer", "flex") if on_gpu and not KERNELS[name].missing()]
     kernels += [f"{name}+compiled" for name in kernels[:1]]
     max_len = max(4096, 2 * options.context, options.context + options.steps + 8)
-    ways = decode.ways(model, max_len, kernels, decode.peers(options.device))
+    factories = decode.cache_factories(model, max_len, kernels, decode.baselines(options.device))
     lengths = [options.context] * options.batch
     point = f"{options.batch} x {options.context}"
-    return {"generate": decode.decode_speed(ways, point, lengths, options.steps)}
+    return {"generate": decode.decode_speed(factories, point, lengths, options.steps)}
 
 
 def _bench_map(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:

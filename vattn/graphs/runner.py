@@ -21,7 +21,7 @@ class GraphRunner:
         by_rows: names of those inputs whose first dimension counts rows.
         rows: how many rows are computed.
         stream: the stream on which captures are made; None on a CPU.
-        ahead: the stream on which a replay may begin before its call; None on a CPU.
+        speculation: the stream on which a replay may start before its call; None on a CPU.
 
     Attributes:
         live: rows that are not idle; -1 while that is not known.
@@ -35,7 +35,7 @@ class GraphRunner:
         by_rows: set[str],
         rows: int,
         stream: torch.cuda.Stream | None,
-        ahead: torch.cuda.Stream | None,
+        speculation: torch.cuda.Stream | None,
     ) -> None:
         self.inputs, self.rows = inputs, rows
         self._by_rows = by_rows
@@ -44,8 +44,8 @@ class GraphRunner:
         self._graph: Any = None
         self.graph_bytes = 0
         self.outputs: dict[str, torch.Tensor | None] = {}
-        self._stream, self._ahead = stream, ahead
-        if ahead is not None:
+        self._stream, self._speculation = stream, speculation
+        if speculation is not None:
             self._written, self._done = (torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
 
     @property
@@ -129,31 +129,31 @@ class GraphRunner:
             torch.cuda.current_stream().wait_stream(self._stream)
 
     @contextlib.contextmanager
-    def ahead_of_call(self) -> Iterator[None]:
+    def speculating(self) -> Iterator[None]:
         """Within this context work is queued on a stream that does not wait for what the caller does from now on."""
-        if self._ahead is None:
+        if self._speculation is None:
             yield
             return
-        self._ahead.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._ahead):
+        self._speculation.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._speculation):
             try:
                 yield
             finally:
                 self._done.record()
 
-    def replay_ahead(self) -> None:
-        """Replays, within ``ahead_of_call``, on inputs that were written there."""
-        if self._ahead is not None:
+    def replay_speculatively(self) -> None:
+        """Replays, within ``speculating``, on inputs that were written there."""
+        if self._speculation is not None:
             self._written.record()
         self._graph.replay()
 
     def was_given(self, given: dict[str, torch.Tensor | None]) -> bool:
-        """Whether the inputs of a replay ahead of its call are what the call gives."""
-        if self._ahead is not None:
+        """Whether the inputs of a speculative replay are what the call gives."""
+        if self._speculation is not None:
             torch.cuda.current_stream().wait_event(self._written)
         return all(torch.equal(mine, theirs) for mine, theirs in self._pairs(given))
 
-    def join_ahead(self) -> None:
-        """Has the current stream wait for the replay that began ahead of its call."""
-        if self._ahead is not None:
-            torch.cuda.current_stream(self._ahead.device).wait_event(self._done)
+    def join_speculative(self) -> None:
+        """Has the current stream wait for the speculative replay."""
+        if self._speculation is not None:
+            torch.cuda.current_stream(self._speculation.device).wait_event(self._done)

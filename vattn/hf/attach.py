@@ -46,7 +46,7 @@ def attach(model: Any, cache: Any) -> None:
     """
     model = adapted(model)
     with _changing:
-        forward = known(model)
+        forward = forward_of(model)
         forward.caches.add(cache)
         if not forward.attached:
             forward.attached = True
@@ -62,7 +62,7 @@ def detach(model: Any, cache: Any) -> None:
     """Makes a model what it was once none of its caches is left."""
     model = adapted(model)
     with _changing:
-        known(model).caches.discard(cache)
+        forward_of(model).caches.discard(cache)
     _let_go(weakref.ref(model))
 
 
@@ -71,7 +71,7 @@ def adapted(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def known(model: Any) -> Forward:
+def forward_of(model: Any) -> Forward:
     """What is known of a model, which stays known when it is detached."""
     with _changing:
         if model not in _forwards:
@@ -126,7 +126,11 @@ def _restore(kind: type) -> None:
 def _let_go(model: weakref.ref[Any]) -> None:
     """Makes a model what it was if none of its caches is left."""
     with _changing:
-        if (found := model()) is None or not (forward := known(found)).attached or any(True for _ in forward.caches):
+        if (
+            (found := model()) is None
+            or not (forward := forward_of(found)).attached
+            or any(True for _ in forward.caches)
+        ):
             return
         forward.attached = False
         for name in ("forward", "generate"):
@@ -166,9 +170,9 @@ class _OwnMethod:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self._model()
-        if torch.compiler.is_compiling() or _calling_model.get() or model is None or not known(model).attached:
+        if torch.compiler.is_compiling() or _calling_model.get() or model is None or not forward_of(model).attached:
             return self.original(*args, **kwargs)
-        forward = known(model)
+        forward = forward_of(model)
         called = forward.forward if self._name == "forward" else forward.generate
         return called(self.original, args, kwargs)
 
@@ -231,7 +235,7 @@ class Greedy:
         self._steps = 0  # also where a copy of the context lives on
         with contextlib.ExitStack() as each:
             for store in self._stores:
-                each.callback(store.land)
+                each.callback(store.cancel_speculative)
 
 
 def greedy(model: Any) -> Greedy | None:
@@ -249,7 +253,7 @@ class Forward:
         self.attached = False
         self.parameters = tuple(inspect.signature(model.forward).parameters)
         self.refused: str | None = None  # why the model's steps are not computed on slot tensors
-        self.trusted: Any = None  # in what state one was what transformers computes, each layer on its own K and V
+        self.verified: Any = None  # in what state one was what transformers computes, each layer on its own K and V
         self.prompts: bool | None = None  # whether prompts on kernels are, where one was tried
         self.prompt_kinds: set[Any] = set()  # those of which one was
         self.moves = 0  # how often the weights were laid elsewhere

@@ -85,7 +85,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
 
     Raises (at the first call that needs it):
         SequenceTooLong: a sequence would exceed ``max_len``.
-        OutOfPages: the budget is spent.
+        BudgetExceeded: the budget is spent.
         OutOfDeviceMemory: the device is full.
         ValueError: a batch above ``slots``, another model's keys, a wrong dtype or device, a closed cache; or a call
             has ended halfway that could not be taken back: ``reset`` it.
@@ -322,7 +322,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         if mask is None or flat:
             store.rows.require_hidden(mask)
         if tokens is not None and tokens.shape[1] == 1:
-            store.land()
+            store.cancel_speculative()
             store.rows.restore_padding()  # others may follow, and would copy
         if self.decoder is None or tokens is None or not self.decoder.takes(forward, tokens.device):
             yield None
@@ -396,7 +396,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
     def set_budget(self, budget: int | float | None) -> None:
         """Sets the limit on the physical memory of each device, also of those to come; see ``KVCache.set_budget``.
 
-        When it raises OutOfPages for one device, the devices before it have the new budget.
+        When it raises BudgetExceeded for one device, the devices before it have the new budget.
         """
         self._store.placement.set_budget(budget)
 
@@ -428,7 +428,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         """
         if self.decoder is not None:
             self.decoder.graphs.clear()
-            self._store.land()
+            self._store.cancel_speculative()
         if (model := self._model()) is not None:
             attach.detach(model, self)
         self.decoder = None
@@ -446,7 +446,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
     def _each_other(self, name: str, *args: Any) -> Iterator[None]:
         """Calls a method of the layers of other kinds, which may refuse it; what fails in the context undoes that."""
         others = [layer for layer in self.layers if not isinstance(layer, VirtualLayer)]
-        self._store.land()
+        self._store.cancel_speculative()
         before = [_copied(vars(layer)) for layer in others]  # they put new tensors in the place of the old ones
         try:
             for layer in others:

@@ -98,8 +98,8 @@ class DecodeGraph:
     Attributes:
         can: in which ways steps can be computed.
         length: positions before the last step; -1 before the first.
-        last_step: how the last step was computed: ``"eager"``, ``"replayed"``, or ``"ahead"``, a replay that had begun
-            before it was called for. ``"eager"`` too once something else was computed behind it.
+        last_step: how the last step was computed: ``"eager"``, ``"replayed"``, or ``"speculative"``, a replay that had
+            started before it was called for. ``"eager"`` too once something else was computed behind it.
     """
 
     def __init__(
@@ -114,8 +114,8 @@ class DecodeGraph:
         self.length = -1
         self._set_length = -1  # what inputs that follow from the length are set to
         self._output_type: type | None = None  # of the captured step
-        self.last_step: Literal["eager", "replayed", "ahead"] = "eager"
-        self._begun = -1  # the length of a step that has begun before its call
+        self.last_step: Literal["eager", "replayed", "speculative"] = "eager"
+        self._started = -1  # the length of a step that has begun before its call
 
     def is_of(self, forward: Forward, *, everything: bool) -> bool:
         """Whether the model computes by what it did, as far as can be said at once, or with ``everything`` in all."""
@@ -223,7 +223,7 @@ class DecodeGraph:
 
     def step(self, call: StepCall) -> Any:
         """The output of a step that is steady: it has begun already, or is replayed."""
-        if self.join_begun(call):
+        if self.join_speculative(call):
             return self.output(call)
         self.fill(call)
         self.runner.replay()
@@ -252,7 +252,7 @@ class DecodeGraph:
 
     # Steps that begin before their calls.
 
-    def begin_next(self, length: int, run: Greedy) -> None:
+    def start_speculative(self, length: int, run: Greedy) -> None:
         """Replays the step at this length behind the last one, with the tokens of its highest logits.
 
         Args:
@@ -261,7 +261,7 @@ class DecodeGraph:
         """
         ids = self.runner.live_input("input_ids")
         logits = self.runner.live_output(self.runner.outputs["logits"])[:, -1]
-        with self.runner.ahead_of_call():
+        with self.runner.speculating():
             if len(ids) > 1 and run.ends:
                 ended = functools.reduce(torch.logical_or, (ids == end for end in {run.pad, *run.ends}))
                 ids.copy_(torch.where(ended, run.pad, logits.argmax(-1, keepdim=True)))
@@ -271,8 +271,8 @@ class DecodeGraph:
                 if name in self.runner.inputs and name not in self._following:
                     self.runner.live_input(name).add_(1)
             self.set_length(length)
-            self.runner.replay_ahead()
-        self._begun = length
+            self.runner.replay_speculatively()
+        self._started = length
 
     @property
     def foretells_inputs(self) -> bool:
@@ -281,21 +281,23 @@ class DecodeGraph:
         ids = self.runner.inputs["input_ids"]
         return logits is not None and logits.dim() == 3 and len(logits) == len(ids) and ids.dtype == torch.int64
 
-    def join_begun(self, call: StepCall) -> bool:
+    def join_speculative(self, call: StepCall) -> bool:
         """Waits for a step that has begun before its call, and returns whether it is the one that is called for."""
         store, length = call.store, call.length
-        begun = self._begun == length and self.steady(length)
-        right = begun and self.runner.was_given(call.tensors)  # after an error ``store.land`` ends what has begun
-        wait, store.ahead = store.ahead, None
+        started = self._started == length and self.steady(length)
+        right = started and self.runner.was_given(
+            call.tensors
+        )  # after an error ``store.cancel_speculative`` ends what has begun
+        wait, store.speculative = store.speculative, None
         if wait is not None:
             wait()
-        if begun and (run := greedy(call.forward.model)):
+        if started and (run := greedy(call.forward.model)):
             run.note(right)
-        self.last_step = "ahead" if right else "eager"
+        self.last_step = "speculative" if right else "eager"
         return right
 
     def wait(self) -> None:
         """Has the current stream wait for the step that has begun, which then is of no use."""
-        self._begun = -1
+        self._started = -1
         self.last_step = "eager"
-        self.runner.join_ahead()
+        self.runner.join_speculative()

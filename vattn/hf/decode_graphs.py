@@ -39,7 +39,7 @@ class DecodeGraphs:
         self._settings, self._log = settings, log
         self._graphs: OrderedDict[Any, DecodeGraph] = OrderedDict()
         self._pool: Any = None  # that captures take memory from
-        self._ahead: torch.cuda.Stream | None = None  # where steps begin before their calls
+        self._speculation: torch.cuda.Stream | None = None  # where steps begin before their calls
 
     def all(self) -> list[DecodeGraph]:
         """The graphs, the least recently used first."""
@@ -98,13 +98,13 @@ class DecodeGraphs:
     def _make(self, call: StepCall, cache: KVCache, base: int, rows: int) -> DecodeGraph:
         device, settings = call.ids.device, self._settings
         stream, side = streams(device) if call.ids.is_cuda else (None, None)
-        if call.ids.is_cuda and self._ahead is None:
-            self._ahead = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        if call.ids.is_cuda and self._speculation is None:
+            self._speculation = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         if settings.compiled:
             self._lay_side_by_side(call.forward)
         context = DecodeContext(cache, base, StepRows(rows, cache.device, side), settings.kernel, settings.capture)
         by_rows = {name for name, given in call.tensors.items() if given is not None and call.by_rows(given)}
-        runner = GraphRunner(call.inputs(rows), by_rows, rows, stream, self._ahead)
+        runner = GraphRunner(call.inputs(rows), by_rows, rows, stream, self._speculation)
         windows = sorted({window for window in call.store.windows if window is not None})
         return DecodeGraph(context, runner, call, TestedSteps(windows), capturable(device))
 

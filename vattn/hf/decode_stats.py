@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from vattn.aliases import Renamed
 from vattn.hf.attach import Forward
 
 _LOG = logging.getLogger("vattn")
@@ -17,7 +18,7 @@ class DecodeStats:
     Args:
         replayed: steps that were replays of a graph.
         eager: steps on slot tensors that were not, among them those that transformers computed too, to compare.
-        ahead: of the replayed ones, those that had begun before they were called for.
+        speculative: of the replayed ones, those that had started before they were called for.
         prompts: calls with several tokens for each row whose attention was a kernel's of vattn.
         captures: graphs captured so far.
         graphs: graphs kept, at most 8: the least recently used goes first. Each is for batches up to a size.
@@ -28,13 +29,15 @@ class DecodeStats:
 
     replayed: int
     eager: int
-    ahead: int
+    speculative: int
     prompts: int
     captures: int
     graphs: int
     graph_bytes: int
     kernel: str | None
     fallback: str | None
+
+    ahead = Renamed("speculative")
 
 
 class DecodeLog:
@@ -47,7 +50,7 @@ class DecodeLog:
     """
 
     def __init__(self) -> None:
-        self.counts = dict.fromkeys(("replayed", "eager", "ahead", "prompts", "captures"), 0)
+        self.counts = dict.fromkeys(("replayed", "eager", "speculative", "prompts", "captures"), 0)
         self.kernels: dict[str, None] = {}
         self.fallback: str | None = None
 

@@ -108,10 +108,10 @@ class Decoder:
             finally:
                 store.lengths[:] = [call.length + (output is not None)] * len(store.lengths)
             if output is not None:
-                self._begin_next(graph, call)
+                self._start_speculative(graph, call)
         if output is not None and not forward.refused:
             self._log.counts["eager" if graph.last_step == "eager" else "replayed"] += 1
-            self._log.counts["ahead"] += graph.last_step == "ahead"
+            self._log.counts["speculative"] += graph.last_step == "speculative"
         return output
 
     def _computed(self, call: StepCall, cache: KVCache, base: int) -> tuple[DecodeGraph, Any]:
@@ -146,7 +146,7 @@ class Decoder:
                 return None
         if graph.steady(call.length):
             return graph.step(call)
-        graph.join_begun(call)
+        graph.join_speculative(call)
         graph.fill(call)
         if not (self._settings.capture and graph.can.capture):
             return self._compute_anew(graph, call)
@@ -177,15 +177,15 @@ class Decoder:
                 self._log.fall_back(f"decodes as transformers does: {reason}")
             return None
 
-    def _begin_next(self, graph: DecodeGraph, call: StepCall) -> None:
+    def _start_speculative(self, graph: DecodeGraph, call: StepCall) -> None:
         """Replays the next step behind a call with the most likely tokens, where that is most likely what comes."""
         store, length = call.store, call.length + 1
         run = greedy(call.forward.model) if self._settings.run_ahead else None
         if run is None or not run.goes_on(store) or graph.last_step == "eager" or not graph.steady(length):
             return
-        if graph.foretells_inputs and store.rows.grow_ahead(length):
-            store.ahead = graph.wait
-            graph.begin_next(length, run)
+        if graph.foretells_inputs and store.rows.grow_speculatively(length):
+            store.speculative = graph.wait
+            graph.start_speculative(length, run)
 
     # Prompts.
 
@@ -207,7 +207,7 @@ class Decoder:
         if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != (batch, start + n)):
             return None
         configs = configs_of(forward.model)
-        if forward.trusted is None or forward.prompts is False or forward.trusted != attends_by(forward, configs):
+        if forward.verified is None or forward.prompts is False or forward.verified != attends_by(forward, configs):
             return None
         if (hides := [0] * batch if mask is None else hidden(mask)) is None:
             return None

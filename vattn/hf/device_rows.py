@@ -64,7 +64,7 @@ class DeviceRows:
             for slot in range(before, batch):
                 rows.append(self.cache.open_unwatched(self.base + slot))
             if length and batch > before:
-                self.cache.grow_all(rows[before:], length, keep=0)
+                self.cache.grow_all(rows[before:], length, min_truncate_length=0)
         except BaseException:
             self.close(before)
             raise

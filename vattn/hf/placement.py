@@ -254,7 +254,7 @@ class Placement:
         """Within this context no other thread takes neighbouring slots in the ``KVCache``s."""
         with contextlib.ExitStack() as each:
             for cache in sorted((rows.cache for rows in self.rows.values()), key=id):
-                each.enter_context(cache.placing)
+                each.enter_context(cache.slots_lock)
             yield
 
     def clone(self) -> Placement:

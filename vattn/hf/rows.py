@@ -78,19 +78,22 @@ class Rows:
             rows.open(batch)
         return rows
 
-    def grow(self, rows: DeviceRows, length: int, *, keep: int = 0) -> None:
+    def grow(self, rows: DeviceRows, length: int, *, min_truncate_length: int = 0) -> None:
         """Grows those rows that have memory to so many positions.
 
         Args:
             rows: in one ``KVCache``.
             length: padding included.
-            keep: sliding windows give back no row that a query at this length needs.
+            min_truncate_length: the shortest length that the rows may still be cut to; sliding windows give back no row
+                that a query there sees.
         """
         sequences = self.prompts.leaders(rows.sequences)
         stored = self.format.stored(length, len(sequences))
-        rows.cache.grow_all(sequences, stored, keep=self.format.stored(keep, len(sequences)))
+        rows.cache.grow_all(
+            sequences, stored, min_truncate_length=self.format.stored(min_truncate_length, len(sequences))
+        )
 
-    def grow_ahead(self, length: int) -> bool:
+    def grow_speculatively(self, length: int) -> bool:
         """Gets memory for a step at this length before it is called for; False where there is none."""
         [rows] = self.placement.rows.values()
         try:
@@ -99,7 +102,7 @@ class Rows:
             return False
         return True
 
-    def keep(self, rows: DeviceRows) -> int:
+    def min_truncate_length(self, rows: DeviceRows) -> int:
         """The shortest length that a layer has, or may be cropped to: its sliding window must stay."""
         shortest = min(self.lengths[layer] for layer in rows.views if layer in self.placement.seen)
         return self.room_before(rows, shortest if self.floor is None else self.floor)
@@ -208,10 +211,10 @@ class Rows:
         try:
             for rows in self._every():
                 length = max(self.lengths[layer] for layer in rows.views)
-                keep = padding.stored(self.keep(rows))
-                rows.cache.grow_all(rows.sequences, length, keep=keep)
+                shortest = padding.stored(self.min_truncate_length(rows))
+                rows.cache.grow_all(rows.sequences, length, min_truncate_length=shortest)
                 if rows.cache.shares(rows.sequences, 0):
-                    rows.cache.own_all(rows.sequences, 0)
+                    rows.cache.copy_on_write(rows.sequences, 0)
                 self.format.allocate_blocks(rows, self.lengths, blocks)
         except BaseException:
             self.shorten()
@@ -254,7 +257,7 @@ class Rows:
             shortest = min((lengths[layer] for layer in rows.views if layer in seen), default=0)
             if rows.sequences and shortest < longest and rows.cache.shares(rows.sequences, shortest):
                 # The shorter layers will write where the longer ones hold rows.
-                rows.cache.own_all(rows.sequences, shortest)
+                rows.cache.copy_on_write(rows.sequences, shortest)
         self.lengths[:] = lengths
         longest = max(lengths, default=0)
         self.format.crop(longest)
@@ -319,7 +322,7 @@ class Rows:
                     rows.cache.fork_all(sequences[source], new, sequences[source].length, share=share)
                 targets = [sequences[i] for i in changed]
                 if changed and rows.cache.shares(targets, alike):
-                    rows.cache.own_all(targets, alike)
+                    rows.cache.copy_on_write(targets, alike)
         except BaseException:
             for rows in every:
                 rows.close(before)

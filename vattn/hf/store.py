@@ -31,7 +31,7 @@ class Store:
     Attributes:
         lengths: positions that each layer holds, padding included. It stays the same list.
         ready: for each layer that the call at hand will update, what was prepared for it.
-        ahead: waits for a decode step that runs though nobody has called for it yet; None where none runs.
+        speculative: waits for a decode step that runs though nobody has called for it yet; None where none runs.
         closed: whether ``close`` was called.
     """
 
@@ -41,7 +41,7 @@ class Store:
         self.stateful = stateful
         self.guard = CallGuard()
         self.ready: dict[int, Ready] = {}
-        self.ahead: Callable[[], None] | None = None
+        self.speculative: Callable[[], None] | None = None
         self.closed = False
         self._copying = threading.Lock()
 
@@ -72,7 +72,7 @@ class Store:
         self.guard.require_whole()
 
     def _require_open(self) -> None:
-        self.land()
+        self.cancel_speculative()
         if self.closed:
             raise ValueError("the cache is closed: make a new VirtualCache")
 
@@ -98,14 +98,14 @@ class Store:
             expected: what layers will most likely append of which none has been seen.
 
         Raises:
-            OutOfPages, OutOfDeviceMemory, SequenceTooLong: there is not so much; nothing has changed.
+            BudgetExceeded, OutOfDeviceMemory, SequenceTooLong: there is not so much; nothing has changed.
         """
         placement = self.placement
         if placement.open_ended or not n:
             return
         if not placement.expected and not placement.expect(batch, expected(), self._rebuild):
             return
-        self.land()
+        self.cancel_speculative()
         try:
             for key, rows in list(placement.rows.items()):
                 lengths = {self.lengths[layer] for layer in rows.views}
@@ -115,10 +115,13 @@ class Store:
                 rows = self._open_batch(key, batch)
                 if start == 0 and self.rows.format.coming is not None:
                     rows.cache.grow_all(
-                        self.rows.prompts.leaders(rows.sequences), self.rows.format.coming.stored(n), keep=0
+                        self.rows.prompts.leaders(rows.sequences),
+                        self.rows.format.coming.stored(n),
+                        min_truncate_length=0,
                     )
                 else:
-                    self.rows.grow(rows, start + n, keep=self.rows.room_before(rows, start) if start else 0)
+                    shortest = self.rows.room_before(rows, start) if start else 0
+                    self.rows.grow(rows, start + n, min_truncate_length=shortest)
         except BaseException:
             self.rows.shorten()
             raise
@@ -148,7 +151,8 @@ class Store:
             rows = self._open_batch(key, batch)
             self.rows.find_shared_prompts(rows, k, v, start)
             steady = in_step and self.rows.floor is None
-            self.rows.grow(rows, start + n, keep=self.rows.room_before(rows, start) if steady else self.rows.keep(rows))
+            shortest = self.rows.room_before(rows, start) if steady else self.rows.min_truncate_length(rows)
+            self.rows.grow(rows, start + n, min_truncate_length=shortest)
 
         views, step = rows.views[layer], (k.shape, v.numel(), start + n)
         if (size := self.rows.prompts.size) > 1:
@@ -198,7 +202,7 @@ class Store:
             rows = self._open_batch(key, batch)
             stored = form.stored(start + n, batch)
             if any(row.length < length for row, length in zip(rows.sequences, stored, strict=True)):
-                self.rows.grow(rows, start + n, keep=self.rows.keep(rows))
+                self.rows.grow(rows, start + n, min_truncate_length=self.rows.min_truncate_length(rows))
         views, max_len = rows.views[layer], self.options.max_len
         first_seen = 0 if views.window is None else max(start - views.window + 1, 0)
         with torch.no_grad():
@@ -264,14 +268,15 @@ class Store:
         self.rows.materialize()
         self.ready.clear()
         floor = self.rows.floor
-        self.rows.grow(rows, length + 1, keep=self.rows.room_before(rows, length if floor is None else floor))
+        shortest = self.rows.room_before(rows, length if floor is None else floor)
+        self.rows.grow(rows, length + 1, min_truncate_length=shortest)
         return rows.cache, rows.base, length
 
-    def land(self) -> None:
+    def cancel_speculative(self) -> None:
         """Ends a step that runs though nobody called for it, as if it had not begun."""
-        if self.ahead is None:
+        if self.speculative is None:
             return
-        wait, self.ahead = self.ahead, None
+        wait, self.speculative = self.speculative, None
         wait()
         self.rows.shorten()
 
@@ -282,7 +287,7 @@ class Store:
 
         Views, or copies where rows are stored in fewer bits. None before the first update.
         """
-        self.land()
+        self.cancel_speculative()
         self.rows.restore_padding()
         views = self.placement.views_of(layer)
         if views is None or not (rows := self.placement.rows_of(layer)).sequences:
@@ -327,7 +332,7 @@ class Store:
 
     def close(self) -> None:
         """Ends the rows, and closes each ``KVCache`` that nobody else uses."""
-        self.land()
+        self.cancel_speculative()
         self.closed = True
         self.ready.clear()
         self.rows.leave(keep_caches=False)
@@ -335,7 +340,7 @@ class Store:
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # at the end of the interpreter anything may be gone
-            self.land()
+            self.cancel_speculative()
             self.rows.leave(keep_caches=True)
 
 

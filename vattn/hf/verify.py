@@ -85,8 +85,8 @@ def verified_step(graph: DecodeGraph, call: StepCall, log: DecodeLog, replayed: 
     graph.tested.note(call.length, context.rows.padded, graph.runner.idle)
     if not context.shares_kv_across_layers:
         state = attends_by(call.forward, graph.model_state.configs)
-        if state != call.forward.trusted:
-            call.forward.trusted, call.forward.prompts = state, None
+        if state != call.forward.verified:
+            call.forward.verified, call.forward.prompts = state, None
             call.forward.prompt_kinds.clear()
     log.kernels |= dict.fromkeys(context.used)
     return expected.output()

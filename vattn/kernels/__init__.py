@@ -1,8 +1,6 @@
 """Stock attention kernels on slot tensors, one backend a file, behind the door that ``base`` describes."""
 
-import warnings
-from typing import Any
-
+from vattn.aliases import renamed
 from vattn.kernels.base import AttentionParams, AttentionSpec, Kernel, SequenceRanges, alike, many_shapes, reach_of
 from vattn.kernels.reference import Reference, plain_attention
 from vattn.kernels.registry import KERNELS, choose, named, refused_kv
@@ -23,11 +21,4 @@ __all__ = [
     "refused_kv",
 ]
 
-_RENAMED = {"Spans": "SequenceRanges", "Task": "AttentionSpec", "Scores": "AttentionParams"}
-
-
-def __getattr__(name: str) -> Any:
-    if (now := _RENAMED.get(name)) is None:
-        raise AttributeError(f"module 'vattn.kernels' has no attribute {name!r}")
-    warnings.warn(f"vattn.kernels.{name} is called {now} now", DeprecationWarning, stacklevel=2)
-    return globals()[now]
+__getattr__ = renamed(__name__, {"Spans": "SequenceRanges", "Task": "AttentionSpec", "Scores": "AttentionParams"})

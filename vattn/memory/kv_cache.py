@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 import torch
 
 from vattn import _core
+from vattn.aliases import Renamed
 from vattn.arguments import choice, flag, integer, integers, optional_integer, seconds, shown, token_ids
-from vattn.errors import OutOfPages
+from vattn.errors import BudgetExceeded
 from vattn.memory import ipc
 from vattn.memory.device import (
     UNLIMITED,
@@ -103,7 +104,7 @@ class KVCache:
             protect_shared=flag("protect_shared", protect_shared),
         )
         self._slots = Slots(self._arena, layout, self.device)
-        self.placing = threading.RLock()  # of who looks for slots side by side, and then takes them
+        self.slots_lock = threading.RLock()  # of who looks for slots side by side, and then takes them
         self._views = RowViews(self._arena, layout, slots)
 
     @classmethod
@@ -197,7 +198,7 @@ class KVCache:
             if slot is not None:
                 raise ValueError("slot cannot be chosen where tokens are given: they choose it")
             self._slots.require_rows_only()
-            if known := self._open_known(ids[:-1], namespace, expected):
+            if known := self._open_cached(ids[:-1], namespace, expected):
                 if expected > known.length:
                     self._arena.expect(known.handle.name, expected)
                 return known.handed_out()
@@ -215,12 +216,12 @@ class KVCache:
 
         Raises:
             ValueError: not all of the tokens are known, see ``Sequence.remember``; or every slot is in use.
-            OutOfPages, OutOfDeviceMemory: as in ``Sequence.fork``.
+            BudgetExceeded, OutOfDeviceMemory: as in ``Sequence.fork``.
         """
         ids = token_ids("tokens", tokens)
         _require_hashable(namespace)
         self._slots.require_rows_only()
-        pinned = self._open_known(ids, namespace, whole=True)
+        pinned = self._open_cached(ids, namespace, whole=True)
         if pinned is None:
             raise ValueError(
                 f"the rows of these {len(ids)} tokens are not known, or no slot is left: remember them, or close others"
@@ -228,7 +229,7 @@ class KVCache:
         pinned.remember(ids)
         return pinned.handed_out()
 
-    def _open_known(
+    def _open_cached(
         self, ids: tuple[int, ...], namespace: Hashable, expected: int = 0, *, whole: bool = False
     ) -> Sequence | None:
         """A sequence behind the longest prefix whose rows are there; with ``whole`` a fork of all of them or none."""
@@ -236,38 +237,40 @@ class KVCache:
             match = self._slots.prefixes.match(ids, namespace)
             if match is None:
                 return None
-            slot, lineage, length = match
+            slot, generation, length = match
             # What the index says is looked up in the arena, which alone knows: also what changes between two lines.
-            now, known, parked = self._arena.known(slot)
-            if now != lineage or known < length:
-                self._slots.prefixes.shorten(match, namespace, known if now == lineage else 0)
+            now, known, parked = self._arena.cached_prefix(slot)
+            if now != generation or known < length:
+                self._slots.prefixes.shorten(match, namespace, known if now == generation else 0)
                 continue
             if whole and length < len(ids):
                 return None
             # What it holds beyond would be lost, but where its slot is the only one that is left.
             beyond, last = known - length, self._arena.running_slots + 1 >= self.slots
             if parked and not whole and (last or beyond < max(1, self.layout.tokens_per_granule)):
-                if handle := self._arena.reopen(slot, lineage, length, self._slots.stream()):
+                if handle := self._arena.reopen(slot, generation, length, self._slots.stream()):
                     sequence = Sequence(self, self._slots, handle, namespace)
                     self._slots.prefixes.shorten(match, namespace, length)
                     return sequence
             elif self._arena.running_slots + parked >= self.slots:
                 return None  # none is left beside the one that holds the rows
-            elif (forked := self._fork_known(slot, lineage, length, namespace, expected)) is not None:
-                self._slots.note_fork(slot, lineage, length)
+            elif (forked := self._fork_cached(slot, generation, length, namespace, expected)) is not None:
+                self._slots.note_fork(slot, generation, length)
                 return forked
-            if self._arena.known(slot) == (now, known, parked):
+            if self._arena.cached_prefix(slot) == (now, known, parked):
                 return None  # a window has moved on, or there is no memory
         return None
 
-    def _fork_known(self, slot: int, lineage: int, length: int, namespace: Hashable, expected: int) -> Sequence | None:
+    def _fork_cached(
+        self, slot: int, generation: int, length: int, namespace: Hashable, expected: int
+    ) -> Sequence | None:
         # Where it is known how much is to come, memory of a parked slot serves for it.
         sequence = Sequence(self, self._slots, self._slots.open_empty(slot, expected), namespace)
         try:
             into = sequence.handle.name
-            if sequence.slot != slot and self._slots.fork(slot, length, [into], lineage=lineage, share="auto"):
+            if sequence.slot != slot and self._slots.fork(slot, length, [into], generation=generation, share="auto"):
                 return sequence
-        except OutOfPages:
+        except BudgetExceeded:
             pass
         except BaseException:
             sequence.close()
@@ -289,7 +292,7 @@ class KVCache:
         Raises:
             Error: the exporter has gone, was silent for too long, refused, or belongs to another user.
             ValueError: the layout or the device is another one, or every slot is in use.
-            OutOfPages: the budget does not hold it. In every case nothing has changed here.
+            BudgetExceeded: the budget does not hold it. In every case nothing has changed here.
         """
         ipc.require_socket("of", of)
         _require_hashable(namespace)
@@ -313,17 +316,21 @@ class KVCache:
         choice("share", share, SHARES)
         self._slots.fork(name, integer("length", length), names, share=share)
 
-    def grow_all(self, sequences: list[Sequence], length: int | list[int], *, keep: int | list[int]) -> None:
+    def grow_all(
+        self, sequences: list[Sequence], length: int | list[int], *, min_truncate_length: int | list[int]
+    ) -> None:
         """Brings several sequences to ``length`` positions at once: all of them, or none when it raises.
 
         Args:
             sequences: running sequences of this cache.
             length: positions each shall have at least, one number for all or one for each.
-            keep: the shortest length that they may still be truncated to, of all or of each; see ``Sequence.grow``.
+            min_truncate_length: the shortest length that they may still be truncated to, one number for all or one for
+                each. Sliding windows give back the rows that no query at this length sees.
         """
         names = self._names_of("sequences", sequences)
-        lengths, keeps = integers("length", length, len(names)), integers("keep", keep, len(names))
-        self._slots.taking(self._arena.grow, names, lengths, keeps, self._slots.stream())
+        lengths = integers("length", length, len(names))
+        shortest = integers("min_truncate_length", min_truncate_length, len(names))
+        self._slots.taking(self._arena.grow, names, lengths, shortest, self._slots.stream())
 
     def truncate_all(self, sequences: list[Sequence], length: int) -> None:
         """Keeps the first ``length`` positions of several sequences: of all of them, or of none when it raises."""
@@ -343,13 +350,14 @@ class KVCache:
         """How many slots side by side, from ``slot`` on, have no sequence."""
         return self._arena.free_slots_from(integer("slot", slot))
 
-    def own_all(self, sequences: list[Sequence], length: int) -> None:
-        """Gives sequences memory of their own behind their first ``length`` positions, with what is in it.
+    def copy_on_write(self, sequences: list[Sequence], length: int) -> None:
+        """Copies what sequences share behind their first ``length`` positions, so that rows there may be written.
 
-        For who writes rows that are already there. When it raises OutOfPages or OutOfDeviceMemory, no row has changed.
+        Raises:
+            BudgetExceeded, OutOfDeviceMemory: there is no memory for the copies; no row has changed.
         """
         names = self._names_of("sequences", sequences)
-        self._slots.taking(self._arena.own, names, integer("length", length), self._slots.stream())
+        self._slots.taking(self._arena.copy_on_write, names, integer("length", length), self._slots.stream())
 
     def shares(self, sequences: list[Sequence], length: int) -> bool:
         """Whether something that sequences have mapped behind their first ``length`` positions is shared."""
@@ -372,7 +380,7 @@ class KVCache:
             budget: bytes (int), a part of what is free now with what the cache has (float in (0, 1]), or None.
 
         Raises:
-            OutOfPages: running sequences need more; the budget is as it was.
+            BudgetExceeded: running sequences need more; the budget is as it was.
         """
         budget = checked_budget(budget)
         held = self.stats().physical if isinstance(budget, float) else 0
@@ -386,9 +394,11 @@ class KVCache:
         """
         return TrimOnOOM(self.trim)
 
-    def settle(self) -> None:
+    def wait_idle(self) -> None:
         """Waits until the mapper has nothing more to do for this cache than to wait for kernels."""
-        self._arena.settle()
+        self._arena.wait_idle()
+
+    settle = Renamed("wait_idle")
 
     def close(self) -> None:
         """Unmaps everything. Views of K and V must not be read any more; their addresses stay reserved."""

@@ -15,12 +15,12 @@ class Match(NamedTuple):
 
     Attributes:
         slot: the slot.
-        lineage: of the sequence that wrote them there.
+        generation: of the sequence that wrote them there.
         length: how many of the tokens.
     """
 
     slot: int
-    lineage: int
+    generation: int
     length: int
 
 
@@ -35,10 +35,10 @@ class PrefixCache:
         self._lock = threading.Lock()
         self._index = _Index()
 
-    def insert(self, ids: tuple[int, ...], slot: int, namespace: Hashable, lineage: int) -> None:
+    def insert(self, ids: tuple[int, ...], slot: int, namespace: Hashable, generation: int) -> None:
         """Notes that a slot holds the rows of some tokens, whatever it held before."""
         with self._locked() as index:
-            index.insert(ids, slot, namespace, lineage)
+            index.insert(ids, slot, namespace, generation)
 
     def match(self, ids: tuple[int, ...], namespace: Hashable) -> Match | None:
         """Who holds the most of the first tokens; None where nobody holds any."""
@@ -48,13 +48,13 @@ class PrefixCache:
             return None
         holder, length = found
         assert isinstance(holder, tuple)
-        slot, lineage = holder
-        return Match(slot, lineage, length)
+        slot, generation = holder
+        return Match(slot, generation, length)
 
     def shorten(self, match: Match, namespace: Hashable, length: int) -> None:
         """Notes that who was found has its first ``length`` rows only."""
         with self._locked() as index:
-            index.shorten(namespace, (match.slot, match.lineage), length)
+            index.shorten(namespace, (match.slot, match.generation), length)
 
     def note_fork(self, slot: int) -> int:
         """Notes that what a slot holds was forked; returns how often it was."""
@@ -76,18 +76,18 @@ class _Index:
     """Which slots hold the rows of which tokens."""
 
     def __init__(self) -> None:
-        self.trees: dict[Hashable, PrefixTree] = {}  # by namespace, of slots with their lineages
-        self.lineages: dict[int, tuple[Hashable, int]] = {}  # of the slots in them, with their namespaces
+        self.trees: dict[Hashable, PrefixTree] = {}  # by namespace, of slots with their generations
+        self.generations: dict[int, tuple[Hashable, int]] = {}  # of the slots in them, with their namespaces
         self.forks: dict[int, int] = {}  # how often those were forked
 
-    def insert(self, ids: tuple[int, ...], slot: int, namespace: Hashable, lineage: int) -> None:
+    def insert(self, ids: tuple[int, ...], slot: int, namespace: Hashable, generation: int) -> None:
         """Notes that a slot holds the rows of some tokens, whatever it held before."""
-        before = self.lineages.get(slot)
-        if before != (namespace, lineage):
+        before = self.generations.get(slot)
+        if before != (namespace, generation):
             if before is not None:
                 self.shorten(before[0], (slot, before[1]), 0)
-            self.lineages[slot], self.forks[slot] = (namespace, lineage), 0
-        self.trees.setdefault(namespace, PrefixTree()).insert(ids, (slot, lineage))
+            self.generations[slot], self.forks[slot] = (namespace, generation), 0
+        self.trees.setdefault(namespace, PrefixTree()).insert(ids, (slot, generation))
 
     def match(self, ids: tuple[int, ...], namespace: Hashable) -> tuple[Hashable, int] | None:
         """Who holds the most of the first tokens, and how many of them."""

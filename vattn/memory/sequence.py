@@ -62,7 +62,7 @@ class Sequence:
 
         Raises:
             SequenceTooLong: beyond ``max_len``.
-            OutOfPages: the budget is spent.
+            BudgetExceeded: the budget is spent.
             OutOfDeviceMemory: the device is full.
             ValueError: the sequence is closed, or ``n`` is negative.
 
@@ -88,7 +88,7 @@ class Sequence:
         Raises:
             SequenceTooLong: beyond ``max_len``.
             ValueError: the sequence is closed, or ``length`` is negative.
-            OutOfPages, OutOfDeviceMemory: as in ``grow``, without a mapper only.
+            BudgetExceeded, OutOfDeviceMemory: as in ``grow``, without a mapper only.
         """
         return self._slots.arena.prefetch(self.handle.name, integer("length", length))
 
@@ -132,7 +132,7 @@ class Sequence:
         Raises:
             ValueError: the sequence is closed or shorter than that, a sliding window has moved past ``length``, or
                 there are not so many slots.
-            OutOfPages, OutOfDeviceMemory: as in ``grow``; nothing has changed then.
+            BudgetExceeded, OutOfDeviceMemory: as in ``grow``; nothing has changed then.
         """
         self.handle.name  # noqa: B018, which raises where it is closed
         n, length = integer("n", n, 1), optional_integer("length", length)
@@ -179,7 +179,7 @@ class Sequence:
         Raises:
             Error: the other process has gone, was silent for too long, refused, or belongs to another user.
             ValueError: the cache was not made ``exportable``, the layouts differ, or every slot is in use.
-            OutOfPages: as in ``fork``.
+            BudgetExceeded: as in ``fork``.
         """
         self.handle.name  # noqa: B018, which raises where it is closed
         ipc.require_socket("to", to)
@@ -207,7 +207,7 @@ class Sequence:
         forgotten.
 
         Raises:
-            OutOfPages: ``host_budget`` is spent; nothing has changed.
+            BudgetExceeded: ``host_budget`` is spent; nothing has changed.
             ValueError: the sequence is closed or swapped out.
         """
         self.handle.swap_out(self._slots.stream())
@@ -218,7 +218,7 @@ class Sequence:
         What is queued on the current stream from now on comes after it.
 
         Raises:
-            OutOfPages, OutOfDeviceMemory: as in ``grow``; the sequence is still swapped out.
+            BudgetExceeded, OutOfDeviceMemory: as in ``grow``; the sequence is still swapped out.
             ValueError: the sequence is not swapped out, or the slot, or every slot, is in use.
         """
         self._slots.taking(self.handle.swap_in, optional_integer("slot", slot), self._slots.stream())
@@ -241,7 +241,7 @@ class Sequence:
                 that nobody uses now and that is theirs until somebody else needs it.
 
         Raises:
-            OutOfPages, OutOfDeviceMemory: there is not so much memory; nothing has changed then, or all but the forks.
+            BudgetExceeded, OutOfDeviceMemory: there is not so much memory; nothing has changed, or all but the forks.
             ValueError: the sequence is closed, or shorter than that; or there are not so many slots.
         """
         name = self.handle.name
@@ -254,7 +254,7 @@ class Sequence:
         made = self.fork(length, forks, share="alias")  # whose slots keep what they share mapped
         try:
             for ready in made:
-                arena.publish(ready.handle.name, min(arena.rows_in_shared(ready.handle.name), length))
+                arena.commit(ready.handle.name, min(arena.rows_in_shared(ready.handle.name), length))
         finally:
             self.cache.close_all(made)
 

@@ -52,20 +52,20 @@ class Slots:
         """In a slot that is ready for a fork of the slot ``like``, or fits ``expected``, or is as empty as can be."""
         return self.arena.open(expected=expected, stream=self.stream(), empty=not expected, like=like)
 
-    def fork(self, slot: int, length: int, targets: list[int], *, lineage: int | None = None, share: Share) -> bool:
+    def fork(self, slot: int, length: int, targets: list[int], *, generation: int | None = None, share: Share) -> bool:
         """Gives empty sequences the first rows of another, see the core; false where they are not there any more."""
-        fork = functools.partial(self.arena.fork, lineage=lineage, share=share, stream=self.stream())
+        fork = functools.partial(self.arena.fork, generation=generation, share=share, stream=self.stream())
         return self.taking(fork, slot, length, targets)
 
     def remember(self, name: int, slot: int, ids: tuple[int, ...], namespace: Hashable) -> None:
         """Notes that the first rows of a sequence are those of some tokens."""
-        lineage, _, _ = self.arena.publish(name, len(ids))
-        self.prefixes.insert(ids, slot, namespace, lineage)
+        generation, _, _ = self.arena.commit(name, len(ids))
+        self.prefixes.insert(ids, slot, namespace, generation)
 
-    def note_fork(self, slot: int, lineage: int, length: int) -> None:
+    def note_fork(self, slot: int, generation: int, length: int) -> None:
         """Has the rows of who is forked again and again put into few extents, in the background."""
         if self.prefixes.note_fork(slot) >= _HOT:
-            self.arena.compact_later(slot, lineage, length)
+            self.arena.compact_later(slot, generation, length)
 
     def require_rows_only(self) -> None:
         """Raises ValueError where rows alone do not continue a sequence."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vattn.aliases import Renamed
+
 
 @dataclass(frozen=True)
 class CacheStats:
@@ -12,13 +14,13 @@ class CacheStats:
     Attributes:
         budget: the limit on physical memory; None when there is none.
         reserved: addresses, which cost nothing.
-        physical: memory taken from the driver, which is mapped + pooled + retired.
+        physical: memory taken from the driver, which is mapped + pooled + deferred.
         peak: the most that ``physical`` has been.
         mapped: memory under slots; ``parked`` is the part that is under no sequence's.
         parked: see ``mapped``.
         shared: what would be mapped beside it if sequences did not share.
         pooled: memory kept for the next growth.
-        retired: memory that waits for kernels to finish.
+        deferred: memory that is unmapped once kernels that may read it have finished.
         running_slots: slots with a sequence.
         parked_slots: slots without one, whose memory is still mapped.
         rows: bytes of the rows of running sequences.
@@ -45,7 +47,7 @@ class CacheStats:
     parked: int
     shared: int
     pooled: int
-    retired: int
+    deferred: int
     running_slots: int
     parked_slots: int
     rows: int
@@ -62,3 +64,5 @@ class CacheStats:
     host_pooled: int
     driver_calls: dict[str, int]
     background_calls: dict[str, int]
+
+    retired = Renamed("deferred")

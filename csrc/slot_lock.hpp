@@ -36,7 +36,7 @@ inline bool passed(const Fences& fences) {
 }
 
 template <typename Values, typename Value>
-bool holds(const Values& values, Value value) {
+bool contains(const Values& values, Value value) {
   return std::find(values.begin(), values.end(), value) != values.end();
 }
 
@@ -57,28 +57,29 @@ class Arena::Waiting {
 };
 
 // The right to call the driver for some slots with the mutex free. Taken when none of them is held by others.
-class Arena::Hold {
+class Arena::SlotLock {
  public:
-  Hold(Arena& arena, Slots slots, Lock& lock) : arena_(arena), slots_(slots.begin(), slots.end()), lock_(lock) {
+  SlotLock(Arena& arena, Slots slots, Lock& lock) : arena_(arena), slots_(slots.begin(), slots.end()), lock_(lock) {
     std::sort(slots_.begin(), slots_.end());
     if (std::adjacent_find(slots_.begin(), slots_.end()) != slots_.end())
       throw std::invalid_argument("a slot is named twice");
     const auto free = [&] {
-      return std::none_of(slots_.begin(), slots_.end(), [&](std::size_t slot) { return arena_.slots_.at(slot).held; });
+      return std::none_of(slots_.begin(), slots_.end(),
+                          [&](std::size_t slot) { return arena_.slots_.at(slot).locked; });
     };
     if (!free()) {
       const Waiting waiting(arena_);
       arena_.released_.wait(lock_, free);
     }
-    for (const std::size_t slot : slots_) arena_.slots_[slot].held = true;
+    for (const std::size_t slot : slots_) arena_.slots_[slot].locked = true;
   }
-  ~Hold() {
+  ~SlotLock() {
     if (!lock_.owns_lock()) lock_.lock();
-    for (const std::size_t slot : slots_) arena_.slots_[slot].held = false;
+    for (const std::size_t slot : slots_) arena_.slots_[slot].locked = false;
     arena_.released_.notify_all();
   }
-  Hold(const Hold&) = delete;
-  Hold& operator=(const Hold&) = delete;
+  SlotLock(const SlotLock&) = delete;
+  SlotLock& operator=(const SlotLock&) = delete;
 
  private:
   Arena& arena_;
