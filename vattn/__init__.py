@@ -19,6 +19,7 @@ from vattn.memory.sequence import Sequence
 from vattn.memory.shape import LayerShape
 from vattn.memory.stats import CacheStats
 from vattn.memory.swap_costs import SwapCosts
+from vattn.ranges import set_profiler_ranges
 
 if TYPE_CHECKING:
     from vattn.hf import CACHE_KEYWORD, DecodeStats, VirtualCache, install
@@ -42,6 +43,7 @@ __all__ = [
     "SwapCosts",
     "VirtualCache",
     "install",
+    "set_profiler_ranges",
 ]
 
 

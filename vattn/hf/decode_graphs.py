@@ -22,6 +22,7 @@ from vattn.hf.step_settings import StepSettings
 from vattn.kernels.append import takes_idle
 from vattn.memory.kv_cache import KVCache
 from vattn.models.attention import UnsupportedError
+from vattn.ranges import register_range
 
 _LOG = logging.getLogger("vattn")
 _MOST_GRAPHS = 8  # captured graphs of one cache
@@ -166,3 +167,6 @@ def _first_line(error: BaseException) -> str:
     while error.__context__ is not None:
         error = error.__context__
     return str(error).partition("\n")[0]
+
+
+register_range("vattn::capture", DecodeGraphs, "capture")

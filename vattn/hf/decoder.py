@@ -28,6 +28,7 @@ from vattn.hf.verify import attends_by, verified_prompt, verified_step
 from vattn.memory.kv_cache import KVCache
 from vattn.models.attention import UnsupportedError
 from vattn.models.state import configs_of
+from vattn.ranges import register_range
 
 _LOG = logging.getLogger("vattn")
 
@@ -240,3 +241,7 @@ def _on_device(tensor: torch.Tensor) -> Iterator[None]:
     """Within this context the device of a tensor is the current one."""
     with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
         yield
+
+
+register_range("vattn::step", Decoder, "step")
+register_range("vattn::prompt", Decoder, "prompt")

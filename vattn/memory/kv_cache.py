@@ -30,6 +30,7 @@ from vattn.memory.sequence import Sequence
 from vattn.memory.shape import dtype_name
 from vattn.memory.slots import SHARES, Share, Slots
 from vattn.memory.stats import CacheStats
+from vattn.ranges import register_range
 
 
 class KVCache:
@@ -399,6 +400,7 @@ class KVCache:
         self._arena.wait_idle()
 
     settle = Renamed("wait_idle")
+    own_all = Renamed("copy_on_write")
 
     def close(self) -> None:
         """Unmaps everything. Views of K and V must not be read any more; their addresses stay reserved."""
@@ -491,3 +493,7 @@ def _require_hashable(namespace: Hashable) -> None:
         hash(namespace)
     except TypeError:
         raise TypeError(f"namespace must be hashable, e.g. a string or a tuple, not {shown(namespace)}") from None
+
+
+register_range("vattn::grow", KVCache, "grow_all")
+register_range("vattn::fork", KVCache, "fork_all")

@@ -17,6 +17,7 @@ from vattn import _core
 from vattn.arguments import MOST, choice, integer, optional_integer, seconds, shown, token_ids
 from vattn.memory import ipc
 from vattn.memory.slots import SHARES, Share, Slots
+from vattn.ranges import register_range
 
 if TYPE_CHECKING:
     from vattn.memory.kv_cache import KVCache
@@ -324,3 +325,9 @@ class Sequence:
             frame = frame.f_back
         self._opened_at = f"{frame.f_code.co_filename}:{frame.f_lineno}"
         return self
+
+
+register_range("vattn::grow", Sequence, "grow")
+register_range("vattn::fork", Sequence, "fork")
+register_range("vattn::swap_out", Sequence, "swap_out")
+register_range("vattn::swap_in", Sequence, "swap_in")
