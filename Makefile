@@ -1,7 +1,7 @@
 # `make demo` and `make test` need Python 3.10 or newer and a C++20 compiler, nothing else.
 PYTHON ?= python3
 VENV ?= .venv
-# The torch to install into the environment, and what else to pin there.
+# The requirement for torch, and further requirements to pin, for the environment.
 TORCH ?= torch==2.13.0
 EXTRA ?=
 # More arguments for pytest, e.g. --mapper=off.
@@ -17,7 +17,7 @@ demo: $(VENV)/demo
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -q $(PYTEST)
 
-# Formatting, style and the benchmark page.
+# Checks formatting and style, and that the benchmark page is up to date.
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -27,7 +27,7 @@ lint: $(VENV)/dev
 types: $(VENV)/dev
 	$(BIN)/mypy
 
-# The C++ core under ASan with UBSan, and under TSan.
+# Tests the C++ core under ASan with UBSan, and under TSan.
 native: $(VENV)/dev
 	for sanitizer in address,undefined thread; do \
 	  $(BIN)/cmake -S . -B build/$$sanitizer -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \

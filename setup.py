@@ -17,7 +17,7 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         subprocess.run(
             [
-                # Afresh: what an earlier build cached may lie in an environment that is gone.
+                # The configuration starts afresh, because paths cached by an earlier build may no longer exist.
                 *("cmake", "--fresh"),
                 *("-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
                 f"-DPython_EXECUTABLE={sys.executable}",

@@ -1,5 +1,5 @@
-// Prints the median time of Arena::grow within what is mapped, in nanoseconds, on the host backend. The arena does the
-// same on every backend there, since no driver call is made.
+// Prints the median time in nanoseconds of Arena::grow within mapped memory, on the host backend. The arena does the
+// same work on every backend, since no driver call is made.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>

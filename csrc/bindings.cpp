@@ -1,4 +1,5 @@
-// The only file that knows Python. The interpreter lock is released around every call that can reach the driver.
+// The Python bindings: the only C++ file that uses the Python API. The interpreter lock is released around every call
+// that may map or unmap memory or wait for the device.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -20,7 +21,8 @@ struct Exported {
   std::shared_ptr<void> owner;  // keeps the addresses reserved until the last view is gone
 };
 
-// A DLPack capsule of integers of `itemsize` bytes; the importer views them as what they are.
+// Returns a DLPack capsule of signed integers of `itemsize` bytes, with strides in elements; the importer views them as
+// the data type that they have. Throws std::invalid_argument when shape and strides differ in length.
 py::capsule export_tensor(std::shared_ptr<void> owner, const Driver& driver, Address at,
                           std::vector<std::int64_t> shape, std::vector<std::int64_t> strides, unsigned itemsize) {
   if (shape.size() != strides.size()) throw std::invalid_argument("shape and strides differ in length");
@@ -49,8 +51,8 @@ py::capsule export_tensor(std::shared_ptr<void> owner, const Driver& driver, Add
   return capsule;
 }
 
-// The last owner of an arena or of a sequence may be Python or a tensor's deleter, and its destructor waits for the
-// device.
+// Deletes an arena or a sequence with the interpreter lock released, since the destructor may wait for the device. The
+// last owner may be Python, or the deleter of a tensor, which may run without the interpreter lock.
 template <typename Owned>
 void delete_unlocked(Owned* owned) {
   if (PyGILState_Check() == 0) {
@@ -61,7 +63,8 @@ void delete_unlocked(Owned* owned) {
   delete owned;
 }
 
-// In a forked child an arena is left alone: threads that are not there may wait for what it would destroy.
+// In a forked child the arena is leaked: its destructor would destroy what threads of the parent, which do not exist in
+// the child, may be waiting on.
 void delete_arena(Arena* arena) {
   if (!arena->driver()->in_forked_child()) delete_unlocked(arena);
 }
@@ -266,7 +269,7 @@ void bind_arena(py::module_& module) {
                                         .alias_limit = alias_limit,
                                         .host_budget = host_budget.value_or(ArenaOptions{}.host_budget),
                                         .protect_shared = protect_shared};
-             // Only here: pybind11 registers the new object after this, which takes the interpreter lock.
+             // Released only in this scope: pybind11 registers the new object afterwards, with the interpreter lock.
              const py::gil_scoped_release unlocked;
              return std::shared_ptr<Arena>(
                  new Arena(std::move(driver), std::move(described), options, std::move(mapper)), delete_arena);

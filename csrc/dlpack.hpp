@@ -1,4 +1,4 @@
-// The part of the DLPack ABI (version 0.x, "dltensor" capsules) that exporting a strided integer tensor takes.
+// The part of the DLPack ABI (version 0.x, "dltensor" capsules) that is needed to export a strided integer tensor.
 #pragma once
 
 #include <cstdint>

@@ -9,7 +9,8 @@ namespace vattn {
 namespace {
 
 std::atomic<unsigned> fork_count{0};
-// At load, and not at first use: getpid() at every call would be a system call.
+// The handler is registered when the library is loaded. Comparing getpid() instead would cost a system call for every
+// driver call.
 [[maybe_unused]] const int counting_forks = ::pthread_atfork(nullptr, nullptr, [] { ++fork_count; });
 
 thread_local bool in_background = false;
@@ -38,7 +39,7 @@ void Driver::enter(Call call) {
   counts_[index].fetch_add(1);
   if (in_background) background_counts_[index].fetch_add(1);
   if (const auto cost = charges_[index].load(); cost != 0) {
-    // Spun, not slept: a sleep's own granularity is as long as a driver call.
+    // A busy loop, because the granularity of a sleep is as long as a driver call.
     const auto until = std::chrono::steady_clock::now() + std::chrono::nanoseconds(cost);
     while (std::chrono::steady_clock::now() < until) {
     }

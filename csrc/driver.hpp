@@ -1,28 +1,30 @@
-// The seam between vattn and whatever gives it memory: CUDA's virtual-memory API, or the host's.
+// The interface between vattn and the system that provides its memory: CUDA's virtual-memory API, or the host's.
 //
-// The contract, which tests/test_driver_contract.py holds both backends to:
-//   reserve      an address range without memory; touching it faults.
-//   create       one handle to `bytes` of physical memory, a multiple of granularity().
-//   map          the whole of one handle at an address inside one reservation where nothing is mapped. A
-//                handle may be mapped at any number of addresses. The memory faults until set_access.
-//   export_handle  a file descriptor, the caller's to close, by which another process maps the memory of a handle. Only
-//                where the driver was made exportable.
-//   import_handle  a handle to the memory of such a descriptor, to be released like any; the descriptor may be closed.
-//   set_access   makes a mapped range readable by the device, and writable unless told otherwise.
-//   unmap        exactly one mapping, by its address and size. Does not wait for kernels.
-//   release      gives the handle up; its memory lives until its last mapping goes, then returns to the system.
-//   free_address gives a reservation back, which must have no mapping left.
-//   zero         queues the zeroing of a mapped range on a stream of the driver's own.
-//   zeroed       waits until what zero has queued is done: it reads as zero to every stream from then on. It waits
-//                also when it fails, since what is queued must not be unmapped.
-//   copy         between addresses of the device and of create_host, ordered in `stream`, which may be one of the
-//                driver's own; zeroed waits for what is queued where zero is.
-//   create_host  host memory that copies can read and write while the caller goes on.
-//   free_host    gives it back; no copy may be under way.
-//   order        what is queued in `stream` from now on waits for a fence.
-//   record       a fence that passes when the work queued in `stream` so far is done. On the host, passed at once.
+// Both backends fulfil this contract, which tests/test_driver_contract.py tests:
+//   reserve        Reserves an address range without memory. An access to it faults.
+//   create         Creates one handle to `bytes` of physical memory. `bytes` is a multiple of granularity().
+//   map            Maps the whole of one handle at an address inside one reservation, where nothing is mapped yet. A
+//                  handle may be mapped at any number of addresses. An access faults until set_access is called.
+//   export_handle  Returns a file descriptor through which another process can map the memory of a handle. The caller
+//                  closes it. Requires a driver that was made exportable.
+//   import_handle  Returns a handle to the memory of such a descriptor. It is released like any other handle, and the
+//                  descriptor may be closed at once.
+//   set_access     Makes a mapped range readable by the device, and also writable unless read access is asked for.
+//   unmap          Removes exactly one mapping, given by its address and size. Does not wait for kernels.
+//   release        Gives up a handle. Its memory lives until its last mapping is removed, then returns to the system.
+//   free_address   Frees a reservation. Requires that no mapping is left in it.
+//   zero           Queues the zeroing of a mapped range on a stream that belongs to the driver.
+//   zeroed         Waits until the queued zeroing is done. From then on the memory reads as zero in every stream. This
+//                  call waits even when it fails, because memory with queued work must not be unmapped.
+//   copy           Copies between addresses of the device and of create_host, ordered in `stream`, which may be one of
+//                  the driver's own streams. zeroed also waits for copies that are queued in the stream of zero.
+//   create_host    Allocates host memory that copies can read and write asynchronously.
+//   free_host      Frees that memory. Requires that no copy uses it any more.
+//   order          Makes the work that is queued in `stream` from now on wait for a fence.
+//   record         Returns a fence that passes when the work queued in `stream` so far is done. On the host a fence
+//                  has always passed.
 // A call that fails throws DriverError (OutOfDeviceMemory when memory is short) and changes nothing.
-// Every call may be made from any thread, and from a thread that holds no CUDA context.
+// Every call may be made from any thread, also from a thread that has no current CUDA context.
 #pragma once
 
 #include <array>
@@ -41,12 +43,12 @@ using Address = std::uintptr_t;
 enum class Handle : std::uint64_t {};
 enum class Stream : std::uintptr_t {};
 enum class FenceId : std::uintptr_t {};
-enum class Access { read, write };  // who may write may read
+enum class Access { read, write };  // write access includes read access
 enum class OwnStream : std::size_t {
-  zeroing,
-  out,
-  in
-};  // a driver's own: for zero, and for copies to the host and back
+  zeroing,  // for zero()
+  out,      // for copies from the device to the host
+  in        // for copies from the host to the device
+};
 
 struct Range {
   Address at;
@@ -83,10 +85,12 @@ inline constexpr std::array<const char*, 18> kCallNames = {
     "unmap",   "zero",         "zeroed",      "copy",      "record",        "query",
     "wait",    "order",        "create_host", "free_host", "export_handle", "import_handle"};
 
-// How often this process has been forked off another since its start: what was made at another count is the parent's.
+// Returns the number of fork() calls between the process that loaded this library and this process. An object that was
+// made at a different count belongs to a parent process.
 unsigned forks() noexcept;
 
-// The public calls count, guard and inject; the private virtual ones do the work.
+// A memory backend. The public functions refuse to run in a forked child, and count and fault-inject the calls that
+// `Call` lists; the private virtual functions do the work.
 class Driver {
  public:
   enum class Kind { host, cuda };
@@ -114,7 +118,7 @@ class Driver {
   bool passed(FenceId fence);
   void order(Stream stream, FenceId fence);
   void drop(FenceId fence) noexcept;
-  // Waits for everything the device has been given, from every stream.
+  // Waits for all work on the device, in every stream.
   void synchronize();
 
   Kind kind() const noexcept { return kind_; }
@@ -124,29 +128,32 @@ class Driver {
   MemoryInfo memory_info();
   virtual std::string description() const = 0;
   virtual Stream own_stream(OwnStream which) const noexcept = 0;
-  // Mappings that exist now, and how many the device takes.
+  // The number of mappings that exist now, and the largest number that the device supports.
   std::size_t mappings() const noexcept { return mappings_.load(); }
   virtual std::size_t mapping_limit() const = 0;
 
   std::uint64_t count(Call call) const noexcept { return counts_[static_cast<std::size_t>(call)].load(); }
-  // Of those, the ones made by threads that have called enter_background().
+  // The number of those calls that were made by threads that have called enter_background().
   std::uint64_t background_count(Call call) const noexcept {
     return background_counts_[static_cast<std::size_t>(call)].load();
   }
   static void enter_background() noexcept;
 
-  // Test aids. The k-th counted call from now (1 is the next) and the `times - 1` after it fail with `code`
-  // without reaching the backend; k = 0 heals. `charge` makes every later `call` take at least that long.
+  // Test aids. After fail_at, the k-th counted call from now (1 is the next one) and the `times - 1` calls after it
+  // throw OutOfDeviceMemory or DriverError with code -1, and do not reach the backend (except zeroed, which waits
+  // first). k = 0 switches the faults off. `charge` makes every later `call` take at least that long.
   void fail_at(std::uint64_t k, std::uint64_t times, bool out_of_memory) noexcept;
   void charge(Call call, std::uint64_t nanoseconds) noexcept;
 
-  // For destructors: what went wrong, on stderr, and a count that tests read.
+  // For code that must not throw, such as destructors: prints the error to stderr and adds one to reports().
   void report(const std::exception& error) noexcept;
   std::uint64_t reports() const noexcept { return reports_.load(); }
 
-  // After fork(), the child's copies of our objects own nothing, and what they map is the parent's.
+  // Returns whether this object was inherited through fork(). The copies of objects in a forked child own nothing: the
+  // handles and mappings belong to the parent.
   bool in_forked_child() const noexcept;
-  // Throws BackendUnavailable in a forked child. Every call above does; for callers that may need none of them.
+  // Throws BackendUnavailable in a forked child. Every driver call checks this by itself; this function is for callers
+  // that might return without a driver call.
   void require_owner() const;
 
  protected:
@@ -192,18 +199,20 @@ class Driver {
   std::atomic<std::uint64_t> reports_{0};
 };
 
-// `granularity` must be a multiple of the OS page; `capacity` is the size of the simulated device in bytes,
-// 0 for the machine's memory.
+// Makes a driver for host memory. `granularity` is in bytes and must be a multiple of the OS page size. `capacity` is
+// the size of the simulated device in bytes, or 0 for the memory of the machine. Throws std::invalid_argument when the
+// granularity is no such multiple, or DriverError.
 std::shared_ptr<Driver> make_host_driver(std::size_t granularity, std::size_t capacity, bool exportable = false);
 
-// Throws BackendUnavailable, saying why, where there is no usable driver or device.
+// Makes a driver for a CUDA device. Throws BackendUnavailable, with the reason, when there is no usable NVIDIA driver
+// or device.
 std::shared_ptr<Driver> make_cuda_driver(int device, bool exportable = false);
 
-// What can be known about CUDA here without holding a context.
+// What can be found out about CUDA on this machine without a CUDA context.
 struct CudaProbe {
   bool available = false;
-  std::string why;         // when not available
-  int driver_version = 0;  // as cuDriverGetVersion gives it, 13000 for 13.0
+  std::string why;         // the reason, when not available
+  int driver_version = 0;  // as cuDriverGetVersion returns it: 13000 for 13.0
   int devices = 0;
 };
 CudaProbe probe_cuda();

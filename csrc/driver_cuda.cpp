@@ -1,5 +1,5 @@
-// The driver's contract on CUDA's virtual-memory API. libcuda is opened at first use, so that the extension
-// loads where there is none.
+// The driver contract (driver.hpp) on CUDA's virtual-memory API. libcuda is opened at first use, so that the extension
+// also loads on machines without it.
 #include <cuda.h>
 #include <dlfcn.h>
 
@@ -13,7 +13,7 @@
 namespace vattn {
 namespace {
 
-// The oldest driver API whose prototypes are those of our headers for every function in the table below.
+// The oldest driver API version in which every function of the table below has the prototype that our headers declare.
 constexpr int kApiVersion = 12000;
 
 // clang-format off
@@ -29,17 +29,18 @@ constexpr int kApiVersion = 12000;
   X(cuEventDestroy) X(cuGetErrorName) X(cuGetErrorString)
 // clang-format on
 
-// Several names are macros for a versioned function (cuMemGetInfo is cuMemGetInfo_v2). `#name` and `##name` keep
-// the plain name, which is what cuGetProcAddress takes; `&::name` is the type of the versioned one.
+// The functions of libcuda. Several names are macros for a versioned function (cuMemGetInfo is cuMemGetInfo_v2).
+// `#name` and `##name` keep the plain name, which cuGetProcAddress expects; `decltype(&::name)` is the type of the
+// versioned function.
 struct Api {
 #define VATTN_MEMBER(name) decltype(&::name) p_##name = nullptr;
   VATTN_CUDA_FUNCTIONS(VATTN_MEMBER)
 #undef VATTN_MEMBER
 };
 
-// Throws BackendUnavailable.
+// Opens libcuda and initializes CUDA. Throws BackendUnavailable, with the reason, when that is not possible.
 Api load_api() {
-  // Never closed: the driver keeps threads of its own.
+  // The library is never closed, because the NVIDIA driver runs threads of its own.
   void* const library = ::dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr)
     throw BackendUnavailable(
@@ -64,14 +65,14 @@ Api load_api() {
   return api;
 }
 
-// One table per process: the driver is one per process too.
+// Returns the function table. There is one for each process, as there is one instance of libcuda.
 const Api& api() {
   static const Api loaded = load_api();
   return loaded;
 }
 
 void check(CUresult rc, const char* call) {
-  // The driver is gone at process exit; what it held went with it.
+  // CUDA reports DEINITIALIZED at process exit. By then it has freed everything, so this counts as success.
   if (rc == CUDA_SUCCESS || rc == CUDA_ERROR_DEINITIALIZED) return;
   const char* name = nullptr;
   const char* why = nullptr;
@@ -106,7 +107,7 @@ class CudaDriver final : public Driver {
     if (exportable) properties_.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
     check(cu.p_cuMemGetAllocationGranularity(&granularity_, &properties_, CU_MEM_ALLOC_GRANULARITY_MINIMUM),
           "cuMemGetAllocationGranularity");
-    // The primary context is the one torch uses; streams and addresses are then common to both.
+    // torch uses the primary context as well, so that streams and addresses are valid for both.
     check(cu.p_cuDevicePrimaryCtxRetain(&context_, cu_device_), "cuDevicePrimaryCtxRetain");
     try {
       const Current current(context_);
@@ -150,11 +151,12 @@ class CudaDriver final : public Driver {
     return Stream{reinterpret_cast<std::uintptr_t>(streams_[static_cast<std::size_t>(which)])};
   }
 
-  // Measured on an H100: the 524,091st is refused at set access.
+  // Measured on an H100: cuMemSetAccess refuses the 524,091st mapping.
   std::size_t mapping_limit() const override { return 524'090; }
 
  private:
-  // The calling thread's context for one scope: threads start without one, and torch's threads keep their own.
+  // Makes the context current in the calling thread for one scope. A new thread has no current context, and a thread of
+  // torch gets its own back at the end of the scope.
   class Current {
    public:
     explicit Current(CUcontext context) { check(api().p_cuCtxPushCurrent(context), "cuCtxPushCurrent"); }
@@ -209,7 +211,7 @@ class CudaDriver final : public Driver {
   Handle do_import_handle(int descriptor, std::size_t) override {
     const Current current(context_);
     CUmemGenericAllocationHandle handle = 0;
-    // The descriptor travels as a pointer's value.
+    // CUDA expects the descriptor itself as the value of the pointer.
     void* const value = reinterpret_cast<void*>(static_cast<std::uintptr_t>(descriptor));
     check(api().p_cuMemImportFromShareableHandle(&handle, value, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR),
           "cuMemImportFromShareableHandle");
@@ -246,7 +248,7 @@ class CudaDriver final : public Driver {
 
   void do_copy(Address to, Address from, std::size_t bytes, Stream stream) override {
     const Current current(context_);
-    // By unified addressing the driver knows what lies where.
+    // With unified addressing, CUDA tells from the addresses which of them are in host memory.
     check(api().p_cuMemcpyAsync(to, from, bytes, reinterpret_cast<CUstream>(stream)), "cuMemcpyAsync");
   }
 
@@ -266,7 +268,7 @@ class CudaDriver final : public Driver {
     return fence;
   }
 
-  // An event that no fence is made of any more, or a new one.
+  // Returns an event that a dropped fence has left for reuse, or a new one.
   FenceId take_event() {
     {
       const std::lock_guard lock(events_mutex_);
@@ -298,7 +300,7 @@ class CudaDriver final : public Driver {
     try {
       const std::lock_guard lock(events_mutex_);
       if (events_.size() < kIdleEvents) return events_.push_back(fence);
-    } catch (const std::bad_alloc&) {  // then it goes
+    } catch (const std::bad_alloc&) {  // the event is destroyed instead of kept
     }
     destroy(fence);
   }
@@ -337,13 +339,13 @@ class CudaDriver final : public Driver {
     check(api().p_cuCtxSynchronize(), "cuCtxSynchronize");
   }
 
-  // Events that wait to be recorded again: at most about as many as there are streams at work.
+  // The most events that are kept for reuse. About as many are needed as there are streams in use.
   static constexpr std::size_t kIdleEvents = 64;
   std::mutex events_mutex_;
   std::vector<FenceId> events_;
   CUdevice cu_device_ = 0;
   CUcontext context_ = nullptr;
-  std::array<CUstream, 3> streams_{};  // by OwnStream
+  std::array<CUstream, 3> streams_{};  // indexed by OwnStream
   CUmemAllocationProp properties_{};
 };
 

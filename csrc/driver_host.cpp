@@ -1,6 +1,6 @@
-// The driver's contract on the CPU, with real virtual memory: one sparse memfd is the device, a reservation is
-// PROT_NONE address space, and mapping is mmap(MAP_FIXED) of the file over it. Where memory is to be exported, each
-// handle has a memfd of its own, which lives as long as any process has it mapped.
+// The driver contract (driver.hpp) on the CPU, with real virtual memory. One sparse memfd is the device, a reservation
+// is PROT_NONE address space, and a mapping is an mmap(MAP_FIXED) of a part of the file over it. In an exportable
+// driver each handle has a memfd of its own, which lives as long as any process has it mapped.
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -48,7 +48,7 @@ class HostDriver final : public Driver {
 
   Stream own_stream(OwnStream) const noexcept override { return Stream{0}; }
 
-  // Each mapping splits the reservation's area of addresses, and the kernel takes so many areas for a process.
+  // Each mapping splits the memory area (VMA) of its reservation, and max_map_count limits the VMAs of a process.
   std::size_t mapping_limit() const override {
     std::size_t areas = 65530;
     std::ifstream("/proc/sys/vm/max_map_count") >> areas;
@@ -76,7 +76,8 @@ class HostDriver final : public Driver {
 
   Address do_reserve(std::size_t bytes) override {
     if (bytes == 0 || bytes % granularity_ != 0) refuse("reserve", "the size is not a multiple of the granularity");
-    // Over-reserved and cut to size, so that addresses are multiples of the granularity as they are on a GPU.
+    // The range is reserved with one granule more and then cut to size, so that the address is a multiple of the
+    // granularity, as it is on a GPU.
     const std::size_t span = bytes + granularity_;
     void* const got = ::mmap(nullptr, span, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (got == MAP_FAILED) throw_errno("reserve");
@@ -118,7 +119,7 @@ class HostDriver final : public Driver {
     } catch (...) {
       if (exportable()) {
         ::close(file);
-      } else {  // a part of it may be there
+      } else {  // a part of the range may be allocated already
         ::fallocate(file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, static_cast<off_t>(bytes));
         give_offset(offset, bytes);
       }
@@ -126,8 +127,9 @@ class HostDriver final : public Driver {
     }
   }
 
-  // The kernel promises more memory than there is, and ends processes when it cannot keep that. What is available is
-  // read again when an eighth of what was there at the last reading is taken.
+  // Throws OutOfDeviceMemory when the machine has less than so many bytes left. This check is needed because the kernel
+  // overcommits memory, and kills processes when it runs out. The available memory is read again only when an eighth of
+  // what the last reading returned has been taken.
   void require_available(const char* call, std::size_t bytes) {
     if (bytes > unread_) {
       const std::size_t available = host_memory().free;
@@ -140,16 +142,17 @@ class HostDriver final : public Driver {
     unread_ -= bytes;
   }
 
-  // Commits the memory now, so that a machine without any says so here and not by SIGBUS at the first touch.
+  // Allocates the pages now, so that a lack of memory is an error here and not a SIGBUS at the first access.
   static void allocate(int file, off_t offset, std::size_t bytes) {
     int failed = 0;
-    do {  // older kernels give up at any signal
+    do {  // older kernels fail with EINTR at any signal
       failed = ::fallocate(file, 0, offset, static_cast<off_t>(bytes));
     } while (failed != 0 && errno == EINTR);
     if (failed != 0) throw_errno("create");
   }
 
-  // A file of its own that nobody can make smaller, so that who imports it does not fault.
+  // Returns a memfd of its own for a handle, sealed against shrinking, so that an access by a process that imports it
+  // cannot fault.
   static int create_sealed(std::size_t bytes) {
     const int file = ::memfd_create("vattn", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     if (file < 0) throw_errno("create");
@@ -163,7 +166,8 @@ class HostDriver final : public Driver {
     return file;
   }
 
-  // The first part of the file that nobody uses: else it would grow for good, up to the limit of the process.
+  // Takes the first hole of the file that is large enough, or else the end of the file, and returns its offset. Without
+  // reuse of the holes the file would grow until it reaches the file size limit of the process.
   off_t take_offset(std::size_t bytes) {
     for (auto hole = holes_.begin(); hole != holes_.end(); ++hole) {
       const auto [offset, size] = *hole;
@@ -204,7 +208,7 @@ class HostDriver final : public Driver {
     try {
       holes_.emplace(offset, bytes);
     } catch (const std::bad_alloc&) {
-      // This part of the file is not used again; nothing else is lost.
+      // This part of the file is never used again. Its memory has been returned already, so nothing else is lost.
     }
   }
 
@@ -279,7 +283,7 @@ class HostDriver final : public Driver {
 
   void do_set_access(Address at, std::size_t bytes, Access access) override {
     const std::lock_guard lock(mutex_);
-    // Every byte must be mapped, as the driver demands; the range may span several mappings.
+    // As CUDA does, this requires that every byte of the range is mapped. The range may span several mappings.
     auto next = mapped_.find(at);
     Address end = at;
     while (next != mapped_.end() && next->first == end && end < at + bytes) {
@@ -295,7 +299,7 @@ class HostDriver final : public Driver {
     const std::lock_guard lock(mutex_);
     const auto found = mapped_.find(at);
     if (found == mapped_.end() || found->second.bytes != bytes) refuse("unmap", "no such mapping");
-    // Mapped over by PROT_NONE, so that the address stays ours and faults.
+    // PROT_NONE memory is mapped over it, so that the range stays reserved and an access to it faults.
     if (::mmap(pointer(at), bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) ==
         MAP_FAILED)
       throw_errno("unmap");
@@ -356,9 +360,9 @@ class HostDriver final : public Driver {
   std::map<Address, Mapped> mapped_;
   std::unordered_map<Handle, Memory> memory_;
   std::uint64_t last_handle_ = 0;
-  std::map<off_t, std::size_t> holes_;  // of the file, with their sizes
+  std::map<off_t, std::size_t> holes_;  // unused parts of the file: offset to bytes
   off_t next_offset_ = 0;
-  std::size_t unread_ = 0;  // bytes that may be taken before what is available is read again
+  std::size_t unread_ = 0;  // bytes that may be taken before require_available() reads again
   std::size_t live_bytes_ = 0;
 };
 

@@ -1,4 +1,5 @@
-// The exceptions of the C++ core. bindings.cpp turns each into the Python exception of the same name.
+// The exceptions of the C++ core. bindings.cpp turns each into the Python exception of the same name, and
+// InvariantBroken into Error.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +14,7 @@ class Error : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// A driver call was refused. `code` is the CUresult, or the errno on the host.
+// A driver call failed. `code` is the CUresult on CUDA, the errno on the host, and -1 for a fault injected by a test.
 class DriverError : public Error {
  public:
   DriverError(std::string call, int code, const std::string& why)
@@ -31,7 +32,8 @@ class OutOfDeviceMemory : public DriverError {
   using DriverError::DriverError;
 };
 
-// The byte budget is spent: `needed` bytes were asked for and `free` are left. A normal event for a scheduler.
+// The byte budget does not suffice: `needed` bytes were asked for and `free` bytes are left. This is a normal event for
+// a scheduler.
 class BudgetExceeded : public Error {
  public:
   BudgetExceeded(std::size_t needed, std::size_t free, const std::string& budget = "budget")

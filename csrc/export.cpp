@@ -1,4 +1,4 @@
-// How a sequence's memory goes to another process, and comes from one.
+// How the extents of a sequence are exported to another process, and imported from one.
 #include <unistd.h>
 
 #include <utility>

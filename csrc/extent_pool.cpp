@@ -43,7 +43,8 @@ std::shared_ptr<Extent> ExtentPool::obtain(std::size_t bytes, std::optional<int>
         break;
       }
     }
-    // Nothing to release, yet charged: another thread is releasing it.
+    // When there is nothing to release, although bytes count as pooled, another thread is releasing an extent, or
+    // creating one in stock().
     if (!release_largest()) std::this_thread::yield();
   }
   std::optional<Extent> made;
@@ -66,7 +67,7 @@ std::shared_ptr<Extent> ExtentPool::obtain(std::size_t bytes, std::optional<int>
 std::shared_ptr<Extent> ExtentPool::lend(Extent&& extent) {
   const auto take_back = [this](Extent* lent) {
     const std::unique_ptr<Extent> owner(lent);
-    // A forked child's pool may be locked for good, and owns nothing.
+    // In a forked child the pool owns nothing, and its mutex may be locked by a thread that does not exist there.
     if (driver_->in_forked_child()) return;
     if (lent->exported.load()) {
       drop(*lent);
@@ -77,7 +78,7 @@ std::shared_ptr<Extent> ExtentPool::lend(Extent&& extent) {
   std::unique_ptr<Extent> owned;
   try {
     owned = std::make_unique<Extent>(std::move(extent));
-  } catch (const std::bad_alloc&) {  // which has not moved it
+  } catch (const std::bad_alloc&) {  // `extent` has not been moved from
     if (extent.exported.load()) {
       drop(extent);
     } else {
@@ -85,11 +86,11 @@ std::shared_ptr<Extent> ExtentPool::lend(Extent&& extent) {
     }
     throw;
   }
-  // Where there is no memory for its count it is taken back as well.
+  // When the shared_ptr cannot allocate its reference count, it calls the deleter, which takes the extent back.
   return {owned.release(), take_back};
 }
 
-// Gives an extent up that other processes may have mapped.
+// Releases an extent that other processes may have mapped.
 void ExtentPool::drop(Extent& extent) noexcept {
   const std::size_t bytes = extent.bytes();
   try {
@@ -112,7 +113,7 @@ void ExtentPool::keep(Extent&& extent) noexcept {
   try {
     free_[shelf_of(bytes)].push_back(std::move(extent));
   } catch (const std::bad_alloc& error) {
-    // No room to remember it by: it goes back to the driver with its last owner.
+    // The pool cannot store the extent. The caller still owns it, and its destructor releases it to the driver.
     driver_->report(error);
     usage_.charged -= bytes;
     usage_.pooled -= bytes;

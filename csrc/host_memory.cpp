@@ -12,7 +12,7 @@
 namespace vattn {
 namespace {
 
-// The number that a text begins with, behind spaces; none before a word like "max".
+// Returns the number at the beginning of a text, after blanks. Returns nullopt when there is a word such as "max".
 std::optional<std::uint64_t> number_of(std::string_view text) {
   text.remove_prefix(std::min(text.find_first_not_of(" \t"), text.size()));
   std::uint64_t number = 0;
@@ -20,7 +20,7 @@ std::optional<std::uint64_t> number_of(std::string_view text) {
   return number;
 }
 
-// The number behind a word at the beginning of a line.
+// Returns the number that follows `word` in the first line that begins with it.
 std::optional<std::uint64_t> number_after(const std::string& path, std::string_view word) {
   std::ifstream file(path);
   std::string line;
@@ -29,6 +29,7 @@ std::optional<std::uint64_t> number_after(const std::string& path, std::string_v
   return std::nullopt;
 }
 
+// Returns the number at the beginning of the first line of a file.
 std::optional<std::uint64_t> number_in(const std::string& path) {
   std::ifstream file(path);
   std::string line;
@@ -36,17 +37,17 @@ std::optional<std::uint64_t> number_in(const std::string& path) {
   return number_of(line);
 }
 
-// What the files of a version of control groups are called.
+// The names of the files of one version of control groups.
 struct Names {
   const char* limit;
   const char* usage;
-  const char* inactive;  // in memory.stat: file pages that the kernel gives up before it refuses memory
+  const char* inactive;  // key in memory.stat: file pages that the kernel reclaims before it refuses memory
 };
 
 constexpr Names kVersion1{"/memory.limit_in_bytes", "/memory.usage_in_bytes", "total_inactive_file "};
 constexpr Names kVersion2{"/memory.max", "/memory.current", "inactive_file "};
 
-// Takes the limits of a group, and of all that it is in, into account.
+// Lowers `memory` to what the limits of a group, and of all groups that contain it, leave.
 void apply(MemoryInfo& memory, const std::string& mounted, std::string group, const Names& names) {
   for (;;) {
     const std::string folder = mounted + group;
@@ -73,7 +74,7 @@ MemoryInfo host_memory(const std::string& root) {
                     number_after(meminfo, "MemTotal:").value_or(kUnknown) * 1024};
   std::ifstream groups(root + "/proc/self/cgroup");
   std::string line;
-  while (std::getline(groups, line)) {  // as 4:memory:/a/b, or 0::/a/b of version 2
+  while (std::getline(groups, line)) {  // a line is like 4:memory:/a/b, or 0::/a/b in version 2
     const std::size_t first = line.find(':');
     const std::size_t second = line.find(':', first + 1);
     if (second == std::string::npos) continue;

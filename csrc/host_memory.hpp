@@ -1,5 +1,5 @@
-// How much memory this machine has left for the process: what the kernel says is available, or what the limits of the
-// process's control groups leave of it, where that is less.
+// How much memory this machine has left for the process: the memory that the kernel reports as available, or what the
+// limits of the process's control groups leave of it when that is less.
 #pragma once
 
 #include <string>
@@ -8,7 +8,7 @@
 
 namespace vattn {
 
-// Bytes. `root` is put before the paths that are read, for tests.
+// Returns the free and the total memory in bytes. `root` is prepended to the paths that are read; tests set it.
 MemoryInfo host_memory(const std::string& root = "");
 
 }  // namespace vattn

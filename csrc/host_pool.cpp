@@ -38,7 +38,7 @@ std::vector<HostBlock> HostPool::take(std::size_t bytes) {
   const std::size_t count = (bytes + block_bytes_ - 1) / block_bytes_;
   std::vector<HostBlock> taken;
   taken.reserve(count);
-  Fences fences;  // of those taken
+  Fences fences;  // of the blocks that are taken
   std::size_t missing = 0;
   {
     const std::lock_guard lock(mutex_);
@@ -72,7 +72,7 @@ std::vector<HostBlock> HostPool::take(std::size_t bytes) {
 }
 
 void HostPool::give(std::vector<HostBlock>&& blocks, const Fences& fences) noexcept {
-  // A forked child's pool may be locked for good, and owns nothing.
+  // In a forked child the pool owns nothing, and its mutex may be locked by a thread that does not exist there.
   if (blocks.empty() || driver_->in_forked_child()) return;
   const std::size_t bytes = blocks.size() * block_bytes_;
   try {
@@ -85,9 +85,9 @@ void HostPool::give(std::vector<HostBlock>&& blocks, const Fences& fences) noexc
       return;
     }
   } catch (const std::bad_alloc&) {
-    // There is no room to remember them by.
+    // The pool cannot store the blocks.
   }
-  // They go back to the driver once nothing uses them.
+  // The blocks are freed as soon as no copy uses them.
   try {
     for (const auto& fence : fences) fence->wait();
   } catch (const std::exception& error) {

@@ -1,4 +1,5 @@
-// Page-locked host memory, in blocks of one size, under a budget of its own: where sequences go that are swapped out.
+// A pool of page-locked host memory, in blocks of one size and under a budget of its own. It holds the rows of
+// sequences that are swapped out.
 #pragma once
 
 #include <memory>
@@ -20,7 +21,7 @@ class HostBlock {
   Address at() const noexcept { return at_; }
 
  private:
-  std::shared_ptr<Driver> driver_;  // empty when moved from
+  std::shared_ptr<Driver> driver_;  // null when moved from
   std::size_t bytes_;
   Address at_;
 };
@@ -31,20 +32,21 @@ class HostPool {
 
   std::size_t block_bytes() const noexcept { return block_bytes_; }
   bool in_forked_child() const noexcept { return driver_->in_forked_child(); }
-  // Blocks for so many bytes: such as were given back, when what used them is done, and then new ones. Throws
-  // BudgetExceeded or what the driver throws, and then has lost nothing.
+  // Returns blocks for so many bytes. Free blocks are taken first, and this waits for the fences of their last use; the
+  // rest is allocated. Throws BudgetExceeded or what the driver throws; the blocks are then in the pool again.
   std::vector<HostBlock> take(std::size_t bytes);
-  // Blocks that may be used again once the fences have passed.
+  // Takes blocks back. They may be used again once the fences have passed. When the pool is closed, or has no memory to
+  // store them, this waits for the fences and frees the blocks.
   void give(std::vector<HostBlock>&& blocks, const Fences& fences) noexcept;
-  // Gives what nobody uses back to the system.
+  // Returns the free blocks to the system, after their fences have passed.
   void shrink();
-  // The same, also with what is given from now on.
+  // Does the same, and frees every block that is given back from now on.
   void close();
 
   struct Usage {
     std::size_t budget;
-    std::size_t charged;  // bytes of all blocks
-    std::size_t free;     // of those, the ones that were given back
+    std::size_t charged;  // bytes of all blocks that exist
+    std::size_t free;     // the part of `charged` that was given back
   };
   Usage usage() const;
 

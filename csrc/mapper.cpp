@@ -14,7 +14,8 @@ Mapper::Mapper() : forks_(forks()), state_(std::make_unique<State>()) {
 
 Mapper::~Mapper() {
   if (forks() != forks_) {
-    // Its thread can be neither joined nor detached, and destroying what the thread waits on would wait for it.
+    // The state is leaked. Its thread can be neither joined nor detached in a forked child, and the destructor of the
+    // condition variable that the thread waits on would block.
     (void)state_.release();
     return;
   }
@@ -98,7 +99,7 @@ void Mapper::loop() {
   }
 }
 
-// The most urgent work that is due, when there is some; false at the end.
+// Waits for work that is due, and takes the most urgent. Returns false after stop(), when no demand is left.
 bool Mapper::next(Job& job, std::unique_lock<std::mutex>& lock) {
   for (;;) {
     auto wake = Clock::time_point::max();
@@ -114,7 +115,7 @@ bool Mapper::next(Job& job, std::unique_lock<std::mutex>& lock) {
         return true;
       }
     }
-    state_->done.notify_all();  // what stop() has dropped is not waited for any more
+    state_->done.notify_all();  // wait_idle() need not wait for work that was dropped after stop()
     if (state_->stopped) return false;
     if (wake == Clock::time_point::max()) {
       state_->queued.wait(lock);

@@ -1,7 +1,7 @@
-// The background thread of a device: one queue of work, the most urgent first.
+// The mapper: the background thread of a device, with a queue of work that is run in the order of urgency.
 //
-// It knows nothing of what it runs, and never calls Python. Several arenas share one; each cancels what is its own
-// before it goes.
+// The mapper does not know what its work does, and never calls Python. Several arenas share one mapper. Before an arena
+// is destroyed, it cancels its own work.
 #pragma once
 
 #include <array>
@@ -17,9 +17,9 @@
 namespace vattn {
 
 enum class Urgency : std::size_t {
-  demand,        // somebody waits for it
-  ahead,         // somebody will
-  housekeeping,  // nobody does
+  demand,        // a caller waits for it
+  ahead,         // done in advance, so that a later caller need not wait
+  housekeeping,  // maintenance, which no caller waits for
 };
 
 class Mapper {
@@ -28,20 +28,23 @@ class Mapper {
   using Work = std::function<void()>;
 
   Mapper();
-  ~Mapper();  // as stop(); in a forked child, where the thread does not exist, nothing
+  ~Mapper();  // does what stop() does; nothing in a forked child, where the thread does not exist
   Mapper(const Mapper&) = delete;
   Mapper& operator=(const Mapper&) = delete;
 
-  // Queues work, which must not throw, to be run `delay` from now at the earliest. False when stopped: it will not run.
+  // Queues work, to be run `delay` from now at the earliest. Requires that the work does not throw. Returns false when
+  // the mapper is stopped; the work is then not run.
   bool post(Urgency urgency, const void* owner, Work work, Clock::duration delay = {});
-  // Runs work before everything that is queued but not waited for; waits, and throws what it throws. When stopped, it
-  // runs in the calling thread.
+  // Runs work as a demand, that is before all queued work that no caller waits for. Waits for it, and throws what it
+  // throws. When the mapper is stopped, the work runs in the calling thread.
   void run(const void* owner, Work work);
-  // Drops what is queued for an owner, which must wait for nothing, and waits for what is under way for it.
+  // Drops the queued work of an owner that no caller waits for, and waits for its work that is running. Demands stay
+  // queued. Requires that the caller holds no lock which that work needs.
   void cancel(const void* owner);
-  // Waits until nothing of an owner is queued or under way, but what was posted with a delay.
+  // Waits until no work of an owner is queued or running. Work that was posted with a delay does not count while it is
+  // queued.
   void wait_idle(const void* owner);
-  // Finishes what is waited for, drops the rest and ends the thread.
+  // Finishes the demands, drops all other work and ends the thread.
   void stop();
 
  private:
@@ -56,7 +59,7 @@ class Mapper {
     std::condition_variable queued;
     std::condition_variable done;
     std::array<std::deque<Job>, 3> queues;
-    const void* running = nullptr;  // whose work is under way
+    const void* running = nullptr;  // the owner of the work that is running
     bool stopped = false;
     std::unique_ptr<std::thread> thread;
   };

@@ -1,4 +1,4 @@
-// How an arena takes memory back: what is retired, and from slots that need it least.
+// How an arena takes memory back: it carries out deferred unmaps and takes extents from the slots that need them least.
 #include <array>
 #include <unordered_map>
 #include <utility>
@@ -7,8 +7,13 @@
 
 namespace vattn {
 
-// Unmaps, of what the held slots have retired, whatever has passed its fences or lies where they will grow. False when
-// something lies there that only a demand would wait for.
+// Carries out deferred unmaps of the given slots, with the mutex released meanwhile. A mapping at or behind the tail of
+// its run lies where the run will grow: all of these are unmapped, and a demand waits for their fences. Of the other
+// mappings, the oldest are unmapped, up to the first whose fences have not passed.
+//
+// Requires: the caller has locked the slots.
+// Returns false when a mapping is left where a run will grow, because only a demand would wait for its fences.
+// Throws what the driver throws; what is still mapped then stays a deferred unmap.
 bool Arena::clear_the_way(Slots slots, Urgency urgency, Lock& lock) {
   std::vector<DeferredUnmap> in_the_way;
   std::vector<DeferredUnmap> others;
@@ -24,7 +29,7 @@ bool Arena::clear_the_way(Slots slots, Urgency urgency, Lock& lock) {
     slots_[index].deferred.clear();
   }
   if (in_the_way.empty() && others.empty()) return true;
-  std::size_t done = 0;  // of the others, from the oldest on: those are through first
+  std::size_t done = 0;  // how many of `others` are unmapped, the oldest first: their fences pass first
   const auto put_back = [&] {
     others.erase(others.begin(), others.begin() + static_cast<std::ptrdiff_t>(done));
     for (auto* rest : {&in_the_way, &others}) defer_again(*rest);
@@ -47,7 +52,8 @@ bool Arena::clear_the_way(Slots slots, Urgency urgency, Lock& lock) {
   return clear;
 }
 
-// Waits for what uses some memory, where there is no room to note that it is to be waited for.
+// Waits for the fences of memory whose unmap cannot be deferred, because there is no room to note it. Reports errors
+// instead of throwing them.
 void Arena::wait_quietly(const Fences& fences) const noexcept {
   try {
     for (const auto& fence : fences) fence->wait();
@@ -56,12 +62,13 @@ void Arena::wait_quietly(const Fences& fences) const noexcept {
   }
 }
 
-// Takes mappings back that are in no run. Where there is no room for one it goes at once, when nothing uses it.
+// Makes mappings that are in no run deferred unmaps of their slots. Where there is no room to note one, this function
+// waits for its fences and unmaps it at once.
 void Arena::defer_again(std::vector<DeferredUnmap>& loose) noexcept {
   for (DeferredUnmap& one : loose) {
     try {
       slots_[one.slot].deferred.push_back(std::move(one));
-    } catch (const std::bad_alloc&) {  // which has not moved it
+    } catch (const std::bad_alloc&) {  // a push_back that throws has not moved the mapping
       wait_quietly(one.fences);
     }
   }
@@ -74,8 +81,8 @@ void Arena::defer_unmap_of_run(Slot& slot, std::size_t index, std::size_t plane)
   run = Run{};
 }
 
-// Takes a run's mappings from the given one on out of it. Where there is no room for them they go at once, when nothing
-// uses them.
+// Takes the mappings from number `first` on out of a run, as deferred unmaps that wait for the slot's fences. Where
+// there is no room to note them, this function waits for the fences and unmaps them at once.
 void Arena::defer_unmap_from(Slot& slot, std::size_t index, std::size_t plane, std::size_t first) noexcept {
   Run& run = slot.runs[plane];
   const auto from = run.mappings.begin() + static_cast<std::ptrdiff_t>(std::min(first, run.mappings.size()));
@@ -92,14 +99,14 @@ void Arena::defer_unmap_from(Slot& slot, std::size_t index, std::size_t plane, s
   run.mappings.erase(from, run.mappings.end());
 }
 
-// Mappings that are taken out of their runs, and the bytes that come free with them: those of a shared extent once all
-// its mappings are among them.
+// Mappings that were taken out of their runs to be unmapped, and the number of bytes that this frees. A shared extent
+// counts once all its mappings are in the harvest.
 class Arena::Harvest {
  public:
   explicit Harvest(std::size_t wanted) : wanted_(wanted) {}
 
   bool enough() const noexcept { return found_ >= wanted_; }
-  // Sees to it that a mapping can be added without an allocation.
+  // Makes room for a mapping, so that add() allocates nothing.
   void make_room_for(const Mapping& mapping) {
     make_room(loose_, 1);
     taken_[mapping.extent().get()];
@@ -118,21 +125,32 @@ class Arena::Harvest {
   std::unordered_map<const Extent*, std::size_t> taken_;
 };
 
-// Brings about `bytes` back to the pool from whoever needs them least: what is retired, then what running slots have
-// mapped past what they expect, from who has most of it on, and parked slots from the longest parked on, and then those
-// of them that are known to hold rows; of those extents first such as `wanted` can map as they are, and such as nobody
-// else has mapped. What running slots keep is taken as far as `keep` allows. Of the slots the caller holds, `mine`,
-// only what is retired. False when there was nothing.
+// Brings about `bytes` back to the pool from the slots that need them least, with the mutex released meanwhile. This
+// function takes, in this order:
+//   1. deferred unmaps;
+//   2. what running slots have mapped past what they expect to need, from the slot that has most of it, and then parked
+//      slots without a cached prefix, from the one that was parked longest ago; of all these extents, first those that
+//      no other slot maps and that `wanted` can map as they are;
+//   3. parked slots with a cached prefix, from the one that was parked or forked from longest ago; first the extents
+//      that no other slot maps;
+//   4. what running slots have mapped past what `keep` leaves them.
+// Slots that another thread has locked are passed by. Of `mine`, the slots that the caller has locked, only deferred
+// unmaps are taken.
+//
+// Returns true when the caller should plan again: something was unmapped, or another thread has finished reclaiming.
+// Returns false when there was nothing to take or, unless this is a demand, nothing whose fences have passed.
+// Throws what the driver throws; what is still mapped then stays a deferred unmap.
 bool Arena::reclaim(std::size_t bytes, const std::vector<Step>& wanted, Slots mine, Keep keep, Urgency urgency,
                     Lock& lock) {
   Harvest harvest(bytes);
-  std::optional<SlotLock> slot_lock;  // of those whose mappings are harvested
+  std::optional<SlotLock> slot_lock;  // of the harvested slots that the caller has not locked
   std::vector<std::size_t> others;
   try {
     collect(harvest, wanted, mine, keep);
     if (harvest.loose().empty()) {
       if (reclaiming_ == 0 || urgency != Urgency::demand) return false;
-      // Somebody else has it in hand, and will not wait for us.
+      // Another thread is unmapping what it has harvested. It already has its slot locks, so it does not wait for this
+      // thread.
       released_.wait(lock, [this] { return reclaiming_ == 0; });
       return true;
     }
@@ -161,7 +179,7 @@ bool Arena::reclaim(std::size_t bytes, const std::vector<Step>& wanted, Slots mi
   return some;
 }
 
-// What reclaim() takes out of the runs.
+// Moves what reclaim() unmaps from the slots to the harvest, in the order that reclaim() describes.
 void Arena::collect(Harvest& harvest, const std::vector<Step>& wanted, Slots mine, Keep keep) {
   const auto take_deferred = [&](Slot& slot) {
     while (!harvest.enough() && !slot.deferred.empty()) {
@@ -171,7 +189,7 @@ void Arena::collect(Harvest& harvest, const std::vector<Step>& wanted, Slots min
     }
   };
   for (const std::size_t index : mine) take_deferred(slots_[index]);
-  using Ranked = std::vector<std::pair<std::size_t, std::size_t>>;  // by rank: the less, the earlier its memory goes
+  using Ranked = std::vector<std::pair<std::size_t, std::size_t>>;  // (rank, slot); the lowest rank loses memory first
   Ranked ranked;
   Ranked remembered;
   for (std::size_t index = 0; index < slots_.size(); ++index) {
@@ -212,7 +230,8 @@ void Arena::collect(Harvest& harvest, const std::vector<Step>& wanted, Slots min
   if (keep != Keep::expected) strip_all(ranked, keep, any);
 }
 
-// Takes mappings that a slot does not need off the ends of its runs, while they are `wanted` and not enough.
+// Takes mappings that a slot does not need by `keep` off the ends of its runs, as long as `wanted` accepts the last one
+// and the harvest is not enough.
 void Arena::strip(std::size_t index, Keep keep, const std::function<bool(const Mapping&)>& wanted, Harvest& harvest) {
   Slot& slot = slots_[index];
   const bool remembered = slot.cached != 0;
@@ -245,7 +264,8 @@ void Arena::strip(std::size_t index, Keep keep, const std::function<bool(const M
   note_taken();
 }
 
-// Waits for the fences of the last of them, unmaps it and pools its extent. When it throws, it is still mapped.
+// Waits for the fences of the last mapping in the list, unmaps it and removes it from the list; its extent goes back to
+// the pool with its last owner. When this throws, the mapping is still mapped and in the list.
 void Arena::unmap_last(std::vector<DeferredUnmap>& loose) {
   for (const auto& fence : loose.back().fences) fence->wait();
   loose.back().mapping.unmap();
@@ -256,8 +276,9 @@ void Arena::unmap(std::vector<DeferredUnmap>& loose) {
   while (!loose.empty()) unmap_last(loose);
 }
 
-// The same with the mutex released meanwhile, for mappings of held slots; true when some were unmapped. What the driver
-// refuses, and what only a demand would wait for, stays retired.
+// Unmaps mappings of locked slots with the mutex released meanwhile. A demand waits for their fences; otherwise only
+// the mappings whose fences have passed are unmapped. Returns whether any was. Throws what the driver throws. What is
+// still mapped in the end, also after an error, stays a deferred unmap.
 bool Arena::unmap_outside(std::vector<DeferredUnmap> loose, Urgency urgency, Lock& lock) {
   const std::size_t before = loose.size();
   const auto put_back = [&] { defer_again(loose); };

@@ -65,7 +65,7 @@ void Sequence::swap_in(std::optional<std::size_t> slot, Stream stream) {
 }
 
 void Sequence::close(std::vector<Sequence*> sequences, Stream stream) {
-  // In one order, so that two callers do not wait for each other.
+  // Every caller locks in the order of the addresses, so that two callers never wait for each other.
   std::sort(sequences.begin(), sequences.end());
   sequences.erase(std::unique(sequences.begin(), sequences.end()), sequences.end());
   std::vector<std::unique_lock<std::mutex>> locks;

@@ -1,7 +1,7 @@
-// One sequence of an arena, as its owner holds it: in a slot, in host memory, or closed.
+// One sequence of an arena, as an object that owns it: the sequence is in a slot, in host memory, or closed.
 //
-// What a sequence is, is written here and in the arena alone, and each call changes both or neither. So an owner that
-// is interrupted between two calls, or that forgets the sequence, loses nothing.
+// Only this object and the arena store the state of a sequence, and each call changes both or neither. So nothing is
+// lost when the caller is interrupted between two calls, or drops the object.
 #pragma once
 
 #include <memory>
@@ -15,23 +15,24 @@ namespace vattn {
 
 class Sequence {
  public:
-  // A new one, see Arena::acquire.
+  // Begins a new sequence. The arguments are those of Arena::acquire.
   Sequence(std::shared_ptr<Arena> arena, std::optional<std::size_t> slot, std::size_t expected, Stream stream,
            bool empty, std::optional<std::size_t> like);
-  // The one that a slot has, whose owner from now on this is.
+  // Takes ownership of the sequence that is running in a slot.
   Sequence(std::shared_ptr<Arena> arena, std::size_t slot);
-  // Ends it. In a forked child nothing.
+  // Ends the sequence. In a forked child, does nothing to the arena.
   ~Sequence();
   Sequence(const Sequence&) = delete;
   Sequence& operator=(const Sequence&) = delete;
 
-  // By which the arena knows it. Throws std::invalid_argument when it is closed or swapped out.
+  // The name by which the arena knows the sequence. Throws std::invalid_argument when it is closed or swapped out.
   std::size_t name() const;
-  // The slot that it has, or had when it was closed.
+  // The slot of the sequence or, when it is closed, the last that it had. None while it is swapped out.
   std::optional<std::size_t> slot() const;
+  // In positions, also while the sequence is swapped out; 0 when it is closed.
   std::size_t length() const;
   bool closed() const;
-  // Where it is in host memory.
+  // The sequence's rows in host memory; null when it is not swapped out.
   std::shared_ptr<Swapped> swapped() const;
 
   std::size_t extend(std::size_t count, Stream stream) { return arena_->extend(name(), count, stream); }
@@ -40,7 +41,8 @@ class Sequence {
   }
   void swap_out(Stream stream);
   void swap_in(std::optional<std::size_t> slot, Stream stream);
-  // Ends all of them, which are one arena's, or none when it throws. Those that are closed already stay so.
+  // Closes all the sequences, also those that are swapped out, or none when it throws. Sequences that are closed
+  // already are passed over. Requires: all belong to one arena.
   static void close(std::vector<Sequence*> sequences, Stream stream);
 
  private:
@@ -48,8 +50,8 @@ class Sequence {
 
   const std::shared_ptr<Arena> arena_;
   mutable std::mutex mutex_;
-  std::optional<std::size_t> name_;  // none: swapped out, or closed
-  std::size_t slot_;                 // the last that it had
+  std::optional<std::size_t> name_;  // none when swapped out or closed
+  std::size_t slot_;                 // the slot that the sequence has, or had last
   std::shared_ptr<Swapped> swapped_;
 };
 

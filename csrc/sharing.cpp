@@ -1,4 +1,4 @@
-// How the slots of an arena share extents, and come to their own where they may not.
+// How the slots of an arena share extents: cached prefixes, forks, copy on write and compacting.
 #include <iterator>
 #include <utility>
 
@@ -7,7 +7,7 @@
 namespace vattn {
 namespace {
 
-// Takes the mappings of a run from the given one on out of it, to where there is room for them.
+// Moves the mappings from number `first` on out of a run. Requires: `taken` is empty and has room for them.
 template <typename Run>
 void take_from(Run& run, std::size_t first, std::vector<Mapping>& taken) noexcept {
   const auto from = run.mappings.begin() + static_cast<std::ptrdiff_t>(first);
@@ -104,10 +104,11 @@ bool Arena::fork_with_driver(std::size_t name, std::optional<std::uint64_t> gene
     if (running(target, "fork into").length != 0)
       throw std::invalid_argument("cannot fork into slot " + std::to_string(slot_of(target)) + ": it is not empty");
 
-  // What has written the rows on other streams.
+  // Work that writes the rows of a running sequence may still be queued in its streams, so new fences stand for it.
   const bool parked = from.state == State::parked;
   if (!parked) cover(from, stream, fences_of(Slots(&source, 1), stream, lock));
-  // What is made read-only may not be written by what is queued in this stream either.
+  // `stream` itself keeps its order and is not waited for, except where the rows become read-only: then the writes that
+  // are queued in it must be done, too.
   wait_for_others(from.fences, options_.protect_shared ? Stream{kNever} : stream, lock);
   if (!parked && !contains(from.streams, stream)) from.streams.push_back(stream);
   std::vector<std::size_t> aliased;
@@ -122,7 +123,8 @@ bool Arena::fork_with_driver(std::size_t name, std::optional<std::uint64_t> gene
     mappings += count;
     aliased.push_back(target);
   }
-  // Copies read the source and write the targets until these have passed.
+  // Returns fences that pass once the queued copies have read the source and written the targets. Where none can be
+  // recorded, waits for the whole device instead.
   const auto fences_after = [&]() -> Fences {
     try {
       return fences_of(targets, stream, lock);
@@ -153,7 +155,7 @@ bool Arena::fork_with_driver(std::size_t name, std::optional<std::uint64_t> gene
     throw;
   }
   if (parked) cover(from, stream, fences_after());
-  if (parked) from.parked_at = ++clock_;  // who was of use goes later
+  if (parked) from.parked_at = ++clock_;  // a slot that was of use is stripped later
   for (const std::size_t target : targets) {
     advance(target, positions, stream);
     refresh(slots_[target]);
@@ -161,7 +163,9 @@ bool Arena::fork_with_driver(std::size_t name, std::optional<std::uint64_t> gene
   return true;
 }
 
-// Whether a slot holds its first rows: as a running one, or with a generation as what is known of it.
+// Whether a slot has its first `positions` rows. They must be within the length of a running sequence and, with a
+// generation, within the slot's cached prefix of that generation. They and the tail rows behind them must be mapped; in
+// a plane with a window, only those that the window still sees.
 bool Arena::has_rows(const Slot& slot, std::optional<std::uint64_t> generation, std::size_t positions) const noexcept {
   if (generation && (slot.generation != *generation || slot.cached < positions)) return false;
   if (slot.state == State::bare || (slot.state == State::running && slot.length < positions)) return false;
@@ -174,7 +178,7 @@ bool Arena::has_rows(const Slot& slot, std::optional<std::uint64_t> generation, 
   return true;
 }
 
-// Mappings of a run that lie wholly within its first rows.
+// Returns how many mappings of a run lie wholly within its first `positions` rows: those that a fork can share.
 std::size_t Arena::sharable(const Slot& slot, std::size_t plane, std::size_t positions) const noexcept {
   const Run& run = slot.runs[plane];
   std::size_t end = run.head;
@@ -184,7 +188,7 @@ std::size_t Arena::sharable(const Slot& slot, std::size_t plane, std::size_t pos
   return count;
 }
 
-// Mappings of the same extents that two runs begin with.
+// Returns how many mappings, from the first on, two runs have of the same extents.
 std::size_t Arena::common(const Run& one, const Run& other) noexcept {
   std::size_t count = 0;
   while (one.head == other.head && count < std::min(one.mappings.size(), other.mappings.size()) &&
@@ -193,8 +197,9 @@ std::size_t Arena::common(const Run& one, const Run& other) noexcept {
   return count;
 }
 
-// Whether all that is known of a slot lies in what it shares with another one, so that nothing is lost when a fork of
-// that one takes it.
+// Whether the whole cached prefix of a slot lies in extents that it shares with `source`, so that no cached rows are
+// lost when a fork of `source` takes the slot. Planes with a window are ignored; where there are no others, this is
+// false.
 bool Arena::is_ready(const Slot& slot, const Slot& source) const noexcept {
   if (&slot == &source || slot.cached == 0) return false;
   bool any = false;
@@ -209,12 +214,14 @@ bool Arena::is_ready(const Slot& slot, const Slot& source) const noexcept {
   return any;
 }
 
-// Of a target's mappings, those that it would share in a fork and has already.
+// Returns how many of the mappings that a fork would share are in the target already.
 std::size_t Arena::kept(const Slot& source, const Slot& target, std::size_t plane,
                         std::size_t positions) const noexcept {
   return std::min(common(source.runs[plane], target.runs[plane]), sharable(source, plane, positions));
 }
 
+// Whether sharing extents with a target costs no more than copying their rows to it, or the copies would need more
+// memory than is available.
 bool Arena::better_aliased(const Slot& source, const Slot& target, std::size_t positions) const {
   double aliasing = 0;
   double copying = 0;
@@ -236,8 +243,9 @@ bool Arena::better_aliased(const Slot& source, const Slot& target, std::size_t p
   return aliasing <= copying || more > pool_.usage().available();
 }
 
-// Where so many forks would each copy much of an extent, since their last rows lie within it, it is replaced by one
-// that they share and what is behind.
+// Splits the extent in which the first `positions` rows end, at the last granule boundary before their end, where the
+// forks would otherwise copy kSplitGranules or more of it all together: they share the first of its parts instead.
+// Planes with a window stay as they are. Where there is no memory for the new extents, nothing is split.
 void Arena::split_for_forks(std::size_t source, std::size_t positions, std::size_t forks, Slots mine, Lock& lock) {
   const std::size_t granule = driver_->granularity();
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
@@ -253,14 +261,15 @@ void Arena::split_for_forks(std::size_t source, std::size_t positions, std::size
       sizes.push_back(pool_.bytes_of(pool_.class_of(left)));
     try {
       replace(source, plane, count, 1, sizes, bytes, mine, lock);
-    } catch (const BudgetExceeded&) {  // then they copy
+    } catch (const BudgetExceeded&) {  // the forks copy instead
     } catch (const OutOfDeviceMemory&) {
     }
   }
 }
 
-// Brings the runs of held slots to where a held slot's begin, and maps its sharable extents under those that are to
-// share them, which lose what is in the way.
+// Makes the runs of the targets begin where those of the source do, and maps the source's sharable extents at the
+// targets in `aliased`; mappings of a target that are in the way are unmapped. Requires: the caller has locked all
+// these slots.
 void Arena::share_runs(std::size_t source, std::size_t positions, Slots targets, Slots aliased, Lock& lock) {
   const Slot& from = slots_[source];
   for (const std::size_t target : targets)
@@ -304,12 +313,12 @@ void Arena::share_runs(std::size_t source, std::size_t positions, Slots targets,
       lock.lock();
       std::move(mappings.begin(), mappings.end(), std::back_inserter(run.mappings));
       run.tail = tail;
-      slots_[target].length = positions;  // what is shared lies before it
+      slots_[target].length = positions;  // so that copy_shared() keeps the shared extents
       aliases_ += count - had;
     }
     if (options_.protect_shared) {
       lock.unlock();
-      // The holder's alone to change; who reads the run meanwhile does not look at the access.
+      // Only the thread that has locked the slot changes its run; the access, which others may read, is atomic.
       for (std::size_t index = 0; index < count; ++index)
         slots_[source].runs[plane].mappings[index].allow(Access::read);
       lock.lock();
@@ -317,7 +326,8 @@ void Arena::share_runs(std::size_t source, std::size_t positions, Slots targets,
   }
 }
 
-// Copies to each held target what of a held slot's first rows it does not share with it.
+// Copies to each target those of the source's first rows that the target does not share with it, in `stream`. Requires:
+// the caller has locked all these slots.
 void Arena::copy_rows(std::size_t source, std::size_t positions, Slots targets, Stream stream, Lock& lock) {
   struct Part {
     Address to;
@@ -341,26 +351,27 @@ void Arena::copy_rows(std::size_t source, std::size_t positions, Slots targets, 
   for (const Part& part : parts) copied_ += part.bytes;
 }
 
-// Sees to it that held slots may write behind their rows: what is shared there is let go, and of an extent that holds
-// the last rows too they get their own copy. False when there is something that only a demand would do.
+// Makes the memory behind the rows of locked slots writable (copy on write). Where an extent that reaches behind the
+// rows and holds the last rows or tail rows is shared, all such extents are replaced by copies. Behind these, the run
+// is cut off before the first shared extent. Returns false when any of this is necessary but only a demand would do it.
 bool Arena::copy_shared(Slots slots, Urgency urgency, Lock& lock) {
   for (const std::size_t index : slots) {
     Slot& slot = slots_[index];
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
       Run& run = slot.runs[plane];
       const std::size_t rows_end = slot.length * geometry_[plane].row_bytes;
-      const std::size_t needed_end = end_of(geometry_[plane], slot.length);  // of the tail rows
+      const std::size_t needed_end = end_of(geometry_[plane], slot.length);  // where the tail rows end
       std::size_t start = run.head;
-      std::size_t first = 0;  // mapping that reaches behind the rows
+      std::size_t first = 0;  // the first mapping that reaches behind the rows
       while (first < run.mappings.size() && start + run.mappings[first].bytes() <= rows_end)
         start += run.mappings[first++].bytes();
       std::size_t end = start;
-      std::size_t past = first;  // the first mapping that is not needed
+      std::size_t past = first;  // the first mapping behind the tail rows
       while (past < run.mappings.size() && end < needed_end) end += run.mappings[past++].bytes();
       const auto at = [&](std::size_t mapping) { return run.mappings.begin() + static_cast<std::ptrdiff_t>(mapping); };
       const auto writable = [](const Mapping& mapping) { return mapping.writable(); };
       const auto is_shared = [](const Mapping& mapping) { return mapping.shared(); };
-      // Before the mutex is free for the first time: what is alone now stays alone.
+      // This comes before the mutex is released for the first time, so that an unshared extent stays unshared.
       std::for_each(at(first), run.mappings.end(), [](const Mapping& mapping) { mapping.will_be_written(); });
       if (std::all_of(at(first), run.mappings.end(), writable)) continue;
       if (urgency != Urgency::demand) return false;
@@ -375,7 +386,7 @@ bool Arena::copy_shared(Slots slots, Urgency urgency, Lock& lock) {
         for (; left != 0; left -= sizes.back()) sizes.push_back(pool_.bytes_of(pool_.class_of(left)));
         replace(index, plane, first, past - first, sizes, std::max(rows_end, start) - start, slots, lock);
       }
-      // What others have let go of was mapped read-only where that is watched.
+      // With protect_shared, an extent that no other slot maps any more is still mapped read-only here.
       lock.unlock();
       try {
         for (std::size_t behind = first; behind < run.mappings.size(); ++behind)
@@ -419,7 +430,7 @@ void Arena::own_with_driver(Slots names, std::size_t positions, Stream stream) {
           ++i;
           continue;
         }
-        if (!run.mappings[i].shared()) {  // others have let go of it where that is watched
+        if (!run.mappings[i].shared()) {  // read-only since it was shared, by protect_shared
           lock.unlock();
           slot.runs[plane].mappings[i].allow();
           lock.lock();
@@ -446,7 +457,8 @@ void Arena::compact_later(std::size_t slot, std::uint64_t generation, std::size_
   post_compacting(slot, generation, positions, {});
 }
 
-// Looks again, with growing patience, while kernels use the slot.
+// Compacts a slot on the mapper thread after `delay`. While kernels use the slot it is tried again, with delays that
+// double from kPatience and end with kLongPatience. Requires: the caller has the mutex.
 void Arena::post_compacting(std::size_t slot, std::uint64_t generation, std::size_t positions, Clock::duration delay) {
   if (!mapper_ || closed_ || delay > kLongPatience) return;
   const auto work = [this, slot, generation, positions, delay] {
@@ -463,8 +475,12 @@ void Arena::post_compacting(std::size_t slot, std::uint64_t generation, std::siz
   mapper_->post(Urgency::housekeeping, this, work, delay);
 }
 
-// Of a running slot at once; of a parked one of the generation where there is memory to spare, and false while its
-// fences have not passed.
+// Compacts the first `positions` rows of a running slot or, with a generation, of a parked slot that has them in its
+// cached prefix; in a parked slot, planes for which too little memory is available stay as they are. Where at most
+// `most` extents hold the whole granules of the rows, only the last of them is split, at the last granule boundary;
+// otherwise one extent of just their size replaces them. Planes with a window stay as they are.
+//
+// Returns false while the fences of a parked slot have not passed; nothing has changed then.
 bool Arena::compact_with_driver(std::size_t name, std::optional<std::uint64_t> generation, std::size_t positions,
                                 std::size_t most) {
   Lock lock = locked();
@@ -508,8 +524,10 @@ bool Arena::compact_with_driver(std::size_t name, std::optional<std::uint64_t> g
   return true;
 }
 
-// Puts new extents of the sizes in the place of some mappings of a held slot's run, with the first bytes as they were,
-// once the slot's fences have passed. When it throws, everything is as it was.
+// Replaces `count` mappings of a locked slot's run, from number `first` on, by new extents of the given sizes, once the
+// slot's fences have passed. The first `bytes` bytes are copied to the new extents, which are filled at the addresses
+// of the scratch slot. When this throws, everything is as it was, unless the driver has refused kAttempts times to map
+// the old extents again: then the sequence and its cached prefix end before the rows in them.
 void Arena::replace(std::size_t index, std::size_t plane, std::size_t first, std::size_t count,
                     const std::vector<std::size_t>& sizes, std::size_t bytes, Slots mine, Lock& lock) {
   Run& run = slots_[index].runs[plane];
@@ -528,7 +546,7 @@ void Arena::replace(std::size_t index, std::size_t plane, std::size_t first, std
   const auto clear_scratch = [&] {
     try {
       while (!filled.empty()) unmap_last(filled);
-    } catch (const std::exception&) {  // tried again when it is in the way
+    } catch (const std::exception&) {  // the next call of replace() tries again
     }
     lock.lock();
     defer_again(filled);
@@ -544,7 +562,7 @@ void Arena::replace(std::size_t index, std::size_t plane, std::size_t first, std
     throw;
   }
 
-  // What may fail comes before anything is taken out of the run: room for all that is moved.
+  // Room for everything that is moved is made before anything is taken out of the run, since an allocation may fail.
   std::vector<Mapping> behind;
   std::vector<Mapping> old;
   std::vector<Mapping> fresh;
@@ -569,7 +587,8 @@ void Arena::replace(std::size_t index, std::size_t plane, std::size_t first, std
   take_from(run, first + count, behind);
   take_from(run, first, old);
   lock.unlock();
-  // They may be mapped here again: until that is settled nobody else who has one of them is alone with it.
+  // The old extents may have to be mapped here again. Until that is decided they count as mapped here, so that no other
+  // slot that maps one of them takes it for unshared.
   for (const auto& [extent, access] : before) ++extent->mappings;
   std::exception_ptr failure;
   const auto end_of_run = [&](const std::vector<Mapping>& mappings) {
@@ -577,7 +596,7 @@ void Arena::replace(std::size_t index, std::size_t plane, std::size_t first, std
     for (const Mapping& mapping : mappings) at += mapping.bytes();
     return at;
   };
-  std::size_t whole = old.size();  // of the old ones
+  std::size_t whole = old.size();  // how many of the old mappings, from the first on, are usable
   try {
     for (; !old.empty(); --whole) {
       old.back().unmap();
@@ -589,7 +608,7 @@ void Arena::replace(std::size_t index, std::size_t plane, std::size_t first, std
     }
   } catch (...) {
     failure = std::current_exception();
-    // The rows are lost where the driver does not take back what it had.
+    // The old extents are mapped again. Where the driver refuses that for good, the rows in them are lost.
     for (int attempt = 1; attempt <= kAttempts && whole < before.size(); ++attempt) {
       try {
         for (; !fresh.empty(); fresh.pop_back()) fresh.back().unmap();

@@ -1,4 +1,4 @@
-// How a sequence leaves its slot for host memory, and comes back.
+// How a sequence is swapped out of its slot to host memory, and swapped in again.
 #include <utility>
 
 #include "slot_lock.hpp"
@@ -6,7 +6,8 @@
 namespace vattn {
 namespace {
 
-// Copies some bytes of a plane's rows to their blocks or back, as large pieces as blocks are.
+// Queues copies of bytes [first, end) from the device to host blocks (`out`) or back, each within one block. Bytes are
+// counted from the start of the first block; `device` is the device address of byte 0.
 void copy_blocks(Driver& driver, Address device, const std::vector<HostBlock>& blocks, std::size_t block_bytes,
                  std::size_t first, std::size_t end, bool out, Stream stream) {
   for (std::size_t at = first; at < end;) {
@@ -37,7 +38,7 @@ std::shared_ptr<Extent> HostCopy::linked(const std::shared_ptr<HostCopy>& copy, 
 }
 
 Swapped::~Swapped() {
-  if (!pool || pool->in_forked_child()) return;  // whose pool may be locked for good, and owns nothing
+  if (!pool || pool->in_forked_child()) return;  // a forked child's pool may be locked for good, and owns nothing
   pool->give(std::move(blocks), last);
 }
 
@@ -54,7 +55,8 @@ std::shared_ptr<Swapped> Arena::swap_out(std::size_t name, Stream stream) {
     if (auto swapped = swap_out_as_it_is(name, stream)) return swapped;
 }
 
-// None where the sequence has grown meanwhile, within what was mapped: nothing has changed then.
+// Swaps a sequence out with the length that it has now. Returns null where the sequence has grown meanwhile, within
+// what was mapped: nothing has changed then.
 std::shared_ptr<Swapped> Arena::swap_out_as_it_is(std::size_t name, Stream stream) {
   Lock lock = locked();
   require_open();
@@ -68,7 +70,7 @@ std::shared_ptr<Swapped> Arena::swap_out_as_it_is(std::size_t name, Stream strea
   auto swapped = std::make_shared<Swapped>();
   swapped->pool = host_;
   swapped->length = slot.length;
-  const auto copy = std::make_shared<HostCopy>();  // of what is shared and not in host memory yet
+  const auto copy = std::make_shared<HostCopy>();  // of shared extents that host memory has no copy of yet
   copy->pool = host_;
   Linked fresh;
   std::size_t own = 0;
@@ -95,10 +97,10 @@ std::shared_ptr<Swapped> Arena::swap_out_as_it_is(std::size_t name, Stream strea
       copy_blocks(*driver_, at - part.offset, swapped->blocks, host_->block_bytes(), part.offset,
                   part.offset + part.bytes, true, out);
     }
-    swapped->last.push_back(std::make_shared<const Fence>(driver_, out));  // and of all that went this way before
+    swapped->last.push_back(std::make_shared<const Fence>(driver_, out));  // passes after all earlier copies out, too
     copy->last = swapped->last;
   } catch (...) {
-    driver_->synchronize();  // the blocks are given back
+    driver_->synchronize();  // the blocks go back to their pool, so no copy may use them
     throw;
   }
   lock.lock();
@@ -115,8 +117,9 @@ std::shared_ptr<Swapped> Arena::swap_out_as_it_is(std::size_t name, Stream strea
   return swapped;
 }
 
-// What a run with rows up to some byte leaves in host memory. The extents that others have as well it has in common
-// with them there, too: found in a copy, or to be copied to the fresh one.
+// Describes what a run with rows up to byte `end` has in host memory once it is swapped out. The whole extents at its
+// beginning that are shared, or that have a host copy, are shared there as well: as pieces of that copy, or else as new
+// pieces of `fresh`, which the caller has to fill. Adds the new pieces, with their extents, to `found`.
 Swapped::Part Arena::part_of(const Run& run, std::size_t end, const std::shared_ptr<HostCopy>& fresh, Linked& found) {
   Swapped::Part part{run.head, {}, run.head, 0, 0};
   for (const Mapping& mapping : run.mappings) {
@@ -163,7 +166,7 @@ void Arena::swap_in_with_driver(Swapped& swapped, std::size_t index, Stream stre
   try {
     bring_back(swapped, index, stream, lock);
   } catch (...) {
-    // A run that begins behind the first row, or that others have too, is of no use to an empty sequence.
+    // An empty sequence cannot use a run that begins behind the first row, or that has shared extents.
     if (!lock.owns_lock()) lock.lock();
     Slot& slot = slots_[index];
     slot.length = 0;
@@ -174,7 +177,8 @@ void Arena::swap_in_with_driver(Swapped& swapped, std::size_t index, Stream stre
   }
 }
 
-// Maps the rows of a held slot and copies them there.
+// Maps memory for the rows of a swapped sequence at a locked slot and queues the copies to it. When this throws, the
+// mutex may be released.
 void Arena::bring_back(Swapped& swapped, std::size_t index, Stream stream, Lock& lock) {
   Slot& slot = slots_[index];
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
@@ -183,9 +187,9 @@ void Arena::bring_back(Swapped& swapped, std::size_t index, Stream stream, Lock&
     defer_unmap_of_run(slot, index, plane);
     clear_the_way(Slots(&index, 1), Urgency::demand, lock);
     slot.runs[plane].head = slot.runs[plane].tail = part.head;
-    if (!part.shared.empty()) slot.length = swapped.length;  // what is shared lies before it
+    if (!part.shared.empty()) slot.length = swapped.length;  // so that copy_shared() keeps the shared extents
   }
-  // What was queued with the slot's memory comes first, and so does the way out.
+  // The copies wait for the work that was queued on the slot's memory, and for the copies to the host.
   const Fences before = fences_of(Slots(&index, 1), stream, lock);
   const Stream in = driver_->own_stream(OwnStream::in);
   Linked found;
@@ -195,7 +199,7 @@ void Arena::bring_back(Swapped& swapped, std::size_t index, Stream stream, Lock&
     for (const auto& fence : swapped.last) fence->order(in);
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
       bring_back_shared(swapped.parts[plane], index, plane, in, found, lock);
-    // The first rows are on their way while memory for the next is mapped.
+    // Memory for the next rows is mapped while the copies of the rows before them run.
     slot.expected = 0;
     const std::size_t step = std::max<std::size_t>(1, pool_.bytes_of(ExtentPool::kClasses - 1) / widest_row());
     for (std::size_t from = 0; from < swapped.length; from += step) {
@@ -225,7 +229,7 @@ void Arena::bring_back(Swapped& swapped, std::size_t index, Stream stream, Lock&
     advance(index, swapped.length, stream);
     for (const auto& [shared, extent] : found) {
       HostCopy::link(shared.copy, shared.piece, extent);
-      shared.copy->last.push_back(done.front());  // another thread's may be later
+      shared.copy->last.push_back(done.front());  // the others stay: another thread's may pass later
     }
   } catch (...) {
     if (lock.owns_lock()) lock.unlock();
@@ -241,8 +245,8 @@ void Arena::bring_back(Swapped& swapped, std::size_t index, Stream stream, Lock&
   refresh(slot);
 }
 
-// Maps what a swapped sequence has in common with others: the extent that has it, or where there is none any more, one
-// that it is copied to. Those are `found`.
+// Maps the extents that a swapped sequence shares with others: for each piece of a host copy the extent that still has
+// its bytes, or else a new extent, to which the piece is copied. Adds the pieces, with these extents, to `found`.
 void Arena::bring_back_shared(const Swapped::Part& part, std::size_t index, std::size_t plane, Stream in, Linked& found,
                               Lock& lock) {
   Slot& slot = slots_[index];
@@ -257,7 +261,7 @@ void Arena::bring_back_shared(const Swapped::Part& part, std::size_t index, std:
     if (extent) {
       made.reserve(1);
       make_room(slot.deferred, 1);
-      ++extent->mappings;  // from now on nobody else is alone with it
+      ++extent->mappings;  // from now on no other slot takes it for unshared
       lock.unlock();
       try {
         made.push_back({index, plane, Mapping(driver_, extent, at), {}});
@@ -272,7 +276,7 @@ void Arena::bring_back_shared(const Swapped::Part& part, std::size_t index, std:
       --extent->mappings;
       ++aliases_;
     } else {
-      std::vector<Step> steps;  // of all that nobody has behind one another
+      std::vector<Step> steps;  // for this and the following pieces that no extent has
       for (Address next = at; i + steps.size() < part.shared.size(); next += steps.back().bytes) {
         const Swapped::Shared& one = part.shared[i + steps.size()];
         if (HostCopy::linked(one.copy, one.piece)) break;
@@ -310,7 +314,7 @@ void Arena::abandon(std::size_t name) noexcept {
   if (stream) release_quietly(name, *stream);
 }
 
-// Ends a sequence, tried again where the driver refuses.
+// Ends a sequence. Where the driver refuses, this function tries up to kAttempts times and reports the last error.
 void Arena::release_quietly(std::size_t name, Stream stream) noexcept {
   for (int attempt = 0; attempt < kAttempts; ++attempt) {
     try {

@@ -3,7 +3,7 @@
 namespace vattn {
 namespace {
 
-// Runs `undo` in a destructor: reports what it throws, and does nothing in a forked child, whose copies own nothing.
+// Runs `undo` for a destructor, and reports what it throws. Does nothing in a forked child, where objects own nothing.
 template <typename Undo>
 void undo_quietly(Driver& driver, Undo undo) noexcept {
   if (driver.in_forked_child()) return;
@@ -67,7 +67,7 @@ Mapping::Mapping(std::shared_ptr<Driver> driver, std::shared_ptr<Extent> extent,
 Mapping::~Mapping() {
   if (!driver_) return;
   undo_quietly(*driver_, [this] { unmap(); });
-  if (driver_) --extent_->mappings;  // refused: nobody looks there any more
+  if (driver_) --extent_->mappings;  // the driver refused, but nothing uses the address any more
 }
 
 Mapping::Mapping(Mapping&& other) noexcept

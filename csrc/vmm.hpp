@@ -1,12 +1,12 @@
-// Handles that own one thing of the driver each and know the call that undoes it.
+// RAII types. Each object owns one resource of the driver and frees it in its destructor.
 //
-//   type         acquired by     undone by      must go before
+//   type         acquired by     freed by       must be freed before
 //   Reservation  reserve         free_address   -
 //   Extent       create          release        -
 //   Mapping      map             unmap          its Reservation
 //   Fence        record          drop           -
 //
-// Destructors do not throw: what the driver refuses is reported, see Driver::report.
+// Destructors do not throw. When the driver refuses a call in a destructor, Driver::report reports it.
 #pragma once
 
 #include <atomic>
@@ -36,11 +36,11 @@ class Reservation {
 
 struct HostCopy;
 
-// One physical handle. Move-only.
+// One handle to physical memory. Move-only.
 class Extent {
  public:
   Extent(std::shared_ptr<Driver> driver, std::size_t bytes);
-  // The memory of another process, by the descriptor it was exported with.
+  // Imports memory of another process from the descriptor that it was exported as.
   Extent(std::shared_ptr<Driver> driver, std::size_t bytes, int descriptor);
   ~Extent();
   Extent(Extent&& other) noexcept;
@@ -48,36 +48,39 @@ class Extent {
 
   Handle handle() const noexcept { return handle_; }
   std::size_t bytes() const noexcept { return bytes_; }
-  // Whether the memory has been zeroed since the driver gave it, which happens once, at the first mapping.
+  // Whether the memory has been zeroed since the driver created it, which happens once, at the first mapping. It is
+  // true for an imported extent.
   bool zeroed = false;
-  // Mappings of it that exist.
+  // The number of mappings of this extent that exist.
   std::atomic<std::size_t> mappings{0};
-  // Whether other processes may have it mapped, for good: then it is never written, and never pooled.
+  // Whether other processes may have the extent mapped. Once true it stays true: the extent is never written again, and
+  // never returns to the pool.
   std::atomic<bool> exported{false};
-  // The copy of these bytes in host memory, where sequences that are swapped out need it. It is reset before the bytes
-  // may be written to. A moved extent does not take it along.
+  // The copy of these bytes in host memory, if swapped-out sequences need it. It is reset before the bytes may be
+  // written to. Moving an extent does not move it.
   std::weak_ptr<HostCopy> host_copy;
 
-  // Gives the memory up now. When the driver refuses, throws and still owns it.
+  // Releases the memory now. When the driver refuses, this throws and the extent still owns the memory.
   void release();
 
  private:
-  std::shared_ptr<Driver> driver_;  // empty when moved from or released
+  std::shared_ptr<Driver> driver_;  // null when moved from or released
   std::size_t bytes_;
   Handle handle_;
 };
 
-// One extent at one address. Move-only; several mappings may share an extent.
+// One extent mapped at one address. Move-only. Several mappings may share an extent.
 class Mapping {
  public:
-  // The memory is not accessible before allow().
+  // Maps the extent. The memory is not accessible before allow().
   Mapping(std::shared_ptr<Driver> driver, std::shared_ptr<Extent> extent, Address at);
   ~Mapping();
   Mapping(Mapping&& other) noexcept;
   Mapping& operator=(Mapping&& other) noexcept;
 
   void allow(Access access = Access::write);
-  // Lets the extent go. When the driver refuses, throws and still is mapped.
+  // Removes the mapping and drops its reference to the extent. When the driver refuses, this throws and the extent is
+  // still mapped.
   void unmap();
 
   Range range() const noexcept { return {at_, extent_->bytes()}; }
@@ -86,26 +89,29 @@ class Mapping {
   void set_zeroed() noexcept { extent_->zeroed = true; }
   const std::shared_ptr<Extent>& extent() const noexcept { return extent_; }
   Access access() const noexcept { return access_.load(); }
-  // Others can come only through this mapping, or through its extent's copy in host memory: who holds it, and finds it
-  // alone and without a copy, stays alone.
+  // Whether the extent has other mappings, or may be mapped by other processes. A new mapping of an extent is only made
+  // from an existing mapping, whose slot is locked for that, or from the extent's copy in host memory. So when a caller
+  // has locked the slot and finds the extent not shared and without such a copy, the extent stays not shared.
   bool shared() const noexcept { return extent_->mappings.load() > 1 || extent_->exported.load(); }
-  // Whether rows may be written here: nobody else has the extent mapped (invariant 4).
+  // Whether rows may be written here: write access is granted, and the extent is not shared (invariant 4).
   bool writable() const noexcept { return access_.load() == Access::write && !shared(); }
-  // Whether a write here would be seen by others: also by those in host memory who would map the extent again.
+  // Whether other sequences would see a write here. That includes swapped-out sequences, which would map the extent
+  // again when they are swapped in. Also true where the access is read-only.
   bool seen_by_others() const noexcept { return !writable() || !extent_->host_copy.expired(); }
-  // Called with the arena's mutex held, before rows of this mapping are written. If no other mapping has the extent,
-  // its copy in host memory no longer stands for it, so that no sequence that is swapped out maps the extent again.
+  // Requires the arena's mutex, and is called before rows of this mapping are written. When the extent is not shared,
+  // this detaches it from its copy in host memory, so that no swapped-out sequence maps the extent again.
   void will_be_written() const noexcept {
     if (!shared()) extent_->host_copy.reset();
   }
 
  private:
-  std::shared_ptr<Driver> driver_;  // empty when moved from or unmapped
+  std::shared_ptr<Driver> driver_;  // null when moved from or unmapped
   std::shared_ptr<Extent> extent_;
   Address at_;
-  std::atomic<Access> access_{Access::write};  // which others may look at while its holder changes it
+  std::atomic<Access> access_{Access::write};  // atomic: read by other threads while allow() sets it
 };
 
+// A recorded point of a stream, which passes when the work queued there before it is done.
 class Fence {
  public:
   Fence(std::shared_ptr<Driver> driver, Stream stream)
@@ -119,7 +125,7 @@ class Fence {
   void wait() const {
     if (!passed()) driver_->wait(id_);
   }
-  // What is queued in the stream from now on waits for it.
+  // Makes the work that is queued in `stream` from now on wait for this fence.
   void order(Stream stream) const {
     if (stream != stream_) driver_->order(stream, id_);
   }
@@ -130,7 +136,7 @@ class Fence {
   FenceId id_;
 };
 
-// The last use of some memory on every stream that used it.
+// The last use of some memory: one fence for every stream that used it.
 using Fences = std::vector<std::shared_ptr<const Fence>>;
 
 }  // namespace vattn

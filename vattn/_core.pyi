@@ -7,9 +7,9 @@ class CudaProbe(TypedDict):
     driver_version: int
     devices: int
 
-CachedPrefix = tuple[int, int, bool]  # the generation, its positions that may be forked, whether the slot is parked
+CachedPrefix = tuple[int, int, bool]  # (generation, positions that may be forked, whether the slot is parked)
 
-ExportedRun = tuple[int, list[tuple[int, int]]]  # the head, and of each extent the bytes and a file descriptor
+ExportedRun = tuple[int, list[tuple[int, int]]]  # (head in bytes, [(bytes, file descriptor) of each extent])
 
 class RunInfo(TypedDict):
     offset: int
@@ -196,4 +196,4 @@ class Arena:
         self, offset: int, shape: collections.abc.Sequence[int], strides: collections.abc.Sequence[int], itemsize: int
     ) -> Any: ...
     def map(self) -> list[SlotInfo]: ...
-    def stats(self) -> dict[str, Any]: ...  # see csrc/stats.hpp
+    def stats(self) -> dict[str, Any]: ...  # the keys are listed in csrc/stats.hpp

@@ -1,5 +1,6 @@
-// Every allocation of a scenario failing once: what was called throws, the arena is as its invariants say, and the same
-// scenario goes through afterwards. Rows carry marks, so that memory given to two owners, or lost, shows.
+// Lets every allocation of a scenario fail once. The call then throws std::bad_alloc or handles the failure. Afterwards
+// the arena's invariants hold, and the same scenario succeeds. Rows contain marks, which reveal memory that has two
+// owners or was lost.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -9,7 +10,7 @@
 
 namespace {
 
-// The k-th allocation from now on fails, in whatever thread; 0 or less: none.
+// When this is k > 0, the k-th allocation from now on fails, in whichever thread it happens. Otherwise none fails.
 std::atomic<long> fail_in{0};
 
 void* allocate(std::size_t bytes) {
@@ -62,14 +63,14 @@ void grow(Arena& arena, std::size_t slot, std::size_t positions) {
   arena.grow(Arena::Slots(&slot, 1), PerSlot(positions), PerSlot(min_truncate_length), kStream);
 }
 
-// A sequence that is held while others are at work: its rows are looked at in the end, whatever has failed.
+// A sequence that stays open during the whole scenario. Its rows are checked at the end, whatever has failed.
 struct Kept {
   std::size_t slot;
   std::size_t length;
   std::uint64_t mark;
 };
 
-// What callers do, one thing after the other.
+// Makes the calls whose allocations are to fail, one after the other.
 void scenario(const std::shared_ptr<Arena>& shared, const Kept& kept) {
   Arena& arena = *shared;
   Sequence a(shared, std::nullopt, 0, kStream, false, std::nullopt);
@@ -88,14 +89,14 @@ void scenario(const std::shared_ptr<Arena>& shared, const Kept& kept) {
   grow(arena, fork, 90);
   write(arena, *forks.front()->slot(), 50, 90, 1000);
   require_rows(arena, first, 70, 1000);
-  arena.own(Arena::Slots(&fork, 1), 0, kStream);
+  arena.copy_on_write(Arena::Slots(&fork, 1), 0, kStream);
   require_rows(arena, *forks.front()->slot(), 90, 1000);
   arena.compact(first, 64);
   require_rows(arena, first, 70, 1000);
   forks.back()->swap_out(kStream);
   forks.back()->swap_in(std::nullopt, kStream);
   require_rows(arena, *forks.back()->slot(), 60, 1000);
-  // A family: what they share is in host memory once, and shared again.
+  // Two forks of one sequence: what they share is copied to host memory once, and is shared again after swapping in.
   std::vector<std::shared_ptr<Sequence>> family;
   for (int i = 0; i < 2; ++i) {
     family.push_back(std::make_shared<Sequence>(shared, std::nullopt, 0, kStream, true, std::nullopt));
@@ -133,7 +134,7 @@ void scenario(const std::shared_ptr<Arena>& shared, const Kept& kept) {
   arena.trim();
 }
 
-// The k-th allocation failing, for every k; how many there are.
+// Runs the scenario with the k-th allocation failing, for every k. Returns the number of allocations that failed.
 long sweep(bool with_mapper) {
   for (long k = 1;; ++k) {
     const auto driver = make_host_driver(kPage, 0, false);
@@ -152,7 +153,7 @@ long sweep(bool with_mapper) {
     const bool through = fail_in.exchange(0) > 0;
     arena->check();
     require_rows(*arena, kept.slot, kept.length, kept.mark);
-    // All sequences have ended with their owners, whatever has failed.
+    // Every sequence of the scenario has ended with its owner, whatever has failed.
     require(arena->running_slots() == 1, "a slot was lost");
     arena->set_budget(kBudget);
     scenario(arena, kept);

@@ -1,6 +1,7 @@
-// Growers, forkers, closers, somebody who trims and changes the budget, and a checker on one arena with a tight budget
-// and a driver that sometimes refuses; without a mapper, and with one, whose process forks meanwhile. Every row carries
-// its owner's mark, so that memory given to two owners shows. Built to run under sanitizers.
+// A stress test of one arena. Several threads grow, fork and close sequences, while another thread trims, changes the
+// budget and checks the invariants. The budget is tight, and the driver sometimes fails. It runs without a mapper, and
+// with one, where the process also forks. Every row contains the mark of its owner, which reveals memory that has two
+// owners. The test is meant to run under sanitizers.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -52,7 +53,8 @@ void release(Arena& arena, Totals& totals, std::size_t slot) {
   }
 }
 
-// Forks a sequence, goes on in the fork, and looks whether the rows of both are what they were.
+// Forks a sequence, writes to the fork behind the rows that it keeps, and checks that the shared rows of both are
+// unchanged.
 void fork_from(Arena& arena, Totals& totals, std::mt19937& random, std::size_t slot, std::size_t length,
                std::uint64_t mark) {
   const auto below = [&](std::size_t n) { return std::uniform_int_distribution<std::size_t>(0, n - 1)(random); };
@@ -84,12 +86,13 @@ void fork_from(Arena& arena, Totals& totals, std::mt19937& random, std::size_t s
   release(arena, totals, target);
 }
 
+// Opens, grows, forks, truncates and closes `lives` sequences, one after the other, and checks their rows.
 void live(Arena& arena, Totals& totals, unsigned seed, std::size_t lives) {
   std::mt19937 random(seed);
   const auto below = [&](std::size_t n) { return std::uniform_int_distribution<std::size_t>(0, n - 1)(random); };
   for (std::size_t turn = 0; turn < lives; ++turn) {
     if (below(3) == 0) arena.driver()->fail_at(1 + below(20), 1 + below(2), below(3) == 0);
-    // There are more slots than threads, so that one is always to be had, if not at once.
+    // There are more slots than sequences at any time, so acquire() finds one, though it may wait for a locked slot.
     const std::size_t slot = arena.acquire(std::nullopt, below(kMaxLen), Stream{0});
     const std::uint64_t mark = (std::uint64_t{seed} << 32) + turn;
     std::size_t length = 0;
@@ -125,7 +128,7 @@ void live(Arena& arena, Totals& totals, unsigned seed, std::size_t lives) {
   }
 }
 
-// Several owners' threads grow one sequence, one looks at it, and it moves to host memory and back.
+// Several threads grow one sequence while another reads its length. Then the sequence is swapped out and in again.
 void share(const std::shared_ptr<Arena>& arena, Totals& totals, std::size_t lives) {
   for (std::size_t turn = 0; turn < lives; ++turn) {
     Sequence sequence(arena, std::nullopt, 0, Stream{0}, false, std::nullopt);
