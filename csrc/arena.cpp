@@ -1,3 +1,4 @@
+// The life of a slot (acquired, truncated, released), the budget, and helpers that all parts of the arena use.
 #include "slot_lock.hpp"
 
 #include <numeric>
@@ -7,11 +8,12 @@
 namespace vattn {
 namespace {
 
-// For products that may not fit 64 bits.
+// For products that may not fit in 64 bits.
 __extension__ using Wide = unsigned __int128;
 
-// Bytes from a slot of a plane to the next: a whole number of rows too, where that takes no absurd number of addresses,
-// so that kernels can take the slots of a plane as one row after the other.
+// Returns the bytes from one slot of a plane to the next. It is a multiple of the granularity. It is also a whole
+// number of rows, unless the least common multiple of the two is above 4 GiB, so that kernels can address a plane's
+// slots as one sequence of rows.
 std::size_t stride_of(const Plane& plane, const ArenaOptions& options, std::size_t granularity) {
   constexpr std::size_t kMost = std::size_t{1} << 32;
   const std::size_t rows = granularity / std::gcd(granularity, plane.row_bytes);
@@ -33,7 +35,7 @@ std::size_t checked_reservation(const ArenaOptions& options, const std::vector<P
   for (const Plane& plane : planes) {
     if (plane.row_bytes == 0) throw std::invalid_argument("a plane's row_bytes must be at least 1");
     const Wide rows = Wide{options.max_len} + options.tail_rows;
-    const Wide slots = Wide{options.slots} + 1;  // the scratch
+    const Wide slots = Wide{options.slots} + 1;  // the scratch slot too
     const bool fits = rows <= kAddresses / plane.row_bytes;
     const Wide slot = fits ? stride_of(plane, options, granularity) : Wide{kAddresses};
     if (!fits || slot * slots + total > kAddresses)
@@ -89,11 +91,12 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
   const auto is_like = [&](const Slot& slot) {
     return like && *like < options_.slots && is_ready(slot, slots_[*like]);
   };
-  // What is held by others may be free in a moment: looked at again when they are done.
+  // A slot that another thread has locked may become free in a moment. So when all candidates are locked, the
+  // choice is repeated once slots are unlocked.
   const auto choose = [&] {
     bool others = false;
     auto best = std::make_tuple(true, kNever, false, kNever, 0);
-    // Whether it may be had.
+    // Compares a slot with the best one so far. Returns false when another thread has locked it.
     const auto consider = [&](std::size_t index) {
       const Slot& slot = slots_[index];
       others = others || slot.locked;
@@ -106,11 +109,11 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
         (tail < end ? lacking : beyond) += tail < end ? end - tail : tail - end;
         if (empty) beyond += slot.runs[plane].mappings.size();
       }
-      // What is beyond is kept from those who come later, and may be taken back; what is lacking is asked of the driver
-      // now, and weighs twice by replays of served traces. A bare slot may be the better one, but who is told nothing
-      // takes what is parked.
+      // Memory beyond what is expected is withheld from later sequences, and may be taken back. Memory that is lacking
+      // is asked of the driver now, and counts twice, a weight chosen by replays of served traces. So a bare slot
+      // may be the better one; but when nothing is expected, a parked slot is preferred unless `empty` is set.
       const bool bare = slot.state == State::bare;
-      const int worse = bare ? 1 : slot.deferred.empty() ? 0 : 2;  // what is retired there may have to be waited for
+      const int worse = bare ? 1 : slot.deferred.empty() ? 0 : 2;  // its deferred unmaps may have to be waited for
       const auto rank = std::make_tuple(!is_like(slot), slot.cached != 0 ? slot.parked_at : 0,
                                         bare && expected == 0 && !empty, 2 * lacking + beyond, worse);
       if (chosen == kNever || rank < best) {
@@ -124,7 +127,7 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
     } else {
       for (std::size_t index = parked_.next(0); index < options_.slots; index = parked_.next(index + 1))
         consider(index);
-      // Bare ones are alike.
+      // All bare slots are alike, so the first one that is not locked will do.
       for (std::size_t index = bare_.next(0); index < options_.slots && !consider(index);)
         index = bare_.next(index + 1);
     }
@@ -164,9 +167,10 @@ void Arena::set_state(Slot& slot, State state) noexcept {
   parked_.set(index, state == State::parked);
 }
 
-// Makes a slot, whose memory may be used in the stream, run with its first rows.
+// Starts a sequence in a slot, with the slot's first `positions` rows. Requires that the slot's memory may be used in
+// the stream.
 void Arena::begin(Slot& slot, std::size_t positions, Stream stream) {
-  slot.streams.assign(1, stream);  // which may fail, and so comes first
+  slot.streams.assign(1, stream);  // first, since the allocation may fail
   set_state(slot, State::running);
   slot.started_at = ++clock_;
   slot.length = positions;
@@ -178,7 +182,7 @@ void Arena::begin(Slot& slot, std::size_t positions, Stream stream) {
   slot.hit_at = kNever;
 }
 
-// Waits for what was queued on other streams than this one.
+// Waits for those of the fences that belong to other streams than this one. The mutex is free meanwhile.
 void Arena::wait_for_others(Fences fences, Stream stream, Lock& lock) {
   std::erase_if(fences, [&](const auto& fence) { return fence->stream() == stream; });
   if (fences.empty()) return;
@@ -190,7 +194,8 @@ void Arena::wait_for_others(Fences fences, Stream stream, Lock& lock) {
   lock.lock();
 }
 
-// Retires what is of no use to a sequence that starts anew: what others map too, and runs that lack their first rows.
+// Defers the unmapping of what a new sequence cannot use: in each plane the mappings from the first unwritable one on,
+// or the whole run where it lacks the slot's first rows.
 void Arena::drop_unwritable(Slot& slot, std::size_t index) noexcept {
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
     Run& run = slot.runs[plane];
@@ -242,7 +247,7 @@ void Arena::truncate(Slots names, std::size_t positions, Stream stream) {
     if (!shorter) continue;
     slot.length = positions;
     slot.asked_since = {};
-    // A run that starts behind the first row is of no use to what is to come.
+    // An empty sequence writes its first row next, and a run that starts behind that row is of no use to it.
     for (std::size_t plane = 0; plane < geometry_.size() && positions == 0; ++plane)
       if (slot.runs[plane].head != 0) defer_unmap_of_run(slot, index, plane);
     refresh(slot);
@@ -294,7 +299,7 @@ void Arena::set_budget(std::size_t bytes) {
     Lock lock = locked();
     require_open();
     const std::size_t before = pool_.usage().budget;
-    // From here on nobody takes beyond it.
+    // Set first, so that from here on no other thread takes memory beyond it.
     pool_.set_budget(bytes);
     try {
       for (;;) {
@@ -323,7 +328,7 @@ void Arena::close() {
   wait_until_idle(lock);
   for (std::size_t index = 0; index < slots_.size(); ++index) {
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane) defer_unmap_of_run(slots_[index], index, plane);
-    // Everything the device was given is waited for at once instead.
+    // The fences are not needed: synchronize() below waits for all work of the device at once.
     for (DeferredUnmap& loose : slots_[index].deferred) loose.fences.clear();
     slots_[index].fences.clear();
     set_state(slots_[index], State::bare);
@@ -411,7 +416,8 @@ bool Arena::has_nothing(const Slot& slot) noexcept {
          std::all_of(slot.runs.begin(), slot.runs.end(), [](const Run& run) { return run.mappings.empty(); });
 }
 
-// In a forked child the mutex may be held by a thread that does not exist there: asked before it is taken.
+// Takes the mutex. In a forked child, where the mutex may be held by a thread that does not exist, this throws
+// BackendUnavailable instead.
 Arena::Lock Arena::locked() const {
   driver_->require_owner();
   return Lock(mutex_);
@@ -425,22 +431,24 @@ Address Arena::address_of(std::size_t slot, std::size_t plane) const noexcept {
   return base() + geometry_[plane].offset + slot * geometry_[plane].stride;
 }
 
-// Bytes that a run of so many positions must reach to, in whole granules.
+// Returns the tail that a run must have for `positions` rows and the tail rows behind them: bytes, rounded up to whole
+// granules, or 0 for no positions.
 std::size_t Arena::end_of(const Geometry& plane, std::size_t positions) const noexcept {
   return positions == 0 ? 0 : round_up((positions + options_.tail_rows) * plane.row_bytes, driver_->granularity());
 }
 
-// Positions whose rows, and the tail rows behind them, end before so many bytes.
+// Returns how many positions, with the tail rows behind them, fit in a plane's first `bytes` bytes.
 std::size_t Arena::usable_rows(std::size_t plane, std::size_t bytes) const noexcept {
   const std::size_t rows = bytes / geometry_[plane].row_bytes;
   return rows > options_.tail_rows ? rows - options_.tail_rows : 0;
 }
 
-// Where a slot's run must reach to for its sequence: for its rows, or as it is kept by what is mapped ahead.
+// Returns the tail that a slot's run must have, in bytes, for what its sequence keeps, see Keep. 0 without a sequence.
 std::size_t Arena::needed_end(const Slot& slot, std::size_t plane, Keep keep) const noexcept {
   if (slot.state != State::running) return 0;
   if (keep == Keep::rows) return end_of(geometry_[plane], std::max(slot.length, slot.wanted));
-  // Who has adopted memory for its first rows has not come to write them yet.
+  // A sequence of length 0 may have adopted memory for first rows that it has not written yet, so what it is expected
+  // to need counts in any case.
   const bool expected = keep == Keep::expected || slot.length == 0;
   return end_of(geometry_[plane],
                 std::max(goal_of(slot), expected ? std::min(slot.expected, options_.max_len) : std::size_t{0}));
@@ -462,6 +470,9 @@ std::string Arena::too_long(std::size_t positions) const {
          ": make the cache with a larger max_len, or truncate";
 }
 
+// Computes anew what follows from a slot's runs, length and lookahead: its capacity, and the lengths at which growth
+// has something to do. Called after each change of these. An extent that rows may be written to from now on loses its
+// copy in host memory.
 void Arena::refresh(Slot& slot) noexcept {
   slot.capacity = options_.max_len;
   slot.next_discard = kNever;
@@ -469,7 +480,8 @@ void Arena::refresh(Slot& slot) noexcept {
     const auto& [row_bytes, window, offset, stride] = geometry_[plane];
     const Run& run = slot.runs[plane];
     slot.capacity = std::min(slot.capacity, usable_rows(plane, run.tail));
-    // Behind the rows are those to come, where nothing may be written that others map too.
+    // The memory behind the rows is for rows to come. Where it is not writable, for instance because it is shared, the
+    // slot cannot grow as mapped, and its capacity ends at its length.
     std::size_t end = run.tail;
     for (auto last = run.mappings.rbegin(); last != run.mappings.rend() && end > slot.length * row_bytes; ++last) {
       if (!last->writable()) slot.capacity = std::min(slot.capacity, slot.length);
@@ -477,7 +489,8 @@ void Arena::refresh(Slot& slot) noexcept {
       end -= last->bytes();
     }
     if (window != 0 && !run.mappings.empty()) {
-      // The first mapping goes when the first row of the window, keep - window + 1, lies behind it.
+      // The first mapping can go when it ends at or before the first row of the window, which is row
+      // min_truncate_length - window + 1.
       const std::size_t behind = run.head + run.mappings.front().bytes();
       slot.next_discard = std::min(slot.next_discard, (behind + row_bytes - 1) / row_bytes + window - 1);
     }
@@ -489,7 +502,8 @@ void Arena::refresh(Slot& slot) noexcept {
   slot.quiet = std::min(slot.hit_at, slot.ahead_at);
 }
 
-// A new fence of every stream that used one of the slots, and of `stream`. The mutex is free meanwhile.
+// Records and returns a new fence in `stream` and in every stream that used one of the slots. The mutex is free
+// meanwhile.
 Fences Arena::fences_of(Slots slots, Stream stream, Lock& lock) {
   std::vector<Stream> streams{stream};
   for (const std::size_t index : slots)
@@ -502,12 +516,13 @@ Fences Arena::fences_of(Slots slots, Stream stream, Lock& lock) {
   return fences;
 }
 
-// Those of the new fences that concern a slot become its own.
+// Adds to a slot's fences those of the new ones that concern it: of `stream` and of the streams that used the slot.
 void Arena::cover(Slot& slot, Stream stream, const Fences& fresh) {
   for (const auto& fence : fresh)
     if (fence->stream() == stream || contains(slot.streams, fence->stream())) note(slot.fences, fence);
 }
 
+// Waits until no slot is locked.
 void Arena::wait_until_idle(Lock& lock) const {
   released_.wait(
       lock, [&] { return std::none_of(slots_.begin(), slots_.end(), [](const Slot& slot) { return slot.locked; }); });

@@ -1,4 +1,4 @@
-// What an arena tells of itself: its slots, its counts, and whether they are right.
+// What an arena reports about itself: its slots, its statistics, and the check of its invariants.
 #include <unordered_map>
 #include <unordered_set>
 
@@ -94,7 +94,7 @@ Stats Arena::stats() const {
   stats.background_failures = background_failures_;
   stats.aliases = aliases_;
   stats.copied = copied_;
-  std::unordered_set<const Extent*> seen;  // of the extents that several mappings share
+  std::unordered_set<const Extent*> seen;  // those with several mappings, or exported, that were counted already
   const auto first_sight = [&](const Mapping& mapping) {
     return !mapping.shared() || seen.insert(mapping.extent().get()).second;
   };
@@ -133,7 +133,8 @@ Stats Arena::stats() const {
   stats.budget = pool.budget;
   stats.physical = pool.charged;
   stats.peak = pool.peak;
-  // What a caller is mapping or unmapping at this moment is in no slot and in no pool, and serves growth as well.
+  // An extent that a thread is mapping or unmapping at this moment is in no run and not in the pool. It counts as
+  // pooled, since later growth can use it too.
   stats.pooled = stats.physical - std::min(stats.physical, stats.mapped + stats.deferred);
   return stats;
 }

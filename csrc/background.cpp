@@ -1,4 +1,4 @@
-// What the mapper does for an arena: memory ahead of who grows, and housekeeping.
+// What the mapper thread does for an arena: it maps memory ahead of growing sequences, and does maintenance.
 #include <algorithm>
 #include <chrono>
 #include <utility>
@@ -7,6 +7,8 @@
 
 namespace vattn {
 
+// Runs work on the mapper thread and waits for it, or runs it in the calling thread when there is no mapper or it has
+// stopped. Throws what the work throws.
 void Arena::on_mapper(const std::function<void()>& work) {
   driver_->require_owner();
   if (mapper_) {
@@ -16,18 +18,19 @@ void Arena::on_mapper(const std::function<void()>& work) {
   }
 }
 
-// The positions that the mapper keeps a running slot mapped to.
+// Returns the number of positions up to which the mapper keeps a running slot mapped.
 std::size_t Arena::goal_of(const Slot& slot) const noexcept {
   return std::min(options_.max_len, std::max(slot.wanted, slot.length + slot.lookahead));
 }
 
+// Returns the lookahead of a new sequence in positions, 0 without a mapper. See ArenaOptions::lookahead.
 std::size_t Arena::first_lookahead() const noexcept {
   if (!mapper_) return 0;
   if (options_.lookahead) return *options_.lookahead;
   return std::clamp<std::size_t>(driver_->granularity() / widest_row(), 1, kLookahead);
 }
 
-// Positions whose rows a slot shares with others, in the plane where it shares most.
+// Returns how many positions' rows fit in a slot's shared extents, in the plane where that is most.
 std::size_t Arena::shared_rows(const Slot& slot) const noexcept {
   std::size_t rows = 0;
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
@@ -38,7 +41,8 @@ std::size_t Arena::shared_rows(const Slot& slot) const noexcept {
   return rows;
 }
 
-// Asks the mapper to bring a running slot to its goal.
+// Asks the mapper to map a running slot up to its goal, see goal_of(). Sets the lookahead from the rate of growth since
+// the mapper was last asked, unless the options fix it.
 void Arena::ask(std::size_t index) {
   Slot& slot = slots_[index];
   slot.starved = false;
@@ -61,7 +65,7 @@ void Arena::ask(std::size_t index) {
   asked_.push_back(index);
 }
 
-// Asks again for those that found no memory, now that there may be some.
+// Asks the mapper again for the running slots for which it found no memory, now that there may be some.
 void Arena::ask_again() {
   for (std::size_t index = starved_.next(0); index < options_.slots; index = starved_.next(index + 1)) {
     starved_.set(index, false);
@@ -69,8 +73,8 @@ void Arena::ask_again() {
   }
 }
 
-// The mapper's: brings one slot to its goal, so that a demand never waits for more than that, and leaves the others for
-// another turn.
+// Runs on the mapper thread. Maps one slot up to its goal and posts itself again for the others, so that a demand never
+// waits for more than one slot.
 void Arena::map_ahead() {
   Lock lock(mutex_);
   while (!asked_.empty()) {
@@ -100,7 +104,8 @@ void Arena::map_ahead() {
   ahead_posted_ = !closed_ && !asked_.empty() && mapper_->post(Urgency::ahead, this, [this] { map_ahead(); });
 }
 
-// The mapper's: unmaps what is retired and done with, and creates what growth will take next.
+// Runs on the mapper thread. Does the deferred unmaps whose fences have passed, and creates extents of the class that
+// growth took last, so that the next growth finds them in the pool.
 void Arena::run_maintenance() {
   Lock lock(mutex_);
   housekeeping_posted_ = false;
@@ -134,7 +139,8 @@ void Arena::run_maintenance() {
   if (left) post_maintenance(housekeeping_delay_);
 }
 
-// Where there is no room to note it, the next one to need it posts it.
+// Queues maintenance on the mapper, unless it is queued already. Where there is no memory to queue it, the next call of
+// this function does.
 void Arena::post_maintenance(Clock::duration delay) noexcept {
   if (!mapper_ || closed_ || housekeeping_posted_) return;
   housekeeping_delay_ = std::max<Clock::duration>(delay, kPatience);

@@ -464,13 +464,23 @@ void bind_arena(py::module_& module) {
       });
 }
 
+// A property of a sequence. While another thread swaps the sequence, the caller waits without the GIL.
+template <typename Result>
+auto reading(Result (Sequence::*read)() const) {
+  return [read](const Sequence& self) {
+    if (!self.busy()) return (self.*read)();
+    const py::gil_scoped_release release;
+    return (self.*read)();
+  };
+}
+
 void bind_sequence(py::module_& module) {
   py::class_<Sequence, std::shared_ptr<Sequence>>(module, "Sequence")
-      .def_property_readonly("name", &Sequence::name)
-      .def_property_readonly("slot", &Sequence::slot)
-      .def_property_readonly("length", &Sequence::length)
-      .def_property_readonly("closed", &Sequence::closed)
-      .def_property_readonly("swapped", &Sequence::swapped)
+      .def_property_readonly("name", reading(&Sequence::name))
+      .def_property_readonly("slot", reading(&Sequence::slot))
+      .def_property_readonly("length", reading(&Sequence::length))
+      .def_property_readonly("closed", reading(&Sequence::closed))
+      .def_property_readonly("swapped", reading(&Sequence::swapped))
       .def(
           "grow",
           [](Sequence& self, std::size_t count, std::uintptr_t stream) {

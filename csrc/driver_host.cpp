@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <fstream>
@@ -70,7 +71,7 @@ class HostDriver final : public Driver {
 
   MemoryInfo do_memory_info() override {
     const std::lock_guard lock(mutex_);
-    if (capacity_ != 0) return {capacity_ - live_bytes_, capacity_};
+    if (capacity_ != 0) return {capacity_ - std::min(capacity_, live_bytes_), capacity_};
     return host_memory();
   }
 

@@ -16,13 +16,14 @@ std::vector<Arena::ExportedRun> Arena::export_rows(std::size_t name, Stream stre
   running(name, "export");
   const Fences fences = fences_of(Slots(&index, 1), stream, lock);
   Slot& slot = slots_[index];
+  const std::size_t length = slot.length;  // the sequence may grow within its memory meanwhile
   lock.unlock();
   for (const auto& fence : fences) fence->wait();
   std::vector<ExportedRun> runs;
   try {
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
       const Run& run = slot.runs[plane];
-      const std::size_t end = slot.length * geometry_[plane].row_bytes;
+      const std::size_t end = length * geometry_[plane].row_bytes;
       runs.push_back({run.head, {}});
       std::size_t at = run.head;
       for (std::size_t i = 0; i < run.mappings.size() && at < end; ++i) {

@@ -180,7 +180,12 @@ bool ExtentPool::release_largest() {
     extent.release();
   } catch (...) {
     lock.lock();
-    largest->push_back(std::move(extent));
+    try {
+      largest->push_back(std::move(extent));
+    } catch (const std::bad_alloc&) {  // the destructor of `extent` tries once more to release it
+      usage_.pooled -= bytes;
+      usage_.charged -= bytes;
+    }
     throw;
   }
   lock.lock();

@@ -1,4 +1,4 @@
-// How running slots come to more memory: within what is mapped, or by mapping more; and what windows give back.
+// How running slots grow, within mapped memory or by mapping more, and how the rows before windows are given back.
 #include <algorithm>
 #include <utility>
 
@@ -36,7 +36,7 @@ void Arena::grow_with_driver(Slots names, PerSlot positions, Stream stream) {
   running_slots(names, "grow");
   map_up_to(slots, positions, Urgency::demand, lock);
   for (std::size_t i = 0; i < slots.size(); ++i) {
-    slots_[slots[i]].hit_at = kNever;  // it was waited for
+    slots_[slots[i]].hit_at = kNever;  // a caller waited for this memory, so that reaching it is no hit
     advance(slots[i], positions[i], stream);
   }
 }
@@ -70,9 +70,9 @@ std::size_t Arena::extend_with_driver(std::size_t name, std::size_t count, Strea
     require_possible(count, before);
     const std::size_t positions = before + count;
     map_up_to(Slots(&index, 1), PerSlot(positions), Urgency::demand, lock);
-    // While it was mapped another caller may have grown into what there was.
+    // While the mutex was free, another thread may have extended the slot into memory that was mapped before.
     if (slot.length != before) continue;
-    slot.hit_at = kNever;  // it was waited for
+    slot.hit_at = kNever;  // a caller waited for this memory, so that reaching it is no hit
     advance(index, before + count, stream);
     return before + count;
   }
@@ -93,26 +93,28 @@ std::optional<std::size_t> Arena::extend_in_place(std::size_t name, std::size_t 
   return positions;
 }
 
-// Gives back what windows have passed, where something is to be given back; false where nothing is.
+// Defers the unmapping of what the windows of the slots have passed. Returns false when there is nothing of the kind.
 bool Arena::discard_due_now(Slots names, PerSlot min_truncate_length, Stream stream, Lock& lock) {
   const std::vector<std::size_t> slots = running_slots(names, "grow");
   bool due = false;
   for (std::size_t i = 0; i < slots.size() && !due; ++i) due = discard_due(slots_[slots[i]], min_truncate_length[i]);
   if (!due) return false;
-  const SlotLock slot_lock(*this, slots, lock);  // who forks one of them counts on its runs
+  const SlotLock slot_lock(*this, slots, lock);  // a thread that forks one of them relies on its runs
   const Fences fresh = fences_of(slots, stream, lock);
   require_open();
-  running_slots(names, "grow");  // another thread may have closed it meanwhile
+  running_slots(names, "grow");  // another thread may have ended a sequence while the mutex was free
   discard_before_windows(slots, min_truncate_length, fresh);
   return true;
 }
 
-// Maps what the held slots lack up to so many positions. A demand waits for fences, takes from everybody what no
-// sequence has rows in, and throws when that is not enough. What is done ahead neither waits nor takes what others will
-// need soon, and then is false: nothing has changed.
+// Maps what locked slots lack for `positions` rows. A demand waits for fences, takes memory from wherever it holds no
+// rows of a running sequence and prefetch() did not ask for it, and throws BudgetExceeded when that is not enough.
+// Mapping ahead does not wait for fences and takes no memory that other sequences will need soon; when that is not
+// enough, it returns false and leaves the runs as they were. Both throw what the driver refuses.
 bool Arena::map_up_to(Slots slots, PerSlot positions, Urgency urgency, Lock& lock) {
   const bool demand = urgency == Urgency::demand;
-  // At first as much as serves later growth too, from what nobody needs; then only what is asked for, from everybody.
+  // The first plan also serves later growth, and is met only from memory that no sequence is expected to need. If that
+  // fails, an exact plan has only what is asked for, and is met from all that may be taken.
   bool exact = false;
   const Keep least = demand ? Keep::rows : Keep::ahead;
   for (;;) {
@@ -132,10 +134,10 @@ bool Arena::map_up_to(Slots slots, PerSlot positions, Urgency urgency, Lock& loc
     try {
       built = build(steps);
     } catch (const BudgetExceeded&) {
-      lock.lock();  // another caller was quicker
+      lock.lock();  // another thread took the memory after the check above
       continue;
     } catch (const OutOfDeviceMemory&) {
-      // Less than was planned may do, and others may have what they do not need.
+      // The exact plan may need less, and other slots may have memory that they do not need.
       lock.lock();
       const bool reclaimed = reclaim(needed, steps, slots, least, urgency, lock);
       if (!reclaimed && exact) throw;
@@ -143,7 +145,7 @@ bool Arena::map_up_to(Slots slots, PerSlot positions, Urgency urgency, Lock& loc
       continue;
     }
     lock.lock();
-    if (first_lookahead() != 0 && !steps.empty() && steps.size() <= geometry_.size()) {  // growth, and not a prompt
+    if (first_lookahead() != 0 && !steps.empty() && steps.size() <= geometry_.size()) {  // growth, not a prompt
       stocked_class_ = pool_.class_of(steps.back().bytes);
       post_maintenance({});
     }
@@ -184,7 +186,7 @@ bool Arena::grow_in_place(Slots names, PerSlot positions, PerSlot min_truncate_l
   return true;
 }
 
-// Lengthens a slot within what is mapped, and asks the mapper for more when that comes to its end.
+// Raises a slot's length within its mapped memory, and asks the mapper for more when less than the lookahead is left.
 void Arena::advance(std::size_t index, std::size_t positions, Stream stream) {
   Slot& slot = slots_[index];
   slot.length = std::max(slot.length, positions);
@@ -225,6 +227,8 @@ bool Arena::prefetch(std::size_t name, std::size_t positions) {
   return true;
 }
 
+// Returns the extents to map so that the slots' runs reach `positions` rows. Unless `exact`, they may reach further, so
+// that later growth needs no driver call.
 std::vector<Arena::Step> Arena::plan(Slots slots, PerSlot positions, bool exact) const {
   std::vector<Step> steps;
   for (std::size_t i = 0; i < slots.size(); ++i) {
@@ -234,16 +238,18 @@ std::vector<Arena::Step> Arena::plan(Slots slots, PerSlot positions, bool exact)
       const std::size_t end = end_of(geometry_[plane], positions[i]);
       if (end <= run.tail) continue;
       std::size_t missing = end - run.tail;
-      // Extents go back whole: those of a windowed plane are small beside the window.
+      // An extent is given back only as a whole. In a plane with a window, extents are therefore at most an eighth of
+      // the window, so that little memory is kept before it.
       const auto& [row_bytes, window, offset, stride] = geometry_[plane];
       std::size_t largest = window == 0 ? ExtentPool::kClasses - 1 : pool_.class_of(window * row_bytes / 8);
       if (!exact) {
-        std::size_t have = 0;  // what it shares does not count: a fork is as small as what it added
+        std::size_t have = 0;  // without shared extents: a fork grows in proportion to what it added itself
         for (const Mapping& mapping : run.mappings) have += mapping.shared() ? 0 : mapping.bytes();
         std::size_t ahead = pool_.bytes_of(pool_.class_of(have / options_.growth_divisor));
         const std::size_t expected = end_of(geometry_[plane], std::min(slots_[index].expected, options_.max_len));
         if (expected > end) {
-          // It was told of more: what it maps should serve others when they adopt it, and it need not come back soon.
+          // The sequence is expected to grow further. Its extents are sized so that sequences that adopt the slot later
+          // can use them too, and it takes more at a time, so that it asks for memory less often.
           largest = std::min(largest, pool_.class_of(end / kServed));
           const std::size_t unit = pool_.bytes_of(std::min(largest, pool_.class_of(end / kRounded)));
           const std::size_t step = slots_[index].length == 0
@@ -272,7 +278,8 @@ std::size_t Arena::bytes_of(const std::vector<Step>& steps) noexcept {
   return bytes;
 }
 
-// Takes, maps and zeroes what was planned. The mutex is free. When it throws, everything is back where it was.
+// Takes the planned extents from the pool, maps them, and zeroes those that are new. Requires that the mutex is free.
+// When this throws, the extents are back in the pool, or their unmapping is deferred where the driver refuses that too.
 std::vector<Arena::DeferredUnmap> Arena::build(const std::vector<Step>& steps) {
   std::vector<DeferredUnmap> built;
   built.reserve(steps.size());
@@ -284,7 +291,7 @@ std::vector<Arena::DeferredUnmap> Arena::build(const std::vector<Step>& steps) {
       mapping.allow();
       if (mapping.zeroed()) continue;
       zeroing = true;
-      driver_->zero(mapping.range());  // while the next one is being mapped
+      driver_->zero(mapping.range());  // asynchronous: runs while the next extent is mapped
     }
     if (zeroing) driver_->zeroed();
     for (DeferredUnmap& loose : built) loose.mapping.set_zeroed();
@@ -297,7 +304,7 @@ std::vector<Arena::DeferredUnmap> Arena::build(const std::vector<Step>& steps) {
     try {
       unmap(built);
     } catch (const std::exception& error) {
-      // Twice refused: what is still mapped is retired, to be tried again when it is in somebody's way.
+      // The driver has refused the unmapping too. It is deferred, and tried again when the addresses are needed.
       driver_->report(error);
       const std::lock_guard lock(mutex_);
       defer_again(built);
@@ -307,8 +314,9 @@ std::vector<Arena::DeferredUnmap> Arena::build(const std::vector<Step>& steps) {
   return built;
 }
 
-// The same with memory that is taken from whoever has no rows in it, the slots that the caller holds aside. The mutex
-// is free when it returns.
+// Does what build() does, and reclaims the memory for it where needed, as a demand does; of the slots `mine`, which the
+// caller has locked, only deferred unmaps are taken. The mutex, which must be locked at the call, is free when this
+// returns, and may be either when it throws.
 std::vector<Arena::DeferredUnmap> Arena::build_on_demand(const std::vector<Step>& steps, Slots mine, Lock& lock) {
   const std::size_t needed = bytes_of(steps);
   for (;;) {
@@ -320,7 +328,7 @@ std::vector<Arena::DeferredUnmap> Arena::build_on_demand(const std::vector<Step>
     try {
       return build(steps);
     } catch (const BudgetExceeded&) {
-      lock.lock();  // another caller was quicker
+      lock.lock();  // another thread took the memory after the check above
     } catch (const OutOfDeviceMemory&) {
       lock.lock();
       if (!reclaim(needed, steps, mine, Keep::rows, Urgency::demand, lock)) throw;
@@ -328,6 +336,8 @@ std::vector<Arena::DeferredUnmap> Arena::build_on_demand(const std::vector<Step>
   }
 }
 
+// Defers the unmapping of the extents that lie wholly before the windows at `min_truncate_length`, until the slots'
+// fences and the `fresh` ones have passed.
 void Arena::discard_before_windows(Slots slots, PerSlot min_truncate_length, const Fences& fresh) {
   for (std::size_t i = 0; i < slots.size(); ++i) {
     const std::size_t index = slots[i];
@@ -342,7 +352,7 @@ void Arena::discard_before_windows(Slots slots, PerSlot min_truncate_length, con
       std::size_t head = run.head;
       while (gone < run.mappings.size() && head + run.mappings[gone].bytes() <= first)
         head += run.mappings[gone++].bytes();
-      // What may fail comes first.
+      // The allocations come first: when one fails, the run is as it was.
       Fences after = slot.fences;
       for (const auto& fence : fresh) note(after, fence);
       std::vector<Fences> fences(gone, after);

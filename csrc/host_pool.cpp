@@ -44,6 +44,9 @@ std::vector<HostBlock> HostPool::take(std::size_t bytes) {
     const std::lock_guard lock(mutex_);
     const std::size_t available = budget_ - std::min(budget_, charged_ - free_);
     if (count * block_bytes_ > available) throw BudgetExceeded(count * block_bytes_, available, "host_budget");
+    std::size_t most = 0;
+    for (const Given& given : given_) most += given.fences.size();
+    fences.reserve(most);  // nothing below may throw once blocks are moved
     while (taken.size() < count && !given_.empty()) {
       Given& last = given_.back();
       fences.insert(fences.end(), last.fences.begin(), last.fences.end());

@@ -50,6 +50,19 @@ std::shared_ptr<Swapped> Sequence::swapped() const {
   return swapped_;
 }
 
+std::optional<std::size_t> Sequence::try_extend(std::size_t count, Stream stream) {
+  std::unique_lock lock(mutex_, std::try_to_lock);
+  if (!lock.owns_lock()) return std::nullopt;
+  const std::size_t name = require_name();
+  lock.unlock();
+  return arena_->try_extend(name, count, stream);
+}
+
+bool Sequence::busy() const {
+  const std::unique_lock lock(mutex_, std::try_to_lock);
+  return !lock.owns_lock();
+}
+
 void Sequence::swap_out(Stream stream) {
   const std::lock_guard lock(mutex_);
   swapped_ = arena_->swap_out(require_name(), stream);

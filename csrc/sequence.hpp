@@ -36,9 +36,10 @@ class Sequence {
   std::shared_ptr<Swapped> swapped() const;
 
   std::size_t extend(std::size_t count, Stream stream) { return arena_->extend(name(), count, stream); }
-  std::optional<std::size_t> try_extend(std::size_t count, Stream stream) {
-    return arena_->try_extend(name(), count, stream);
-  }
+  // As Arena::try_extend; returns none also while another thread swaps the sequence.
+  std::optional<std::size_t> try_extend(std::size_t count, Stream stream);
+  // Whether another thread is in a call of this sequence, which may take as long as a swap.
+  bool busy() const;
   void swap_out(Stream stream);
   void swap_in(std::optional<std::size_t> slot, Stream stream);
   // Closes all the sequences, also those that are swapped out, or none when it throws. Sequences that are closed

@@ -1,4 +1,4 @@
-// What the parts of the arena share: the right to call the driver for some slots, the time callers wait, fences.
+// What the arena's source files share: the lock of slots, the measurement of waiting time, and helpers for fences.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,8 @@ inline constexpr std::size_t kNever = std::numeric_limits<std::size_t>::max();
 
 inline std::size_t round_up(std::size_t value, std::size_t unit) { return (value + unit - 1) / unit * unit; }
 
-// Remembers one fence for each stream: a later fence of a stream implies the earlier ones.
+// Adds a fence to a list with one fence for each stream. It replaces the earlier fence of its stream, which has passed
+// when the later one has.
 inline void note(Fences& fences, std::shared_ptr<const Fence> fence) {
   const auto old =
       std::find_if(fences.begin(), fences.end(), [&](const auto& one) { return one->stream() == fence->stream(); });
@@ -25,7 +26,7 @@ inline void note(Fences& fences, std::shared_ptr<const Fence> fence) {
   }
 }
 
-// Sees to it that so many more elements can be added without an allocation, which may fail.
+// Reserves memory so that `more` elements can be added later without an allocation, which may fail.
 template <typename Value>
 void make_room(std::vector<Value>& values, std::size_t more) {
   if (values.capacity() - values.size() < more) values.reserve(std::max(values.size() + more, 2 * values.capacity()));
@@ -40,7 +41,7 @@ bool contains(const Values& values, Value value) {
   return std::find(values.begin(), values.end(), value) != values.end();
 }
 
-// Adds the time until it goes to what callers have waited.
+// Adds the time from its construction to its destruction to the arena's `waited_seconds`.
 class Arena::Waiting {
  public:
   explicit Waiting(Arena& arena) : arena_(arena) {}
@@ -56,7 +57,11 @@ class Arena::Waiting {
   const Clock::time_point since_ = Clock::now();
 };
 
-// The right to call the driver for some slots with the mutex free. Taken when none of them is held by others.
+// A lock of several slots, under which a thread may call the driver for them while the mutex is free.
+//
+// The constructor requires that `lock` has the mutex. It waits until none of the slots is locked and then locks all of
+// them at once, so that two threads that lock several slots cannot wait for each other. It throws std::invalid_argument
+// when a slot is named twice. The destructor unlocks the slots, and leaves the mutex locked even if it was free.
 class Arena::SlotLock {
  public:
   SlotLock(Arena& arena, Slots slots, Lock& lock) : arena_(arena), slots_(slots.begin(), slots.end()), lock_(lock) {

@@ -1,4 +1,4 @@
-// A set of slots, as bits: to find the members among very many slots costs a look at one bit of each.
+// A set of slots as a bitmap, so that finding the members among very many slots reads one bit for each slot.
 #pragma once
 
 #include <bit>
@@ -24,7 +24,7 @@ class SlotSet {
     return members;
   }
 
-  // The first member from a slot on, or the number of slots.
+  // Returns the first member that is at least `slot`, or the number of slots when there is none.
   std::size_t next(std::size_t slot) const noexcept {
     if (slot >= size_) return size_;
     std::size_t word = slot / kBits;
