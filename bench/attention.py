@@ -1,10 +1,15 @@
-"""Attention kernels on virtual memory: a plane for each layer's K and V (compact), or rows of all layers (interleaved).
+"""The speed of attention kernels on virtual memory, in the compact and the interleaved layout, and on torch's memory.
 
-One layer of Llama-3-8B's heads in bfloat16; the virtual caches hold 32 layers and one is computed on, in turns with the
-same kernel on torch's memory. ``TB/s`` counts the K and V that a decode step reads, ``TFLOP/s`` the products of a
-causal prefill. ``prefill_virtual_over_cudamalloc``: the rate of prefills on interleaved rows over that on torch's
-memory, of the kernel that is fastest there, the lower of all works. ``prefill_contiguous_over_paged``: over that on
-shuffled pages, of a kernel that takes them, likewise. Without a GPU small ones run, to try the script.
+The attention is that of one layer of Llama-3-8B in bfloat16. The virtual caches hold 32 layers, one of which is used:
+the compact layout has a plane for each layer's K and each layer's V, the interleaved layout has rows of all layers.
+Each kernel runs in turns on virtual memory and on memory that torch allocates. ``TB/s`` counts the K and V that a
+decode step reads, ``TFLOP/s`` the products of a causal prefill.
+
+``prefill_virtual_over_cudamalloc``: the rate of a prefill on interleaved rows over its rate on torch's memory, for the
+kernel that is fastest on torch's memory; the lowest ratio of all workloads.
+``prefill_contiguous_over_paged``: the rate of a prefill on interleaved rows over its rate on shuffled pages, for
+kernels that take pages; the lowest ratio.
+Without a GPU, smaller sequences are computed, to test the script.
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ def main() -> None:
     options = report.options(__doc__.splitlines()[0]).parse_args()
     rows: list[dict[str, Any]] = []
     for row in decode.kernel_speed(options.device, 1 if options.device.startswith("cuda") else 64):
-        if rows and row["work"] != rows[-1]["work"]:  # as far as it is
+        if rows and row["work"] != rows[-1]["work"]:  # what has been measured so far
             report.write("kernels", options.device, rows, bars_of(rows), options.out)
         rows.append(row)
         print(row, flush=True)

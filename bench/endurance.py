@@ -1,9 +1,12 @@
-"""One long generation, and many calls one after the other, on one cache of a small model: nothing may grow or drift.
+"""One long generation, and many calls on one cache, of a small model: memory and step times must not grow.
 
-``long_captures`` and ``calls_captures``: graphs captured; ``long_memory_over_tokens``: K/V memory in the end over the
-tokens' bytes; ``calls_memory_growth``: what the device has less after the last call than after the first tenth (GB);
-``calls_step_drift``: the median step of the last tenth of the calls over that of the first tenth, the first call left
-out. Random weights; without a GPU a short version runs, to try the script.
+``long_captures`` and ``calls_captures``: the CUDA graphs captured in the long generation, and in the calls.
+``long_memory_over_tokens``: K/V memory at the end of the long generation over the bytes of its tokens.
+``calls_memory_growth``: how much less memory the device has free after the last call than after the first tenth of the
+calls (GB).
+``calls_step_drift``: the median step time of the last tenth of the calls over that of the first tenth, without the
+first call.
+The model has random weights. Without a GPU a shorter version runs, to test the script.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from vattn.bench import decode
 
 
 def steps(model: Any, cache: VirtualCache, prompt: int, new: int) -> list[float]:
-    """The seconds of each step of one call."""
+    """The seconds that each step of one call of ``generate`` takes."""
     clock = decode.Clock()
     ids = torch.randint(1, model.config.vocab_size, (1, prompt), device=model.device)
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, CACHE_KEYWORD: cache}
@@ -30,6 +33,7 @@ def steps(model: Any, cache: VirtualCache, prompt: int, new: int) -> list[float]
 
 
 def taken(device: str) -> int:
+    """Bytes of the current device that are in use; 0 where ``device`` is not ``"cuda"``."""
     free, total = torch.cuda.mem_get_info() if device == "cuda" else (0, 0)
     return total - free
 

@@ -1,13 +1,18 @@
-"""Decode steps of a Llama-3-8B shape through ``model.generate``, on vattn and on what transformers has.
+"""Decode steps of a Llama-3-8B shape through ``model.generate``, with caches of vattn and of transformers.
 
-Random weights in bfloat16 on one GPU. Each cache is filled with random K and V of the context's length, as a prompt
-would; then ``generate`` goes on from it, greedily. All are warmed up, and then take rounds in turns, each of as many
-steps: ``step_ms_*`` are medians of the rounds' median steps, of vattn and of the peers;
-``step_over_floor_64_mixed``: of 64 sequences of 64 to 4096 tokens over the floor; ``memory_over_tokens_*``: what of the
-device is taken beside the weights and a GB, over the tokens' K and V, of the same cache. That is the fastest of those
-whose memory is at most 1.06 times the tokens', or of all where there is none. See ``vattn.bench.decode.Decoding``.
-``--vllm`` adds what ``bench/vllm_decode.py`` has measured on the same machine, whose steps are means: so is
-``step_ms_*_mean``. A file that is there keeps its other points.
+The model has random weights in bfloat16 and runs on one GPU. Each cache is filled with random K and V of the context's
+length, as a prompt would fill it; then ``generate`` continues from there, greedily. All caches are warmed up first.
+Then they take turns in rounds of equally many steps. See ``vattn.bench.decode.Decoding``.
+
+``step_ms_*``: the median of the rounds' median step times, of vattn and of the other caches.
+``step_over_floor_64_mixed``: the step time of 64 sequences of 64 to 4096 tokens over the floor, which is the time to
+read the weights and the tokens' K and V.
+``memory_over_tokens_*``: device memory in use besides the weights and 1 GB, over the bytes of the tokens' K and V.
+
+The results for vattn are those of its fastest cache whose memory is at most 1.06 times that of the tokens, or of its
+fastest one where there is no such cache. ``--vllm`` adds what ``bench/vllm_decode.py`` has measured on the same
+machine. Its step times are means; to compare them, ``step_ms_*_mean`` is the mean step time of vattn. The other points
+of an existing result file are kept.
 """
 
 from __future__ import annotations
@@ -32,15 +37,21 @@ POINTS: dict[str, list[int]] = {
     "1x130000": [130_000],
     "64_mixed": [64 + (4096 - 64) * i // 63 for i in range(64)],
 }
-MEMORY = 1.06  # over the tokens'
+MEMORY = 1.06  # the limit on memory for the results of vattn, over the bytes of the tokens' K and V
 
 
 def missing(kernel: str) -> str | None:
+    """Why a kernel, named with or without options such as ``+fp8``, cannot run on this machine, or None."""
     return KERNELS[kernel.partition("+")[0]].missing()
 
 
 def fastest(rows: list[dict[str, Any]], most: float = math.inf) -> dict[str, Any] | None:
-    """Of vattn's captured rows with at most so much memory over the tokens', of those that ran."""
+    """The row with the shortest step among those of vattn that were captured and ran without an error.
+
+    Args:
+        rows: the rows of a point.
+        most: the limit on memory, over the bytes of the tokens' K and V.
+    """
     fit = [row for row in rows if "captured" in row["cache"] and "error" not in row]
     fit = [row for row in fit if row["used over weights and tokens"] <= most]
     return min(fit, key=lambda row: float(row["step ms p50"]), default=None)
@@ -51,7 +62,11 @@ def kernel_of(row: dict[str, Any]) -> str:
 
 
 def measured(model: Any, point: str, kernels: list[str], peers: list[str], steps: int, rounds: int) -> list[Any]:
-    """The rows of a point. A kernel ``best+how`` is what was fastest in the warm-up, and in little memory."""
+    """Measures the caches at one point, and returns their rows.
+
+    A kernel ``best+how`` stands for the kernel with the shortest step in the warm-up, and for the one with the shortest
+    step among those whose memory is within the limit ``MEMORY``; each with the option ``how``.
+    """
 
     def warmed_up(kernels: list[str], peers: list[str]) -> list[decode.Decoding]:
         factories = decode.cache_factories(model, 131072, kernels, peers)
@@ -67,7 +82,7 @@ def measured(model: Any, point: str, kernels: list[str], peers: list[str], steps
     best = dict.fromkeys(kernel_of(row) for limit in (math.inf, MEMORY) if (row := fastest(rows, limit)))
     for how in (name.removeprefix("best+") for name in kernels if name.startswith("best+")):
         decodings += warmed_up([f"{kernel}+{how}" for kernel in best], [])
-    decodings += warmed_up([], peers)  # behind what moves weights
+    decodings += warmed_up([], peers)  # last, since compiled steps move the weights
     return decode.in_turns(decodings, rounds)
 
 
@@ -81,7 +96,7 @@ def bars_of(rows: list[dict[str, Any]], point: str) -> dict[str, float]:
     bars[f"step_ms_{point}"] = best["step ms p50"]
     ours = "vattn "
     peers = [row for row in rows if not row["cache"].startswith(ours) and "error" not in row]
-    if any(is_vllm(row) for row in peers):  # of which the mean is known
+    if any(is_vllm(row) for row in peers):  # only the mean of its step times is known
         bars[f"step_ms_{point}_mean"] = best["step ms mean"]
     time_of = {row["cache"].split()[0]: row["step ms mean" if is_vllm(row) else "step ms p50"] for row in peers}
     return bars | {f"step_ms_{point}_{peer}": took for peer, took in time_of.items()}
@@ -92,7 +107,7 @@ def is_vllm(row: dict[str, Any]) -> bool:
 
 
 def of_vllm(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines."""
+    """The rows of a file of JSON lines, as ``bench/vllm_decode.py`` writes it."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 

@@ -1,9 +1,10 @@
-"""What growing and updating cost the caller when no driver call is needed.
+"""The time that growing a sequence and updating a cache take the caller when no driver call is needed.
 
-``grow_us_cpp``, ``grow_us_python``: one ``grow`` by a token within what is mapped.
-``update_us_ratio_to_dynamic``: the Python time of ``VirtualCache.update`` of one token over that of
-``DynamicCache.update``, a layer of a 32-layer model, caches of 1 to 20 tokens, medians of alternating rounds.
-On CUDA the time is that of the calling thread: kernels are launched and not waited for.
+``grow_us_cpp``, ``grow_us_python``: microseconds of one ``grow`` by a token into memory that is mapped, in C++ and in
+Python.
+``update_us_ratio_to_dynamic``: the time of ``VirtualCache.update`` for one token over that of ``DynamicCache.update``,
+per layer of a 32-layer model, with caches of 1 to 20 tokens; medians of alternating rounds.
+On CUDA this is the time of the calling thread: kernels are launched and not waited for.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def grow_us_python(device: str) -> float:
 
 
 def update_us(device: str, batch: int) -> tuple[float, float]:
-    """Median microseconds of ``update`` a layer: through vattn, through DynamicCache."""
+    """Median microseconds of ``update`` per layer, of ``VirtualCache`` and of ``DynamicCache``."""
     config = LlamaConfig(num_hidden_layers=LAYERS, num_attention_heads=32, num_key_value_heads=8, hidden_size=4096)
     k, v = (torch.randn(batch, 8, 1, 128, device=device, dtype=torch.bfloat16) for _ in range(2))
     virtual = VirtualCache(config, max_len=4096)
@@ -58,7 +59,7 @@ def update_us(device: str, batch: int) -> tuple[float, float]:
 
     ours, theirs = [], []
     with torch.no_grad():
-        steps(virtual, 200)  # maps what the rounds below adopt
+        steps(virtual, 200)  # maps the memory that the rounds below reuse
         for _ in range(150):
             virtual.reset()
             steps(virtual, 1)

@@ -1,6 +1,6 @@
 """Makes docs/benchmarks.md and its figures from the JSON files in bench/results.
 
-With --check it only says whether the page is current and its figures are there.
+With --check it only reports whether the page is up to date and its figures exist.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Measure again with `bench/gpu.sh` on a machine with a GPU, or with a single scri
 The decode steps of DynamicCache and of StaticCache without compilation on this page are too high, two to three times at
 1 x 1024: they were taken first in a fresh process, over 12 steps. They are to be measured anew, in turns with others.
 """
-# Benchmarks with figures, and what of ``plots`` draws them, which is imported to draw only.
+# The benchmarks that have a figure, and the function of ``plots`` that draws it. ``plots`` is imported only to draw.
 DRAWN = {"map": "mapping", "generate": "generate", "kernels": "kernels"}
-# Which benchmark, in what order, and what is to be said of it; a row's keys are its columns.
+# The benchmarks in the order of the page, and the title of each. The keys of its rows are the columns of its tables.
 SECTIONS = {
     "latency": "Latency of growing and updating",
     "map": "Mapping memory: the driver's calls, prompts, growth and served requests",
@@ -138,7 +138,7 @@ def page() -> str:
 
 
 def figures() -> dict[Path, Path]:
-    """The figure of each result that has one."""
+    """The path of the figure of each result file that has one."""
     results = (ROOT / "bench" / "results").glob("*.json")
     return {path: ROOT / "docs" / "plots" / f"{path.stem}.svg" for path in results if path.stem.split("-")[0] in DRAWN}
 

@@ -1,17 +1,22 @@
-"""What mapping memory costs and what the mapper saves, for the row of Llama-3-8B, 128 KiB a token.
+"""What mapping memory costs and what the mapper saves, for rows of Llama-3-8B, which have 128 KiB for each token.
 
-``overhead_ratio_cpp``: create, map and set access of a handle of 2 MiB through our classes over the bare calls, in C++.
-``hit_us``: a growth into memory that was mapped ahead, in C++.
-``prompt_8192_ms``: mapping a known prompt of 1 GiB on fresh memory.
-``grow_waits_100``, ``grow_waits_5000``: growths after the first that waited, one sequence to 8192 at so many tokens/s.
-``wait_fraction_64``: time waited, 64 sequences at 40 steps/s with random closes and opens.
-``calls_per_1000_tokens``, ``..._full``, ``waste_mean``, ``peak_over_tokens``: replays of openchat_sharegpt4 as
-Sarathi-Serve prints its moments, at 40 steps/s after a warm-up, with a budget 20% above the live tokens and with one
-that every admission waits for. Waste is what is mapped under running sequences and neither rows nor free for others;
-the peak is that of the memory that is mapped and not free for others, over the peak of the rows.
-``launch_p99_ratio``: the 99th percentile of a kernel's launch with the mapper busy for 64 sequences that decode as fast
-as launches allow, over that with it idle, medians of ten rounds by turns; ``..._flat_out``: with twenty times the work;
-``launch_p99_noise``: the highest over the lowest of the idle rounds.
+``overhead_ratio_cpp``: the time to create and map a handle of 2 MiB and set access to it, through vattn's classes over
+bare driver calls, in C++.
+``hit_us``: microseconds of a growth into memory that was mapped ahead, in C++.
+``prompt_8192_ms``: milliseconds to map a prompt of 8192 tokens (1 GiB) at once, on fresh memory.
+``grow_waits_100``, ``grow_waits_5000``: how many growths after the first had to wait, of one sequence that grows to
+8192 tokens at 100 and at 5000 tokens/s. Without a GPU the slower one grows to 1024 tokens.
+``wait_fraction_64``: the part of the time for which the caller waited, with 64 sequences that grow at 40 steps/s and
+close and open at random.
+``calls_per_1000_tokens``, ``..._full``, ``waste_mean``, ``peak_over_tokens``: replays of requests whose lengths have
+the median and the 90th percentile that the Sarathi-Serve paper gives for openchat_sharegpt4, at 40 steps/s after a
+warm-up. They are served with a budget 20% above the most live tokens, and (``..._full``) with one 20% below them, for
+which every admission waits. The waste is memory mapped under running sequences that is neither rows nor free for others
+to take, over the rows. The peak is that of memory mapped under running sequences that is not free for others to take,
+over the peak of the rows.
+``launch_p99_ratio``: the 99th percentile of the time to launch a kernel while the mapper is busy for 64 sequences that
+decode as fast as launches allow, over that with an idle mapper; medians of ten rounds in turns. ``..._flat_out``: the
+same with twenty times the work. ``launch_p99_noise``: the highest over the lowest of the idle rounds.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ from vattn.bench.trace import generate
 
 
 def waits(device: str, rate: float, tokens: int) -> dict[str, Any]:
+    """Grows one sequence to ``tokens`` at ``rate`` tokens/s, and counts how often it had to wait for memory."""
     with KVCache(mapping.layout(), slots=1, device=device) as cache, cache.open() as sequence:
         sequence.grow(1)
         before = cache.stats()
@@ -51,7 +57,7 @@ def waits(device: str, rate: float, tokens: int) -> dict[str, Any]:
 
 
 def together(device: str, sequences: int, seconds: float) -> dict[str, Any]:
-    """Sequences that grow at 40 steps/s; each step some close, and others open with a prompt of up to 2000 tokens."""
+    """Grows sequences at 40 steps/s. In each step some close, and others open with a prompt of up to 2000 tokens."""
     source = random.Random(0)
     with KVCache(mapping.layout(), slots=2 * sequences, device=device) as cache:
         running = []
@@ -88,13 +94,14 @@ def together(device: str, sequences: int, seconds: float) -> dict[str, Any]:
     }
 
 
-# Launches between two requests for a token's memory for each of 64 sequences: an eager decode step of Llama-3-8B has
-# 1170 kernels (36 a layer, counted in transformers).
+# The mapper's loads: how many kernels are launched between two requests for memory, each of which is for 64 tokens, as
+# of one step of 64 sequences. An eager decode step of Llama-3-8B has 1170 kernels (36 per layer, counted in
+# transformers).
 LOADS = {"idle": None, "64 sequences": 1170, "flat out": 50}
 
 
 def launches(device: str, *, rounds: int = 10, steps: int = 6) -> list[dict[str, Any]]:
-    """Percentiles of launching a small kernel, by turns with the mapper idle and at the loads."""
+    """Percentiles of the time to launch a small kernel, in turns at each load of the mapper."""
     value = torch.zeros(1, device=device)
     rows = []
     with KVCache(mapping.layout(), slots=8, device=device) as cache, cache.open() as sequence:
@@ -113,7 +120,7 @@ def launches(device: str, *, rounds: int = 10, steps: int = 6) -> list[dict[str,
                         cache.trim()
                         sequence.grow(1)
                     sequence.prefetch(asked if every else 1)
-                    value.add_(1)  # not timed: what our own call has pushed out of the caches
+                    value.add_(1)  # not timed: it reloads what ``prefetch`` has evicted from the CPU's caches
                 start = time.perf_counter()
                 value.add_(1)
                 times.append((time.perf_counter() - start) * 1e6)
@@ -125,7 +132,7 @@ def launches(device: str, *, rounds: int = 10, steps: int = 6) -> list[dict[str,
 
 
 def fragmented(device: str) -> list[dict[str, Any]]:
-    """What an extent and a prompt of 1 GiB take to map, with all memory free and with every other granule taken."""
+    """The time to map an extent, and a prompt of 1 GiB, with all memory free and with every other granule taken."""
     driver = mapping.driver_of(device)
     size = driver.granularity
     fresh, prompt = _extents(driver), mapping.prompts(device, tokens=(8192,))[0]["vattn ms"]
@@ -205,7 +212,7 @@ def main() -> None:
         max_steps=options.steps,
         policies=mapping.POLICIES[:1],
     )
-    # All policies by a part of it: most of them take long.
+    # All policies are replayed with fewer requests, since most of them are slow.
     peers = mapping.replays(
         device,
         generate("sharegpt", 600),

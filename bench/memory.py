@@ -1,11 +1,13 @@
-"""How much memory a Llama-3-8B shape takes for its KV cache on one GPU, through vattn and its peers.
+"""How much memory the KV cache of a Llama-3-8B shape takes on one GPU, with vattn and with transformers' caches.
 
-Random weights, bfloat16, stock SDPA without its cuDNN kernels, whose decode does not even repeat itself. First the
-tokens are compared with DynamicCache's; then 32 prompts of 8192 tokens generate 64 more; then the largest batch of
-8192-token prompts is searched for each cache.
+The model has random weights in bfloat16 and attends by torch's SDPA without the cuDNN backend, whose decode steps do
+not even repeat their own results. First, 32 prompts of 8192 tokens generate 64 more each. Then the tokens of smaller
+batches are compared with those of DynamicCache. Last, the largest batch of 8192-token prompts is searched for each
+cache.
 
-With --at-once only the second part runs, the prompts prefilled in one piece instead of chunks, under torch's expandable
-segments: activations of 7 GiB fragment the default allocator too much for what is left.
+With --at-once only the first part runs, and the prompts are prefilled in one piece instead of in chunks. Torch then
+uses expandable segments, because activations of 7 GiB fragment its default allocator too much for the memory that is
+left.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ TOKEN_BYTES = 32 * 2 * 8 * 128 * 2
 
 
 def llama_3_8b() -> Any:
-    """The model with random weights, which generates for as long as it is asked to."""
+    """The model with random weights and no end-of-sequence token, so that it generates as many tokens as it is told."""
     with torch.device("cuda"):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(LLAMA_3_8B, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
@@ -50,7 +52,7 @@ def llama_3_8b() -> Any:
 
 
 def used() -> int:
-    """Bytes of the device that are taken, by whomever."""
+    """Bytes of device memory in use, by any process."""
     free, total = torch.cuda.mem_get_info()
     return total - free
 
@@ -74,7 +76,7 @@ def generate(model: Any, cache: Any, batch: int, length: int, new: int, **option
 
 
 def run_32(model: Any, name: str, cache: Any, weights: int, chunk: int | None) -> tuple[dict[str, Any], torch.Tensor]:
-    """32 prompts of 8192 tokens and 64 new ones each."""
+    """Generates 64 tokens behind each of 32 prompts of 8192; returns the row of measurements, and the tokens."""
     clean()
     start = time.perf_counter()
     tokens = generate(model, cache, 32, PROMPT, NEW, prefill_chunk_size=chunk)
@@ -98,22 +100,23 @@ def run_32(model: Any, name: str, cache: Any, weights: int, chunk: int | None) -
         stats = cache.stats()
         cache.check()
         row["kv_physical_peak"] = stats.peak
-        # The cache is not torch's memory here: what torch had beside the weights was activations.
+        # The cache is not in torch's memory here, so what torch allocated besides the weights was activations.
         row["activations_peak"] = torch.cuda.max_memory_allocated() - weights
         row["driver_calls"] = stats.driver_calls
     return row, tokens
 
 
 def fits(model: Any, make: Callable[[int], Any], batch: int) -> bool:
-    """Whether the prompts of a batch and one decoding step fit.
+    """Whether the prompts of a batch and one decode step fit into the device's memory.
 
-    The prefill's K and V are written through ``cache.update`` in chunks, layer by layer, as a chunked prefill of the
-    model writes them; its arithmetic is left out. Activations of such a chunk are held beside. The step is real.
+    The K and V of the prompts are written through ``cache.update`` in chunks, layer by layer, as a chunked prefill of
+    the model writes them, but nothing else of the prefill is computed. Meanwhile, memory as large as the activations of
+    such a chunk is held. The decode step is real.
     """
     try:
         cache = make(batch)
         chunk = torch.empty(batch * CHUNK, LLAMA_3_8B.intermediate_size, device="cuda", dtype=torch.bfloat16)
-        k = torch.randn(batch, 8, CHUNK, 128, device="cuda", dtype=torch.bfloat16)  # rows that are alike share memory
+        k = torch.randn(batch, 8, CHUNK, 128, device="cuda", dtype=torch.bfloat16)  # equal rows would share memory
         with torch.no_grad():
             for _ in range(PROMPT // CHUNK):
                 for layer in range(LLAMA_3_8B.num_hidden_layers):
@@ -132,7 +135,7 @@ def fits(model: Any, make: Callable[[int], Any], batch: int) -> bool:
 
 
 def largest(model: Any, make: Callable[[int], Any], guess: int) -> int:
-    """The largest batch that fits, walking from a guess."""
+    """The largest batch that fits, searched for from a guess in steps of one."""
     best = guess
     if fits(model, make, best):
         while fits(model, make, best + 1):
@@ -148,7 +151,7 @@ def main() -> None:
     parser.add_argument("--at-once", action="store_true", help="prefill 32 x 8192 in one piece")
     options = parser.parse_args()
     if options.at_once:
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # read when torch first allocates
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # torch reads it at its first allocation
     torch.backends.cuda.enable_cudnn_sdp(False)
     model = llama_3_8b()
     clean()

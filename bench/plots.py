@@ -1,4 +1,4 @@
-"""Figures of a result, as SVG."""
+"""Draws the figures of benchmark results, as SVG."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from matplotlib import pyplot as plt  # noqa: E402 - after the backend is chosen
 
 
 def mapping(result: dict[str, Any], path: Path) -> None:
-    """The driver's calls, a prompt, a growth and served requests, by policy."""
+    """Draws the times of driver calls, of mapping a prompt and of growing, and the calls of served requests."""
     with _figure(result, path, 2, 2) as axes:
         rows = result["rows"]
         _calls(axes[0, 0], [row for row in rows if row.get("through") == "vattn"])
@@ -27,7 +27,7 @@ def mapping(result: dict[str, Any], path: Path) -> None:
 
 
 def generate(result: dict[str, Any], path: Path) -> None:
-    """Steps and memory of each cache, by the sequences that are behind."""
+    """Draws the step time and the memory of each cache, for each context that it decodes behind."""
     rows = [row for row in result["rows"] if "error" not in row]
     points = list(dict.fromkeys(row["point"] for row in rows))
     with _figure(result, path, len(points), 2) as axes:
@@ -44,7 +44,7 @@ def generate(result: dict[str, Any], path: Path) -> None:
 
 
 def kernels(result: dict[str, Any], path: Path) -> None:
-    """Each kernel on each memory, by work."""
+    """Draws the rate of each kernel on each kind of memory, for each workload."""
     rows = [row for row in result["rows"] if "error" not in row]
     works = list(dict.fromkeys(row["work"] for row in rows))
     kinds = {"torch's": ("interleaved", "torch's"), "paged": ("interleaved", "paged")}
@@ -65,7 +65,7 @@ def kernels(result: dict[str, Any], path: Path) -> None:
 
 @contextlib.contextmanager
 def _figure(result: dict[str, Any], path: Path, rows: int, columns: int) -> Iterator[Any]:
-    """The axes, ``[rows, columns]``, of what is saved in the end."""
+    """Yields the axes of a new figure, ``[rows, columns]``, and saves the figure when the context ends."""
     size = (10, 3.5 * rows if rows < 3 else 2.2 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     yield axes
@@ -110,7 +110,7 @@ def _growth(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def _served(axes: Any, rows: list[dict[str, Any]]) -> None:
-    fewest = min(row["requests"] for row in rows)  # those that all policies served
+    fewest = min(row["requests"] for row in rows)  # the trace that all policies have served
     rows = [row for row in rows if row["requests"] == fewest]
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     for number, budget in enumerate(dict.fromkeys(row["budget"] for row in rows)):

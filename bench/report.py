@@ -1,4 +1,4 @@
-"""What every benchmark shares: a JSON file with the circumstances of the measurement, and a table on the terminal."""
+"""What all benchmarks share: options, a JSON file that also records machine and versions, a table on the terminal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def options(description: str) -> argparse.ArgumentParser:
 
 
 def native(target: str, *arguments: str) -> str:
-    """Builds one of the C++ benchmarks and returns what it prints."""
+    """Builds and runs one of the C++ programs, and returns what it prints."""
     with tempfile.TemporaryDirectory() as build:
         for command in (
             [
@@ -43,7 +43,7 @@ def native(target: str, *arguments: str) -> str:
 
 
 def read(name: str, device: str, out: Path | None) -> list[dict[str, Any]]:
-    """The rows that a file has which ``write`` has written, or none."""
+    """The rows of the file that ``write`` writes with the same arguments; none where there is no such file."""
     path = _path(name, device, out) if out else None
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path and path.exists() else []
     return rows
@@ -54,7 +54,10 @@ def _path(name: str, device: str, out: Path) -> Path:
 
 
 def write(name: str, device: str, rows: list[dict[str, Any]], bars: dict[str, float], out: Path | None) -> None:
-    """Prints the rows and the bars; writes ``<out>/<name>-<cpu or cuda>.json``."""
+    """Prints the rows and the results by name (``bars``), and writes them to ``<out>/<name>-<cpu or cuda>.json``.
+
+    No file is written where ``out`` is None.
+    """
     for row in rows:
         print("  ".join(f"{key} {_short(value)}" for key, value in row.items()))
     for bar, value in bars.items():
@@ -108,7 +111,7 @@ def _driver_version() -> str:
 
 
 def _commit() -> str:
-    """The commit measured; VATTN_COMMIT names it where the tree travels without its history."""
+    """The commit that is measured. VATTN_COMMIT names it on machines that have the files without the git history."""
     if named := os.environ.get("VATTN_COMMIT"):
         return named
     git = ["git", "-C", str(ROOT)]

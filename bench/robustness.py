@@ -1,10 +1,12 @@
-"""What odd and hostile input does: a peer's messages, models' configurations, allocations that fail; calls on a hit.
+"""The effect of malformed messages, of all models' configurations and of failing allocations; calls on a prefix hit.
 
-``protocol_inputs``: messages of a peer, each of which was refused or went through, without anything else happening;
-``plan_configs_right``: of the configurations of the installed transformers, in each form, those whose layers are what
-``DynamicCache`` makes of them or that are refused for what vattn has no rows for; ``calls_expected_on_hit``: calls of
-the driver for a sequence that begins behind 500 known tokens and was told of 2000, beside a parked one of that length;
-``allocations_failed``: allocations of a scenario in the core, each of which failed once and lost nothing.
+``protocol_inputs``: how many inputs a peer has sent in place of the protocol's messages. Each of them was refused or
+accepted, and nothing else happened.
+``plan_configs_right``: the part of the configurations of the installed transformers, in each form, whose layers are
+those that ``DynamicCache`` makes, or that are refused because vattn has no rows for their layers.
+``calls_expected_on_hit``: driver calls for a sequence that is opened behind a cached prefix of 500 tokens with
+``expected=2000``, while there is a parked slot of that length, until the sequence has 2000 tokens.
+``allocations_failed``: how many allocations of a scenario in the core failed, each once, without anything being lost.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ MEMORY_CALLS = ("create", "map", "set_access", "unmap", "release")
 
 
 def plans() -> tuple[list[dict[str, Any]], float]:
-    """How many configurations were read and refused, by form, and the part of them that is right."""
+    """How many configurations of each form were read and refused, and the part of all for which that was right."""
     found = list(configurations.answers("object", "file", "old file"))
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
     for answer in found:
@@ -39,7 +41,7 @@ def plans() -> tuple[list[dict[str, Any]], float]:
 
 
 def calls_on_a_hit() -> int:
-    """Calls of the driver from opening the sequence to its last position."""
+    """How many driver calls are made from opening the sequence until it has grown to its last position."""
     layout = KVLayout.uniform(layers=32, kv_heads=8, head_dim=128, max_len=8192)
     with KVCache(layout, slots=8, mapper=False) as cache:
         known, other = cache.open(), cache.open()

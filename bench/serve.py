@@ -1,7 +1,8 @@
-"""A trace served on one GPU alone and then on all GPUs of the host at once, a process each.
+"""Serves a trace on one GPU alone, and then on all GPUs of the host at once, with a process for each GPU.
 
-The driver serialises its calls across GPUs; what each server makes of them should not change.
-``calls_ratio_gpus``, ``..._full``: memory calls per 1000 tokens at once, the worst GPU, over those alone.
+The driver serialises its calls across GPUs; how many calls each server makes should not change.
+``calls_ratio_gpus``, ``..._full``: memory calls per 1000 tokens with all GPUs at once, on the GPU with the most calls,
+over those of one GPU alone; with a budget 20% above the most live tokens, and (``..._full``) with one 20% below them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from vattn.bench.trace import generate
 
 
 def serve(device: int, requests: int, steps: int) -> list[dict[str, Any]]:
+    """Replays the trace on one GPU; returns a row for each budget."""
     rows = mapping.replays(
         f"cuda:{device}",
         generate("sharegpt", requests),

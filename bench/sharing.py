@@ -1,19 +1,22 @@
-"""What sharing saves and costs, for the row of Llama-3-8B, 128 KiB a token, and for a model of that shape.
+"""What sharing memory saves and costs, for rows of Llama-3-8B (128 KiB per token) and for a model of that shape.
 
-``fork32_memory_ratio``: the most memory while 32 samples of an 8192-token prompt grow by 256 tokens each at 40
-steps/s, over the bytes of one prompt and the new tokens; the worse of that and a prompt of 8107.
-``fork32_ms``, ``fork32_compacted_ms``: making the 32 forks of a prompt mapped at once, before and after ``compact``;
-``fork32_compacted_for_ms``: after ``compact(forks=32)``.
-``beam8_memory_ratio_to_dynamic``: the most K/V memory of ``model.generate`` with 8 beams on a prompt of 4096 tokens and
-64 new ones, over what DynamicCache's tensors hold in the end; ``beam8_copied_per_step``: the most bytes that a step's
-reordering copies, over those of the beams' K/V; ``beam8_tokens_equal``: 1 when the tokens are DynamicCache's;
-``beam_step_over_dynamic``: the time over DynamicCache's, medians of rounds in turns after a warm-up of both.
-``prefix_speedup``: prefilling 8192 tokens over opening a sequence behind them where they are known.
-``next_turn_driver_calls``: memory calls and copies when a chat's next turn is opened in its slot.
-``swap_link_fraction``: rate of swapping 1 GiB out and in over that of plain copies from and to page-locked memory, the
-lower of both ways; ``swap_slowdown``: time of a decode step's attention over 16 other sequences of 8192 tokens while a
-sequence is swapped out and in without pause, over that without.
-Without a GPU the parts that need none run.
+``fork32_memory_ratio``: peak memory while 32 samples of an 8192-token prompt grow by 256 tokens each at 40 steps/s,
+over the bytes of one prompt and the new tokens; the worse of that and the same with a prompt of 8107 tokens.
+``fork32_ms``, ``fork32_compacted_ms``: milliseconds to make the 32 forks of a prompt that was mapped at once, before
+and after ``compact``; ``fork32_compacted_for_ms``: after ``compact(forks=32)``.
+``beam8_memory_ratio_to_dynamic``: peak K/V memory of ``model.generate`` with 8 beams on a prompt of 4096 tokens and 64
+new ones, over the bytes of DynamicCache's tensors at the end.
+``beam8_copied_per_step``: the most bytes that the reordering of one step copies, over the bytes of the beams' K/V.
+``beam8_tokens_equal``: 1 where the tokens are those of DynamicCache.
+``beam_step_over_dynamic``: the time over that with DynamicCache; medians of rounds in turns, after a warm-up of both.
+``prefix_speedup``: the time to prefill 8192 tokens, over the time to open a sequence as a fork of a cached prefix that
+has all but the last 100 of them.
+``next_turn_driver_calls``: memory calls and copies to open a chat's next turn in the slot of the last one.
+``swap_link_fraction``: the rate of swapping 1 and 2 GiB out and in, over that of plain copies to and from page-locked
+memory; the lowest of both sizes and directions.
+``swap_slowdown``: how much longer the attention of a decode step over 16 sequences of 8192 tokens takes while another
+sequence is swapped out and in without pause, as a part of the time without.
+Without a GPU only the parts that need none run.
 """
 
 from __future__ import annotations
@@ -115,7 +118,7 @@ def forks(device: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
 
 
 def prefixes(device: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Opening behind known tokens: in the slot of the last turn, in a fork, in a fork of what is compacted."""
+    """Opens sequences behind a cached prefix: in the slot of the last turn, as forks, as forks of compacted rows."""
     ids = list(range(PROMPT))
     rows: list[dict[str, Any]] = []
 
@@ -147,7 +150,7 @@ def prefixes(device: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
 
 
 def link(nbytes: int) -> tuple[float, float]:
-    """Bytes a second of plain copies out and in."""
+    """Bytes per second of plain copies from the device to page-locked memory, and back."""
     here = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
     there = torch.zeros(nbytes, dtype=torch.uint8, device="cuda")
     out, back = (
@@ -165,7 +168,7 @@ def swaps(device: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
         with KVCache(mapping.layout(2 * PROMPT), slots=2, device=device) as cache:
             sequence = cache.open()
             sequence.grow(tokens)
-            sequence.swap_out()  # takes the host memory
+            sequence.swap_out()  # allocates the host memory, which is not to be timed
             sequence.swap_in()
             out, back = [], []
             for _ in range(5):
@@ -251,13 +254,13 @@ def beams() -> tuple[list[dict[str, Any]], dict[str, float]]:
             super().reorder_cache(beam_idx)
             copied[-1] += self.stats().copied
 
-    # The model of this factory is a twin: nothing is attached to DynamicCache's.
+    # This factory's model has the same weights but is another object, so nothing is attached to DynamicCache's model.
     [factory, *_] = decode.cache_factories(model, 8192, [], [])
     took: dict[str, list[float]] = {"vattn": [], "DynamicCache": []}
     tokens: dict[str, torch.Tensor] = {}
     held = peak = 0
     for turn in range(1 + ROUNDS):
-        timed = turn > 0  # both are warmed up before, and watched
+        timed = turn > 0  # the first turn warms both up, and counts what is copied
         LayerGroupViews.move = move if timed else counted  # type: ignore[method-assign]
         for name in list(took)[:: -1 if turn % 2 else 1]:
             memory.clean()

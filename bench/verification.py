@@ -1,9 +1,11 @@
-"""Whether wrong kernels are refused and honest ones are not, and what verification costs a step that it is behind.
+"""Whether wrong kernels are refused and correct ones are not, and what verification costs steps that have passed it.
 
-``planted_faults_caught``: of the faults that move a kernel's output by more than five times what honest kernels differ
-by, those that were refused within two steps; ``honest_runs`` and ``honest_runs_refused``. With ``--before``, a checkout
-of an earlier commit with its extension built, also ``verified_step_cost_ratio``, the median step at 1 x 1024
-over that commit's, and the same of ``Sequence.grow`` and ``VirtualCache.update``: both are run in turns.
+``planted_faults_caught``: of the faults that move a kernel's output by more than five times the spread of correct
+kernels, the part that was refused within two steps.
+``honest_runs`` and ``honest_runs_refused``: how many runs of correct kernels there were, and how many were refused.
+``verified_step_cost_ratio``: the median step time at 1 x 1024 tokens, over that of an earlier commit. It is measured
+with ``--before``, a checkout of that commit with its extension built, as is the same ratio for ``Sequence.grow`` and
+``VirtualCache.update``. Both commits run in turns.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from vattn.hf.placement import Placement  # noqa: E402
 
 
 def tried(name: str, dtype: torch.dtype, device: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The planted faults and the honest runs of a model."""
+    """Tries the planted faults, and correct kernels, with one model; returns the rows of both."""
     if device == "cpu":
         Placement.granularity = 4096
         torch.set_num_threads(1)
@@ -44,14 +46,14 @@ def tried(name: str, dtype: torch.dtype, device: str) -> tuple[list[dict[str, An
 
 
 def try_all(device: str, workers: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Of all models, in processes of their own, since each compiles for long."""
+    """The rows of ``tried`` for all models, each in a process of its own, since compilation takes long."""
     cases = [(name, dtype, device) for name in trials.TINY for dtype in (*trials.HALVES, torch.float32)]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         found = list(pool.map(tried, *zip(*cases, strict=True)))
     return [row for faults, _ in found for row in faults], [row for _, runs in found for row in runs]
 
 
-# What a checkout takes, in a process of its own; its own benchmarks are used, so that both measure alike.
+# A program that measures a checkout, in a process of its own and with the benchmarks of that checkout.
 STEP = """
 import sys
 sys.path.insert(0, "bench")
@@ -88,7 +90,7 @@ def measured(folder: Path, device: str) -> dict[str, float]:
 
 
 def beside(before: Path, device: str, rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """What both commits take, in turns."""
+    """Measures both commits in turns; returns the rows, and the ratios of this commit to the other."""
     rows = []
     for turn in range(rounds):
         for commit, folder in (("before", before), ("now", ROOT)):
@@ -98,7 +100,10 @@ def beside(before: Path, device: str, rounds: int) -> tuple[list[dict[str, Any]]
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """What this commit takes over what the other does, medians; an update over DynamicCache's in the same process."""
+    """The median times of this commit over those of the other.
+
+    The time of an update is first divided by that of DynamicCache's update in the same process.
+    """
 
     def took(commit: str, key: str) -> float:
         over = f"{key}_dynamic"

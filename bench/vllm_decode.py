@@ -1,9 +1,9 @@
-"""Decode steps of a Llama-3-8B shape through vLLM, beside those of ``bench/generate.py`` on the same machine.
+"""Decode steps of a Llama-3-8B shape through vLLM, to compare with ``bench/generate.py`` on the same machine.
 
-vLLM is a peer, and no dependency: it runs where it is installed. Its weights are its own dummy ones. A step is what
-each token takes for a batch of prompts, all of one length, through ``LLM.generate``: the time to so many tokens less
-that to a quarter of them, over the tokens between. After a warm-up of every point there are rounds, whose median is
-written, a JSON line for each point.
+vLLM is not a dependency of vattn: this script runs where vLLM is installed, with vLLM's dummy weights. The step time is
+measured through ``LLM.generate`` for a batch of prompts of equal length: it is the time to generate a number of tokens,
+minus the time to generate a quarter of them, divided by the difference in tokens. Every point is warmed up first. The
+median of several rounds is written, as one JSON line for each point.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def engine(folder: str, impl: str) -> Any:
 
 
 def seconds(llm: Any, batch: int, length: int, tokens: int, first: int) -> float:
-    """To generate so many tokens behind prompts that begin with other tokens each time."""
+    """The seconds to generate ``tokens`` tokens for each prompt. Prompts of another ``first`` have other tokens."""
     from vllm import SamplingParams
 
     prompts = [{"prompt_token_ids": [(first + 7 * row + at) % 10000 for at in range(length)]} for row in range(batch)]
@@ -81,7 +81,7 @@ def main() -> None:
                     seconds(llm, *POINTS[point], tokens, 1000 * turn + 10 * number + tokens)
                     for tokens in (1, quarter, options.steps)
                 ]
-                if turn:  # before, all are warmed up
+                if turn:  # turn 0 is the warm-up
                     firsts[point].append(took[0])
                     steps[point].append((took[2] - took[1]) / (options.steps - quarter))
     rows = [

@@ -1,9 +1,9 @@
-"""A chat that keeps its cache between turns: each turn computes its own tokens only.
+"""A chat that keeps its cache between turns, so that each turn computes its new tokens only.
 
     python examples/chat.py MODEL_FOLDER [QUESTION ...]
 
-MODEL_FOLDER is of a model that chats as SmolLM2 does, e.g. the one that `vattn demo` unpacks. Without questions it
-reads them from the terminal, until an empty line.
+MODEL_FOLDER has a model with the chat format of SmolLM2, e.g. the one that `vattn demo` unpacks. Without questions the
+script reads them from the terminal, until an empty line.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def questions() -> Iterator[str]:
 tokenizer = AutoTokenizer.from_pretrained(options.folder, local_files_only=True)
 model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32, local_files_only=True)
 cache = vattn.VirtualCache(model, max_len=4096)
-tokens = torch.empty(1, 0, dtype=torch.long)  # the whole conversation; the cache holds all of it but the last token
+tokens = torch.empty(1, 0, dtype=torch.long)  # the whole conversation; the cache has the rows of all but the last token
 
 for question in questions():
     turn = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"

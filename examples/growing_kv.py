@@ -1,8 +1,8 @@
-"""K and V as plain tensors that grow in place, under a stock attention kernel.
+"""K and V as plain tensors that grow in place, read by an unmodified attention kernel.
 
     python examples/growing_kv.py [cpu|cuda]
 
-Prints the same map and the same counts on both.
+The script prints the same map and the same counts on both devices.
 """
 
 import argparse
@@ -20,7 +20,7 @@ layers, kv_heads, heads, head_dim = 32, 8, 32, 128
 dtype = torch.float32 if device == "cpu" else torch.bfloat16
 
 layout = vattn.KVLayout.uniform(layers=layers, kv_heads=kv_heads, head_dim=head_dim, max_len=131072, dtype="bfloat16")
-# Without a mapper all driver calls are made where they are needed, so that the counts are the same every time.
+# Without the mapper, a background thread, the calls below make the driver calls: each run has the same counts.
 with vattn.KVCache(layout, slots=4, device=device, mapper=False) as cache:
     print(f"{layout.bytes_per_token // 1024} KiB a token, {layout.tokens_per_granule:g} tokens a granule")
     k = cache.k(0)

@@ -1,8 +1,8 @@
-"""An unmodified Hugging Face model on a KV cache that grows in place.
+"""An unmodified Hugging Face model with a KV cache that grows in place.
 
     python examples/hf_generate.py MODEL_FOLDER [DEVICE]
 
-MODEL_FOLDER is any causal language model that transformers loads, e.g. the one that `vattn demo` unpacks.
+MODEL_FOLDER has any causal language model that transformers loads, e.g. the one that `vattn demo` unpacks.
 """
 
 import argparse

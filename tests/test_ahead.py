@@ -1,4 +1,4 @@
-"""Decode steps that begin before the call that they are for."""
+"""Speculative decode steps: steps that are started before they are called for."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("graphs")
 
 
 def committed(cache):
-    """Whether no row holds more than the cache says that it does."""
+    """Returns whether every row is as long as the cache says, so that no speculative step has left a row behind."""
     [rows] = cache._store.placement.rows.values()
     return all(row.length == cache.get_seq_length() for row in rows.sequences)
 
@@ -46,11 +46,11 @@ def test_greedy_steps_begin_before_their_calls(batch, device):
             assert stats.eager + stats.replayed == 2 * 23
             assert stats.speculative == (
                 23 + 23 - 4 if run_ahead else 0
-            )  # not the first of a call, nor those before a graph
+            )  # all but the first step of each call and the first two replays
 
 
 class Banned(LogitsProcessor):
-    """Forbids the highest token of every so many-th step."""
+    """Forbids the most likely token in every ``every``-th step."""
 
     def __init__(self, every):
         self.every, self.calls = every, 0
@@ -102,7 +102,7 @@ def test_what_is_done_to_a_cache_in_between_ends_what_has_begun(device):
 
 
 class Until(StoppingCriteria):
-    """Stops at a length, as no option of generate foresees."""
+    """Stops at a length that no option of ``generate`` tells the cache beforehand."""
 
     def __init__(self, length):
         self.length = length
@@ -131,7 +131,7 @@ def test_rows_that_have_ended_do_not_hinder_the_others(device):
     options = {"batch": 3, "max_new_tokens": 40, "repetition_penalty": 1.0}
     model.generation_config.eos_token_id = None
     free = generated(model, DynamicCache(config=model.config), **options)
-    # A token that one row comes to early and not all of them do.
+    # A token that exactly one of the rows generates.
     ends = next(
         token
         for token in free[0, -38:].tolist() + free[1, -38:].tolist() + free[2, -38:].tolist()
@@ -145,7 +145,8 @@ def test_rows_that_have_ended_do_not_hinder_the_others(device):
             assert torch.equal(generated(model, cache, **options), expected)
             assert committed(cache)
             stats = cache.decode_stats()
-            assert stats.speculative == expected.shape[1] - free.shape[1] + 39 - 3  # also while a row takes padding
+            # Steps are speculative also while a row that has ended is padded.
+            assert stats.speculative == expected.shape[1] - free.shape[1] + 39 - 3
 
 
 @pytest.mark.parametrize("where", ["was_given", "start_speculative", "grow_speculatively"])
@@ -171,7 +172,8 @@ def test_an_error_around_a_step_that_begins_leaves_nothing_of_it(where, device, 
         assert len(calls) == 9
         assert committed(cache)
         assert cache._store.speculative is None
-        assert (cache.decoder.again() is None) == (where != "grow_speculatively")  # where nothing has begun
+        # Where the interrupt came before a step was started, the last step can still be repeated.
+        assert (cache.decoder.again() is None) == (where != "grow_speculatively")
         cache.reset()
         assert torch.equal(generated(model, cache, max_new_tokens=30), expected)
 

@@ -1,4 +1,4 @@
-"""Which architectures take decode steps on vattn's attention, and are captured; with --tables it writes the table."""
+"""Which architectures decode on vattn's kernels, and are captured; with --tables, the test writes them to a table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import transformers
 from models import CACHE_KEYWORD, MODELS, MORE, WINDOW, attentions, build, prompt, virtual_of
 
 KNOWN = {**MODELS, **MORE}
-FALL_BACK = {  # and why
+FALL_BACK = {  # models that decode as transformers does, and why
     "deepseek_v3": "its K and V are made of a latent behind the cache",
     "falcon": "it adds to the mask",
     "bloom": "it has no position_ids",
@@ -32,14 +32,19 @@ def traits(config: Any) -> str:
 
 
 def steps_of(name: str, device: str) -> tuple[dict[str, Any], float]:
-    """Generates with a model, in bfloat16 on a GPU; how, and by how much its tokens are not the likeliest."""
+    """Generates with a model, in bfloat16 on a GPU and in float32 on a CPU.
+
+    Returns:
+        The model's row of the table, and the largest distance of a generated token's logit from the highest logit, as
+        a part of the distance from the highest to the mean.
+    """
     model = build(name, attentions(name)[0], device).to(torch.bfloat16 if device == "cuda" else torch.float32)
     model.generation_config.eos_token_id = None
     with virtual_of(model) as cache, torch.no_grad():
         inputs = prompt(2, 10, device)
         ids = model.generate(**inputs, **{CACHE_KEYWORD: cache}, max_new_tokens=NEW, do_sample=False)
         stats = cache.decode_stats()
-        # Each token is one that the model, given all before it at once, finds as likely as any.
+        # The model is given the whole text at once; each generated token must then have about the highest logit.
         logits = model(ids, use_cache=False).logits[:, 9:-1].float()
     chosen = logits.gather(2, ids[:, 10:, None])[..., 0]
     short = (logits.amax(-1) - chosen) / (logits.amax(-1) - logits.mean(-1))

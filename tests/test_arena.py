@@ -1,4 +1,4 @@
-"""Slots that grow, shrink, park and are adopted; the budget; and what happens when the driver refuses."""
+"""Slots that grow, shrink, park and are adopted; the budget; and what happens when a driver call fails."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNLIMITED = 1 << 62
 
 @pytest.fixture(autouse=True, params=["alone", "mapper"])
 def mapper(request, monkeypatch):
-    """Everything here holds with a mapper that does nothing ahead, and without one."""
+    """Runs every test without a mapper, and with one that maps nothing ahead (``lookahead=0``)."""
     monkeypatch.setitem(OPTIONS, "mapper", _core.Mapper() if request.param == "mapper" else None)
 
 
@@ -216,8 +216,8 @@ def test_the_parked_slot_that_fits_best_is_adopted():
         a.grow([slot], length, 0)
     for slot in range(3):
         a.release([slot])
-    assert a.acquire(expected=30) == 2  # the smallest that holds it
-    assert a.acquire(expected=500) == 1  # the largest, when none does
+    assert a.acquire(expected=30) == 2  # the smallest that is large enough
+    assert a.acquire(expected=500) == 1  # the largest, when none is large enough
     assert a.acquire(expected=9) == 0
     assert a.acquire(expected=9) == 3  # a bare one, when none is parked
     a.check()
@@ -271,7 +271,7 @@ def test_memory_goes_first_where_most_is_mapped_past_what_is_expected():
     a.truncate([0, 1, 2], 8)
     a.release([3])
     a.acquire(4)
-    a.grow([4], 40, 0)  # in pieces of 4 and 1
+    a.grow([4], 40, 0)  # in extents of 4 granules and 1
     assert [len(extents(a, slot)) for slot in range(4)] == [2, 3, 1, 3]
     a.check()
 
@@ -309,7 +309,7 @@ def test_when_the_budget_is_short_growth_takes_only_what_it_needs():
     a = arena(budget=10 * PAGE, growth_divisor=1)
     a.acquire()
     a.grow([0], 64, 0)
-    a.grow([0], 65, 64)  # one extent of 8 would be in proportion
+    a.grow([0], 65, 64)  # with a larger budget, growth_divisor would allow an extent of 8 granules
     assert extents(a) == [8, 1]
     a.check()
 
@@ -337,7 +337,7 @@ def test_a_window_gives_back_what_lies_before_it():
         a.grow([0], length, length - 1)
         runs = a.map()[0]["runs"]
         assert runs[0]["head"] == 0
-        first = max(length - 1 - 16 + 1, 0)  # what the query at length - 1 sees
+        first = max(length - 1 - 16 + 1, 0)  # the first row that the query at position length - 1 sees
         assert runs[1]["head"] <= first * ROW
         assert runs[1]["tail"] - runs[1]["head"] <= (16 + 3 * 8) * ROW
     a.check()
@@ -396,7 +396,7 @@ def test_slots_of_other_lengths_keep_what_they_have():
     long, short = (slot["runs"][0] for slot in a.map())
     assert long["head"] == 96 * ROW
     assert long["tail"] == 104 * ROW
-    assert short["head"] == 0  # rows 7 to 9 are in sight of what comes at 10
+    assert short["head"] == 0  # the query at position 10 sees rows 7 to 9
     a.truncate([1], 10)
     a.check()
 
@@ -448,7 +448,7 @@ def test_closing_returns_everything():
 
 
 def life(a):
-    """A scripted life that passes through every kind of driver call, as (what, operation) pairs."""
+    """Yields (name, operation) pairs of a scenario that makes driver calls of every kind."""
     yield "acquire", lambda: a.acquire(0)
     yield "grow", lambda: a.grow([0], 20, 0)
     yield "acquire", lambda: a.acquire(1)
@@ -459,7 +459,7 @@ def life(a):
     yield "grow", lambda: a.grow([1], 45, 30)
     yield "release", lambda: a.release([0])
     yield "acquire", lambda: a.acquire(2)
-    yield "grow", lambda: a.grow([2], 60, 0)  # strips slot 0
+    yield "grow", lambda: a.grow([2], 60, 0)  # takes the memory of slot 0, which is parked
     yield "acquire", lambda: a.acquire(0)
     yield "release", lambda: a.release([1])
     yield "grow", lambda: a.grow([0], 12, 0)
@@ -471,7 +471,8 @@ def life(a):
 
 
 def new_life(driver):
-    # Two planes, one windowed; the budget is short enough for stripping, waiting and pooled extents to be released.
+    # One of the two planes has a window. The budget is so small that parked slots are stripped, fences are waited for
+    # and pooled extents are released.
     unit = driver.granularity
     row = unit // 8
     return _core.Arena(driver, [(row, 0), (row, 12)], slots=3, max_len=64, budget=28 * unit, growth_divisor=4)
@@ -486,7 +487,11 @@ def tails(a):
 
 
 def run_life(driver, k, *, times=1, out_of_memory=False):
-    """Lives with the k-th call failing; returns the failures met. Every failed operation is tried again."""
+    """Runs ``life`` while the k-th driver call fails, and tries every failed operation again.
+
+    Returns:
+        The number of operations that failed.
+    """
     a = new_life(driver)
     failures = 0
     driver.fail_at(k, times=times, out_of_memory=out_of_memory)
@@ -540,7 +545,7 @@ def test_the_kth_call_failing_for_every_k(out_of_memory):
     total = calls_of_a_life()
     assert total > 100
     failed = 0
-    for k in range(2, total + 1):  # the first is the reservation, see below
+    for k in range(2, total + 1):  # the first is the reservation, see test_a_reservation_that_fails_leaves_nothing
         driver = _core.host_driver(PAGE, capacity=30 * PAGE)
         failed += run_life(driver, k, out_of_memory=out_of_memory)
         assert driver.memory_info()[0] == 30 * PAGE, f"memory lost when call {k} failed"
@@ -549,7 +554,7 @@ def test_the_kth_call_failing_for_every_k(out_of_memory):
 
 
 def test_several_calls_failing_in_a_row():
-    """The second failure meets the clean-up of the first; the memory is not lost, only given back later."""
+    """The second failure hits the clean-up after the first one; memory is given back later, and not lost."""
     for k in range(2, calls_of_a_life() + 1):
         driver = _core.host_driver(PAGE, capacity=30 * PAGE)
         run_life(driver, k, times=3)
@@ -588,7 +593,7 @@ def test_the_kth_call_failing_on_the_gpu():
 
 
 def test_threads_share_a_tight_budget():
-    """Growers and closers on slots of their own; the driver takes its time, so that they meet in the middle."""
+    """Each thread grows and releases a slot of its own; driver calls are made slow, so that threads overlap in them."""
     driver = _core.host_driver(PAGE)
     for call in ("create", "map", "set_access", "unmap", "release"):
         driver.charge(call, 20_000)

@@ -1,4 +1,7 @@
-"""The arena against a dict, in any order of operations, with faults: lengths, contents, budget and counts agree."""
+"""Compares the arena with a model made of dicts, under random operations and driver faults.
+
+Lengths, contents, addresses, cached prefixes and the budget must agree after every operation.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from vattn import BudgetExceeded, DriverError, _core
 
-ROWS = 4  # a granule
+ROWS = 4  # rows of a plane in a granule
 SLOTS = 6
 MAX_LEN = 64
 WINDOW = 6
 CAPACITY = 60  # granules
 
 
-INDEX = st.integers(0, 63)  # what is drawn must not depend on what happened: a mapper's timing may
+# Draws must not depend on the state of the arena, which may depend on the timing of the mapper. So rules draw indices.
+INDEX = st.integers(0, 63)
 
 
 def pick(slots: dict[int, object], index: int) -> int | None:
@@ -72,15 +76,18 @@ class ArenaMachine(RuleBasedStateMachine):
             self.planes.append(torch.utils.dlpack.from_dlpack(capsule))
         self.addresses = [plane.data_ptr() for plane in self.planes]
         self.written: dict[int, list[int]] = {}  # slot -> what each of its rows holds
-        self.kept: dict[int, int] = {}  # slot -> the first position that a truncated window may still need
+        self.kept: dict[int, int] = {}  # slot -> the first position that planes with a window must still have
         self.known: dict[
             int, tuple[int, list[int], int]
-        ] = {}  # parked slot -> generation, rows, what is kept of windows
-        self.swapped: list[tuple[_core.Swapped, list[int], int]] = []  # and their rows, and what is kept of windows
+        ] = {}  # parked slot -> generation, what its rows hold, and its ``kept``
+        self.swapped: list[tuple[_core.Swapped, list[int], int]] = []  # with what the rows hold, and ``kept``
         self.next_value = 1
 
     def attempt(self, operation) -> bool:
-        """Whether the operation succeeded; it fails in the ways it may, and then has changed nothing."""
+        """Runs an operation, and returns whether it succeeded.
+
+        It may fail for want of memory or by a fault of the driver. Then it must have changed nothing.
+        """
         try:
             operation()
         except (DriverError, BudgetExceeded):
@@ -136,7 +143,7 @@ class ArenaMachine(RuleBasedStateMachine):
         rows = self.written[slot]
         length = int(len(rows) * fraction)
         if 0 < length < len(rows) and length - WINDOW + 1 < self.kept[slot]:
-            return  # a window may have passed
+            return  # a window may have moved past this length
         if self.attempt(lambda: self.arena.truncate([slot], length)):
             del rows[length:]
             if length == 0:
@@ -153,7 +160,7 @@ class ArenaMachine(RuleBasedStateMachine):
         else:
             return
         length = int(len(rows) * fraction)
-        if length == len(rows) or length - WINDOW + 1 >= kept:  # else a window may have passed
+        if length == len(rows) or length - WINDOW + 1 >= kept:  # else a window may have moved past this length
             self.fork_into_new(source, generation, length, rows, kept, share)
 
     def fork_into_new(
@@ -185,7 +192,7 @@ class ArenaMachine(RuleBasedStateMachine):
                 del self.swapped[position]
                 self.begin(slots[0])
                 self.written[slots[0]], self.kept[slots[0]] = rows, kept
-            else:  # a slot was taken, and let go again
+            else:  # a slot was acquired and released again, which may have ended its cached prefix
                 self.known = {
                     slot: found for slot, found in self.known.items() if self.arena.cached_prefix(slot)[0] == found[0]
                 }
@@ -274,7 +281,7 @@ class ArenaMachine(RuleBasedStateMachine):
             now, positions, parked = self.arena.cached_prefix(slot)
             assert now == generation
             assert slots[slot]["state"] == "parked" if positions else slots[slot]["state"] != "running"
-            # What was taken back is gone from the end on.
+            # Memory is reclaimed from the end of a slot on.
             del rows[positions:]
             if not rows or not parked:
                 del self.known[slot]
@@ -314,7 +321,7 @@ CudaArenaMachine.TestCase.settings = settings(ArenaMachine.TestCase.settings, ma
 TestArenaOnCuda = pytest.mark.gpu(CudaArenaMachine.TestCase)
 
 
-# How often each operation comes, with what.
+# By operation: its relative frequency, and what its arguments are drawn from.
 OPERATIONS = {
     "acquire": (3, {"slot": (0, SLOTS - 1), "by": (0, 30)}),
     "acquire_any": (3, {"expected": (0, MAX_LEN), "by": (0, 30)}),
@@ -335,7 +342,11 @@ OPERATIONS = {
 
 
 def run_at_random(machine: ArenaMachine, steps: int, seed: int) -> Counter[str]:
-    """So many operations; how often each changed what sequences there are, or their lengths."""
+    """Runs ``steps`` random operations.
+
+    Returns:
+        How often each operation changed which sequences there are, or their lengths.
+    """
     source = random.Random(seed)
 
     def drawn(how: object) -> object:

@@ -1,4 +1,4 @@
-"""Every public argument, given everything that it might be taken for: the value that is right, or an error."""
+"""Gives each public argument values of many types: a valid one works, any other raises an error that names it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ FLAG = {"bool": True}
 NOTHING: dict[str, Any] = {"none": None}
 TOKENS = {"list": (3,), "nested list": (3,), "row tensor": (3,)}
 BUDGET = {**NOTHING, **COUNT, "half": 0.5, "numpy half": 0.5}
-ANYTHING = object()  # the call itself says whether it went well
+ANYTHING = object()  # the value is valid, and the result is not compared further
 
 
 def layout(**options: Any) -> KVLayout:
@@ -62,7 +62,14 @@ def made(**options: Any) -> object:
 
 
 class Case:
-    """One public argument: how it is given, and what of VALUES is right for it, as what."""
+    """One public argument of a class or function.
+
+    Args:
+        what: the class or function.
+        argument: the name of the argument.
+        give: calls it with a value, and returns what the value was taken for.
+        right: the keys of ``VALUES`` that are valid, and what ``give`` returns for them.
+    """
 
     def __init__(self, what: str, argument: str, give: Callable[[Any], Any], right: dict[str, Any]) -> None:
         self.what, self.argument, self.give, self.right = what, argument, give, right
@@ -83,7 +90,15 @@ def case(what: str, argument: str, right: dict[str, Any]) -> Callable[[Callable[
 
 
 def of_cache(method: str, argument: str, right: dict[str, Any], *, length: int = 10, **others: Any) -> None:
-    """A method of a ``Sequence`` of some positions, whose memory must be what it was after an error."""
+    """Adds a case for a method of a ``Sequence``, whose length and memory an error must leave unchanged.
+
+    Args:
+        method: the name of the method.
+        argument: the name of its argument.
+        right: as in ``Case``.
+        length: positions of the sequence.
+        others: further arguments of the method.
+    """
 
     def give(value: Any) -> Any:
         with small() as cache:
@@ -209,7 +224,7 @@ def _(value: Any) -> Any:
     with ours, small() as cache:
         try:
             cache.import_sequence(ours, timeout=value)
-        except vattn.Error as error:  # that nobody is there
+        except vattn.Error as error:  # the other end is closed
             assert isinstance(value, (int, float))
             raise ValueError("timeout") from error
 
@@ -461,7 +476,7 @@ def test_a_sequence_is_named_once() -> None:
 
 @pytest.mark.parametrize("large", [2**40, 2**62, 2**63 - 1])
 def test_large_counts_do_not_wrap_around(large: int) -> None:
-    """Nothing that is added to or multiplied comes out small."""
+    """No sum or product with a large argument overflows to a small number."""
     with small() as cache:
         sequence = cache.open()
         sequence.grow(10)

@@ -1,4 +1,4 @@
-"""What fails in a model's call changes nothing, of layers of other kinds and of other caches too."""
+"""A call of a model that fails changes nothing, neither in layers of other kinds nor in other caches."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_no_memory_in_a_hybrid(name, made_with):
 @pytest.mark.parametrize("options", [{"num_beams": 4}, {"num_beams": 4, "num_return_sequences": 2}])
 @pytest.mark.parametrize("name", [*HYBRIDS, "t5"])
 def test_beams_behind_memory_that_was_reserved(name, options, made_with):
-    """Beams begin as rows that are the same, of which the first alone has memory: also where all were given it."""
+    """Beams begin as equal rows, of which only the first has memory, also where memory was reserved for all rows."""
     model = build("t5", "eager", "cpu") if name == "t5" else hybrid(name)
     inputs = prompt(2, 60, "cpu")
     given = model if made_with == "model" else model.config

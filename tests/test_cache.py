@@ -142,7 +142,7 @@ def test_a_batch_of_different_lengths_grows_in_one_call_or_not_at_all():
 
 
 def test_queries_say_what_the_map_says():
-    """Beside the same counted from the map, over random caches that share."""
+    """Compares queries with what ``map()`` says, for random caches whose sequences share memory."""
     chance = random.Random(0)
     for _ in range(30):
         with small(mapper=False, lookahead=0) as cache:
@@ -182,7 +182,7 @@ def _shares_by_the_map(cache, sequence, length):
 
 
 def test_very_many_slots():
-    """Of a million a few are used; which one is taken is as with few."""
+    """A few of a million slots are used, and they are chosen as in a cache with few slots."""
     with KVCache(small().layout, slots=1_000_000, budget=100 * PAGE) as cache:
         a, b = cache.open(slot=999_999), cache.open()
         assert (a.slot, b.slot) == (999_999, 0)
@@ -412,7 +412,7 @@ def test_memory_is_not_taken_away_under_a_running_kernel():
 
 
 def test_every_statistic_of_the_core_is_a_field():
-    """The table of csrc/stats.hpp, and the calls of the driver."""
+    """Every entry of the table in csrc/stats.hpp, and the counts of driver calls, are documented in ``CacheStats``."""
     names = [field.name for field in dataclasses.fields(CacheStats)]
     with KVCache(KVLayout.uniform(layers=1, kv_heads=1, head_dim=8, max_len=10), slots=1) as c:
         counted = [*c._arena.stats(), "driver_calls", "background_calls"]

@@ -92,7 +92,7 @@ def test_weights_that_move_are_noticed(device):
 
 
 def test_first_rows_that_a_window_has_given_back(device):
-    """Where the first of a slot's rows have no memory any more, steps are captured as anywhere."""
+    """Steps are captured also where the memory of a slot's first rows has been given back."""
     wide = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 256} if device == "cuda" else {}
     model = build("mistral", "sdpa", device, **wide)
     model.generation_config.eos_token_id = None
@@ -127,12 +127,12 @@ def test_a_step_that_cannot_be_captured_runs_eagerly(factor, caplog):
         assert stats.eager == 11
         assert stats.fallback.startswith("the step cannot be captured: ")
     assert [record.name for record in caplog.records if record.name == "vattn"] == ["vattn"]
-    torch.rand(3, device="cuda")  # the generators know that the capture is over
+    torch.rand(3, device="cuda")  # fails if torch's random generators still assume that a capture is under way
 
 
 @pytest.mark.gpu
 def test_garbage_waits_for_a_capture_to_end():
-    """A cache that is collected within would wait for the device, which ends the capture."""
+    """A cache that is collected during a capture would wait for the device, which invalidates the capture."""
     model = build("llama-gqa", "sdpa", "cuda")
     forward, enabled = model.model.norm.forward, {}
 
@@ -155,7 +155,7 @@ def test_a_constant_in_a_captured_step_is_found_out(device):
     forward = model.model.norm.forward
 
     def shift(states):
-        return forward(states) + 0.01 * kept["cache"].get_seq_length()  # a number of the host's, fixed by a capture
+        return forward(states) + 0.01 * kept["cache"].get_seq_length()  # a host value, which becomes a constant
 
     model.model.norm.forward = shift
     kept["cache"] = DynamicCache(config=model.config)
@@ -188,9 +188,9 @@ def test_adapters_that_change_between_steps_are_noticed(device):
     layer = adaptable(model)
     with virtual_of(model) as cache:
         first = generated(model, cache)
-        layer.active_adapter = "b"  # the next call goes on where the last one ended
+        layer.active_adapter = "b"  # before a call that continues the text of the last one
         more = {"input_ids": first, "max_new_tokens": 8, "do_sample": False}
-        with torch.no_grad():  # K and V of the first call are those of the other adapter
+        with torch.no_grad():  # K and V of the first call are computed with adapter "a"
             dynamic = DynamicCache(config=model.config)
             layer.active_adapter = "a"
             generated(model, dynamic)
@@ -201,7 +201,7 @@ def test_adapters_that_change_between_steps_are_noticed(device):
 
 
 def test_settings_in_dicts_are_noticed(device):
-    """As PEFT keeps the scale of each adapter, also where a call goes on where the last one ended."""
+    """PEFT keeps the scale of each adapter in a dict. A change is noticed also where a call continues the last one."""
     model = build("llama-gqa", "sdpa", device)
     layer = model.model.layers[1].mlp
     forward, layer.scaling = layer.forward, {"default": 1.0}
@@ -223,7 +223,7 @@ def test_settings_in_dicts_are_noticed(device):
 
 @pytest.mark.parametrize("every_call", [True, False])
 def test_weights_that_are_assigned_are_noticed(every_call, device):
-    """Before a call that goes on where the last one ended, or before a step by hand."""
+    """The weights are assigned before a ``generate`` that continues the last one, or before direct calls of a model."""
     model = build("llama-gqa", "sdpa", device)
     head, other = model.lm_head.weight, torch.nn.Parameter(-model.lm_head.weight.detach())
     texts = []
@@ -273,7 +273,7 @@ def test_global_hooks_are_noticed(device):
 
 def test_weights_go_with_their_model(device):
     model = build("llama-gqa", "sdpa", device)
-    model.rope_deltas = None  # as some with images have it
+    model.rope_deltas = None  # some vision-language models have this attribute
     cache = VirtualCache(model, max_len=160, attention="auto")
     generated(model, cache)
     assert cache.decode_stats().captures == 1
@@ -322,7 +322,7 @@ def test_where_weights_find_no_memory_side_by_side_they_stay(device, monkeypatch
 
 
 def test_weights_that_change_between_calls_are_seen(device):
-    """Also where the next call goes on with the token that the last one ended with."""
+    """Changes are seen also where the next call continues from the last token of the one before."""
     model = build("llama-gqa", "sdpa", device)
     model.generation_config.eos_token_id = None
     results = []
@@ -353,7 +353,7 @@ def test_compiled(name):
 
 
 def test_a_replay_is_at_most_six_calls_deep(device, monkeypatch):
-    """From the model's forward to the replay, each call goes to the same package or one that it may know."""
+    """From ``model.forward`` to ``GraphRunner.replay`` there are the six calls that docs/design.md lists."""
     paths = []
     replay = GraphRunner.replay
 
@@ -372,7 +372,7 @@ def test_a_replay_is_at_most_six_calls_deep(device, monkeypatch):
     with virtual_of(model, run_ahead=False) as cache:
         generated(model, cache, max_new_tokens=24)
     assert len(paths) > 10
-    # generate's own way through attach.py comes first; the replay itself is the sixth call.
+    # Frames of attach.py that belong to generate come first and are left out. The replay itself is the sixth call.
     steps = [path[path.index("hf/decoder.py") - 2 :] for path in paths[2:]]
     expected = ["hf/attach.py"] * 2 + ["hf/decoder.py"] * 2 + ["hf/decode_graph.py"]
     assert all(step == expected for step in steps)

@@ -1,4 +1,4 @@
-"""Where transformers takes a ``VirtualCache`` for a ``DynamicCache``: how it rebuilds, measures and refuses one."""
+"""Uses of a ``VirtualCache`` in place of a ``DynamicCache``: transformers rebuilds it, measures it and crops it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def t5gemma(device):
 @pytest.mark.parametrize("made_with", ["model", "config"])
 @pytest.mark.parametrize("beams", [1, 2])
 def test_a_rebuilt_cross_attention_half_has_the_options_of_the_old_one(made_with, beams, device):
-    """T5Gemma makes another one in ``generate``: decoders have windows, and what they see of encoders has none."""
+    """T5Gemma's ``generate`` makes a new cross-attention half: decoders have windows, cross-attention has none."""
     model = t5gemma(device)
     options = {"max_new_tokens": 20, "do_sample": False, "decoder_start_token_id": 1, "pad_token_id": 0}
     options["num_beams"] = beams
@@ -81,7 +81,7 @@ def test_a_cross_attention_half_has_no_windows(device):
 
 @pytest.mark.usefixtures("small")
 def test_a_cache_is_rebuilt_from_tensors(device):
-    """As RAG's beams do it: ``type(cache)(layers)``, with K and V of each layer."""
+    """RAG's beam search calls ``type(cache)(layers)`` with K and V of each layer."""
     model = build("llama-gqa", "sdpa", device)
     ids = prompt(2, 10, device)["input_ids"]
     with torch.no_grad(), VirtualCache(model, max_len=77, slots=6) as cache:
@@ -146,7 +146,7 @@ def test_layers_that_stay_transformers_own_are_told(caplog):
     for name, kind in kinds.items():
         config = getattr(transformers, name, lambda **_: None)(num_hidden_layers=3)
         if config is None or type(DynamicCache(config=config).layers[0]).__name__ != kind:
-            continue  # an older one, where layers of other kinds are in caches of their own
+            continue  # older versions of transformers keep layers of other kinds in caches of their own
         tell_foreign.cache_clear()
         with caplog.at_level(logging.WARNING, logger="vattn"):
             for _ in range(2):
@@ -161,7 +161,10 @@ def test_layers_that_stay_transformers_own_are_told(caplog):
 
 
 def test_options_that_are_given_are_of_the_cache_that_is_made():
-    """Only who gives none takes those of the cache that was used before, as transformers does where it replaces one."""
+    """Only a cache that is made without options takes them from the cache that this thread used last.
+
+    transformers makes one without options where it replaces a cache.
+    """
     k = torch.randn(1, 2, 5, 16)
     with VirtualCache(None, max_len=77, layout="compact") as before:
         before.update(k, k, 0)
@@ -173,7 +176,7 @@ def test_options_that_are_given_are_of_the_cache_that_is_made():
 
 
 class Cropping(StoppingCriteria):
-    """Tries, in the middle of a generation, what is refused."""
+    """Tries crops that are refused, in the middle of a generation."""
 
     def __init__(self, cache):
         self.cache, self.refused = cache, 0
@@ -191,7 +194,7 @@ class Cropping(StoppingCriteria):
 @pytest.mark.parametrize("name", ["mistral", "gemma2"])
 @pytest.mark.parametrize("attention", [None, "auto"])
 def test_a_generation_goes_on_behind_a_refused_crop(name, attention, monkeypatch):
-    """On the host, whose granules are small enough for a window to drop rows."""
+    """Runs on the host with small granules, so that a window gives rows back."""
     monkeypatch.setattr(Placement, "granularity", 4096)
     model = build(name, attentions(name)[0], "cpu", sliding_window=8)
     expected = generated(model, DynamicCache(config=model.config), max_new_tokens=40)

@@ -1,4 +1,4 @@
-"""Weights side by side, and the products that are joined for it."""
+"""Weights that are laid side by side in memory, and matrix products that a compiled graph joins because of that."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vattn.graphs import compilation
 
 
 def products(model, ids):
-    """The logits of a compiled model and how many linear layers the graph has."""
+    """Returns the logits of a compiled model, and how many linear layers its graph has after products were joined."""
     count = []
 
     def backend(graph, inputs):
@@ -32,13 +32,13 @@ def products(model, ids):
 
 @pytest.mark.parametrize("name", ["llama-gqa", "qwen2", "gemma2", "phi3"])
 def test_products_of_one_input_are_joined(name):
-    """Query, key and value become one, gate and up another, with biases or without."""
+    """The products of query, key and value become one, and those of gate and up another, with and without biases."""
     model = build(name, "eager", "cpu")
     ids = torch.tensor([[5, 17, 9]])
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
     layers = 4
-    fused = name == "phi3"  # by its makers
+    fused = name == "phi3"  # the model itself has one weight for query, key and value, and one for gate and up
     logits, number = products(model, ids)
     assert number == (4 if fused else 7) * layers + 1
     torch.testing.assert_close(logits, expected)
@@ -70,7 +70,7 @@ def test_neighbours_are_saved_and_trained_as_ever(tmp_path):
 
 
 class Several(nn.Module):
-    """Layers that must not move, or whose products are not of one input."""
+    """Linear layers whose weights must not move because they are tied, or whose products have different inputs."""
 
     def __init__(self):
         super().__init__()
@@ -92,11 +92,11 @@ def test_what_does_not_fit_stays():
     assert model.d.weight.data_ptr() == model.tied.weight.data_ptr() == tied
     result, number = products(model, x)
     torch.testing.assert_close(result, expected)
-    assert number == 6  # neighbours of b, which has another input, and not of each other
+    assert number == 6  # a and c are neighbours of b, which has another input, and not of each other
 
 
 class Parallel(nn.Module):
-    """Layers of one input in two modules, and an input that changes between layers."""
+    """Two modules, in each of which all layers have the same input. ``changes`` makes the second module's input."""
 
     def __init__(self, changes):
         super().__init__()
@@ -151,7 +151,7 @@ def test_an_input_that_changes_parts_a_run(change):
         compilation.lay_side_by_side(model)
         result, number = products(model, x)
     torch.testing.assert_close(result, expected)
-    assert number == 3  # k and v begin behind q, of which a compiled graph does not know
+    assert number == 3  # only layers from the start of a storage on are joined, and k and v begin behind q
 
 
 def test_weights_of_several_processes_stay():
@@ -161,6 +161,6 @@ def test_weights_of_several_processes_stay():
     model = Several()
     rows = torch.randn(24, 8)
     for layer, part in zip((model.a, model.b, model.c), rows.split(8), strict=True):
-        layer.weight.data = part  # of what somebody else has too
+        layer.weight.data = part  # a part of a tensor that is used elsewhere, too
     compilation.lay_side_by_side(model)
     assert model.a.weight.data_ptr() == rows.data_ptr()

@@ -1,4 +1,4 @@
-"""The layers of a model, by its configuration: as ``DynamicCache`` makes them, or an error that says why not."""
+"""The layers that vattn reads from a model's configuration: as ``DynamicCache`` makes them, or a precise error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vattn import KVLayout
 from vattn.memory import configuration
 from vattn.memory.layout import layer_shapes
 
-WHOLE = hasattr(transformers.PretrainedConfig, "per_layer_config")  # from when on DynamicCache says all layers
+WHOLE = hasattr(transformers.PretrainedConfig, "per_layer_config")  # versions whose DynamicCache knows all layers
 
 
 @pytest.mark.skipif(not WHOLE, reason="DynamicCache of this transformers does not know all kinds of layers")
@@ -26,16 +26,16 @@ def test_every_configuration_of_transformers():
 
 
 def test_every_configuration_without_transformers(monkeypatch):
-    """What the keys of a file do not say for sure is refused: nothing is read as what it is not."""
+    """A file whose keys are ambiguous is refused, so that no layer is read wrong."""
     monkeypatch.setattr(configuration, "_read_by_transformers", lambda config: config)
     found = list(configurations.answers("file", "old file"))
-    if WHOLE:  # else what is expected is wrong where layers have states
+    if WHOLE:  # in older versions, the expected layers are wrong for models with recurrent states
         assert [answer for answer in found if answer.got is not None and not answer.right] == []
     assert sum(answer.got is not None for answer in found) > 0.6 * len(found)
 
 
 BASE = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 8}
-# As files on the hub have them: the type, what else is in the file, and the layers that have rows.
+# As in files on the Hugging Face hub: the model type, further keys of the file, and the layers that have rows.
 FILES = [
     ("llama", {}, range(8)),
     ("qwen3_next", {"full_attention_interval": 4, "head_dim": 16}, [3, 7]),

@@ -1,4 +1,4 @@
-"""Decode steps on vattn's attention: which calls are one, when a model is not trusted, and steps that are captured."""
+"""Decode steps on vattn's kernels: which calls are steps, which models are refused, and how steps are captured."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vattn import CACHE_KEYWORD, VirtualCache, kernels
 from vattn.models.expected import Expected
 
 MAX_LEN = 160
-OTHERS = ("t5", "deepseek_v3")  # their attention is not given what the cache returns, or has no positions
+OTHERS = ("t5", "deepseek_v3")  # their attention does not get what the cache returned, or takes no positions
 pytestmark = pytest.mark.usefixtures("small")
 
 
@@ -41,7 +41,7 @@ def test_exact(name, attention, mode, device):
         expected = MODES[mode](model, lambda model: DynamicCache(config=model.config))
     except (ValueError, RuntimeError, NotImplementedError):
         try:
-            expected = MODES[mode](model, lambda model: DynamicCache())  # which can crop
+            expected = MODES[mode](model, lambda model: DynamicCache())  # without a configuration it can crop
         except RuntimeError as error:
             pytest.skip(f"transformers cannot: {error}")
     for a, b in zip(expected, MODES[mode](model, make), strict=True):
@@ -50,17 +50,17 @@ def test_exact(name, attention, mode, device):
         cache.check()
         stats = cache.decode_stats()
         if name == "gpt_oss" and device == "cuda" and mode not in ("greedy", "padded", "sampling", "reset"):
-            continue  # its experts are computed in another way there, which no capture takes
+            continue  # on CUDA its experts are computed in another way, which cannot be captured
         assert {type(length) for length in cache._store.lengths} <= {int}
         assert stats.fallback is None
         if mode in ("greedy", "padded", "sampling", "beams", "reset"):
             steps = stats.eager + stats.replayed
             assert steps >= 20
-            if device == "cuda":  # compared first, and where windows begin to move
+            if device == "cuda":  # only compared steps run eagerly: the first, and the first with a full window
                 assert stats.eager <= 2 * stats.captures
 
 
-# Their attention adds positions to a mask of its own.
+# Models whose attention adds positions to a mask of its own, and how the reason for their fallback begins.
 UNSUITABLE = {"falcon": "decodes as transformers does: ", "bloom": None}
 
 
@@ -79,7 +79,7 @@ def test_more_architectures(name, device):
         return
     takes_functions = "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(sys.modules[type(model).__module__])
     if not takes_functions or (name == "opt" and transformers.__version__.startswith("4.")):
-        # Older versions of some take no attention function, or make a mask of their own.
+        # Older versions of some models take no attention function, or make a mask of their own.
         assert "decodes as transformers does: " in stats.fallback
         return
     assert stats.fallback is None
@@ -158,7 +158,7 @@ def test_what_is_no_step_runs_as_ever(device):
 
 
 def test_masks_are_looked_at_in_every_step(device):
-    """Padding that comes up after steps without it, and goes again."""
+    """Padding appears after steps without it, and disappears again."""
     model = build("llama-gqa", "sdpa", device)
     ids = prompt(2, 20, device)["input_ids"]
     caches = DynamicCache(config=model.config), VirtualCache(model, max_len=MAX_LEN, attention="auto")
@@ -280,7 +280,7 @@ def test_threads_that_share_a_model(device):
         thread.join()
     assert wrong == []
     assert len(steps) == 6
-    if device == "cpu":  # where nothing is captured no thread has to wait for the others
+    if device == "cpu":  # nothing is captured, so no thread falls back because of another one
         assert steps == [29] * 6
     assert model.config._attn_implementation == "sdpa"
 
@@ -370,7 +370,7 @@ def test_weights_that_move_and_adapters_that_change_are_noticed(device):
 
 
 def test_padding_is_compared_by_itself(device):
-    """OPT takes positions from the mask, where it is given none."""
+    """OPT computes positions from the mask if it is given none."""
     model = build("opt", attentions("opt")[0], device)
     ids = prompt(2, 12, device)["input_ids"]
     mask = torch.ones(2, 13, dtype=torch.long, device=device)
@@ -398,7 +398,7 @@ def test_autocast_is_left_alone(device):
 
 def test_a_kernel_that_cannot_is_the_caches_affair(device):
     model = build("llama-gqa", "sdpa", device)
-    with virtual_of(model, attention="sdpa-flash") as cache:  # it computes in halves on CUDA only
+    with virtual_of(model, attention="sdpa-flash") as cache:  # this kernel needs CUDA and 16 bits
         generated(model, cache)
         assert "no attention kernel" in cache.decode_stats().fallback
     with virtual_of(model) as cache:
@@ -449,7 +449,7 @@ def test_one_wrong_row_is_a_difference():
 
 def test_models_that_adapt_another(device):
     class Adapted(torch.nn.Module):
-        """As PEFT's models are."""
+        """Wraps another model as PEFT's models do."""
 
         def __init__(self, model):
             super().__init__()
@@ -475,7 +475,7 @@ def test_the_models_attention_can_be_changed_meanwhile(device):
         assert model.config._attn_implementation == "eager"
         assert torch.equal(got, model.generate(**more))
         stats = cache.decode_stats()
-        assert stats.eager + stats.replayed == 11 + 8  # the last token of the first call is a step of the second
+        assert stats.eager + stats.replayed == 11 + 8  # the second call also computes the first one's last token
         assert stats.fallback is None
 
 
@@ -496,7 +496,7 @@ def test_quantized_weights(name, device):
 
 @pytest.mark.parametrize("by_hand", [False, True])
 def test_positions_behind_an_image(by_hand, device):
-    """A model that is given none adds what it has found in the prompt to them; ``generate`` gives them."""
+    """``generate`` gives positions. Without them, the model adds an offset that it computed from the prompt."""
     model = qwen2_vl(device)
     words = torch.randint(3, 80, (1, 12), device=device)
     image = words.clone()
@@ -527,7 +527,7 @@ def test_positions_behind_an_image(by_hand, device):
         stats = cache.decode_stats()
         told = stats.fallback or ""
         if by_hand:
-            assert "rope_deltas" in told  # which older versions of transformers have of text alone, too
+            assert "rope_deltas" in told  # older versions of transformers set them for text alone, too
             assert stats.eager + stats.replayed == (12 if transformers.__version__ >= "5" else 0)
-        else:  # which give every step the sizes of images, too
+        else:  # some versions give every step the sizes of images, too
             assert stats.eager + stats.replayed == (22 if "a step is given" in told else 33)

@@ -1,4 +1,4 @@
-"""The contract of csrc/driver.hpp, held by both backends."""
+"""The contract of csrc/driver.hpp, which both backends must meet."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_what_is_refused(driver, granule):
     refused(driver.set_access, base, granule)  # nothing mapped
     driver.map(base, 2 * granule, handle)
     other = driver.create(granule)
-    refused(driver.map, base + granule, granule, other)  # taken
+    refused(driver.map, base + granule, granule, other)  # the address is in use
     refused(driver.unmap, base, granule)  # a part of a mapping
     driver.unmap(base, 2 * granule)
     driver.release(handle)
@@ -205,7 +205,7 @@ def test_the_host_refuses_more_than_cuda():
     driver = _core.host_driver(4096)
     base = driver.reserve(8192)
     handle = driver.create(4096)
-    refused(driver.unmap, base, 4096)  # nothing mapped; cuMemUnmap takes no offence
+    refused(driver.unmap, base, 4096)  # nothing mapped, which cuMemUnmap accepts
     driver.map(base, 4096, handle)
     refused(driver.free_address, base, 8192)  # something mapped
     refused(driver.map, 1 << 40, 4096, handle)  # not reserved

@@ -22,7 +22,7 @@ PAGE = 4096
 
 @pytest.fixture(autouse=True)
 def opened(monkeypatch):
-    """Closes what a test leaves open."""
+    """Closes the sockets and processes that a test leaves open."""
     with contextlib.ExitStack() as stack:
 
         def pair(original=socket.socketpair):
@@ -57,7 +57,7 @@ def rows(sequence):
     return sequence.k(0)[:, 0, 5].tolist()
 
 
-# The other process: imports, says what it has found, appends, and waits to be told what next.
+# The other process. It imports a sequence, prints what it has found, and then obeys lines from its standard input.
 IMPORTER = textwrap.dedent(
     """
     import os, signal, socket, sys, torch
@@ -137,7 +137,7 @@ def test_another_process_reads_the_rows_and_goes_on(device):
     to, process = importer(device)
     s.export(to)
     assert told(process) == [str(float(total)), "20001"]
-    # Both go on, and neither sees what the other writes.
+    # Both processes write on, and neither sees what the other writes.
     s.truncate(100)
     write(s, 19_901, value=3)
     assert told(process, "look") == [str(float(total)), "20001"]
@@ -192,7 +192,7 @@ def test_the_importers_death_at_any_step_leaves_the_exporter_whole(device, die_a
     s = c.open()
     write(s, 3000)
     before = c.stats()
-    gc.collect()  # files of earlier tests
+    gc.collect()  # closes files of earlier tests
     files = len(os.listdir("/proc/self/fd"))
     to, process = importer(device, die_at)
     if die_at == "end":
@@ -222,7 +222,11 @@ def test_the_importers_death_at_any_step_leaves_the_exporter_whole(device, die_a
 
 
 def exchange(exporting, importing):
-    """Both ends in one process, the exporter's in a thread; what each of them raised."""
+    """Runs both ends in one process, the exporter in a thread.
+
+    Returns:
+        What the importer returned, what it raised, and what the exporter raised; None for each that there is not.
+    """
     import threading
 
     here, there = socket.socketpair()
@@ -305,7 +309,7 @@ def test_silence_and_nonsense_end():
     with pytest.raises(Error, match=r"broke off: it took longer than 0\.05 s"):
         c.import_sequence(here, timeout=0.05)
     with pytest.raises(Error, match="broke off"):
-        s.export(there, timeout=0.05)  # meets what the importer said
+        s.export(there, timeout=0.05)  # reads what the importer had sent before it gave up
     with pytest.raises(Error, match="answers another request"):
         c.import_sequence(here, timeout=0.05)
     here, there = socket.socketpair()

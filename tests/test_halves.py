@@ -1,7 +1,8 @@
-"""In bfloat16 a step on vattn's kernels differs no more from those of transformers' than these do from each other.
+"""In bfloat16, decode steps on vattn's kernels stay within the spread of the attention kernels of transformers.
 
-The reference is the same model in float32. ``SPREAD`` is what a further stock kernel may be off by, beside the worst
-pair of the others: each rounds in its own way, and a few of them do not show all there is.
+A step may differ from each of transformers' kernels by ``SPREAD`` times what the worst pair of these differs by, and
+from the same model in float32 by ``SPREAD`` times what the worst of them does. ``SPREAD`` is more than 1 because each
+kernel rounds in its own way, and a few kernels do not show how far correct ones may differ.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("small")
 
 
 def logits(model, cache) -> torch.Tensor:
-    """Of given tokens, one by one behind a prompt: ``[batch, steps, vocabulary]``, in float32."""
+    """Returns the logits of fixed tokens that follow a prompt one by one: ``[batch, steps, vocabulary]``, float32."""
     ids = prompt(BATCH, PROMPT + STEPS, model.device.type)["input_ids"]
     options = {CACHE_KEYWORD: cache, "use_cache": True}
     with torch.no_grad():
@@ -34,7 +35,7 @@ def logits(model, cache) -> torch.Tensor:
 
 
 def stock(model, name) -> dict[str, torch.Tensor]:
-    """By each of transformers' ways that this machine has."""
+    """Returns the logits by each attention kernel of transformers that this machine has."""
     found = {}
     for attention in attentions(name):
         model.set_attn_implementation(attention)
@@ -44,13 +45,13 @@ def stock(model, name) -> dict[str, torch.Tensor]:
             try:
                 with sdpa_kernel(backend):
                     found[backend.name] = logits(model, DynamicCache(config=model.config))
-            except (RuntimeError, UserWarning):  # it is not there, or not for this model
+            except (RuntimeError, UserWarning):  # the kernel is missing, or does not support this model
                 continue
     return found
 
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The most that the logits of a token differ by, of their norm."""
+    """Returns the largest difference between the logits of a token, relative to their norm."""
     return float(((a - b).norm(dim=-1) / b.norm(dim=-1)).max())
 
 
@@ -65,7 +66,8 @@ def test_within_the_spread_of_stock_kernels(name, device):
     error = max(apart(other, reference) for other in others.values())
     model.set_attn_implementation("sdpa")
     tried = ["reference"] if device == "cpu" else [k.name for k in kernels.KERNELS.values() if k.capturable]
-    tried = [name for name in tried if not kernels.KERNELS[name].missing() and name != "flashinfer"]  # it compiles long
+    # FlashInfer is left out because it takes long to compile.
+    tried = [name for name in tried if not kernels.KERNELS[name].missing() and name != "flashinfer"]
     assert tried
     for kernel in tried:
         with virtual_of(model, attention=kernel) as cache:

@@ -1,4 +1,4 @@
-"""VirtualCache beyond tokens: copies, memory, misuse, failures, and what transformers expects of a cache object."""
+"""VirtualCache apart from tokens: copies, memory, misuse, failures, and what transformers expects of a cache object."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def generate(model, cache, inputs, new):
 
 
 class CopyCounter(TorchDispatchMode):
-    """Counts operations that write a new tensor as large as a layer's K, and views returned by them are none."""
+    """Lists operations that return a new tensor of at least ``numel`` elements. Views of their inputs do not count."""
 
     def __init__(self, numel: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class CopyCounter(TorchDispatchMode):
 
 @pytest.mark.parametrize(("make", "copies"), [(VirtualCache, 0), (DynamicCache, 2)])
 def test_a_decode_step_copies_no_kv(llama, make, copies, device):
-    # In float32 CUDA has no fused kernel for grouped heads, and what stands in for it copies.
+    # In float32 CUDA has no fused kernel for grouped heads, and the kernel that is used instead copies K and V.
     model = llama if device == "cpu" else build("llama-gqa", "sdpa", device).to(torch.bfloat16)
     cache = make(config=model.config, **({"max_len": 2000} if make is VirtualCache else {}))
     inputs = prompt(1, 1000, device)["input_ids"]
@@ -142,7 +142,7 @@ def test_deleting_the_cache_frees_the_memory(llama):
     cache = VirtualCache(llama.config, max_len=300)
     generate(llama, cache, prompt(1, 10, "cpu"), 5)
     driver = cache.kv_caches[0]._arena.driver
-    gc.disable()  # by reference counts alone: a GPU's memory cannot wait for the collector
+    gc.disable()  # reference counts alone must free it: a GPU's memory cannot wait for the collector
     try:
         del cache
         counts = driver.counts()
@@ -253,7 +253,7 @@ def test_two_models_are_told_apart():
 
 
 def test_a_different_update_in_the_middle_of_a_step():
-    """What the first layer of a step prepared for the others does not fit them: it is checked, not broadcast."""
+    """K and V that do not fit what the first layer of a step prepared for the others are checked, not broadcast."""
     cache = VirtualCache(CONFIG, max_len=100)
     fill(cache, 3)
     cache.update(*kv(5), 0)
@@ -287,7 +287,7 @@ def test_a_forked_process_is_told():
     fill(cache, 3)
     child = os.fork()
     if child == 0:
-        for n in (1, 500):  # within what is mapped, which is the parent's too, and beyond
+        for n in (1, 500):  # within the memory that is mapped in the parent as well, and beyond it
             try:
                 fill(cache, n)
             except BackendUnavailable:
@@ -315,9 +315,9 @@ def test_out_of_pages_leaves_the_cache_as_it_was(llama):
 
 @pytest.mark.parametrize("mapper", [False, True])
 def test_every_driver_call_failing_once_in_a_generation(llama, monkeypatch, mapper):
-    """The right exception, a clean check, and the next call works, for every k.
+    """For every k the exception is the right one, ``check()`` passes, and the next call works.
 
-    What fails ahead in the background is no failure of the generation, unless it needs it at once.
+    When the mapper fails to map ahead, the generation fails only if it needs that memory at once.
     """
     inputs = prompt(2, 10, "cpu")
 
@@ -348,7 +348,7 @@ def test_every_driver_call_failing_once_in_a_generation(llama, monkeypatch, mapp
 
 
 def test_sharded_models_and_layers_of_other_shapes():
-    """What is guessed of layers not yet seen is wrong here twice; data already written moves along."""
+    """The shapes expected of layers that are not yet seen are wrong twice here; rows already written are kept."""
     cache = VirtualCache(CONFIG, max_len=100, slots=2)
     shapes = [{}, {}, {"heads": 4}, {"heads": 4, "dtype": torch.bfloat16}]
     written = []
@@ -390,7 +390,7 @@ def test_layers_on_two_devices():
 
 @pytest.mark.frees
 def test_views_outlive_a_rebuild():
-    """A model may keep what update returned; a later layer of another shape, or a larger batch, moves the cache."""
+    """A layer of another shape, or a larger batch, rebuilds the cache. What ``update`` has returned stays valid."""
     cache = VirtualCache(CONFIG, max_len=100)
     k, v = kv(3)
     kept, _ = cache.update(k, v, 0)
@@ -407,7 +407,7 @@ def test_what_was_prepared_does_not_survive_a_rebuild():
     first = kv(3)
     cache.update(*first, 1)
     cache.update(*kv(1), 0)  # prepares layer 1
-    cache.update(*kv(3, heads=4), 2)  # rebuilds
+    cache.update(*kv(3, heads=4), 2)  # rebuilds the cache
     second = kv(1)
     cache.update(*second, 1)
     assert torch.equal(cache.layers[1].keys, torch.cat([first[0], second[0]], dim=2))
@@ -425,7 +425,7 @@ def test_layers_of_unequal_length(gemma):
     cache.batch_repeat_interleave(2)
     for layer in range(4):
         assert torch.equal(cache.layers[layer].keys, keys[layer].repeat_interleave(2, dim=0))
-    hybrid = VirtualCache(gemma.config, max_len=500)  # layer 2 sees all, the others 12 positions
+    hybrid = VirtualCache(gemma.config, max_len=500)  # layer 2 sees all positions, the others 12
     first = [kv(5) for _ in range(4)]
     for layer in range(4):
         hybrid.update(*first[layer], layer)
@@ -458,7 +458,7 @@ def test_crop_means_what_transformers_means():
                 outcomes.append([cache.get_seq_length(layer) for layer in range(4)])
             except ValueError:
                 outcomes.append("refused")
-        if argument != -9:  # more than there is; DynamicCache keeps what a negative slice leaves, nothing
+        if argument != -9:  # this removes more than there is, and DynamicCache keeps what a negative slice leaves
             assert outcomes[0] == outcomes[1], argument
         else:
             assert outcomes[1] == [0] * 4
@@ -552,7 +552,7 @@ def test_copied_rows_of_a_window_are_those_that_every_row_still_has(layout, v_di
             cache.update(kv(n, batch=batch)[0], kv(n, batch=batch, dim=v_dim)[1], layer)
 
     cache = VirtualCache(config, max_len=2000, layout=layout)
-    append(1, 200)  # slot 0 has extents of a prompt, slot 1 those of tokens
+    append(1, 200)  # slot 0 gets the large extents of a prompt, slot 1 grows token by token
     cache.reset()
     heads = {0}
     while len(heads) == 1:

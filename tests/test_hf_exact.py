@@ -39,7 +39,7 @@ def virtual(model, **options):
 
 
 def outcome(run, model, make):
-    """The tokens, or the error that transformers raises whatever the cache."""
+    """Returns the tokens of a run, or the type of the error that transformers raised."""
     try:
         return run(model, make)
     except (ValueError, RuntimeError, NotImplementedError) as error:
@@ -59,11 +59,11 @@ def test_exact(models, name, attention, device, mode):
     expected = outcome(MODES[mode], model, dynamic)
     got = outcome(MODES[mode], model, make)
     if isinstance(expected, type):
-        # What DynamicCache cannot do in this version, ours may refuse in the same way, or do right.
+        # Where DynamicCache fails in this version, VirtualCache may fail in the same way, or give the right tokens.
         assert mode in SPECULATIVE
         if got is expected:
             return
-        expected = MODES[mode](model, lambda model: DynamicCache())  # keeps everything, so that it can crop
+        expected = MODES[mode](model, lambda model: DynamicCache())  # without windows, so that it can crop
     assert isinstance(got, list), got
     for a, b in zip(expected, got, strict=True):
         assert torch.equal(a, b)

@@ -1,4 +1,4 @@
-"""Rows of a VirtualCache that share: beams and return sequences of one prompt, copies, and rows that change places."""
+"""Rows of a VirtualCache that share memory: beams and return sequences, copies, and rows that change places."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vattn.hf.layers import CROP_POSITIVE_KEEPS
 
 PAGE = 4096
 CONFIG = LlamaConfig(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, hidden_size=64)
-CROPS_REMOVE = CROP_POSITIVE_KEEPS is False  # what the argument of a layer's crop means
+CROPS_REMOVE = CROP_POSITIVE_KEEPS is False  # whether crop takes only a number to remove, as a negative integer
 TOKEN = 4 * 2 * 2 * 16 * 4  # bytes of a row: layers, K and V, heads, dim, float32
 
 
@@ -35,7 +35,10 @@ def kv(n, batch):
 
 
 def append(cache, n, *, batch=1, repeats=1, like=None):
-    """Appends random rows, each ``repeats`` times; also to a DynamicCache ``like``."""
+    """Appends random K and V, each row ``repeats`` times. With a DynamicCache ``like``, appends them there too.
+
+    Both caches must then return the same.
+    """
     for layer in range(4):
         pair = [t.repeat_interleave(repeats, 0) for t in kv(n, batch)]
         got = cache.update(*pair, layer)
@@ -74,7 +77,8 @@ def test_rows_of_one_prompt_share_it(llama, device, options):
     torch.manual_seed(0)
     assert torch.equal(got, generate(llama, DynamicCache(config=llama.config), inputs, **options))
     if device == "cpu":
-        # Each has its own last rows, what it has added, and what is mapped ahead.
+        # Each row of the batch has memory of its own for the last positions of the prompt, for what it has added, and
+        # for what is mapped ahead.
         row = cache.kv_caches[0].layout.bytes_per_token
         own = -(-(16 + PAGE // row) * row // PAGE) * PAGE + 4 * PAGE
         assert cache.stats().peak <= alone.stats().peak + 4 * own
@@ -142,7 +146,7 @@ def test_rows_that_only_look_the_same_at_first_go_their_own_way():
     for layer in range(4):
         k, v = kv(50, 1)
         pair = k.repeat_interleave(3, 0), v.repeat_interleave(3, 0)
-        if layer == 2:  # as a mask may make it
+        if layer == 2:  # a mask may make rows differ in a later layer
             pair[1][1, 0, 7, 3] += 1
         for one, other in zip(cache.update(*pair, layer), like.update(*pair, layer), strict=True):
             assert torch.equal(one, other)
@@ -228,7 +232,7 @@ def test_a_copy_that_is_dropped_leaves_nothing():
 def test_a_copy_for_which_there_is_no_memory_is_told():
     cache = VirtualCache(CONFIG, max_len=500, budget=54 * PAGE, lookahead=0)
     like = DynamicCache(config=CONFIG)
-    append(cache, 199, like=like)  # 50 pages
+    append(cache, 199, like=like)  # fills 50 pages
     held = [copy.deepcopy(cache) for _ in range(2)]
     with pytest.raises(BudgetExceeded):
         copy.deepcopy(cache)

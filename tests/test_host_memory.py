@@ -1,4 +1,4 @@
-"""What the host's driver takes of a machine: no more than there is, and no more file than is in use."""
+"""The host driver takes no more memory than the machine has left, and its file grows no longer than it must."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ V1, V2 = "sys/fs/cgroup/memory/", "sys/fs/cgroup/"
     [
         ({}, 4, 8),
         ({"proc/self/cgroup": "0::/\n"}, 4, 8),
-        # Version 2: the group's own limit, one of a group around it, none.
+        # Version 2 of control groups: the limit of the group itself, that of a group around it, a limit that is spent.
         ({"proc/self/cgroup": "0::/a/b\n", V2 + "a/b/memory.max": f"{3 * GIB}", V2 + "a/b/memory.current": "0"}, 3, 3),
         (
             {
@@ -47,7 +47,7 @@ V1, V2 = "sys/fs/cgroup/memory/", "sys/fs/cgroup/"
             3,
         ),
         ({"proc/self/cgroup": "0::/\n", V2 + "memory.max": f"{2 * GIB}", V2 + "memory.current": f"{5 * GIB}"}, 0, 2),
-        # Pages of files that nobody needs are given up before memory is refused.
+        # Inactive pages of files count as free, since the kernel gives them up before it refuses memory.
         (
             {
                 "proc/self/cgroup": "0::/a\n",
@@ -58,7 +58,7 @@ V1, V2 = "sys/fs/cgroup/memory/", "sys/fs/cgroup/"
             2,
             3,
         ),
-        # Version 1, beside other controllers; the number of one that has no limit.
+        # Version 1, beside other controllers. The large number is what a group without a limit shows.
         (
             {
                 "proc/self/cgroup": "9:cpu,memory:/a\n4:pids:/x\n0::/\n",
@@ -86,7 +86,7 @@ def test_this_machine():
 
 
 def limited(code: str) -> None:
-    """Runs code in a process of its own that may take 256 MiB of any file."""
+    """Runs code in a process of its own, in which no file may become longer than 256 MiB."""
     limits = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (256 << 20, 256 << 20))\n"
     subprocess.run([sys.executable, "-c", limits + textwrap.dedent(code)], check=True, timeout=120)
 
@@ -121,7 +121,7 @@ def test_a_budget_is_a_part_of_what_is_available():
 
 
 def test_churn_does_not_make_the_file_longer():
-    """Four GiB in all, of sizes that leave holes, where a file may have a quarter."""
+    """Allocates more than 4 GiB in all, in sizes that leave holes, while the file may have 256 MiB."""
     limited(
         """
         import random
@@ -142,7 +142,7 @@ def test_churn_does_not_make_the_file_longer():
 
 
 def test_parts_of_the_file_are_used_by_one_handle_each():
-    """What is written through one mapping is seen through no other, however their parts of the file came to be."""
+    """What is written to one handle's memory is seen in no other's, whatever parts of the file were freed before."""
     chance, driver = random.Random(1), _core.host_driver(PAGE)
     base = driver.reserve(256 * PAGE)
     held: dict[int, tuple[int, int, int]] = {}  # by address: handle, granules and mark
@@ -162,7 +162,7 @@ def test_parts_of_the_file_are_used_by_one_handle_each():
             handle = driver.create(granules * PAGE)
             driver.map(at, granules * PAGE, handle)
             driver.set_access(at, granules * PAGE)
-            assert not bool(memory(at, granules).any())  # as of a file that nobody has written to
+            assert not bool(memory(at, granules).any())  # new memory is zero, like a file that was never written
             memory(at, granules).fill_(mark)
             held[at] = handle, granules, mark
     for at, (handle, granules, mark) in held.items():

@@ -1,4 +1,4 @@
-"""The tables of docs/design/house.md hold. Needs no compiler and no import of vattn."""
+"""The code follows the tables of docs/design/house.md. These tests need no compiler, and do not import vattn."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LARGE = {
 
 
 def rows(folder: str) -> Iterator[tuple[str, set[str]]]:
-    """What the tables say of a folder: a name, and what it may know."""
+    """Yields each name in the tables' rows on a folder, and the names that it may import or include."""
     for line in (ROOT / "docs" / "design" / "house.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
         if len(cells) == 3 and cells[0].startswith(f"`{folder}/"):
@@ -48,7 +48,7 @@ def rows(folder: str) -> Iterator[tuple[str, set[str]]]:
 
 
 def files_of_table() -> list[str]:
-    """The files of packages, in the order of the table."""
+    """Returns the files of all packages, in the order of the table."""
     named = []
     for line in (ROOT / "docs" / "design" / "house.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
@@ -67,7 +67,7 @@ def csrc() -> dict[str, set[str]]:
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """Dotted names that a file imports, and whether for types alone."""
+    """Yields each dotted name that a file imports, and whether only for type checking."""
     tree = ast.parse(path.read_text())
     typing = {
         id(inner)
@@ -112,7 +112,7 @@ def test_rooms(path):
     if "everything" not in allowed:
         assert known <= {name.removesuffix(".py") for name in allowed}
     knows_transformers = any(name.split(".")[0] == "transformers" for name, _ in imports(path))
-    reads_configurations = path == PACKAGE / "memory" / "configuration.py"  # where transformers is installed
+    reads_configurations = path == PACKAGE / "memory" / "configuration.py"  # uses transformers if it is installed
     assert not knows_transformers or reads_configurations or allowed & {"transformers", "everything"}
     if str(path.relative_to(PACKAGE)) in TORCHLESS:
         assert not any(name.split(".")[0] == "torch" for name, _ in imports(path))
@@ -139,7 +139,7 @@ def test_no_private_name_is_imported(path):
 
 
 def sizes(path: Path) -> Iterator[tuple[str, bool]]:
-    """What of a file is larger than it should be."""
+    """Yields the names of a file and of its classes, and whether each is larger than it should be."""
     text, name = path.read_text(), str(path.relative_to(ROOT))
     yield name, text.count("\n") > LINES
     for node in ast.walk(ast.parse(text)):
@@ -172,7 +172,7 @@ def test_only_the_command_line_reads_the_environment():
             assert not re.search(r"getenv|os\.environ", path.read_text()), path.name
 
 
-# Attributes that begin with an underscore and are of other packages.
+# Attributes of other packages that begin with an underscore and may be used.
 FOREIGN = {
     *("_C", "_cdata", "_cuda_endAllocateToPool", "_cuda_getCurrentRawStream", "_cuda_releasePool", "_version"),
     *("_disabled_torch_function_impl", "_dynamo", "_flash_attention_forward", "_flash_attn_forward", "_foreach_copy_"),

@@ -1,4 +1,4 @@
-"""Batches of other sizes in one graph, where some of its rows are idle."""
+"""Batches of different sizes that share a decode graph, some of whose rows are then idle."""
 
 from __future__ import annotations
 
@@ -43,7 +43,14 @@ def test_batches_of_other_sizes_share_a_graph(name, padded, device):
 
 
 def goes_on(model, cache, whole, upto):
-    """The tokens that a cache goes on to from those that it has, of rows whose tokens are these."""
+    """Continues a greedy generation from the positions that a cache holds, and returns the tokens of all positions.
+
+    Args:
+        model: the model.
+        cache: holds rows of the first tokens of ``whole``.
+        whole: the tokens of each row, of which one more than the cache holds is given to ``generate``.
+        upto: the length to generate to.
+    """
     ids = whole[:, : cache.get_seq_length() + 1]
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": upto - ids.shape[1], "do_sample": False}
     return model.generate(ids, **options, **{CACHE_KEYWORD: cache})
@@ -65,7 +72,7 @@ def test_rows_that_leave_a_batch(device):
 
 
 def test_graphs_have_no_more_rows_than_there_are_slots(device, monkeypatch):
-    """Copies come to lie at the end of them."""
+    """The rows of a copy lie in the last slots, behind which there are no slots for further rows of a graph."""
     monkeypatch.setattr(placement, "_SPARE_SLOTS", 0)
     model = build("llama-gqa", "sdpa", device)
     model.generation_config.eos_token_id = None
@@ -82,7 +89,7 @@ def test_graphs_have_no_more_rows_than_there_are_slots(device, monkeypatch):
 
 
 def dependent(model, part=1.0):
-    """A model whose rows depend on each other, as where they are rounded by what is the largest of all."""
+    """Makes the rows of a batch depend on each other, as in models that round by the largest value of all rows."""
     mlp = model.model.layers[1].mlp
     alone = mlp.forward
     mlp.forward = lambda x: alone(x - part * x.mean(0))
@@ -97,7 +104,7 @@ def test_rows_that_depend_on_each_other_have_graphs_of_their_own(batches, dtype,
         for batch in batches:
             expected = generated(model, DynamicCache(config=model.config), batch)
             got = generated(model, cache, batch)
-            assert torch.equal(got, expected) or dtype == torch.bfloat16  # where two kernels may part
+            assert torch.equal(got, expected) or dtype == torch.bfloat16  # two kernels may give different tokens
             cache.reset()
         assert forward_of(model).refused is None
         assert cache.decode_stats().captures == len(set(batches))
@@ -191,7 +198,7 @@ def test_other_threads_in_a_prompt_change_nothing(device):
 
 
 def test_idle_rows_know_nothing_of_an_earlier_batch(device):
-    """The longest position of all rows decides how longrope turns them."""
+    """Longrope chooses its factors by the highest position of all rows in a batch."""
     factors = {"short_factor": [1.0] * 8, "long_factor": [40.0] * 8, "original_max_position_embeddings": 64}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, **factors}
     name = "rope_parameters" if transformers.__version__ >= "5" else "rope_scaling"
@@ -202,7 +209,7 @@ def test_idle_rows_know_nothing_of_an_earlier_batch(device):
             expected = generated(model, DynamicCache(config=model.config), batch, length)
             assert torch.equal(generated(model, cache, batch, length), expected)
             cache.reset()
-        if device == "cpu":  # where nothing is captured that waits for the device
+        if device == "cpu":  # on CUDA, longrope waits for the device, which a capture does not allow
             assert [graph.runner.rows for graph in cache.decoder.graphs.all()] == [8]
 
 
@@ -249,7 +256,7 @@ def test_experts_whose_weights_are_copied_have_no_idle_rows(device):
     with virtual_of(model) as cache:
         for batch in (3, 4):
             model.config._experts_implementation = "grouped_mm"
-            # A generate that goes on from one token is at its first step before it lets experts be computed so.
+            # A generate that continues from one token takes its first step before it chooses this implementation.
             copies = At(13, lambda: setattr(model.config, "_experts_implementation", "batched_mm"))
             expected = generated(model, DynamicCache(config=model.config), batch)
             got = generated(model, cache, batch, stopping_criteria=StoppingCriteriaList([copies]))
@@ -260,7 +267,7 @@ def test_experts_whose_weights_are_copied_have_no_idle_rows(device):
 
 @pytest.mark.skipif(transformers.__version__ < "5", reason="its older version makes a mask of its own")
 def test_positions_that_are_not_given_keep_no_other_steps_from_kernels(device):
-    """Those of OPT come from the mask."""
+    """OPT computes positions from the mask if it is given none."""
     model = build("opt", "sdpa", device)
     inputs = prompt(2, 10, device, padded=True)
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)

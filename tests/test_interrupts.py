@@ -1,4 +1,4 @@
-"""Ctrl-C at any line of the methods that call the core: rows, slots and lengths are what they were, or shall be."""
+"""Ctrl-C at any line of the methods that call the core: rows, slots and lengths are as before the call or after it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,16 @@ PAGE = 4096
 
 
 def interrupted(call: Callable[[], Any], at: int, files: tuple[str, ...]) -> bool:
-    """Whether a call came to the line, counted from 0 on, of some of vattn's files, where it was interrupted."""
+    """Calls a function, and interrupts it at one of the lines that it executes in some of vattn's files.
+
+    Args:
+        call: the function.
+        at: the number of the line, counted in the order of execution from 0 on.
+        files: the names of the files.
+
+    Returns:
+        Whether the call was interrupted; False if it executed fewer lines.
+    """
     left = at
     entered: set[Any] = set()
 
@@ -29,7 +38,8 @@ def interrupted(call: Callable[[], Any], at: int, files: tuple[str, ...]) -> boo
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
         if event == "line" and Path(frame.f_code.co_filename).name in files and frame.f_code.co_name != "__del__":
-            # Python takes no signal at a "try", nor between a "with" and its __exit__, which has that line again.
+            # Python handles no signal at a "try", nor between the end of a "with" block and the call of __exit__. That
+            # call is traced as a second event at the line of the "with".
             line = frame.f_code.co_filename, frame.f_lineno
             text = linecache.getline(*line).strip()
             if text == "try:" or (text.startswith("with ") and (id(frame), line) in entered):
@@ -62,7 +72,7 @@ def values(sequence):
 
 
 class World:
-    """A cache with a few sequences in all states."""
+    """A cache with sequences that run, are swapped out, or are closed and have left a cached prefix."""
 
     def __init__(self, mapper: bool) -> None:
         layout = KVLayout.uniform(layers=1, kv_heads=1, head_dim=128, max_len=400, granularity=PAGE, dtype="float32")
@@ -92,7 +102,7 @@ class World:
                 sequence.swap_in()
             n = min(sequence.length, 20)
             assert values(sequence)[:n] == list(range(value, value + n))
-            # It goes on, and can be ended.
+            # The sequence can still grow and be closed.
             length = sequence.length
             assert sequence.grow(3) == length + 3
             assert values(sequence)[:n] == list(range(value, value + n))
@@ -157,7 +167,10 @@ def test_an_interrupt_at_any_line(name, mapper):
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("kind", ["prompt", "chunk", "step"])
 def test_an_interrupt_in_a_models_call(kind, device):
-    """With a model the call can be made again; also behind what comes to be of no layer's length."""
+    """With a cache that is made with the model, an interrupted call can be repeated: all lengths are as before it.
+
+    Where only the return of the result was left, the lengths are those after the call.
+    """
     model = build("llama-gqa", "eager", device)
     ids = prompt(2, 30, device)["input_ids"]
     before, n = {"prompt": (0, 12), "chunk": (12, 5), "step": (12, 1)}[kind]
@@ -172,7 +185,7 @@ def test_an_interrupt_in_a_models_call(kind, device):
             if not cut:
                 break
             cache.check()
-            if set(cache._store.lengths) == {before + n}:  # when all was done but to return it
+            if set(cache._store.lengths) == {before + n}:  # only the return of the result was left
                 continue
             assert set(cache._store.lengths) == {before}, at
             got = model(more, **{CACHE_KEYWORD: cache}, use_cache=True).logits

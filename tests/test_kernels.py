@@ -1,4 +1,7 @@
-"""Every kernel against the definition in float64, on mixed lengths and with no memory behind the rows it may load."""
+"""Compares every kernel with the definition of attention in float64, on mixed lengths.
+
+Behind the rows that a kernel says it may load, no further granule is mapped.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,18 @@ PADDING, WINDOW = 5, 100
 
 
 class Filled:
-    """A cache with a sequence of each length, random K and V in it, and nothing mapped behind what a kernel may load.
+    """A cache with a sequence of each length, filled with random K and V.
 
-    A row fills a granule on the host, and a granule holds four or five tokens on a device.
+    Granules hold few rows, so that little is mapped behind the rows that a kernel says it may load: on the host a
+    granule holds from half a row to four rows, on a device four to nine.
     """
 
     def __init__(self, kernel: Kernel, task: AttentionSpec, lengths: list[int]) -> None:
         torch.manual_seed(0)
         dtype = str(task.dtype).removeprefix("torch.")
         fits = GRANULARITY // 8 // (task.kv_heads * task.head_dim * task.dtype.itemsize)
-        # A power of two: slots end at whole rows and granules, and would reach too far for some kernels otherwise.
+        # The number of layers is a power of two. A slot takes whole rows and whole granules, and with other numbers it
+        # would be so large that some kernels could not address all slots.
         layers = 2 if task.device == "cpu" else 1 << fits.bit_length() - 1
         layout = KVLayout.uniform(
             layers=layers, kv_heads=task.kv_heads, head_dim=task.head_dim, v_head_dim=task.v_head_dim, max_len=1024,
@@ -51,7 +56,7 @@ class Filled:
 
 
 def tasks(**more) -> list:
-    """(kernel, task) for each dtype and shape, where the kernel does it."""
+    """Returns pytest parameters (kernel, task), for each device, dtype and shape that a kernel supports."""
     return [
         pytest.param(
             kernel, task, id=f"{kernel.name}-{task.device}-{dtype}-{q}x{kv}x{dim}",
@@ -100,7 +105,7 @@ def expected(q, k, v, spans: SequenceRanges, counts: list[int], how: AttentionPa
 
 
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
-    """Within what rounding the weights and the outcome to the dtype brings."""
+    """Asserts equality within the error of rounding the attention weights and the output to the dtype."""
     tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[got.dtype]
     torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
 
@@ -135,7 +140,7 @@ def test_decode(feature, kernel, task):
     [case for case in features(["plain", "softcap", "sinks"]) if case.values[1].capturable],
 )
 def test_a_span_without_rows(feature, kernel, task):
-    """Idle rows of a graph: of their slots nothing is mapped."""
+    """Idle rows of a graph have empty ranges, and nothing is mapped in their slots."""
     require(kernel)
     filled = Filled(kernel, task, [300, 0, 128, 0])
     q = queries_of(task, 4)
@@ -217,7 +222,7 @@ def test_a_captured_decode_follows_lengths_that_grow(kernel, task):
 
 @pytest.mark.parametrize(("slots", "refused"), [(2047, False), (2048, True)])
 def test_kernels_that_number_rows_by_32_bits_refuse_more(slots, refused):
-    """Row 2**31 had a negative number: what was read there was whatever lies before the cache."""
+    """The number of row 2**31 is negative in 32 bits, so that such a kernel reads memory that lies before the cache."""
     k = torch.empty(slots, 2**20, 2, 64, dtype=torch.bfloat16, device="meta")
     task = replace(AttentionSpec.of(k[0, :1], k, k), device="cuda")
     assert task.rows == slots * 2**20

@@ -1,4 +1,4 @@
-"""What is forgotten, copied, saved, printed, carried through fork, or taken back from a model."""
+"""Caches and sequences that are forgotten, copied, saved, printed, inherited by a forked child, or detached."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def small_cache(**options) -> KVCache:
     return KVCache(layout, slots=4, **options)
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12, where there are threads
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 warns of a fork with several threads
 @pytest.mark.parametrize("mapper", [True, False])
 def test_a_forked_child_drops_what_is_its_parents(mapper):
-    """Also while threads of the parent wait, and with a sequence that is swapped out."""
+    """The parent has a sequence that is swapped out and, with a mapper, a thread that waits."""
     cache = small_cache(mapper=mapper)
     sequence, other = cache.open(), cache.open()
     sequence.grow(100)
@@ -106,7 +106,7 @@ def test_a_detached_cache_goes_on_without_steps(device):
 
 
 def test_methods_that_an_instance_has_of_its_own(device):
-    """As accelerate's hooks are."""
+    """accelerate's hooks set such methods on instances."""
     model = build("llama-gqa", "sdpa", device)
     inner, calls = model.forward, []
 
@@ -146,7 +146,7 @@ def test_what_is_closed_or_a_models_is_not_warned_of(device):
         with cache.open() as sequence:
             sequence.grow(5)
         left = cache.open(expected=3)
-    del left  # of a cache that is closed
+    del left  # its cache is closed
     model = build("llama-gqa", "sdpa", device)
     generated(model, VirtualCache(model.config, max_len=64))
     gc.collect()

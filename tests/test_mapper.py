@@ -1,4 +1,4 @@
-"""The background thread: what it maps ahead, what happens when it cannot, and how it ends."""
+"""The mapper thread: what it maps ahead, what happens when it cannot, and how it ends."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def cache(**options):
 
 
 def two_running(granules):
-    """An arena of so many granules, the first of two slots with a granule of rows."""
+    """Returns an arena with a budget of ``granules`` and two running slots, of which slot 0 has a granule of rows."""
     a = arena(budget=granules * PAGE)
     a.acquire()
     a.acquire()
@@ -90,7 +90,7 @@ def test_a_demand_waits_for_what_is_in_flight_and_does_not_map_twice():
     a.wait_idle()
     a.driver.charge("map", 50_000_000)
     capacity = a.capacity(0)
-    a.grow([0], capacity - 1, 8)  # asks for the next one
+    a.grow([0], capacity - 1, 8)  # asks the mapper for the next extent
     time.sleep(0.01)
     a.grow([0], capacity + 1, 8)
     a.driver.charge("map", 0)
@@ -107,7 +107,7 @@ def test_what_the_driver_refuses_ahead_is_told_to_who_needs_it():
     a.wait_idle()
     capacity = a.capacity(0)
     a.driver.fail_at(1, times=10_000)
-    a.grow([0], capacity, 8)  # asks ahead, in vain
+    a.grow([0], capacity, 8)  # asks the mapper for memory ahead, which fails
     a.wait_idle()
     assert a.stats()["background_failures"] > 0
     with pytest.raises(DriverError):
@@ -150,7 +150,7 @@ def test_prefetch_maps_in_the_background_and_takes_nothing_that_others_will_need
 
 
 def test_prefetch_without_a_mapper_is_a_wait_and_leaves_nothing_when_refused():
-    c = cache(mapper=False, budget=20 * PAGE)  # of 16 rows each
+    c = cache(mapper=False, budget=20 * PAGE)  # a page holds 16 rows
     c.driver.charge("map", 1_000_000)
     first = c.open()
     assert first.prefetch(160) is True
@@ -161,7 +161,7 @@ def test_prefetch_without_a_mapper_is_a_wait_and_leaves_nothing_when_refused():
     assert heir.capacity == 160
     with pytest.raises(BudgetExceeded):
         heir.prefetch(400)
-    other.grow(304)  # nothing is kept for what was refused
+    other.grow(304)  # no memory is kept for the prefetch that was refused
     c.check()
 
 
@@ -184,7 +184,7 @@ def test_the_lookahead_is_a_part_of_the_length_at_most():
     a.driver.charge("map", 2_000_000)
     a.acquire()
     a.grow([0], 1000, 0)
-    longest = 0  # of the lookaheads, which follow the rate that a machine grows at
+    longest = 0  # the longest lookahead, which depends on the rate of growth on this machine
     for length in range(1001, 20_000):
         a.grow([0], length, length - 1)
         if length % 50 == 0:
@@ -253,7 +253,7 @@ def test_the_slot_whose_memory_is_nearest_is_adopted():
     a.grow([1], 72, 0)
     assert a.driver.counts()["map"] == calls
     assert a.acquire(expected=150) == 2
-    assert a.acquire(expected=100) == 0  # 8 or nothing: what is there saves a call
+    assert a.acquire(expected=100) == 0  # slot 0 has memory for 8 positions, the only other slot is bare
 
 
 def test_caches_of_a_device_share_their_mapper():

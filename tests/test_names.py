@@ -1,4 +1,4 @@
-"""Every public name is listed in docs/names.md, and names that were others before still work, with a warning."""
+"""Every public name is listed in docs/names.md, and former names still work, with a warning."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MODULES = ("vattn", "vattn.hf", "vattn.kernels")
 
 
 def table(heading: str) -> list[list[str]]:
-    """The rows of the table behind a heading, without backticks."""
+    """Returns the rows of the table under a heading, without backticks."""
     text = TEXT.partition(f"## {heading}\n")[2].partition("\n## ")[0]
     rows = [[cell.strip().strip("`") for cell in line.strip("| ").split(" | ")] for line in text.splitlines()]
     return [row for row in rows if len(row) > 1 and not set(row[0]) <= set("-")][1:]
 
 
 def public(owner: type) -> set[str]:
-    """The names of a class that begin with a letter, without those of its bases."""
+    """Returns the names that a class itself defines and that do not begin with an underscore."""
     return {name for name in vars(owner) if not name.startswith("_")}
 
 

@@ -1,4 +1,4 @@
-"""Batches that are padded on the left: their rows are stored without it, and nothing shows that they are."""
+"""Batches that are padded on the left: their rows are stored without the padding, which changes no result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vattn import CACHE_KEYWORD, BudgetExceeded, KVCache
 from vattn.hf.attach import forward_of
 from vattn.hf.padding import Padding
 
-LENGTH = 40  # of a prompt
+LENGTH = 40  # positions of a prompt
 pytestmark = pytest.mark.usefixtures("small")
 
 
@@ -26,7 +26,7 @@ def mixed(device, lengths=(40, 3, 17)):
 
 
 class Each(StoppingCriteria):
-    """Does something after each step."""
+    """Calls ``do`` with the number of the step after each step."""
 
     def __init__(self, do):
         self.do, self.steps = do, 0
@@ -43,7 +43,7 @@ def generated(model, cache, inputs, do=lambda step: None, **options):
 
 
 def held(cache):
-    """Positions that each row has memory for."""
+    """Returns how many positions each row stores."""
     [rows] = cache._store.placement.rows.values()
     return [row.length for row in rows.sequences]
 
@@ -60,7 +60,7 @@ def test_rows_are_stored_without_their_padding(name, device):
             assert torch.equal(generated(model, cache, inputs, lambda step: seen.append(held(cache))), expected)
             assert held(cache) == [40 + 23, 3 + 23, 17 + 23]
             assert cache.get_seq_length() == LENGTH + 23
-            # A step may have begun before its call.
+            # A speculative step may have added a position to every row.
             assert all(rows[0] - rows[1] == 37 and rows[0] - rows[2] == 23 for rows in seen)
             cache.check()
             cache.reset()
@@ -72,7 +72,7 @@ def test_memory_is_what_the_tokens_need(device):
         pytest.skip("these few tokens fit the smallest memory that a device maps")
     model = build("llama-gqa", "sdpa", device)
     sizes = []
-    for attention in ("auto", None):  # with steps of vattn's, and without
+    for attention in ("auto", None):  # with vattn's decode steps, and without them
         with virtual_of(model, attention=attention, mapper=False, lookahead=0) as cache:
             generated(model, cache, mixed(device, (40, 3, 3, 3)), max_new_tokens=2)
             sizes.append(cache.stats().peak)
@@ -89,7 +89,7 @@ def test_memory_is_what_the_tokens_need(device):
         lambda cache: copy.deepcopy(cache).close(),
         lambda cache: [
             layer.keys for layer in copy.deepcopy(cache).layers
-        ],  # restores padding on memory that both share
+        ],  # restores padding in memory that both caches share
         lambda cache: setattr(cache.decoder, "enabled", not cache.decoder.enabled),
     ],
     ids=["reordered", "viewed", "repeated", "copied", "copy restored", "eager"],
@@ -109,10 +109,10 @@ def test_what_else_is_done_to_a_cache_finds_the_padding(name, act, at, device):
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral"])
 def test_what_rows_show_is_what_they_were_given(name, device):
-    """K and V where nothing is hidden, and zeros elsewhere; of a window also what is before it."""
+    """Layers return the K and V that they were given where the mask hides nothing, and zeros for the padding."""
     model = build(name, "sdpa", device)
     inputs = mixed(device)
-    dynamic = DynamicCache()  # whose layers keep all
+    dynamic = DynamicCache()  # without a configuration, so that its layers keep all positions
     generated(model, dynamic, inputs, max_new_tokens=20)
     with virtual_of(model) as cache:
         generated(model, cache, inputs, max_new_tokens=20)
@@ -127,7 +127,7 @@ def test_what_rows_show_is_what_they_were_given(name, device):
 
 
 def test_a_later_prompt_goes_on_behind(device):
-    """Several tokens at once: turns, and chunks of a prompt."""
+    """A later call may have several tokens: the next turn of a chat, or a chunk of a prompt."""
     model = build("mistral", "sdpa", device)
     model.generation_config.eos_token_id = None
     inputs = mixed(device, (40, 36, 38))
@@ -177,12 +177,12 @@ def test_a_mask_that_shows_what_is_not_stored(device):
         dynamic = DynamicCache(config=model.config)
         model(**inputs, **{CACHE_KEYWORD: dynamic}, use_cache=True)
         torch.testing.assert_close(got, model(**more, attention_mask=mask, **{CACHE_KEYWORD: dynamic}).logits)
-        # More may come to be hidden than the prompt's did.
+        # A later mask may hide more than the prompt's mask did.
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
         mask[0, :5] = 0
         got = model(**more, attention_mask=mask, **{CACHE_KEYWORD: cache}).logits
         torch.testing.assert_close(got, model(**more, attention_mask=mask, **{CACHE_KEYWORD: dynamic}).logits)
-        # And what is no padding is as ever.
+        # A mask with a hole, which is no padding, works as well.
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
         mask[0, 30] = 0
         got = model(**more, attention_mask=mask, **{CACHE_KEYWORD: cache}).logits
@@ -229,7 +229,7 @@ def test_a_model_that_is_refused_finds_its_padding(device):
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral"])
 def test_what_is_blank_stays_hidden(name, device):
-    """Also where it is stored, as zeros, by then."""
+    """A call must not show padding of the prompt, also when the padding is stored as zeros by then."""
     model = build(name, "sdpa", device)
     inputs = mixed(device)
     ids = inputs["input_ids"]
@@ -244,11 +244,11 @@ def test_what_is_blank_stays_hidden(name, device):
                     model(ids[:, :n], attention_mask=given, **{CACHE_KEYWORD: cache})
                 assert cache.get_seq_length() == LENGTH
         cache.reset()
-        model(ids, **{CACHE_KEYWORD: cache})  # of others nothing is hidden
+        model(ids, **{CACHE_KEYWORD: cache})  # after a reset nothing is hidden
 
 
 def test_forks_after_an_error_do_not_share_what_is_written(device):
-    """Rows may have grown for what failed."""
+    """Rows may have grown for a call that then failed; a fork must not share that memory."""
     model = build("llama-gqa", "sdpa", device)
     inputs = mixed(device)
     ids, mask = inputs["input_ids"][:, -1:], torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1)
@@ -279,12 +279,12 @@ def test_no_memory_while_the_padding_is_restored(device, monkeypatch):
     expected = generated(model, DynamicCache(config=model.config), inputs)
     with virtual_of(model) as cache:
         generated(model, cache, inputs, max_new_tokens=2)
-        other = copy.deepcopy(cache)  # with which it shares, so that restoring needs memory of its own
+        other = copy.deepcopy(cache)  # shares memory with the cache, which then needs new memory to restore padding
         before = held(cache)
         with monkeypatch.context() as full:
             needs = (
                 "copy_on_write" if device == "cpu" else "grow_all"
-            )  # a copy shares no device memory of these few tokens
+            )  # so few tokens fill no granule of a device, and only whole granules are shared
             full.setattr(KVCache, needs, unittest.mock.Mock(side_effect=BudgetExceeded("no")))
             with pytest.raises(BudgetExceeded):
                 cache.layers[0].keys  # noqa: B018
@@ -302,7 +302,7 @@ def test_no_memory_while_the_padding_is_restored(device, monkeypatch):
             broken.setattr(Padding, "restore", unittest.mock.Mock(side_effect=KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 cache.layers[0].keys  # noqa: B018
-        assert cache.get_seq_length() == 0  # rather than half of it
+        assert cache.get_seq_length() == 0  # the cache is emptied, since only some of its rows have moved
         assert torch.equal(generated(model, cache, inputs), expected)
         other.close()
 
@@ -355,7 +355,7 @@ def test_engines_can_say_what_the_padding_is(device):
 
 def test_padding_of_masks():
     assert Padding.of(torch.ones(2, 5)) is None
-    assert Padding.of(torch.tensor([[0, 1, 1], [0, 0, 0]])) is None  # nothing to see
+    assert Padding.of(torch.tensor([[0, 1, 1], [0, 0, 0]])) is None  # a row of which nothing is visible
     assert Padding.of(torch.tensor([[0, 1, 1], [1, 1, 0]])) is None
     assert Padding.of(torch.tensor([[0, 1, 0], [1, 1, 1]])) is None
     found = Padding.of(torch.tensor([[False, True, True], [True, True, True]]))
@@ -380,7 +380,7 @@ def test_rows_that_are_left_of_a_padded_batch_need_no_mask(device):
 
 
 def test_padding_longer_than_a_first_chunk_is_stored(device):
-    """Where the mask is already that of the whole prompt."""
+    """The first chunk comes with the mask of the whole prompt."""
     model = build("llama-gqa", "sdpa", device)
     ids = prompt(2, 14, device)["input_ids"]
     mask = torch.ones_like(ids)

@@ -1,4 +1,4 @@
-"""The other ways to map memory that vattn is compared with."""
+"""The other ways of mapping memory, to which the benchmarks compare vattn."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_pages_are_taken_from_who_needs_them_least():
     first.close()
     second.grow(16)
     assert (cache.driver.counts()["unmap"], cache.stats().parked) == (2, PAGE)
-    third = cache.open()  # has the page that is left
+    third = cache.open()  # adopts the page that is left
     third.prefetch(8)
     with pytest.raises(BudgetExceeded):
         third.grow(9)

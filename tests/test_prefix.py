@@ -1,4 +1,4 @@
-"""Known prefixes: the tree of tokens against brute force, and sequences that start behind the rows of others."""
+"""Cached prefixes: the tree of tokens against brute force, and sequences that start behind the rows of others."""
 
 from __future__ import annotations
 
@@ -77,7 +77,11 @@ def cache(slots=6, **options):
 
 
 def run(c, tokens, **options):
-    """What a model would do: computes what is not known, and returns the sequence and how much was."""
+    """Opens a sequence and writes the rows that are not cached, as a model would.
+
+    Returns:
+        The sequence, and how many of its tokens were cached.
+    """
     sequence = c.open(tokens=tokens, **options)
     start = sequence.length
     assert start < len(tokens)
@@ -124,7 +128,7 @@ def test_a_known_prefix_serves_while_its_sequence_runs_and_after_it():
     _, start = run(c, torch.tensor([*system[:150], 9, 9]).tolist())
     assert start == 150
     exact = c.open(tokens=torch.tensor(system))
-    assert exact.length == 199  # the last token is to be computed
+    assert exact.length == 199  # the model has to compute the last token
     c.check()
 
 
@@ -133,7 +137,7 @@ def test_what_is_needed_is_taken_from_who_was_of_use_least_recently():
     chats = [[n * 1000 + i for i in range(160)] for n in range(3)]  # 20 granules each
     for tokens in chats:
         run(c, tokens)[0].close(tokens=tokens)
-    run(c, [*chats[0][:100], 5])[0].close()  # of use again
+    run(c, [*chats[0][:100], 5])[0].close()  # uses the first chat again
     run(c, list(range(9000, 9000 + 250)))  # 32 granules
     assert c.open(tokens=[*chats[0], 1]).length == 160
     assert c.open(tokens=[*chats[2], 1]).length == 160
@@ -180,7 +184,7 @@ def test_a_hot_prefix_is_compacted_in_the_background():
     assert start == 200
     assert c.stats().aliases - before.aliases == 1
     assert c.stats().copied == before.copied
-    # A boundary that serves stays, and others come to it.
+    # A boundary between extents at which forks end stays, and new boundaries are added.
     for token in range(3):
         run(c, [*system[:100], 1000 + token])
         c.wait_idle()
@@ -199,7 +203,7 @@ def test_tokens_of_windows_are_known_where_their_rows_are():
         for layer in range(2):
             sequence.k(layer)[-1] = token
     sequence.close(tokens=tokens)
-    assert c.open(tokens=[*tokens[:50], 7]).length == 0  # the window before 50 has gone
+    assert c.open(tokens=[*tokens[:50], 7]).length == 0  # the window's rows before 50 have been given back
     other = c.open(tokens=[*tokens, 7])
     assert other.length == 120
     assert other.k(0)[:, 0, 0].tolist() == tokens
@@ -284,7 +288,7 @@ def test_a_sequence_that_is_swapped_out_is_closed_without_its_tokens():
 
 
 def test_what_is_expected_counts_behind_a_known_prefix_too():
-    """A bare slot grows in larger steps, and memory of a parked one serves for what is to come."""
+    """With ``expected``, a bare slot grows in larger steps, and a parked slot with enough memory is adopted."""
     with cache(slots=8, mapper=False) as c:
         first = c.open()
         first.grow(500)

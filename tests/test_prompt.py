@@ -1,4 +1,4 @@
-"""Prompts on kernels: of models whose steps are trusted, behind what a cache holds, padded or not."""
+"""Prompts on vattn's kernels, for models with verified decode steps: into empty or filled caches, padded or not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vattn import CACHE_KEYWORD, kernels
 from vattn.hf.attach import forward_of
 
-# Their attention is another one, or expands what the cache holds.
+# Models whose attention is of another kind, or expands what the cache holds.
 OTHERS = ("t5", "deepseek_v3")
 pytestmark = pytest.mark.usefixtures("small")
 
@@ -33,8 +33,8 @@ def test_exact(name, kernel, padded, device):
         for calls in range(4):
             assert torch.equal(generated(model, cache, **options), expected)
             prompts = cache.decode_stats().prompts
-            takes = kernel == "reference" or name not in ("gemma2", "gpt_oss")  # a soft cap, sinks
-            assert prompts == (calls if takes else 0)  # not the first, before which no step was trusted
+            takes = kernel == "reference" or name not in ("gemma2", "gpt_oss")  # sdpa has no soft cap and no sinks
+            assert prompts == (calls if takes else 0)  # all but the first, before which no step had been verified
             cache.check()
             cache.reset()
         assert torch.equal(generated(model, cache, prefill_chunk_size=11, **options), chunked)
@@ -44,7 +44,7 @@ def test_exact(name, kernel, padded, device):
 
 
 def test_experts_may_be_computed_by_other_means(device):
-    """As ``generate`` lets them be on devices, in prompts and in steps."""
+    """On a GPU, ``generate`` lets experts be computed by different means in prompts and in steps."""
     model = build("mixtral", "sdpa", device)
     expected = generated(model, DynamicCache(config=model.config))
     with virtual_of(model, attention="reference", capture=False) as cache:
@@ -59,13 +59,13 @@ def test_experts_may_be_computed_by_other_means(device):
 
 
 def test_logits_are_those_of_the_model(device):
-    """Of every token that is no padding, behind a past too."""
+    """Compares the logits of all tokens that are not padding, at the beginning of a sequence and behind a past."""
     model = build("mistral", "sdpa", device)
     inputs = prompt(3, 40, device, padded=True)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     with torch.no_grad(), virtual_of(model, attention="reference", capture=False) as cache:
         generated(model, cache)
-        for _ in range(2):  # the first is computed by transformers too
+        for _ in range(2):  # in the first turn, transformers also computes each prompt of a new kind
             cache.reset()
             dynamic = DynamicCache(config=model.config)
             for first, end in ((0, 25), (25, 33), (33, 40)):
@@ -82,7 +82,7 @@ def test_a_model_that_is_another_one_in_prompts_is_found_out(device, caplog):
     seen = []
 
     def several(states):
-        """Computes something else at every other time that it is given several tokens."""
+        """Negates its output in every second call that has several tokens."""
         if states.shape[1] == 1:
             return forward(states)
         seen.append(1)
@@ -92,7 +92,7 @@ def test_a_model_that_is_another_one_in_prompts_is_found_out(device, caplog):
         generated(model, cache)
         cache.reset()
         model.model.norm.forward = several
-        for _ in range(2):  # which is another model, whose steps are trusted anew
+        for _ in range(2):  # the model has changed, so its steps are verified anew
             cache.reset()
             generated(model, cache)
         assert forward_of(model).prompts is False
@@ -123,7 +123,7 @@ def test_what_is_no_prompt_of_a_decoder(device):
             torch.testing.assert_close(got.logits[:, :-1], want.logits[:, :-1], rtol=1e-3, atol=1e-4)
             assert (got.attentions is None) == (want.attentions is None)
         assert cache.decode_stats().prompts == 0
-        # A model that is not causal is none for these kernels, and nothing of a try is left.
+        # These kernels do not serve a model that is not causal, and the attempt leaves nothing behind.
         for layer in model.model.layers:
             layer.self_attn.is_causal = False
         cache.reset()
@@ -204,7 +204,7 @@ def test_trust_ends_where_the_model_computes_otherwise(device):
         assert not torch.equal(other, expected)
         assert torch.equal(generated(model, cache), other)
         cache.reset()
-        forward_of(model).refused = None  # as its steps now are
+        forward_of(model).refused = None  # the steps with the other attention were refused
         model.set_attn_implementation("eager")
         model.config.output_attentions = True
         with torch.no_grad():
@@ -260,14 +260,14 @@ def test_on_flash_attention(kernel, padded, device):
                 shown = mask[:, first:] != 0
                 difference = (got[shown].float() - want[shown].float()).norm() / want[shown].float().norm()
                 assert float(difference) < 0.1
-        # Of what is not padded "auto" leaves a first prompt to transformers where FlashAttention-3 is missing.
+        # Without FlashAttention-3, "auto" leaves a first prompt to transformers if it is not padded.
         least = 2 if kernel == "auto" and not padded else 4
         assert cache.decode_stats().prompts >= least
 
 
 @pytest.mark.skipif(not hasattr(transformers, "Molmo2Config"), reason="transformers does not know it yet")
 def test_tokens_of_an_image_see_each_other(device):
-    """Wherever they are in a row: a mask that is causal at its beginning may not be so behind."""
+    """The image may be anywhere in a row: a mask that is causal at its beginning may not be so further behind."""
     model = molmo2(device)
     kinds = torch.zeros(2, 20, dtype=torch.int64)
     kinds[:, 6:12] = 1

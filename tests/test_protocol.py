@@ -1,4 +1,4 @@
-"""What a hostile or broken peer sends ends the transfer with a ``vattn.Error``, in time, and takes nothing."""
+"""Whatever a hostile or broken peer sends, a transfer ends in time with a ``vattn.Error``, and leaks nothing."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def descriptors() -> int:
 
 @pytest.mark.frees
 def test_ten_thousand_inputs():
-    protocol.run(10, seed=99)  # opens what stays open
+    protocol.run(10, seed=99)  # opens the descriptors that stay open
     gc.collect()
     before = descriptors()
     outcomes = protocol.run(INPUTS, seed=1)
     assert sum(outcomes.values()) == INPUTS
-    assert all(outcomes.values())  # the valid ones among them go through
+    assert all(outcomes.values())  # the valid inputs among them are imported and exported
     gc.collect()
     assert descriptors() == before
 
@@ -40,7 +40,7 @@ def test_ten_thousand_inputs():
 def test_inputs_that_once_broke(given):
     peers = protocol.Peers()
     with protocol.fixed_names():
-        peers.meet(given)  # memory that is kept for the next has descriptors too
+        peers.meet(given)  # fills the pool, whose memory has descriptors too
         before = descriptors()
         result = peers.meet(given)
     assert isinstance(result, str)
@@ -105,7 +105,7 @@ def test_a_peer_that_does_not_read_is_given_up_in_time():
 
 
 def test_an_exporter_that_cuts_its_memory_short_harms_nobody():
-    """Where it could, reading the rows would be a fault."""
+    """If the exporter could truncate its memory, reading the rows would crash the importer."""
     code = textwrap.dedent(
         """
         import fcntl, os, socket, threading

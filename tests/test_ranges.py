@@ -1,4 +1,4 @@
-"""Ranges in the timelines of profilers: there when they are asked for, and nothing at all else."""
+"""Ranges in the timelines of profilers: they are there when they are asked for, and cost nothing otherwise."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def ranges():
     vattn.set_profiler_ranges("torch")
     yield
     vattn.set_profiler_ranges(None)
-    assert functions() == before  # no call more than without them
+    assert functions() == before  # the original methods are back, without wrappers
 
 
 def names(profile):

@@ -1,4 +1,4 @@
-"""Traces of requests, and serving them against a cache."""
+"""Traces of requests, and their replay against a cache."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_every_token_is_served_and_counted(mapper):
 
 def test_a_full_budget_holds_requests_back_and_none_is_lost():
     requests = [Request(0.0, 100, 60) for _ in range(30)]
-    with cache(budget=60 * 4096) as c:  # of 16 rows each
+    with cache(budget=60 * 4096) as c:  # a page of 4096 bytes holds 16 rows
         result = replay(c, requests, concurrency=16)
         assert result.physical_peak <= 60 * 4096
         assert result.running_mean < 9
@@ -101,7 +101,7 @@ def test_a_warm_up_beyond_the_trace_is_refused():
 
 
 def test_bench_map_prints_and_reads_a_trace(capsys, tmp_path, monkeypatch):
-    # The other parts take seconds and gigabytes of the host.
+    # The other measurements would take seconds, and gigabytes of host memory.
     monkeypatch.setattr(mapping, "growth", lambda device: [{"growing by": "vattn"}])
     monkeypatch.setattr(mapping, "call_latency", lambda device: [{"call": "create"}])
     monkeypatch.setattr(mapping, "prompts", lambda device: [{"tokens": 128, "vattn ms": 0.1}])

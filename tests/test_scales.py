@@ -1,4 +1,4 @@
-"""K and V in fewer bits: what is stored is what was rounded, whichever way it is read."""
+"""K and V in fp8: rows are stored rounded, and every way of reading them gives the rounded values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("small")
 
 
 class Rounded(DynamicCache):
-    """Keeps K and V as torch rounds them to fp8; queries of a prompt see what it is given."""
+    """A DynamicCache that keeps K and V as torch rounds them to fp8. A first prompt sees its own K and V unrounded."""
 
     def __init__(self, config, scales=None):
         super().__init__(config=config)
@@ -110,7 +110,7 @@ def test_keys_are_what_the_model_computes_with(device):
         layer = cache.layers[1]
         assert layer.keys.dtype == torch.float32
         torch.testing.assert_close(layer.keys, k, rtol=0.07, atol=1e-3)
-        largest = 448 * scales[1][1].to(device)[:, None, None]  # what is too large is the largest there is
+        largest = 448 * scales[1][1].to(device)[:, None, None]  # values are clamped to the largest fp8 number
         expected = (100 * k).clamp(-largest, largest)
         torch.testing.assert_close(layer.values, expected, rtol=0.07, atol=1e-2)
 
@@ -131,7 +131,7 @@ def test_memory_is_half_of_that_of_16_bits(device):
 @pytest.mark.parametrize("device", ["cuda"])
 @pytest.mark.parametrize("heads", [(8, 2, 64), (8, 1, 128)])
 def test_kernels_on_fp8(heads, device):
-    """Against the definition in float64 on what is stored, with nothing mapped behind what a kernel may load."""
+    """Compares kernels with the definition in float64, with nothing mapped behind the rows that a kernel may load."""
     from test_kernels import LENGTHS, Filled, expected, queries_of
 
     query_heads, kv_heads, dim = heads
@@ -148,7 +148,7 @@ def test_kernels_on_fp8(heads, device):
         q, how = queries_of(task, len(LENGTHS)), AttentionParams(scale=0.1)
         got = kernel.decode(q, filled.k, filled.v, spans, how)
         want = expected(q, filled.k, filled.v, spans, [1] * len(LENGTHS), how)
-        # Queries may be rounded too.
+        # A kernel may round its queries, too.
         difference = (got.double() - want).norm(dim=-1) / want.norm(dim=-1)
         assert float(difference.max()) < (0.01 if kernel.name == "reference" else 0.08)
         tried.append(kernel.name)
@@ -202,7 +202,7 @@ def test_layers_without_states_have_none_to_read(device):
         cache.layers[1].reset()
         assert cache.layers[1].keys.shape[2] == 0
     cache = VirtualCache(None, max_len=20, kv_dtype=FP8, kv_scales=(torch.tensor([1.0, 2.0]), 1.0))
-    for layer in range(2):  # which are as many as come
+    for layer in range(2):  # without a configuration, layers are added when they are first updated
         cache.update(k, k, layer)
         torch.testing.assert_close(cache.layers[layer].keys, k, rtol=0.07, atol=1e-2)
     with pytest.raises(ValueError, match=r"kv_scales are \[2\]: layer 2 has 2 KV heads"):

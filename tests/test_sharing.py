@@ -81,7 +81,7 @@ def test_many_forks_split_the_extent_in_which_they_end():
         assert rows(fork) == [*range(252), 7, 7, 7]
     write(s, 3, 8)
     assert rows(s) == [*range(252), 8, 8, 8]
-    # Where there is no memory to split it, forks copy.
+    # Where there is no memory to split the extent, the forks have to copy it, which the budget does not allow here.
     c = cache(slots=20, budget=80 * PAGE)
     s = c.open()
     write(s, 8 * 64 - 4)
@@ -95,7 +95,7 @@ def test_a_fork_of_a_part():
     c = cache()
     s = c.open()
     write(s, 100)
-    [fork] = s.fork(70, share="alias")  # wholly within: the extent of 8 granules
+    [fork] = s.fork(70, share="alias")  # the extent of 8 granules lies wholly within these positions
     assert rows(fork) == list(range(70))
     write(fork, 5, 7)
     assert rows(fork) == [*range(70), *[7] * 5]
@@ -132,7 +132,7 @@ def test_truncating_into_what_is_shared_and_appending_changes_nobody_else(who, l
     write(mine, 20, 5)
     assert rows(mine) == [*range(length), *[5] * 20]
     assert rows(other) == list(range(100))
-    # Only what lies before the rows in the extent that holds the last of them is copied.
+    # Only the rows that are left in the extent in which they end are copied. Extents begin at rows 0, 64 and 96.
     assert c.stats().copied - before.copied == {3: 3, 65: 1, 80: 16, 95: 31}.get(length, 0) * ROW
     c.check()
 
@@ -383,7 +383,7 @@ def test_forks_of_what_is_compacted_for_them_make_no_driver_call():
     for value, fork in enumerate(forks):
         assert rows(fork) == [*range(96), *[1000 * value] * 5]
     assert rows(another) == list(range(96))
-    assert c.open(tokens=range(20)).length == 8  # what is known of others has stayed
+    assert c.open(tokens=range(20)).length == 8  # the cached prefix of another sequence has stayed
     with pytest.raises(ValueError, match="forks must not be negative"):
         s.compact(forks=-1)
 
@@ -394,7 +394,7 @@ def test_slots_that_are_ready_for_forks_serve_others_too():
     write(s, 100)
     s.compact(forks=3)
     s.truncate(50)
-    write(s, 1, 7)  # the extent is another one now
+    write(s, 1, 7)  # copies on write, so that the slots that are ready for forks share nothing with s any more
     others = [*s.fork(48, n=2), c.open()]
     for value, fork in enumerate(others):
         assert rows(fork) == list(range(48))[: fork.length]
@@ -420,7 +420,7 @@ def test_compacting_makes_one_extent_at_the_same_address():
     assert c.stats().aliases - before == 1
     with pytest.raises(ValueError, match="cannot compact 101 positions: the sequence has 100"):
         s.compact(101)
-    s.compact(44)  # at a boundary of its own
+    s.compact(44)  # splits the extent behind 5 granules
     assert c.map()[s.slot]["runs"][0]["extents"] == [5 * PAGE, 4 * PAGE, 2 * PAGE, PAGE, PAGE]
     assert rows(s) == list(range(100))
     write(fork, 1, 7)
@@ -441,14 +441,14 @@ def test_rows_outlive_their_sequence_until_the_memory_is_needed():
     s.close()
     assert arena.cached_prefix(0) == (generation, 90, True)
     other = c.open()
-    assert other.slot != s.slot  # what is known is taken last
+    assert other.slot != s.slot  # slots with a cached prefix are adopted last
     write(other, 8)
     fork = c.open()
     assert arena.fork(s.slot, 80, [fork.slot], generation=generation)
     assert rows(fork) == list(range(80))
     empty = c.open()
     assert not arena.fork(s.slot, 95, [empty.slot], generation=generation)
-    write(other, 60)  # needs more than is free: what is known goes, from its end on
+    write(other, 60)  # needs more than is free, so that cached rows are reclaimed from their end on
     assert arena.cached_prefix(0) == (generation, 64, True)
     assert rows(fork) == list(range(80))
     c.check()
@@ -470,7 +470,7 @@ def test_a_sequence_resumes_in_the_slot_of_another():
     arena.release([0])
     assert arena.cached_prefix(0) == (generation, 100, True)
     assert arena.resume(0, generation, 60)
-    arena.grow([0], 70, 60)  # its own from here on
+    arena.grow([0], 70, 60)  # copies on write, since the fork shares the extent
     c.k(0)[0, 60:70] = 5
     assert rows(fork) == list(range(100))
     assert arena.cached_prefix(0) == (generation, 60, False)

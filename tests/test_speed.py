@@ -1,4 +1,4 @@
-"""The measurements of kernels and decode steps: that they run, and count what they say."""
+"""The benchmarks of kernels and of decode steps run, and count what they claim to count."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def test_decode_steps_of_each_cache():
         if name.startswith("vattn"):
             kernel = "reference" if "reference" in name else "sdpa"
             assert f"kernel='{kernel}', fallback=None" in row["decode"]
-            assert "eager=24" in row["decode"]  # of three rounds on one cache
+            assert "eager=24" in row["decode"]  # three rounds of 8 steps on one cache
     floors = {name: row["floor ms"] for name, row in rows.items()}
     assert floors["vattn captured, reference+fp8"] < floors["vattn captured, reference"] == floors["dynamic"]
-    # The model that transformers' caches were measured with has seen nothing of vattn.
+    # Nothing of vattn was attached to the model that transformers' caches were measured with.
     assert vars(model) == before
     assert all(factory.model is model for factory in factories if not factory.name.startswith("vattn"))
     twin = factories[0].model

@@ -1,4 +1,4 @@
-"""Sequences that leave for host memory and come back."""
+"""Sequences that are swapped out to host memory and back in."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def cache(device="cpu", slots=4, **options):
 
 
 def write(sequence, n, value=0):
-    for step in (n - 3, 1, 1, 1):  # windows move
+    for step in (n - 3, 1, 1, 1):  # several steps, so that windows move
         start = sequence.length
         sequence.grow(step)
         values = torch.arange(start, start + step, dtype=torch.float32) + value
@@ -55,7 +55,7 @@ def test_a_sequence_comes_back_as_it_was(device):
     s.swap_out()
     assert (s.slot, s.length, s.swapped) == (-1, 10_000, True)
     assert c.stats().host > 0
-    write(other, 15_000)  # over what it has left, where it was
+    write(other, 15_000)  # may get the memory that the swapped sequence gave back
     third = c.open()
     write(third, 10_000, value=9)
     s.swap_in()
@@ -113,7 +113,7 @@ def physical(c):
 
 @pytest.mark.parametrize("first_to_go", [True, False], ids=["with its source", "beside its source"])
 def test_a_family_shares_again_what_it_shared(device, first_to_go):
-    """What eight forks have in common is copied once on the way out, and lies in memory once when they are back."""
+    """Rows that eight forks share are copied to the host only once, and are in memory only once when all are back."""
     c = cache(device, slots=10)
     s = c.open()
     length = 3000 if device == "cpu" else 40_000
@@ -170,7 +170,7 @@ def test_what_is_written_meanwhile_is_shared_with_nobody(change):
 
 
 def test_rows_that_are_written_where_they_are_change_nobody_in_host_memory():
-    """``copy_on_write`` before rows are written in place ends the sharing with sequences that are swapped out, too."""
+    """``copy_on_write`` before a write in place ends the sharing with sequences that are swapped out, too."""
     c = cache(mapper=False)
     s = c.open()
     write(s, 400)
@@ -188,7 +188,7 @@ def test_rows_that_are_written_where_they_are_change_nobody_in_host_memory():
 
 
 def test_a_sequence_that_grows_while_another_of_its_family_comes_back():
-    """Two threads: one writes behind what it was truncated to, the other brings back who had the same rows."""
+    """One thread grows a sequence that was truncated, while another one swaps in a sequence that had the same rows."""
     shapes = [LayerShape(kv_heads=heads, head_dim=64, dtype="float32") for heads in (1, 8)]
     layout = KVLayout(shapes, max_len=4096, granularity=16 * PAGE)
     chance = random.Random(0)
@@ -204,7 +204,7 @@ def test_a_sequence_that_grows_while_another_of_its_family_comes_back():
         away.swap_out()
         grown.truncate(500)
         other.close()
-        for slot in slots:  # which unmaps what they had
+        for slot in slots:  # unmaps the memory that was left in these slots
             c.open(slot=slot).grow(1)
         start = threading.Barrier(2)
 
@@ -232,7 +232,7 @@ def test_what_grows_while_it_is_swapped_out_keeps_its_length():
         grown = [300]
 
         def work(c=c, s=s, grown=grown):
-            with contextlib.suppress(ValueError):  # in the end it has no slot
+            with contextlib.suppress(ValueError):  # raised once the sequence is swapped out and has no slot
                 while True:
                     c.grow_all([s], grown[0] + 1, min_truncate_length=grown[0])
                     grown[0] += 1
@@ -246,7 +246,7 @@ def test_what_grows_while_it_is_swapped_out_keeps_its_length():
 
 
 def test_what_is_shared_again_is_protected():
-    """A write to it faults, where that is asked for, as to what a fork shares."""
+    """With ``protect_shared``, a write to rows that are shared again after a swap faults, as it does after a fork."""
     code = """
     import sys
     from vattn import KVCache, KVLayout
@@ -279,7 +279,7 @@ def test_blocks_of_a_closed_cache_go_back():
 
 
 def test_a_family_that_finds_no_memory_stays_swapped():
-    """Each call of the driver on the way back failing once: nothing is lost, and the next try brings it back."""
+    """Each driver call of a swap-in fails once: nothing is lost, and the next attempt succeeds."""
     for k in range(1, 40):
         c = cache(slots=5, mapper=False)
         s = c.open()
@@ -306,7 +306,7 @@ def test_a_family_that_finds_no_memory_stays_swapped():
 def test_the_host_has_a_budget_of_its_own():
     c = cache(host_budget=16 * PAGE)
     first, second = c.open(), c.open()
-    write(first, 100)  # a block holds what all planes have of it
+    write(first, 100)  # one block of host memory holds its rows of all planes
     write(second, 100)
     first.swap_out()
     with pytest.raises(BudgetExceeded, match="the host_budget is spent"):

@@ -1,4 +1,4 @@
-"""Several threads on one cache, one sequence, one model: it works, or the second one is told."""
+"""Several threads on one cache, one sequence or one model: it works, or the second thread gets an error."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ from vattn import CACHE_KEYWORD, Error, KVCache, KVLayout
 from vattn.errors import BudgetExceeded
 
 PAGE = 4096
-# Seconds of mixed work; more of them by VATTN_TEST_SECONDS.
+# How long the mixed work runs, in seconds. VATTN_TEST_SECONDS sets another duration.
 SECONDS = float(os.environ.get("VATTN_TEST_SECONDS", "3"))
 
 
 def together(*calls: Callable[[], object]) -> list[object]:
-    """The results of calls that begin at once in threads of their own; errors are results."""
+    """Starts calls at the same time, each in a thread of its own.
+
+    Returns:
+        The result of each call, or the exception that it raised.
+    """
     barrier = threading.Barrier(len(calls))
 
     def run(call: Callable[[], object]) -> object:
@@ -173,7 +177,7 @@ def test_a_prompt_on_kernels_beside_a_plain_call(device):
 
 @pytest.mark.parametrize("mapper", [True, False])
 def test_mixed_work(mapper):
-    """Open, grow, fork, swap, remember, compact and close, under a budget, with somebody who looks and trims."""
+    """Threads open, grow, fork, swap, remember, compact and close under a budget, while another reads and trims."""
     with small_cache(mapper=mapper, budget=120 * PAGE) as cache:
         until = time.monotonic() + SECONDS
         refused = (BudgetExceeded, ValueError)

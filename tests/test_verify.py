@@ -1,4 +1,4 @@
-"""A wrong attention kernel is refused within two steps, and no honest one is."""
+"""An attention kernel with a fault is refused within two decode steps, and a correct one never."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vattn.hf.attach import forward_of
 from vattn.hf.watch import Watch
 
 HALVES = (torch.bfloat16, torch.float16)
-# Tiny models, and what their weights of Q, K and sinks are multiplied by, so that a fault in what they see shows.
+# Tiny models, and what is changed in their configurations.
 TINY: dict[str, dict[str, Any]] = {
     "llama-gqa": {},
     "qwen3": {"head_dim": 16},
@@ -41,21 +41,21 @@ def tiny(name: str, device: str, dtype: torch.dtype, **more: Any) -> Any:
 
 
 def stepped(model: Any, cache: Any, device: str, *, batch: int = 2, length: int = LENGTH, padded: bool = False) -> Any:
-    """The decode steps behind a prompt; how they ran."""
+    """Generates a few tokens behind a prompt, and returns the ``decode_stats`` of the cache."""
     inputs = prompt(batch, length, device, padded=padded)
     model.generate(**inputs, **{CACHE_KEYWORD: cache}, max_new_tokens=STEPS + 1, do_sample=False)
     return cache.decode_stats()
 
 
 def kernel_of(name: str, device: str) -> str:
-    """A kernel that does all that a model asks for."""
+    """Returns the name of a kernel that supports all that a model needs."""
     if device == "cuda":
         return "flex" if name in ("gemma2", "gpt_oss") else "fa2"
     return "reference" if name in ("gemma2", "gpt_oss") else "sdpa"
 
 
 class Watching:
-    """What the honest spread of the first verified step was."""
+    """Records every ``Watch`` that is made. The first one tells the spread of correct kernels."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[Watch] = []
@@ -69,7 +69,12 @@ class Watching:
 
 
 def caught(model: Any, device: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Every fault, whether it counts, and whether it was refused within the first two steps."""
+    """Plants every fault in turn.
+
+    Returns:
+        A row for each fault: how far it moves the output of a kernel, whether this counts, because it is more than five
+        times what correct kernels differ by, and whether the fault was refused within the first two steps.
+    """
     moves = Moves()
     with monkeypatch.context() as patch, virtual_of(model, attention=kernel, capture=False) as cache:
         watching = Watching(patch)
@@ -156,7 +161,11 @@ def test_a_scale_of_fp8_that_is_ignored_is_refused(dtype, device):
 
 
 def honest(model: Any, name: str, device: str, kernel: str, **options: Any) -> dict[str, Any]:
-    """One honest run, and how much of what may differ did."""
+    """Generates with a correct kernel.
+
+    Returns:
+        A row, with the largest difference that was found as a part of the difference that is allowed.
+    """
     seen: list[Watch] = []
     original = Watch.__init__
 

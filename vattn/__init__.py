@@ -48,7 +48,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # transformers takes seconds to import and is an extra: it loads when the Hugging Face face is asked for.
+    # transformers takes seconds to import and is optional: it is imported only when one of these names is used.
     if name in ("CACHE_KEYWORD", "DecodeStats", "VirtualCache", "install"):
         from vattn import hf
 

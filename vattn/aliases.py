@@ -1,4 +1,4 @@
-"""Names that public things had before: they work for one more release, with a ``DeprecationWarning``."""
+"""Former names of public objects: they work for one more release, with a ``DeprecationWarning``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 
 def renamed(module: str, names: dict[str, str]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a module whose names were others before.
+    """Returns a ``__getattr__`` for a module in which names were changed.
 
     Args:
-        module: its name.
-        names: from each name that was, the one that is.
+        module: the name of the module.
+        names: maps each former name to the present one.
     """
 
     def getattr_of_module(name: str) -> Any:
@@ -26,10 +26,10 @@ def renamed(module: str, names: dict[str, str]) -> Callable[[str], Any]:
 
 
 class Renamed:
-    """An attribute or a method of a class whose name was another before.
+    """A class attribute that stands for the former name of an attribute or a method.
 
     Args:
-        now: the name that it has.
+        now: the present name.
     """
 
     def __init__(self, now: str) -> None:

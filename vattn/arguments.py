@@ -1,6 +1,6 @@
-"""What arguments may be: each function returns the plain value, or raises an error that names the argument.
+"""Checks of arguments: each function returns the plain value, or raises an error that names the argument.
 
-A wrong kind of value raises TypeError, a wrong value ValueError.
+A value of the wrong type raises TypeError, a wrong value of the right type ValueError.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 MOST = 2**63 - 1
-_LONGEST = 1e9  # seconds
+_LONGEST = 1e9  # the longest time, in seconds
 
 
 def integer(name: str, value: Any, least: int = 0, most: int = MOST) -> int:
-    """A count as a Python integer.
+    """Returns a count as a Python integer.
 
     Args:
-        name: of the argument.
-        value: an integer of Python or NumPy, or an integer tensor of one element. Booleans and floats are none.
-        least: the smallest that is allowed.
-        most: the largest that is allowed.
+        name: the name of the argument.
+        value: an integer of Python or NumPy, or an integer tensor of one element. Booleans and floats are refused.
+        least: the smallest value that is allowed.
+        most: the largest value that is allowed.
     """
     if type(value) is not int:
-        # Booleans of Python, NumPy and torch are integers to operator.index.
+        # operator.index would accept the booleans of Python, NumPy and torch.
         if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
             raise TypeError(f"{name} must be an integer, not {shown(value)}")
         try:
@@ -39,12 +39,12 @@ def integer(name: str, value: Any, least: int = 0, most: int = MOST) -> int:
 
 
 def optional_integer(name: str, value: Any, least: int = 0, most: int = MOST) -> int | None:
-    """A count as in ``integer``, or None."""
+    """Returns a count as ``integer`` does, or None."""
     return None if value is None else integer(name, value, least, most)
 
 
 def integers(name: str, value: Any, count: int, least: int = 0) -> list[int]:
-    """Counts for several things: one in a list for all of them, or one for each."""
+    """Returns counts for several sequences: a list of one number for all, or of one for each of ``count``."""
     if isinstance(value, (list, tuple)):
         if len(value) != count:
             raise ValueError(f"{name} must be one number or one for each of {count} sequences, not {len(value)}")
@@ -53,14 +53,14 @@ def integers(name: str, value: Any, count: int, least: int = 0) -> list[int]:
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False, and nothing that is merely taken for it."""
+    """Returns True or False; refuses other values, also if Python treats them as true or false."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, not {shown(value)}")
     return value
 
 
 def choice(name: str, value: Any, choices: Iterable[str]) -> str:
-    """One of some names."""
+    """Returns one of the given names."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be {_either(choices)}, not {shown(value)}")
     if value not in choices:
@@ -69,7 +69,7 @@ def choice(name: str, value: Any, choices: Iterable[str]) -> str:
 
 
 def seconds(name: str, value: Any) -> float:
-    """A time, more than nothing and not endless."""
+    """Returns a time in seconds, more than 0 and at most ``_LONGEST``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be seconds, not {shown(value)}")
     if not 0 < value <= _LONGEST:
@@ -78,10 +78,10 @@ def seconds(name: str, value: Any) -> float:
 
 
 def token_ids(name: str, value: Any) -> tuple[int, ...]:
-    """The ids of the tokens of one sequence.
+    """Returns the token ids of one sequence.
 
     Args:
-        name: of the argument.
+        name: the name of the argument.
         value: ``[n]`` or ``[1, n]`` integers: a tensor, an array, or anything that yields integers one by one.
     """
     if hasattr(value, "tolist"):
@@ -113,7 +113,7 @@ def _either(choices: Iterable[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value for an error, of which only the beginning is shown where it is long."""
+    """Returns the text of a value for an error message; of a long text only the beginning."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 200:
         return f"an integer of {value.bit_length()} bits"
     text = repr(value)

@@ -1,4 +1,4 @@
-"""What vattn raises. Plain misuse (a wrong shape, a closed sequence) is ``TypeError`` or ``ValueError``."""
+"""The errors that vattn raises. Wrong use (a wrong shape, a closed sequence) is ``TypeError`` or ``ValueError``."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from vattn.aliases import renamed
 
 
 class Error(Exception):
-    """Base of every error that is vattn's own."""
+    """The base class of vattn's errors."""
 
 
 class DriverError(Error, RuntimeError):
     """The driver refused a call; nothing has changed.
 
     Attributes:
-        call: name of the driver call, e.g. ``"cuMemCreate"``, or ``"create"`` on the host.
-        code: the driver's ``CUresult``, or the ``errno`` on the host.
+        call: the name of the driver call, e.g. ``"cuMemCreate"``, or ``"create"`` on the host.
+        code: the ``CUresult`` of the driver, or the ``errno`` on the host.
     """
 
     call: str
@@ -22,15 +22,15 @@ class DriverError(Error, RuntimeError):
 
 
 class OutOfDeviceMemory(DriverError, MemoryError):
-    """The device has no memory left: free some (``torch.cuda.empty_cache()``) or lower the budget."""
+    """The device has no memory left: free some (``torch.cuda.empty_cache()``), or lower the budget."""
 
 
 class BudgetExceeded(Error, MemoryError):
-    """The cache's byte budget is spent. Normal under load: close, truncate or wait, and try again.
+    """The memory budget of a cache is spent. This is normal under load: close, truncate or wait, and try again.
 
     Attributes:
-        needed: bytes the call would have mapped.
-        free: bytes of the budget that are not mapped.
+        needed: bytes that the call would have mapped.
+        free: bytes of the budget that are not in use.
     """
 
     needed: int
@@ -42,7 +42,7 @@ class SequenceTooLong(Error, ValueError):
 
 
 class BackendUnavailable(Error, RuntimeError):
-    """The device cannot be used here: no driver, no such device, or a cache carried through ``fork``."""
+    """The device cannot be used: no driver, no such device, or a cache that was made before ``fork`` of the process."""
 
 
 __getattr__ = renamed(__name__, {"OutOfPages": "BudgetExceeded"})

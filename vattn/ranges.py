@@ -1,4 +1,4 @@
-"""Ranges in the timelines of profilers: what vattn does when. They are off by default, and cost nothing then."""
+"""Named ranges for vattn's operations in the timelines of profilers. They are off by default, and cost nothing then."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vattn.arguments import choice
 Kind = Literal["torch", "nvtx"]
 
 _lock = threading.Lock()
-_methods: dict[tuple[type, str], tuple[str, Any]] = {}  # by class and name of a method: the range's name, the method
+_methods: dict[tuple[type, str], tuple[str, Any]] = {}  # by class and method name: the range's name, the method
 _range: Callable[[str], AbstractContextManager[Any]] | None = None
 
 
@@ -23,14 +23,14 @@ def set_profiler_ranges(kind: Kind | None) -> None:
     """Shows growth, forks, swaps, decode steps, captures and prompts as ranges in the timeline of a profiler.
 
     The ranges are named ``vattn::grow``, ``vattn::fork``, ``vattn::swap_out``, ``vattn::swap_in``, ``vattn::step``,
-    ``vattn::capture`` and ``vattn::prompt``. They cover the time of the host; kernels that are launched in them appear
-    where the profiler puts them.
+    ``vattn::capture`` and ``vattn::prompt``. They cover the time on the host; kernels that are launched in them appear
+    where the profiler places them.
 
     Args:
         kind: ``"torch"`` for ``torch.profiler``, ``"nvtx"`` for Nsight Systems, None for no ranges.
 
     Raises:
-        ValueError: another kind; or this PyTorch has no NVTX.
+        TypeError, ValueError: ``kind`` is none of these, or this PyTorch has no NVTX.
     """
     global _range
     if kind is not None:
@@ -44,14 +44,14 @@ def set_profiler_ranges(kind: Kind | None) -> None:
 
 
 def register_range(name: str, owner: type, method: str) -> None:
-    """Makes the calls of a method ranges of this name, where ranges are on."""
+    """Registers a method of a class: while ranges are on, each call of it is a range with this name."""
     with _lock:
         _methods[owner, method] = name, vars(owner)[method]
         _apply(owner, method)
 
 
 def _apply(owner: type, method: str) -> None:
-    """Replaces a method by one that opens a range, or puts it back."""
+    """Replaces a method by one that opens a range, or restores the original where ranges are off."""
     name, original = _methods[owner, method]
     if _range is None:
         if vars(owner)[method] is not original:

@@ -1,1 +1,1 @@
-"""The measurements behind ``vattn bench``."""
+"""The measurements that ``vattn bench`` runs."""

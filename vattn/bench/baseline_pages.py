@@ -1,7 +1,7 @@
-"""``Pages``: slots mapped in pages of one size by who grows, as others map K/V memory; to compare with ``KVCache``.
+"""``Pages``: a baseline for ``KVCache`` that maps slots in pages of one size, in the thread that grows a sequence.
 
-One plane is an interleaved row; a plane for each layer's K and each layer's V is what vAttention maps. Memory is not
-zeroed.
+With one plane, a plane has interleaved rows. With a plane for each layer's K and one for each layer's V it maps as
+vAttention does. Memory is not zeroed.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ from vattn.memory.stats import CacheStats
 
 
 class Pages:
-    """Slots over one reservation; a sequence that ends leaves its pages mapped, for the next in its slot.
+    """Slots over one reservation. A sequence that ends leaves its pages mapped, for the next sequence in its slot.
 
-    Short of budget, pages are taken from the longest parked slot, then from the running one with most past its length.
+    When the budget is spent, pages are taken from the slot that has been parked longest; where none is parked, from the
+    running slot with the most pages past its length.
 
     Args:
-        driver: makes the calls, and says how large a page is.
-        planes: parts of a slot that are contiguous.
-        row_bytes: of each plane, for one position.
-        slots: sequences at once.
-        max_len: positions of the longest.
-        budget: limit on physical memory, in bytes; a page that keeps unused addresses mapped is not counted.
-        zero_page: where nothing is mapped, one page is, the same everywhere, so that reading there is no fault.
+        driver: the driver; its granularity is the size of a page.
+        planes: the number of separately mapped parts of a slot.
+        row_bytes: bytes of a position in each plane.
+        slots: the most sequences at once.
+        max_len: positions of the longest sequence.
+        budget: limit on physical memory, in bytes; the page of ``zero_page`` does not count.
+        zero_page: maps one page, the same everywhere, at all addresses without memory, so that reading there does not
+            fault.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class Pages:
                 self._map(at, self.zero)
 
     def open(self, *, expected: int = 0) -> PageSequence:
-        """Starts a sequence in the slot that was closed last; ``expected`` is not looked at."""
+        """Starts a sequence, in the slot that was parked last if there is one; ``expected`` is ignored."""
         if not self.parked and not self.bare:
             raise ValueError("all slots are in use")
         sequence = PageSequence(self, self.parked.pop() if self.parked else self.bare.pop(0))
@@ -69,10 +71,10 @@ class Pages:
         return sequence
 
     def wait_idle(self) -> None:
-        """Nothing is done in the background."""
+        """Returns at once, since nothing runs in the background."""
 
     def stats(self) -> CacheStats:
-        """What ``KVCache.stats`` tells; nothing is retired."""
+        """Returns the statistics of ``KVCache.stats``; no unmap is ever deferred."""
         mapped = self.page * (self.created - len(self.pooled))
         counts = self.driver.counts()
         return CacheStats(
@@ -104,7 +106,7 @@ class Pages:
         )
 
     def close(self) -> None:
-        """Unmaps and releases everything."""
+        """Unmaps and releases all memory, and gives the addresses back."""
         if self.zero is not None:
             for at in range(self.base, self.base + self.reserved, self.page):
                 self.driver.unmap(at, self.page)
@@ -180,7 +182,7 @@ class Pages:
 
 
 class PageSequence:
-    """One sequence of ``Pages``; as much of ``Sequence`` as a server needs."""
+    """One sequence of ``Pages``, with the part of ``Sequence`` that a server needs."""
 
     def __init__(self, cache: Pages, slot: int) -> None:
         self.cache = cache
@@ -190,22 +192,30 @@ class PageSequence:
 
     @property
     def capacity(self) -> int:
-        """Positions that are mapped."""
+        """The number of positions that are mapped."""
         return min(len(pages) for pages in self.cache.handles[self.slot]) * self.cache.page // self.cache.row_bytes
 
     def grow(self, n: int = 1) -> int:
-        """Makes room for ``n`` more positions; raises BudgetExceeded, and then nothing has changed."""
+        """Makes room for ``n`` more positions and returns the new length.
+
+        Raises:
+            BudgetExceeded: the budget does not suffice; nothing has changed.
+        """
         self.cache._grow(self.slot, self.length + n)
         self.length += n
         return self.length
 
     def prefetch(self, length: int) -> bool:
-        """Maps ``length`` positions now."""
+        """Maps ``length`` positions before it returns; returns True.
+
+        Raises:
+            BudgetExceeded: the budget does not suffice; nothing has changed.
+        """
         self.cache._grow(self.slot, length)
         self.wanted = length
         return True
 
     def close(self) -> None:
-        """Leaves the slot, with what is mapped, to the next."""
+        """Ends the sequence; the slot keeps its memory for the next sequence."""
         self.cache.running.remove(self)
         (self.cache.parked if any(self.cache.handles[self.slot]) else self.cache.bare).append(self.slot)

@@ -1,4 +1,4 @@
-"""How fast attention kernels run on each kind of memory, and decode steps of a model on each kind of cache."""
+"""Measures attention kernels on each kind of memory, and decode steps of a model with each kind of cache."""
 
 from __future__ import annotations
 
@@ -22,16 +22,19 @@ from vattn.kernels import KERNELS, AttentionParams, AttentionSpec, Kernel, Seque
 from vattn.memory.kv_cache import KVCache
 from vattn.memory.layout import Kind, KVLayout
 
-HEADS, KV_HEADS, DIM = 32, 8, 128  # of the kernels' measurement, Llama-3-8B's
-BANDWIDTH = 3.0e12  # bytes a second that an H100 reads, of which floors are made
-_KEPT = 20e9  # bytes of K and V that a peer's cache may hold while others take their turn
-_PAGE = 16  # rows of a page of paged prompts; steps have pages of 64
-MEMORIES: tuple[Kind, ...] = ("compact", "interleaved")  # virtual ones, of 32 layers
+HEADS, KV_HEADS, DIM = 32, 8, 128  # of the kernel measurements, as in Llama-3-8B
+BANDWIDTH = 3.0e12  # bytes per second that an H100 reads, for lower bounds of step times
+_KEPT = 20e9  # the most bytes of K and V for which a baseline's cache is kept while other caches are measured
+_PAGE = 16  # rows of a page for paged prompts; decode steps have pages of 64 rows
+MEMORIES: tuple[Kind, ...] = ("compact", "interleaved")  # layouts of the virtual memory, which has 32 layers
 
 
 @dataclass(frozen=True)
 class _Work:
-    """Sequences of some lengths, of which the last positions are computed, or one of each in a decode step."""
+    """A workload: sequences of some lengths, and for each the number of last positions that are computed.
+
+    In a decode step that number is one for each sequence.
+    """
 
     name: str
     lengths: list[int]
@@ -63,7 +66,7 @@ def _works(scale: int) -> list[_Work]:
 
 
 class _Memory:
-    """K and V of the sequences of a work, in virtual memory of some kind, or in torch's."""
+    """K and V of a workload's sequences: in virtual memory with a layout of ``kind``, or if it is None in torch's."""
 
     def __init__(self, kind: Kind | None, work: _Work, device: str, tail: int) -> None:
         longest, batch = max(work.lengths), len(work.lengths)
@@ -91,7 +94,10 @@ class _Memory:
 
 
 def _seconds(device: str, *calls: Callable[[], Any]) -> list[float]:
-    """The median time of each of some calls, in turns forth and back, launched without waiting for the host."""
+    """Returns the median time of each call, in seconds; the calls take turns, in alternating order.
+
+    On a GPU each call is queued behind a kernel that sleeps, so that the time to launch it does not count.
+    """
     for call in calls * 3:
         call()
     times: list[list[float]] = [[] for _ in calls]
@@ -124,11 +130,14 @@ def _call(kernel: Kernel, work: _Work, memory: _Memory, device: str) -> Callable
 
 
 def kernel_speed(device: str, scale: int = 1) -> Iterator[dict[str, Any]]:
-    """The rates of every kernel that does a work, on each kind of virtual memory beside torch's own.
+    """Measures every kernel that supports a workload, with each layout of virtual memory and with torch's memory.
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
-        scale: sequences are shorter by so much.
+        scale: divides the lengths of the sequences.
+
+    Yields:
+        A row for each workload, kernel and layout.
     """
     on_gpu = device.startswith("cuda")
     for work in _works(scale):
@@ -146,7 +155,7 @@ def kernel_speed(device: str, scale: int = 1) -> Iterator[dict[str, Any]]:
 
 
 def _on_memories(kernel: Kernel, work: _Work, task: AttentionSpec, kind: Kind, device: str) -> dict[str, Any]:
-    """The rates on torch's memory and on virtual memory of some kind."""
+    """Returns the rates with torch's memory and with virtual memory of one layout, or an error."""
     with contextlib.ExitStack() as memories:
         try:
             calls = []
@@ -166,7 +175,7 @@ def _on_memories(kernel: Kernel, work: _Work, task: AttentionSpec, kind: Kind, d
 
 
 def _paged_call(kernel: Any, work: _Work, device: str) -> Callable[[], Any]:
-    """On shuffled pages in torch's memory."""
+    """Returns a call of the kernel on K and V in shuffled pages of torch's memory."""
     size = 64 if not work.prefill else _PAGE
     counts = [-(-length // size) for length in work.lengths]
     places = torch.randperm(sum(counts), dtype=torch.int32, device=device)
@@ -180,7 +189,7 @@ def _paged_call(kernel: Any, work: _Work, device: str) -> Callable[[], Any]:
 
 
 class Clock(StoppingCriteria):  # type: ignore[misc]
-    """Notes when each step is done, without waiting for it."""
+    """Records when each step is done, without waiting for the device."""
 
     def __init__(self) -> None:
         self._ticks: list[Any] = []
@@ -194,7 +203,7 @@ class Clock(StoppingCriteria):  # type: ignore[misc]
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     def steps(self) -> list[float]:
-        """The seconds from each step to the next."""
+        """Returns the seconds from each step to the next."""
         pairs = itertools.pairwise(self._ticks)
         if all(isinstance(tick, float) for tick in self._ticks):
             return [b - a for a, b in pairs]
@@ -207,7 +216,7 @@ def _layout_of(model: Any) -> KVLayout:
 
 
 def _fill(cache: Any, model: Any, mask: torch.Tensor) -> None:
-    """Random K and V of a prompt with this mask, ``[batch, length]``, as the model would write them."""
+    """Fills a cache with random K and V for a prompt with this mask, ``[batch, length]``, as the model would."""
     batch, length = mask.shape
     with cache.unpadded(mask) if isinstance(cache, VirtualCache) else contextlib.nullcontext():
         for layer, shape in enumerate(_layout_of(model).layers):
@@ -224,7 +233,7 @@ def _fill(cache: Any, model: Any, mask: torch.Tensor) -> None:
 
 
 def baselines(device: str) -> list[str]:
-    """The caches of transformers that a machine has, see ``cache_factories``."""
+    """Returns the names of transformers' caches that work on a device of this machine, see ``cache_factories``."""
     try:
         quantized = importlib.util.find_spec("optimum.quanto") is not None
     except ImportError:
@@ -238,11 +247,11 @@ class CacheFactory:
     """A kind of cache to decode with.
 
     Attributes:
-        name: what it is called in rows.
-        model: that computes with it; for caches of vattn one with the same weights as the others', to which nothing of
-            vattn's is attached.
-        make: makes one for a batch and a length.
-        compiled: whether ``generate`` compiles the model by itself, which it does for some caches.
+        name: the name of the kind in the rows of results.
+        model: the model that decodes. Caches of vattn have a model of their own with the same weights, so that nothing
+            of vattn is attached to the model of the other caches.
+        make: makes a cache for a batch size and a length.
+        compiled: whether ``generate`` may compile the model, which it does for some caches.
     """
 
     name: str
@@ -252,15 +261,15 @@ class CacheFactory:
 
 
 def cache_factories(model: Any, max_len: int, kernels: list[str], baselines: list[str]) -> list[CacheFactory]:
-    """Caches of vattn and of transformers.
+    """Returns factories for caches of vattn and of transformers.
 
     Args:
-        model: the model that they are for. Nothing is attached to it; but its weights may come to lie elsewhere in
-            memory, where steps are compiled: warm those up first.
-        max_len: of the virtual ones.
-        kernels: of captured decode steps: names, with ``+fp8``, ``+compiled`` or ``+tuned`` behind.
-        baselines: of ``"dynamic"``, ``"static"``, ``"static_compile"``, ``"offloaded"`` (on CUDA), ``"quantized"``
-            (4 bits, by optimum-quanto).
+        model: the model to decode with. Nothing is attached to it, but compiled steps may move its weights to other
+            addresses: warm those steps up first.
+        max_len: positions of vattn's caches.
+        kernels: kernels of captured decode steps: names, which ``+fp8``, ``+compiled`` or ``+tuned`` may follow.
+        baselines: any of ``"dynamic"``, ``"static"``, ``"static_compile"``, ``"offloaded"`` (on CUDA) and
+            ``"quantized"`` (4 bits, by optimum-quanto).
     """
     twin = _twin(model)
     tuned = {"max_autotune": True, "coordinate_descent_tuning": True}
@@ -293,24 +302,24 @@ def cache_factories(model: Any, max_len: int, kernels: list[str], baselines: lis
 
 
 def _twin(model: Any) -> Any:
-    """A model with the same weights."""
+    """Returns a copy of a model that shares its weights."""
     weights = itertools.chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(weight): weight for weight in weights})
 
 
 class Decoding:
-    """Decode steps of ``model.generate`` behind contexts of some lengths, padded on the left, with one kind of cache.
+    """Times decode steps of ``model.generate`` after contexts of some lengths, padded on the left, with one cache.
 
-    A step is what lies between two calls of the stopping criteria, on a GPU in its own time. Of each round the first
-    quarter of the steps, at least two, are not counted; of the others there are the median, the mean and the longest.
-    Those of several kinds are compared by rounds in turns, after all of them have been warmed up: the first steps of a
+    A step lasts from one call of the stopping criteria to the next, on a GPU by CUDA events. The first quarter of the
+    steps of each round, at least two, are not counted; the row has the median, the mean and the longest of the others.
+    To compare several kinds of caches, warm all of them up and then run their rounds in turns: the first steps of a
     process take two to three times as long.
 
     Args:
-        factory: what decodes.
-        point: what rows call the contexts.
-        lengths: of the contexts.
-        steps: of a round.
+        factory: the kind of cache, and the model.
+        point: the name of the contexts in the rows of results.
+        lengths: tokens of each context.
+        steps: steps of a round.
     """
 
     def __init__(self, factory: CacheFactory, point: str, lengths: list[int], steps: int) -> None:
@@ -323,13 +332,13 @@ class Decoding:
         self._cache: Any = None
 
     def warm_up(self) -> None:
-        """Decodes once with a cache of its own, which also tells what memory it takes."""
+        """Decodes once with a cache that is not used again, and measures the memory that it takes."""
         with self._failing(), self._used_cache() as cache:
             took = self._decode(cache)
             self.row |= self._times([took]) | self._memory(cache)
 
     def round(self) -> None:
-        """Decodes once more."""
+        """Decodes once more, unless an earlier run has failed."""
         if "error" in self.row:
             return
         with self._failing(), self._used_cache(keep=True) as cache:
@@ -339,11 +348,11 @@ class Decoding:
                 self.row["decode"] = str(cache.decode_stats())
                 again = None if cache.decoder is None else cache.decoder.again()
                 if again is not None:
-                    # Of the last step, without all that is around.
+                    # The replay of the last step alone, without the work of the host around it.
                     self.row["replay ms"] = _seconds(self._device.type, again)[0] * 1e3
 
     def close(self) -> None:
-        """Lets go of the cache that the rounds have in common."""
+        """Closes the cache that the rounds share."""
         if isinstance(self._cache, VirtualCache):
             self._cache.close()
         self._cache = None
@@ -363,7 +372,7 @@ class Decoding:
 
     @contextlib.contextmanager
     def _used_cache(self, *, keep: bool = False) -> Iterator[Any]:
-        """A new cache, or the one of the round before, where that spares compiling anew."""
+        """Yields the cache that the round before has kept, so that nothing is compiled again, or else a new one."""
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -371,7 +380,7 @@ class Decoding:
             torch.cuda.reset_peak_memory_stats()
         cache = self._cache or self.factory.make(len(self._lengths), max(self._lengths) + self._steps + 8)
         if isinstance(cache, VirtualCache):
-            forward_of(self.factory.model).refused = None  # by what was measured before
+            forward_of(self.factory.model).refused = None  # an earlier measurement may have set it
         try:
             yield cache
             if isinstance(cache, VirtualCache):
@@ -398,7 +407,7 @@ class Decoding:
         with torch.no_grad():
             _fill(cache, model, mask[:, :-1])
         if self._device.type == "cuda":
-            torch.cuda.empty_cache()  # what has been filled in is no part of steps
+            torch.cuda.empty_cache()  # the temporary memory of filling the cache is not that of decode steps
         clock = Clock()
         options = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, CACHE_KEYWORD: cache}
         model.generate(ids, attention_mask=mask, stopping_criteria=StoppingCriteriaList([clock]), **options)
@@ -420,14 +429,14 @@ class Decoding:
         return sum(self._lengths) * _layout_of(self.factory.model).bytes_per_token
 
     def _memory(self, cache: Any) -> dict[str, Any]:
-        """What the device has taken, and reading the weights but the embedding, K and V at 3.0 TB/s, ``floor ms``."""
+        """Returns the memory in use, and ``floor ms``: to read weights without the embedding, K and V at 3.0 TB/s."""
         model, text = self.factory.model, self.factory.model.config.get_text_config()
         size = model.dtype.itemsize
         layouts = [c.layout for c in cache.kv_caches] if isinstance(cache, VirtualCache) else [_layout_of(model)]
         token = sum(layout.bytes_per_token for layout in layouts)
         kv = sum(length + self._steps for length in self._lengths) * token
         weights = sum(parameter.numel() for parameter in model.parameters()) * size
-        # Of an embedding one row is read, unless it gives the logits too.
+        # A step reads only single rows of the embedding, unless the embedding also computes the logits.
         unread = 0 if text.tie_word_embeddings else text.vocab_size * text.hidden_size * size
         floor = (weights - unread + kv) / BANDWIDTH
         row: dict[str, Any] = {"floor ms": floor * 1e3}
@@ -436,7 +445,7 @@ class Decoding:
             row |= {
                 "device used": total - free,
                 "torch reserved": torch.cuda.max_memory_reserved(),
-                # A GB of what is used is that of the CUDA context and of activations.
+                # 1 GB of the memory in use is taken to be the CUDA context and the activations.
                 "used over weights and tokens": (total - free - weights - 1e9) / kv,
             }
         if isinstance(cache, VirtualCache):
@@ -447,14 +456,14 @@ class Decoding:
 def decode_speed(
     factories: list[CacheFactory], point: str, lengths: list[int], steps: int, rounds: int = 3
 ) -> list[dict[str, Any]]:
-    """A row for each factory, see ``Decoding``: the median and the least of the rounds' median steps, and memory.
+    """Returns a row for each factory: the median and the least of the median step times of the rounds, and the memory.
 
     Args:
-        factories: of ``cache_factories``.
-        point: what rows call the contexts.
-        lengths: of the contexts.
-        steps: of a round.
-        rounds: in turns, behind a warm-up of all.
+        factories: from ``cache_factories``.
+        point: the name of the contexts in the rows.
+        lengths: tokens of each context.
+        steps: steps of a round, see ``Decoding``.
+        rounds: rounds of each factory, in turns, after all of them have been warmed up.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, not {rounds}")
@@ -465,7 +474,7 @@ def decode_speed(
 
 
 def in_turns(decodings: list[Decoding], rounds: int) -> list[dict[str, Any]]:
-    """The rows of what has been warmed up, after so many rounds of each in turns; their caches are closed."""
+    """Runs the rounds of several warmed-up ``Decoding`` objects in turns, closes their caches and returns the rows."""
     for _ in range(rounds):
         for decoding in decodings:
             decoding.round()

@@ -1,4 +1,4 @@
-"""What mapping costs: each driver call, a prompt by policy, and served requests. The rows are those of a table."""
+"""Measures what mapping costs: driver calls, prompts, growth and served requests. Results are the rows of a table."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from vattn.memory.kv_cache import KVCache
 from vattn.memory.layout import GRANULARITY, KVLayout
 
 _UNLIMITED = 1 << 62  # bytes
-ROW_BYTES = 128 * 1024  # a token of Llama-3-8B in bfloat16: 32 layers of K and V, 8 heads of 128
-# Microseconds a call takes on an H100, for the host to charge; see docs/design/driver.md.
+ROW_BYTES = 128 * 1024  # of a token of Llama-3-8B in bfloat16: K and V of 32 layers, with 8 heads of 128
+# Microseconds that a call takes on an H100; the driver of the host is slowed down to them. See docs/design/driver.md.
 CHARGES = {"create": 13.0, "map": 1.0, "set_access": 30.0, "unmap": 20.0, "release": 15.0}
 
 
 def driver_of(device: str, *, scale: int = 1) -> _core.Driver:
-    """A driver of its own: the device's, or the host's with an H100's costs charged and granules by scale smaller."""
+    """Makes a driver: of a CUDA device, or of the host, as slow as an H100 and with granules divided by ``scale``."""
     where = resolve_device(device)
     if where.type == "cuda":
-        torch.zeros(1, device=where)  # the context is torch's
+        torch.zeros(1, device=where)  # makes torch create the CUDA context
         return _core.cuda_driver(where.index)
     driver = _core.host_driver(GRANULARITY // scale)
     charge(driver)
@@ -39,13 +39,16 @@ def driver_of(device: str, *, scale: int = 1) -> _core.Driver:
 
 
 def charge(driver: _core.Driver) -> None:
-    """On the host, makes every call take what it does on an H100."""
+    """Makes each call of a host driver take at least as long as on an H100; leaves a CUDA driver as it is."""
     for call, microseconds in CHARGES.items() if driver.kind == "cpu" else ():
         driver.charge(call, round(1000 * microseconds))
 
 
 def call_latency(device: str, *, rounds: int = 100) -> list[dict[str, Any]]:
-    """Microseconds of each call by handle size, through our driver and, where it is installed, cuda-python."""
+    """Returns percentiles of the microseconds of each call, by size of the handle.
+
+    The calls are made through vattn's driver and, on CUDA where it is installed, through cuda-python.
+    """
     rows = []
     for size in (1, 2, 4, 8, 16, 32, 64):
         driver = driver_of(device)
@@ -114,16 +117,17 @@ def _cuda_python(nbytes: int, device: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def layout(max_len: int = 16384, *, scale: int = 1) -> KVLayout:
-    """Rows of ``ROW_BYTES / scale`` in granules of ``GRANULARITY / scale``: the same calls in less memory."""
+    """Returns a layout with rows and granules divided by ``scale``: growth makes the same calls in less memory."""
     return KVLayout.uniform(
         layers=32, kv_heads=8, head_dim=128 // scale, max_len=max_len, dtype="bfloat16",
         granularity=GRANULARITY // scale,
     )  # fmt: skip
 
 
-# Ways to serve requests. A zero page under every slot would take more mappings than a host has.
+# The policies with which requests are served. Those with a zero page under every slot are left out, since they would
+# take more mappings than a host allows.
 POLICIES = ("vattn", "vattn, mapper off", "2 MiB pages", "a page for each layer's K and V")
-# Other ways to map K/V memory, by name: planes, and whether unmapped addresses read a page of zeros.
+# Other policies to map K/V memory, by name: the number of planes, and whether unmapped addresses read a page of zeros.
 PAGES = {
     "2 MiB pages": (1, False),
     "a page for each layer's K and V": (64, False),
@@ -143,7 +147,7 @@ def _pages(device: str, policy: str, *, scale: int = 1, **options: Any) -> Itera
 
 
 def prompts(device: str, *, tokens: Sequence[int] = (128, 1024, 8192), rounds: int = 5) -> list[dict[str, Any]]:
-    """Milliseconds to map a prompt on fresh memory, by policy; medians."""
+    """Returns the median milliseconds to map a prompt in a new cache, for each number of tokens and each policy."""
 
     def ours(n: int) -> float:
         with KVCache(layout(), slots=1, device=device) as cache:
@@ -170,7 +174,16 @@ def _milliseconds(work: Callable[..., Any], *args: Any) -> float:
 
 
 def growth(device: str, *, tokens: int = 2100, rate: float = 1000.0) -> list[dict[str, Any]]:
-    """One sequence that grows token by token at a rate: microseconds of the caller for each token, by policy."""
+    """Grows a sequence token by token and measures the time of the caller for each token, by policy.
+
+    Args:
+        device: ``"cpu"`` or a CUDA device.
+        tokens: tokens to grow by.
+        rate: tokens per second.
+
+    Returns:
+        A row for each policy, with percentiles of the time in microseconds.
+    """
 
     def measured(name: str, grow: Callable[[], Any], calls: Callable[[], dict[str, int]]) -> dict[str, Any]:
         grow()
@@ -230,7 +243,7 @@ def _torch(device: str, nbytes: int) -> float:
 
 
 def live_tokens(requests: Sequence[Request], concurrency: int) -> int:
-    """The most tokens at once that a server of so many sequences holds."""
+    """Returns the most tokens that a server of at most ``concurrency`` sequences holds at once."""
     waiting = deque(requests)
     running: list[list[int]] = []
     most = 0
@@ -257,10 +270,11 @@ def replays(
     max_steps: int | None = None,
     policies: Sequence[str] = POLICIES,
 ) -> list[dict[str, Any]]:
-    """Served requests by policy, with a budget 20% above the live tokens and with a full one.
+    """Serves requests with each policy, with a budget 20% above the most live tokens and with one 20% below ("full").
 
-    On the host rows and granules are 1/128 of their size, and a call costs what it does on an H100. A server expects
-    the 95th percentile of the outputs.
+    On the host, rows and granules have 1/128 of their size, and a call takes as long as on an H100. The server expects
+    each output to have the 95th percentile of the output lengths. By default the warm-up is half of the requests; for
+    the other arguments see ``replay``.
     """
     scale = 1 if resolve_device(device).type == "cuda" else 128
     live = live_tokens(requests, concurrency) * (ROW_BYTES // scale)

@@ -1,7 +1,7 @@
-"""A trace of requests served against the memory of a cache, without a model: what it costs and what it wastes.
+"""Serves a trace of requests with the memory of a cache, without a model, and measures driver calls and waste.
 
-The server is the simplest that batches continuously: each step it admits what waits, every running sequence grows by a
-token, and what is done is closed.
+The server does the simplest form of continuous batching: in each step it admits waiting requests, grows every running
+sequence by a token, and closes the finished ones.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from vattn.bench.trace import Request
 from vattn.errors import BudgetExceeded
 from vattn.memory.stats import CacheStats
 
-# Calls that make, map, open, unmap and release memory.
+# The driver calls that create, map, make accessible, unmap and release memory.
 MEMORY_CALLS = ("create", "map", "set_access", "unmap", "release")
 
 
 class ServedSequence(Protocol):
-    """What a server needs of a sequence; see ``vattn.Sequence``."""
+    """The part of ``vattn.Sequence`` that the server needs."""
 
     @property
     def capacity(self) -> int: ...
@@ -33,7 +33,7 @@ class ServedSequence(Protocol):
 
 
 class Served(Protocol):
-    """What a server needs of a cache; see ``KVCache``."""
+    """The part of ``KVCache`` that the server needs."""
 
     def open(self, *, expected: int = 0) -> ServedSequence: ...
     def stats(self) -> CacheStats: ...
@@ -42,24 +42,24 @@ class Served(Protocol):
 
 @dataclass(frozen=True)
 class Result:
-    """What a replay has measured, from the end of its warm-up on.
+    """The measurements of a replay, from the end of its warm-up and its settling on.
 
     Attributes:
-        steps: steps of the server.
-        seconds: their time.
-        tokens: prompt tokens admitted and tokens made.
-        finished: requests that ended.
-        preempted: sequences thrown back into the queue because a growth found no memory.
-        calls: driver calls by name.
-        caller_calls: of those, the ones made in the server's own thread.
-        waited_seconds: time the server waited for memory.
-        waste_mean: bytes mapped under running sequences that are neither rows nor free for others to take, over the
-            bytes of the rows; mean over the steps.
-        unused_mean: the same with what is free for others to take.
+        steps: number of steps of the server.
+        seconds: duration of these steps.
+        tokens: prompt tokens admitted and output tokens generated.
+        finished: number of requests that ended.
+        preempted: number of sequences put back into the queue because a growth found no memory.
+        calls: number of driver calls, by name.
+        caller_calls: the part of ``calls`` that was made in the server's thread.
+        waited_seconds: time that the server waited for memory.
+        waste_mean: bytes mapped under running sequences that are neither rows nor free for others to take, divided by
+            the bytes of the rows; mean over the steps.
+        unused_mean: the same, including memory that is free for others to take.
         rows_peak: the most bytes of rows at once.
         needed_peak: the most bytes at once that are mapped under running sequences and not free for others to take.
         physical_peak: the most bytes of physical memory.
-        running_mean: sequences running, mean over the steps.
+        running_mean: number of running sequences, mean over the steps.
     """
 
     steps: int
@@ -79,12 +79,12 @@ class Result:
 
     @property
     def calls_per_1000_tokens(self) -> float:
-        """``MEMORY_CALLS``; fences and zeroing are in ``calls`` only."""
+        """The calls of ``MEMORY_CALLS`` per 1000 tokens; calls for fences and zeroing are in ``calls`` only."""
         return 1000 * sum(self.calls.get(name, 0) for name in MEMORY_CALLS) / max(1, self.tokens)
 
     @property
     def wait_fraction(self) -> float:
-        """Part of the time that the server waited for memory."""
+        """The fraction of the time in which the server waited for memory."""
         return self.waited_seconds / self.seconds if self.seconds else 0.0
 
 
@@ -92,35 +92,35 @@ class Result:
 class _Running:
     request: Request
     sequence: ServedSequence
-    made: int = 0  # tokens of the output
+    made: int = 0  # output tokens so far
 
 
 class _Server:
-    """Sequences that run, requests that wait for one of so many places or for memory, and what has become of others."""
+    """The running sequences, the requests that wait for a place or for memory, and counts of tokens and requests."""
 
     def __init__(self, cache: Served, requests: Sequence[Request], concurrency: int, output_guess: int) -> None:
         self.cache = cache
         self.waiting = deque(requests)
-        self.coming: list[_Running] = []  # memory is asked for; they run when it is there
+        self.coming: list[_Running] = []  # have asked for memory, and run once it is mapped
         self.running: list[_Running] = []
         self.concurrency = concurrency
         self.output_guess = output_guess
         self.tokens = self.finished = self.preempted = 0
 
     def admit(self, now: float) -> None:
-        """Starts what has arrived, as far as there are places and memory."""
+        """Starts requests that have arrived, as far as ``concurrency`` and the memory allow."""
         while self.waiting and self.waiting[0].arrival <= now:
             if len(self.running) + len(self.coming) >= self.concurrency:
                 break
             if self.coming and not self._ready(self.coming[-1]):
-                break  # one after the other, so that none takes the memory another waits for
+                break  # requests are admitted one by one, so that none takes the memory that another one waits for
             request = self.waiting.popleft()
             sequence = self.cache.open(expected=request.prompt + self.output_guess)
             self.coming.append(_Running(request, sequence))
             self._ask(self.coming[-1])
         still = []
         for one in self.coming:
-            if self._ready(one) or not self.running:  # where nothing else is to be done, it is waited for
+            if self._ready(one) or not self.running:  # with no running sequence, the server waits for the memory
                 one.sequence.grow(one.request.prompt)
                 self.tokens += one.request.prompt
                 self.running.append(one)
@@ -130,7 +130,7 @@ class _Server:
         self.coming = still
 
     def step(self) -> None:
-        """A token for each that runs; where there is no memory for it, the last that came waits again."""
+        """Grows each running sequence by a token; preempts the one admitted last where there is no memory for it."""
         position = 0
         while position < len(self.running):
             one = self.running[position]
@@ -143,7 +143,7 @@ class _Server:
                     last = self.coming.pop()
                 else:
                     last = self.running.pop()
-                    self.tokens -= last.request.prompt + last.made  # they will be made again
+                    self.tokens -= last.request.prompt + last.made  # these tokens will be computed again
                 last.sequence.close()
                 self.waiting.appendleft(last.request)
                 self.preempted += 1
@@ -153,7 +153,7 @@ class _Server:
             position += 1
 
     def end(self) -> None:
-        """Closes what is done."""
+        """Closes the sequences whose output is complete."""
         for one in self.running:
             if one.made >= one.request.output:
                 one.sequence.close()
@@ -162,7 +162,7 @@ class _Server:
 
     @staticmethod
     def _ask(one: _Running) -> None:
-        with contextlib.suppress(BudgetExceeded):  # without a mapper it is said at once
+        with contextlib.suppress(BudgetExceeded):  # raised by a cache without a mapper
             one.sequence.prefetch(one.request.prompt + 1)
 
     @staticmethod
@@ -171,7 +171,7 @@ class _Server:
 
 
 class _Measured:
-    """A server from a moment on, looked at after each step."""
+    """Measurements of a server from the creation of this object on, updated after each step."""
 
     def __init__(self, server: _Server) -> None:
         self.server = server
@@ -227,30 +227,30 @@ def replay(
     output_guess: int = 0,
     max_steps: int | None = None,
 ) -> Result:
-    """Serves requests until the last is admitted, and measures from the end of the warm-up on.
+    """Serves requests until the last one is admitted, and measures after the warm-up and the settling.
 
-    A request that waits for memory to be admitted is not waited for by those that run: it shows in ``running_mean``.
+    Running sequences do not wait for a request that waits for memory: such waiting shows in ``running_mean`` only.
 
     Args:
-        cache: whose slots and budget are those of the server.
-        requests: by arrival.
+        cache: the cache, whose slots and budget the server uses.
+        requests: the requests, in order of arrival.
         concurrency: the most sequences at once.
-        warm_up: requests that finish at first; they are served without a pause.
-        settling: requests that finish then, at the server's pace, before measuring begins.
-        steps_per_second: the server's pace, by which arrivals are kept once it is warm; None: as fast as it goes,
-            arrivals do not matter, and each step waits for the mapper.
-        output_guess: tokens of output that a request is expected to have, see ``KVCache.open``.
-        max_steps: steps to measure at most.
+        warm_up: number of requests that finish in the warm-up, which runs without pauses.
+        settling: number of requests that finish after that, at the pace of the server, before it is measured.
+        steps_per_second: the pace of the server. It and the times of arrival count from the end of the warm-up on.
+            None: the server runs as fast as it can, ignores times of arrival, and waits for the mapper in each step.
+        output_guess: the expected output tokens of a request, see ``KVCache.open``.
+        max_steps: the most steps to measure.
 
     Raises:
-        ValueError: the requests end before the warm-up does.
-        BudgetExceeded: the budget does not hold a request that runs alone.
+        ValueError: the requests end before the warm-up and the settling do.
+        BudgetExceeded: the budget does not suffice for a request that runs alone.
     """
     server = _Server(cache, requests, concurrency, output_guess)
     measured: _Measured | None = None
     began = 0.0
-    clock: float | None = None  # when the next step begins, once there is a pace
-    while server.waiting:  # to the last admission: what drains after it is not a steady state
+    clock: float | None = None  # when the next step begins, once the server runs at its pace
+    while server.waiting:  # ends with the last admission, since there is no steady state afterwards
         if steps_per_second and clock is None and server.finished >= warm_up:
             clock = time.perf_counter()
             began = clock - server.waiting[0].arrival

@@ -1,4 +1,4 @@
-"""Requests as a server sees them: made up with published moments, or read from a JSON-lines file."""
+"""Traces of requests to a server: generated from published length statistics, or read from a JSON-lines file."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Request:
-    """One request; lengths in tokens.
+    """One request.
 
     Attributes:
-        arrival: seconds after the trace's start.
-        prompt: tokens that are known at once.
-        output: tokens that are made one by one.
+        arrival: seconds after the start of the trace.
+        prompt: tokens of the prompt.
+        output: tokens that are generated one by one.
     """
 
     arrival: float
@@ -27,7 +27,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Moments:
-    """Medians and 90th percentiles of the tokens of a dataset's prompts and outputs, and where they are printed."""
+    """The median and the 90th percentile of the tokens of a dataset's prompts and outputs, and their source."""
 
     prompt: tuple[int, int]
     output: tuple[int, int]
@@ -44,14 +44,14 @@ _P90 = 1.2815515655446004  # the normal distribution's 90th percentile, in stand
 
 
 def generate(dataset: str, count: int, *, rate: float = math.inf, longest: int = 16384, seed: int = 0) -> list[Request]:
-    """Requests with log-normal lengths that have a dataset's median and 90th percentile.
+    """Generates requests with log-normal lengths that have a dataset's median and 90th percentile.
 
     Args:
         dataset: a key of ``DATASETS``.
-        count: requests.
-        rate: requests a second, with exponential gaps; infinite: all at the start.
-        longest: a request's prompt and output are cut to so many tokens together.
-        seed: the same seed makes the same requests.
+        count: number of requests.
+        rate: requests per second, with exponentially distributed gaps; infinite: all arrive at the start.
+        longest: the most tokens of a prompt and its output together; longer ones are cut.
+        seed: the same seed gives the same requests.
     """
     if dataset not in DATASETS:
         raise ValueError(f"dataset {dataset!r} is not known: use one of {', '.join(DATASETS)}")
@@ -72,7 +72,11 @@ def generate(dataset: str, count: int, *, rate: float = math.inf, longest: int =
 
 
 def read(path: Path) -> list[Request]:
-    """The requests of a JSON-lines file with ``arrival``, ``prompt`` and ``output`` in each line, by arrival."""
+    """Reads a JSON-lines file with ``arrival``, ``prompt`` and ``output`` in each line; sorts requests by arrival.
+
+    Raises:
+        ValueError: a line is no request; the message names it.
+    """
     requests = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if not line.strip():
@@ -91,5 +95,5 @@ def read(path: Path) -> list[Request]:
 
 
 def write(path: Path, requests: Iterable[Request]) -> None:
-    """Writes what ``read`` reads."""
+    """Writes requests to a file in the format that ``read`` takes."""
     path.write_text("".join(json.dumps(asdict(request)) + "\n" for request in requests))

@@ -1,4 +1,4 @@
-"""The command ``vattn``: the only place that reads the environment."""
+"""The command ``vattn``: the only part of the package that reads environment variables."""
 
 from vattn.cli.command import main
 

@@ -1,4 +1,4 @@
-"""``python -m vattn.cli`` is the command ``vattn``."""
+"""``python -m vattn.cli`` runs the command ``vattn``."""
 
 import sys
 

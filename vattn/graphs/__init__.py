@@ -1,1 +1,1 @@
-"""CUDA graphs of what is launched, and its compilation. It knows no models."""
+"""Capture of computations into CUDA graphs, and their compilation. Nothing here depends on transformers."""

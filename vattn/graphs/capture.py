@@ -1,4 +1,4 @@
-"""The capture of what is launched into a CUDA graph."""
+"""Captures computations into CUDA graphs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,33 @@ _capturing = threading.RLock()
 
 
 def capturable(device: torch.device) -> bool:
-    """Whether there are graphs."""
+    """Whether computations on this device can be captured."""
     return device.type == "cuda"
 
 
 @functools.cache
 def streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-    """For captures, and for what is looked at beside replays: few, since cuBLAS keeps memory for every stream."""
+    """Two streams of a device that all callers share: one for captures, and one for checks that run beside replays.
+
+    They are shared because cuBLAS keeps memory for every stream that it is used on.
+    """
     return torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def record(run: Callable[[], Any], pool: Any, stream: Any) -> tuple[Any, Any]:
-    """A graph of what is launched, which is not run, and what it returns."""
+    """Captures what a function launches into a CUDA graph, without running it on the device.
+
+    Args:
+        run: launches the work.
+        pool: a handle of ``torch.cuda.graph_pool_handle``, from which the graph's memory is taken.
+        stream: the stream on which the capture is made.
+
+    Returns:
+        The graph, and what ``run`` returned.
+    """
     graph = torch.cuda.CUDAGraph()
-    # A process captures one at a time. A capture that fails leaves its stream the current one.
+    # The lock lets a process make one capture at a time. The outer stream context restores the current stream where a
+    # capture fails, since that leaves its own stream the current one.
     with _capturing, _garbage_kept(), torch.cuda.stream(torch.cuda.current_stream()):
         try:
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -41,7 +54,10 @@ def record(run: Callable[[], Any], pool: Any, stream: Any) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def _garbage_kept() -> Iterator[None]:
-    """While it lasts no garbage is collected: a cache among it would wait for the device, which ends a capture."""
+    """Disables garbage collection within this context.
+
+    A cache that is collected waits for the device, which invalidates a capture.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -52,12 +68,13 @@ def _garbage_kept() -> Iterator[None]:
 
 
 def _end_capture(graph: Any, pool: Any, stream: torch.cuda.Stream) -> None:
-    """After a capture that failed: torch's allocator and its random generators may think that it goes on."""
+    """Cleans up after a failed capture: torch's allocator and random generators may take it to be still running."""
     with contextlib.suppress(RuntimeError):
         graph.pool()
-        return  # all but what is captured went well, and the graph lets the pool go
+        return  # the capture itself has ended, and the graph releases the pool
     for forget in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
-        with contextlib.suppress(RuntimeError):  # where the capture came so far itself
+        with contextlib.suppress(RuntimeError):  # the failed capture may have done this already
             forget(stream.device.index, pool)
+    # The random generators may take the capture to be still running; one more capture, which nothing uses, ends that.
     with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
         torch.zeros((), device=stream.device)

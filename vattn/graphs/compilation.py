@@ -1,8 +1,9 @@
-"""The compilation of decode steps, and weights of linear layers side by side in memory, which are read at once.
+"""Compiles decode steps, and places weights of linear layers side by side in memory, so that one product reads them.
 
-A small product of a projection's weights does not keep a GPU's memory busy; that of three projections of the same input
-does. So the weights of linear layers of one module are laid one after the other, as views of one tensor, and where a
-step applies such neighbours to the same input, one product computes them all.
+The product of one projection's weights with a few rows is too small to keep a GPU's memory busy; the product of three
+projections of the same input is not. ``lay_side_by_side`` therefore places the weights of linear layers of one module
+one after the other, as views of one tensor. Where a step applies such neighbours to the same input, a pass over its
+graph replaces their products by a single one.
 """
 
 from __future__ import annotations
@@ -20,31 +21,38 @@ from torch.nn import functional
 
 
 def compiled(forward: Callable[..., Any], options: dict[str, Any] | None = None) -> Callable[..., Any]:
-    """A model's forward, to be compiled at its first call.
+    """Wraps a model's forward such that it is compiled at its first call.
 
     Args:
-        forward: of a model whose weights are laid out by ``lay_side_by_side``.
-        options: of ``torch.compile``.
+        forward: the forward of a model whose weights ``lay_side_by_side`` has placed.
+        options: options of ``torch.compile``, which override those that are set here.
     """
     options = {"pre_grad_custom_pass": _Joined(), "combo_kernels": True, **(options or {})}
     if hasattr(inductor, "pre_grad_pass_timing"):
-        options.setdefault("pre_grad_pass_timing", "early")  # else a cached graph is taken whatever lies side by side
+        # By default the pass runs only where no compiled graph is cached, and a cached one may have been compiled for
+        # weights that lie elsewhere.
+        options.setdefault("pre_grad_pass_timing", "early")
     done: Callable[..., Any] = torch.compile(forward, fullgraph=True, dynamic=False, options=options)
     return done
 
 
 def lay_side_by_side(model: nn.Module) -> bool:
-    """Moves the weights of linear layers that are children of one module, and take inputs of one size, together.
+    """Places side by side the weights of linear layers that are children of one module and take inputs of one size.
 
-    The parameters stay what they are and only come to lie elsewhere, also for other models that have them; other
-    parameters over the same memory stay behind. ``save_pretrained`` saves them as ever, and
-    ``safetensors.torch.save_model`` refuses them, since they share a storage.
+    The parameters stay the same objects, and only their memory moves, also for other models that have the same
+    parameters. Other parameter objects that view the old memory do not move along. ``save_pretrained`` saves the
+    weights as before; ``safetensors.torch.save_model`` refuses them, since they share a storage.
+
+    Args:
+        model: the model whose weights are moved.
 
     Returns:
-        Whether any has moved; None does that lies so already, or shares its memory with another process.
+        Whether any weights have moved. Weights that lie side by side already, or that share their memory with another
+        process, do not move.
 
     Raises:
-        torch.OutOfMemoryError: there is no room for a second copy of a module's; those before it have moved.
+        torch.OutOfMemoryError: there is no memory for a second copy of the weights that are to lie side by side; those
+            of other layers may have moved.
     """
     moved = False
     owners: dict[int, int] = {}
@@ -66,13 +74,19 @@ def lay_side_by_side(model: nn.Module) -> bool:
 
 
 def _plain(linear: nn.Linear, owners: dict[int, int]) -> bool:
+    """Whether the parameters of a layer can be moved.
+
+    Args:
+        linear: the layer.
+        owners: for each address, how many parameters of the model begin there.
+    """
     parameters = list(linear.parameters(recurse=False))
     return all(
         type(parameter) is nn.Parameter
         and parameter.is_contiguous()
         and not parameter.is_inference()
         and parameter.data_ptr() != 0
-        and owners[parameter.data_ptr()] == 1  # tied ones stay
+        and owners[parameter.data_ptr()] == 1  # tied parameters stay where they are
         and (parameter.is_cuda or not parameter.is_shared())  # type: ignore[no-untyped-call]
         for parameter in parameters
     )
@@ -80,21 +94,23 @@ def _plain(linear: nn.Linear, owners: dict[int, int]) -> bool:
 
 def _join(parameters: Sequence[torch.Tensor]) -> bool:
     alone = all(parameter.untyped_storage().nbytes() == parameter.nbytes for parameter in parameters)
-    if len(parameters) == 1 or not alone:  # they lie so already, or in what is somebody else's
+    # A parameter in a larger storage lies side by side with others already, or is a part of another tensor.
+    if len(parameters) == 1 or not alone:
         return False
     with torch.inference_mode(False), torch.no_grad():
         joint = torch.cat([parameter.detach() for parameter in parameters])
         if joint.is_cuda:
-            torch.cuda.synchronize(joint.device)  # what reads them on other streams is done
+            torch.cuda.synchronize(joint.device)  # kernels on other streams may still read the old memory
         for parameter, part in zip(parameters, torch.split(joint, [len(p) for p in parameters]), strict=True):
             parameter.data = part
         if joint.is_cuda:
-            torch.cuda.empty_cache()  # else what comes next is cut from what was left, and the rest is of no use
+            # Else the next allocations are cut out of the old memory, and what remains of it is too small to be used.
+            torch.cuda.empty_cache()
     return True
 
 
 def _adjacent(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether contiguous tensors are one after the other in one storage."""
+    """Whether contiguous tensors follow each other without a gap in one storage."""
     return all(
         a.untyped_storage()._cdata == b.untyped_storage()._cdata
         and b.storage_offset() == a.storage_offset() + a.numel()
@@ -102,6 +118,7 @@ def _adjacent(tensors: Sequence[torch.Tensor]) -> bool:
     )
 
 
+# Functions of the module ``operator`` that write to their first operand.
 _WRITERS = {operator.setitem} | {
     getattr(operator, f"i{name}")
     for name in (
@@ -123,7 +140,7 @@ _WRITERS = {operator.setitem} | {
 
 
 class _Joined(CustomGraphPass):
-    """Makes one product of those of the same input with weights side by side, in a graph of torch functions."""
+    """A pass over a graph of torch functions that joins products of one input with weights that lie side by side."""
 
     def uuid(self) -> Any:
         return "vattn.compiled 2"
@@ -131,7 +148,7 @@ class _Joined(CustomGraphPass):
     def __call__(self, graph: torch.fx.Graph) -> None:
         of_input: dict[Any, list[Any]] = {}
         for node in list(graph.nodes):
-            if _changes(node):  # perhaps the input
+            if _changes(node):  # it may write to an input: products before it are not joined with products behind it
                 self._join_each(graph, of_input)
             elif node.op == "call_function" and node.target is functional.linear and not node.kwargs:
                 of_input.setdefault(node.args[0], []).append(node)
@@ -172,34 +189,36 @@ class _Joined(CustomGraphPass):
 
 
 def _parts(node: Any) -> tuple[Any, Any]:
-    """The weight and the bias of a linear."""
+    """The weight and the bias of a linear layer's product."""
     return node.args[1], node.args[2] if len(node.args) > 2 else None
 
 
 def _joins(parts: list[Any]) -> bool:
+    """Whether the weights, or the biases, of some products can be read as one tensor; also if all biases are None."""
     if all(part is None for part in parts):
         return True
     if any(part is None or part.op != "placeholder" for part in parts):
         return False
     values = [_value(part) for part in parts]
-    # A compiled graph knows where its inputs begin, and not where their storage does.
+    # A compiled graph is told where an input begins, but not where its storage does: the first has to begin there.
     return values[0].storage_offset() == 0 and _adjacent(values)
 
 
 def _changes(node: Any) -> bool:
-    """Whether a node writes to a tensor, as far as torch's names tell."""
+    """Whether a node writes to a tensor, as far as the names of torch's functions and arguments tell."""
     if node.op not in ("call_function", "call_method"):
         return False
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
     if in_place or node.target in _WRITERS or any(node.kwargs.get(name) for name in ("out", "inplace")):
         return True
-    # Those of torch.nn.functional may be told so by place.
+    # Functions of torch.nn.functional may be given ``inplace`` as a positional argument.
     names = getattr(getattr(node.target, "__code__", None), "co_varnames", ())
     return "inplace" in names and any(arg is True for arg in node.args)
 
 
 def _place(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where a tensor lies, as its storage and its offset there."""
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 

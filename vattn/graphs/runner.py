@@ -1,4 +1,4 @@
-"""``GraphRunner``: a computation of so many rows, captured into a CUDA graph: pad, copy in, replay, hand out."""
+"""``GraphRunner``: a computation of a fixed number of rows that is captured into a CUDA graph and replayed."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from vattn.graphs.capture import record
 
 
 class GraphRunner:
-    """A computation on tensors that stay where they are, which is captured into a CUDA graph and replayed.
+    """A computation on tensors at fixed addresses, which is captured into a CUDA graph and replayed.
 
-    It computes a fixed number of rows. A call that has fewer leaves the rows behind its own idle.
+    The computation has a fixed number of rows. When a call has fewer, its rows are the first ones, and the remaining
+    rows are idle.
 
     Args:
         inputs: the tensors that the computation reads, by name.
-        by_rows: names of those inputs whose first dimension counts rows.
-        rows: how many rows are computed.
+        by_rows: the names of those inputs whose first dimension counts rows.
+        rows: how many rows are computed, idle ones included.
         stream: the stream on which captures are made; None on a CPU.
-        speculation: the stream on which a replay may start before its call; None on a CPU.
+        speculation: the stream on which a replay may start before it is called for; None on a CPU.
 
     Attributes:
-        live: rows that are not idle; -1 while that is not known.
-        outputs: what the captured computation leaves, by name; None for each output that is no tensor.
-        graph_bytes: device memory that the capture took.
+        live: how many rows are not idle; -1 while that is not known.
+        outputs: the tensors that a replay writes, by name; None for each output that is no tensor.
+        graph_bytes: bytes of device memory that the capture took.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class GraphRunner:
 
     @property
     def captured(self) -> bool:
-        """Whether there is a graph."""
+        """Whether the computation has been captured."""
         return self._graph is not None
 
     @property
@@ -59,8 +60,8 @@ class GraphRunner:
         return self.live < self.rows
 
     def set_live(self, live: int) -> None:
-        """Lets the rows from ``live`` on be idle, and zeros their inputs."""
-        self.live = -1  # should this be interrupted
+        """Makes the rows from ``live`` on idle, and fills their inputs with zeros."""
+        self.live = -1  # not known, should an exception interrupt this method
         self._live_inputs = dict(self.inputs)
         with torch.inference_mode(False):
             for name in self._by_rows:
@@ -73,11 +74,11 @@ class GraphRunner:
         return self._live_inputs[name]
 
     def live_output(self, value: Any) -> Any:
-        """An output without its idle rows; what is no tensor as it is."""
+        """An output without its idle rows; a value that is no tensor is returned as it is."""
         return value[: self.live] if isinstance(value, torch.Tensor) and self.idle else value
 
     def fill(self, given: dict[str, torch.Tensor | None]) -> None:
-        """Copies what a call gives to where the computation reads it; None leaves an input as it is."""
+        """Copies a call's tensors to the inputs of the same names; None leaves an input as it is."""
         pairs = self._pairs(given)
         torch._foreach_copy_([mine for mine, _ in pairs], [theirs for _, theirs in pairs], non_blocking=True)
 
@@ -85,16 +86,18 @@ class GraphRunner:
         return [(self._live_inputs[name], tensor) for name, tensor in given.items() if tensor is not None]
 
     def capture(self, run: Callable[[], Any], pool: Any, device: torch.device) -> Any:
-        """Captures a computation, which is not run, and returns what it returned.
+        """Captures the computation without running it.
 
         Args:
-            run: launches it.
-            pool: of ``torch.cuda.graph_pool_handle``, from which its memory is taken.
-            device: that it runs on.
+            run: launches the computation.
+            pool: a handle of ``torch.cuda.graph_pool_handle``, from which the graph's memory is taken.
+            device: the device of the computation.
 
-        The caller sets ``outputs`` to the tensors among what is returned.
+        Returns:
+            What ``run`` returned. The caller sets ``outputs`` to the tensors of it.
         """
-        torch.cuda.empty_cache()  # the capture begins with it, and its own memory could not be told otherwise
+        # A capture begins with ``empty_cache``. Called here, it does not count in the difference below.
+        torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(device)
         graph, output = record(run, pool, self._stream)
         self._graph = graph
@@ -102,22 +105,22 @@ class GraphRunner:
         return output
 
     def discard(self) -> None:
-        """Lets the graph go."""
+        """Releases the graph and its outputs."""
         self._graph, self.outputs = None, {}
 
     def replay(self) -> None:
-        """Runs the captured computation on what the inputs hold."""
+        """Runs the captured computation on the current values of the inputs."""
         self._graph.replay()
 
     def copy_outputs(self) -> dict[str, torch.Tensor | None]:
-        """Copies of what the last replay left, without idle rows."""
+        """Copies of the outputs of the last replay, without idle rows."""
         return {
             name: None if value is None else self.live_output(value).clone() for name, value in self.outputs.items()
         }
 
     @contextlib.contextmanager
     def on_capture_stream(self) -> Iterator[None]:
-        """Within this context the capture's stream is the current one, so that libraries set themselves up there."""
+        """Makes the capture stream the current one within this context, so that libraries set themselves up there."""
         if self._stream is None:
             yield
             return
@@ -130,7 +133,10 @@ class GraphRunner:
 
     @contextlib.contextmanager
     def speculating(self) -> Iterator[None]:
-        """Within this context work is queued on a stream that does not wait for what the caller does from now on."""
+        """Queues the work of this context on the stream for speculation.
+
+        That stream waits for the work that the caller has queued so far, but not for what the caller queues later.
+        """
         if self._speculation is None:
             yield
             return
@@ -142,18 +148,18 @@ class GraphRunner:
                 self._done.record()
 
     def replay_speculatively(self) -> None:
-        """Replays, within ``speculating``, on inputs that were written there."""
+        """Replays the graph on inputs that were written within ``speculating``. Requires that context."""
         if self._speculation is not None:
             self._written.record()
         self._graph.replay()
 
     def was_given(self, given: dict[str, torch.Tensor | None]) -> bool:
-        """Whether the inputs of a speculative replay are what the call gives."""
+        """Whether the inputs of the speculative replay equal the tensors that a call gives."""
         if self._speculation is not None:
             torch.cuda.current_stream().wait_event(self._written)
         return all(torch.equal(mine, theirs) for mine, theirs in self._pairs(given))
 
     def join_speculative(self) -> None:
-        """Has the current stream wait for the speculative replay."""
+        """Makes the current stream wait for the speculative replay."""
         if self._speculation is not None:
             torch.cuda.current_stream(self._speculation.device).wait_event(self._done)

@@ -1,4 +1,4 @@
-"""What is put in the place of a model's methods, so that its decode steps come to the cache that it is called with."""
+"""Replaces a model's ``forward`` and ``generate``, so that its decode steps reach the cache that it is called with."""
 
 from __future__ import annotations
 
@@ -18,18 +18,23 @@ from transformers import GenerationMixin
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 CACHE_KEYWORD = "cache" if VERSION >= (5, 24) else "past_key_values"
-"""By what keyword models of the installed transformers take a cache, for programs that run with several versions."""
+"""The keyword by which models of the installed transformers take a cache, for programs that support several versions.
+"""
 CACHE_KEYWORDS = ("cache", "past_key_values")
 _calling_model: contextvars.ContextVar[bool] = contextvars.ContextVar("calling_model", default=False)
-"""Whether calls here go to the model itself."""
+"""Whether calls in this context go to the model itself, as if it were not attached."""
 replaced: contextvars.ContextVar[Any] = contextvars.ContextVar("replaced", default=None)
-"""The ``VirtualCache`` of the ``generate`` that runs here, which models of encoders and decoders replace by another."""
+"""The ``VirtualCache`` that was given to the ``generate`` that runs in this context.
+
+Encoder-decoder models may replace it by a new cache, which then gets its options.
+"""
 _greedy: contextvars.ContextVar[Greedy | None] = contextvars.ContextVar("greedy", default=None)
+"""The greedy ``generate`` that runs in this context."""
 
 
 @contextlib.contextmanager
 def calling_model() -> Iterator[None]:
-    """Within this context calls of models go to the models themselves, as if they were not attached."""
+    """Within this context calls of models go to the models themselves, as if no model were attached."""
     token = _calling_model.set(True)
     try:
         yield
@@ -38,11 +43,15 @@ def calling_model() -> Iterator[None]:
 
 
 def attach(model: Any, cache: Any) -> None:
-    """Lets the calls of a model come to the caches that it is called with, as long as one of its caches is there.
+    """Routes the calls of a model to the cache that each call is given, until the last cache of the model is gone.
 
-    The methods of the model's class are replaced by ones that look whether a model is attached: bound methods stay
-    bound methods, and nothing is added to the model. A method that the instance has of its own, as accelerate's hooks
-    are, is replaced there.
+    The ``forward`` and ``generate`` of the model's class are replaced by functions that check whether the model is
+    attached. So bound methods stay bound methods, and no attribute is added to the model. A method that is stored on
+    the instance itself, as accelerate's hooks are, is replaced on the instance.
+
+    Args:
+        model: a model of transformers, or a PEFT model around one.
+        cache: the ``VirtualCache`` that was made with the model.
     """
     model = adapted(model)
     with _changing:
@@ -59,7 +68,7 @@ def attach(model: Any, cache: Any) -> None:
 
 
 def detach(model: Any, cache: Any) -> None:
-    """Makes a model what it was once none of its caches is left."""
+    """Removes a cache from a model, and restores the model's methods when that was its last cache."""
     model = adapted(model)
     with _changing:
         forward_of(model).caches.discard(cache)
@@ -67,12 +76,12 @@ def detach(model: Any, cache: Any) -> None:
 
 
 def adapted(model: Any) -> Any:
-    """The model itself, or the one that it adapts: PEFT's models hand ``generate`` on to that."""
+    """Returns the model itself, or the model inside a PEFT model, which PEFT's ``generate`` calls."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def forward_of(model: Any) -> Forward:
-    """What is known of a model, which stays known when it is detached."""
+    """Returns the ``Forward`` of a model. It is kept as long as the model lives, also while the model is detached."""
     with _changing:
         if model not in _forwards:
             _forwards[model] = Forward(model)
@@ -82,10 +91,10 @@ def forward_of(model: Any) -> Forward:
 
 _changing = threading.RLock()
 _forwards: weakref.WeakKeyDictionary[Any, Forward] = weakref.WeakKeyDictionary()
-# By class and name: the method that stands there, the one it stands for, and whether that is the class's own.
+# By class and method name: the replacement, the original, and whether the class itself, not a base, defines it.
 _replaced: dict[tuple[type, str], tuple[Any, Any, bool]] = {}
 _entered: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("entered", default=())
-"""The calls of models that are under way here, as (Forward, name)."""
+"""The calls of models that run in this context, as (Forward, method name)."""
 
 
 def _replace(kind: type, name: str) -> None:
@@ -108,14 +117,14 @@ def _replace(kind: type, name: str) -> None:
 
 
 def _restore(kind: type) -> None:
-    """Gives a class its methods back when no model of it is attached any more."""
+    """Restores the methods of a class when no model of this class is attached any more."""
     with _changing:
         if any(type(model) is kind and forward.attached for model, forward in list(_forwards.items())):
             return
         for name in ("forward", "generate"):
             method, original, own = _replaced.get((kind, name), (None, None, False))
             if method is None or vars(kind).get(name) is not method:
-                continue  # or somebody else has replaced it since
+                continue  # not replaced by vattn, or replaced again by other code since
             del _replaced[kind, name]
             if own:
                 setattr(kind, name, original)
@@ -124,7 +133,7 @@ def _restore(kind: type) -> None:
 
 
 def _let_go(model: weakref.ref[Any]) -> None:
-    """Makes a model what it was if none of its caches is left."""
+    """Restores the methods of a model if none of its caches is left."""
     with _changing:
         if (
             (found := model()) is None
@@ -141,7 +150,11 @@ def _let_go(model: weakref.ref[Any]) -> None:
 
 @functools.cache
 def claim_in_generate() -> None:
-    """Has ``generate`` of all models take the caches that it is given for its thread, from now on."""
+    """Makes ``generate`` of every model claim the ``VirtualCache``s that it is given for the calling thread.
+
+    ``GenerationMixin.generate`` is replaced once for the whole process, so models without an attached cache are
+    included.
+    """
     original = GenerationMixin.generate
 
     @functools.wraps(original)
@@ -160,7 +173,7 @@ def claim_in_generate() -> None:
 
 
 class _OwnMethod:
-    """Stands for a method that an instance has of its own."""
+    """Replaces a method that is stored on a model instance rather than on its class."""
 
     def __init__(self, model: Any, name: str, original: Callable[..., Any]) -> None:
         functools.update_wrapper(self, original, updated=())
@@ -177,7 +190,7 @@ class _OwnMethod:
         return called(self.original, args, kwargs)
 
     def __reduce__(self) -> Any:
-        # A copy's is the method itself: nothing is attached to it.
+        # A copy of the model gets the original method, since no cache is attached to the copy.
         return _itself, (self.original,)
 
 
@@ -186,13 +199,13 @@ def _itself(method: Any) -> Any:
 
 
 class Greedy:
-    """A ``generate`` that runs, whose next token most likely is that of the highest logit.
+    """A running ``generate`` call whose next token is most likely the one with the highest logit.
 
     Args:
-        model: whose it is.
-        steps: at most so many; None where that is not known.
-        ends: tokens behind which a row of several has come to its end.
-        pad: the token that such a row goes on with.
+        model: the model that generates.
+        steps: the most decode steps that the call runs; None where that is not known.
+        ends: tokens that end a row; in a batch of several rows an ended row goes on with ``pad``.
+        pad: the padding token.
     """
 
     def __init__(self, model: Any, steps: int | None, ends: tuple[int, ...], pad: int) -> None:
@@ -204,6 +217,10 @@ class Greedy:
 
     @classmethod
     def of(cls, model: Any, options: dict[str, Any]) -> Greedy | None:
+        """Returns the run for a ``generate`` call with these keyword arguments.
+
+        None where it samples, searches beams, or drafts several tokens at once.
+        """
         config = options.get("generation_config") or getattr(model, "generation_config", None)
 
         def option(name: str) -> Any:
@@ -219,55 +236,83 @@ class Greedy:
         return cls(model, None if tokens is None else tokens - 1, () if pad is None else ends, pad or 0)
 
     def note(self, right: bool) -> None:
-        """After a step that had begun before its call."""
+        """Counts a speculative step whose call has come.
+
+        Args:
+            right: whether the step was computed with the inputs that the call gives.
+        """
         self._right, self._wrong = self._right + right, self._wrong + (not right)
 
     def goes_on(self, store: Any) -> bool:
-        """After each step: whether the next one may begin before its call, which then must be ended with ``end``."""
+        """Counts a step, and returns whether the next step may be started speculatively.
+
+        Where it returns True, ``end`` must be called when the ``generate`` is over.
+
+        Args:
+            store: the ``Store`` of the cache that the step appends to.
+        """
         if self._steps is not None:
             self._steps -= 1
             if self._steps <= 0:
                 return False
         self._stores.add(store)
-        return self._right + 16 >= 8 * self._wrong  # a wrong one costs a step and a right one a tenth or less
+        # A wrong speculative step costs the time of a step; a right one saves a tenth of that or less.
+        return self._right + 16 >= 8 * self._wrong
 
     def end(self) -> None:
-        self._steps = 0  # also where a copy of the context lives on
+        """Cancels speculative steps that still run, and lets none start any more."""
+        self._steps = 0  # a copy of the context may still refer to this object
         with contextlib.ExitStack() as each:
             for store in self._stores:
                 each.callback(store.cancel_speculative)
 
 
 def greedy(model: Any) -> Greedy | None:
-    """The ``generate`` of a model that this thread runs, if it is a greedy one."""
+    """Returns the greedy ``generate`` of a model that runs in this context; None where none does."""
     run = _greedy.get()
     return run if run is not None and run.model is model else None
 
 
 class Forward:
-    """What is known of a model whose calls come to ``VirtualCache``s, and the way that they take."""
+    """Computes the calls of a model that has caches, and keeps what was found out about the model.
+
+    Args:
+        model: the model, which is not kept alive.
+
+    Attributes:
+        caches: the caches that were made with the model, as weak references.
+        attached: whether the methods of the model are replaced.
+        parameters: the names of the parameters of the model's ``forward``.
+        refused: why the model's steps are not computed on slot tensors; None where they may be.
+        verified: the state of the model (see ``verify.attends_by``) in which a step agreed with what transformers
+            computes while each layer attended to its own K and V; None where no step has.
+        prompts: False where prompts must not run on kernels, True once a prompt on kernels agreed, None before.
+        prompt_kinds: the kinds of prompts of which one agreed.
+        moves: how often the weights were moved to other addresses.
+    """
 
     def __init__(self, model: Any) -> None:
         self._model = weakref.ref(model)
         self.caches: weakref.WeakSet[Any] = weakref.WeakSet()
         self.attached = False
         self.parameters = tuple(inspect.signature(model.forward).parameters)
-        self.refused: str | None = None  # why the model's steps are not computed on slot tensors
-        self.verified: Any = None  # in what state one was what transformers computes, each layer on its own K and V
-        self.prompts: bool | None = None  # whether prompts on kernels are, where one was tried
-        self.prompt_kinds: set[Any] = set()  # those of which one was
-        self.moves = 0  # how often the weights were laid elsewhere
+        self.refused: str | None = None
+        self.verified: Any = None
+        self.prompts: bool | None = None
+        self.prompt_kinds: set[Any] = set()
+        self.moves = 0
         self._lock = threading.RLock()
-        self._calls = 0  # of the model itself, that run now
-        self._steps = 0  # on slot tensors, that run now
+        self._calls = 0  # calls of the model's own forward that run now
+        self._steps = 0  # decode steps on slot tensors that run now
 
     @property
     def model(self) -> Any:
+        """The model; None when it no longer exists."""
         return self._model()
 
     @property
     def original(self) -> Callable[..., Any]:
-        """The model's own forward."""
+        """The model's own ``forward``, as it is without vattn."""
         model = self.model
         if isinstance(method := vars(model).get("forward"), _OwnMethod):
             return method.original
@@ -276,15 +321,19 @@ class Forward:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[bool]:
-        """While it lasts no other call begins; yields whether none is under way."""
+        """Within this context no other thread begins a call or a step of the model.
+
+        Yields:
+            Whether no call of the model's own ``forward`` is running.
+        """
         with self._lock:
             yield self._calls == 0
 
     def move(self, change: Callable[[Any], bool]) -> None:
-        """Lets ``change`` lay the model's weights elsewhere in a step, where nobody else is at them.
+        """Moves the model's weights from within a step, if no other call or step of the model is running.
 
         Args:
-            change: is called with the model, and says whether it has done so.
+            change: is called with the model, and returns whether it has moved weights.
         """
         with self.alone() as alone:
             if alone and self._steps == 1 and change(self.model):
@@ -292,7 +341,7 @@ class Forward:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """While it lasts a step runs, on the weights where they are."""
+        """Within this context a step runs, so that no other thread's ``move`` moves the weights."""
         with self._lock:
             self._steps += 1
         try:
@@ -303,10 +352,11 @@ class Forward:
 
     @contextlib.contextmanager
     def _entering(self, name: str, kwargs: dict[str, Any]) -> Iterator[list[tuple[str, Any]] | None]:
-        """Within this context a method of the model runs, and its caches belong to this thread.
+        """Within this context a method of the model runs, and the caches that it is given belong to this thread.
 
         Yields:
-            The caches that it is given, see ``_halves_in``; None where a method calls the one that it stands for.
+            The caches, as ``_halves_in`` yields them. None where the same method already runs in this context, as when
+            a replaced method calls the replaced method of a base class.
         """
         entered = _entered.get()
         if (self, name) in entered:
@@ -323,7 +373,7 @@ class Forward:
             _entered.reset(token)
 
     def forward(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of ``forward``: a decode step of the cache that it is given, or what the model itself computes."""
+        """Computes a call of ``forward``, as a decode step of the cache that it is given where it is one."""
         with self._entering("forward", kwargs) as halves:
             if halves is None:
                 return original(*args, **kwargs)
@@ -337,7 +387,7 @@ class Forward:
     def _compute(
         self, halves: list[tuple[str, Any]], original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """What the model itself computes, or for a prompt the model with its attention on kernels."""
+        """Computes a call by the model's own ``forward``; the attention of prompts runs on kernels where possible."""
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         with contextlib.ExitStack() as around:
             compute = None
@@ -357,7 +407,7 @@ class Forward:
                     self._calls -= 1
 
     def generate(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of ``generate``: tells where a step may begin before its call, and ends what has begun."""
+        """Runs a call of ``generate``. Where it is greedy, steps within it may be started speculatively."""
         with self._entering("generate", kwargs) as halves:
             if halves is None:
                 return original(*args, **kwargs)
@@ -375,7 +425,10 @@ class Forward:
 
 
 def _halves_in(kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The ``VirtualCache``s that a call is given, and whether each is the whole or a half of an encoder-decoder's."""
+    """Yields the ``VirtualCache``s among the keyword arguments of a call, each with the part that it is.
+
+    The part is ``"whole"``, or ``"self"`` or ``"cross"`` for a half of an ``EncoderDecoderCache``.
+    """
     for name in CACHE_KEYWORDS:
         cache = kwargs.get(name)
         if hasattr(cache, "claimed"):

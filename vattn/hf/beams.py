@@ -27,11 +27,11 @@ class SharedPrompts:
         self.common: list[list[int]] = []
 
     def leaders(self, rows: _T) -> _T:
-        """Of a list of rows, or a tensor ``[batch, ...]``, those rows that have memory."""
+        """Returns the rows of a list, or of a tensor ``[batch, ...]``, that have memory."""
         return rows if self.size == 1 else rows[:: self.size]  # type: ignore[index]
 
     def begin(self, batch: int) -> None:
-        """Begins a batch that holds nothing."""
+        """Starts a batch of rows that hold nothing and share nothing."""
         self.size = 1
         self.common = [[0] * batch for _ in range(batch)]
 
@@ -42,7 +42,7 @@ class SharedPrompts:
         self.size = next(size for size in sizes if all(same[i - 1] for i in range(1, batch) if i % size))
 
     def holds(self, k: torch.Tensor, v: torch.Tensor) -> bool:
-        """Whether rows that hold the same prompt so far are also the same in this K and V."""
+        """Returns whether rows that hold the same prompt so far are also the same in this K and V."""
         same = _same_as_last(k, v)
         return all(same[i - 1] for i in range(1, len(k)) if i % self.size)
 
@@ -51,7 +51,7 @@ class SharedPrompts:
 
         Args:
             every: the rows of the batch in each ``KVCache``.
-            alike: positions that rows of one prompt have in common from now on.
+            alike: how many first positions count as common to the rows of one prompt from now on.
             share: as in ``Sequence.fork``.
         """
         for rows in every:
@@ -67,23 +67,23 @@ class SharedPrompts:
         self.size = 1
 
     def crop(self, length: int) -> None:
-        """Notes that rows were cut to so many positions."""
+        """Notes that rows were cut to ``length`` positions, and that each of them has memory."""
         self.size = 1
         self.common = [[min(alike, length) for alike in row] for row in self.common]
 
     def select(self, chosen: list[int], length: int) -> None:
-        """Notes that row ``i`` became what row ``chosen[i]`` was; all rows have this length."""
+        """Notes that row ``i`` became what row ``chosen[i]`` was, where all rows hold ``length`` positions."""
         common = self.common
         self.common = [[length if a == b else min(length, common[a][b]) for b in chosen] for a in chosen]
 
     def clone(self) -> SharedPrompts:
-        """The same of a copy of the rows, each of which has memory."""
+        """Returns the state for a copy of the rows, in which each row has memory."""
         other = SharedPrompts()
         other.common = [list(row) for row in self.common]
         return other
 
 
 def _same_as_last(k: torch.Tensor, v: torch.Tensor) -> list[bool]:
-    """For each row but the first, whether it is the same as the row before it."""
+    """Returns for each row but the first whether its K and V are the same as those of the row before it."""
     same: list[bool] = ((k[1:] == k[:-1]).flatten(1).all(1) & (v[1:] == v[:-1]).flatten(1).all(1)).tolist()
     return same

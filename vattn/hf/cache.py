@@ -1,7 +1,9 @@
 """``VirtualCache``: a drop-in cache for Hugging Face models over ``KVCache``.
 
-Row ``i`` of the batch is slot ``i``. Each update writes the new K and V in place and returns views of exact length, so
-nothing of the size of the cache is ever copied while tokens are appended.
+Row ``i`` of the batch is slot ``base + i`` of a ``KVCache``, where ``base`` is 0 but for a copy of a cache. Each update
+writes the new K and V in place and returns views of exact length, so that appending tokens copies no earlier rows. Only
+rows that are stored without their padding or in fewer bits are copied, where a call needs them as the model computes
+them.
 """
 
 from __future__ import annotations
@@ -43,53 +45,61 @@ attach.claim_in_generate()
 class VirtualCache(DynamicCache):  # type: ignore[misc]
     """A KV cache for Hugging Face models whose address never changes and whose memory grows.
 
-    Hand it to ``model.generate(..., cache=cache)``, to a forward call or to a pipeline; before transformers 5.24 the
-    keyword is ``past_key_values``. What is None is taken from the model's first call.
+    Pass it to ``model.generate(..., cache=cache)``, to a forward call or to a pipeline; before transformers 5.24 the
+    keyword is ``past_key_values``. The cache is a context manager, which closes it at the end. Only one thread may use
+    it at a time. A call of the model that raises an error has appended nothing, or the cache raises ValueError until
+    ``reset``.
+
+    Layers that keep more than K and V, as those of DeepSeek-V3.2 and Falcon-H1, stay transformers' own, see
+    ``foreign_layers``.
 
     Args:
-        config: the model, or its configuration, which tells the layers and their windows. Given the model, decode steps
-            run on vattn's attention, and on CUDA as replays of a graph: see ``decode_stats``. None takes layers as they
-            come. K and V of each layer in a list fill the cache, as transformers does when it rebuilds one.
-        max_len: positions of the longest sequence. Costs addresses only. None is what the configuration allows,
-            ``max_position_embeddings``.
-        slots: rows of the largest batch; None reserves plenty. A batch above a given number is an error.
-        device: the device all layers must compute on.
-        dtype: the dtype all layers must compute in.
-        budget: limit on physical memory of each device: bytes (int), a part of what is free (float in (0, 1]), or None.
+        config: the model, or its configuration, which tells the layers and their sliding windows. Where the model is
+            given, decode steps run on vattn's attention, and on CUDA as replays of a graph, see ``decode_stats``. With
+            None, each layer is added at its first update. A list with the K and V of each layer fills the cache with
+            them, which is how transformers rebuilds a cache.
+        max_len: positions of the longest sequence. It costs addresses only, no memory. None takes
+            ``max_position_embeddings`` of the configuration.
+        slots: rows of the largest batch; a larger batch is then an error. None sets no limit, and reserves addresses
+            for more rows than the first batch has.
+        device: the device that all layers must compute on; None takes that of the model's first call.
+        dtype: the dtype that all layers must compute in; None takes that of the model's first call.
+        budget: the limit on physical memory of each device: bytes (int), a part of what is free (float in (0, 1]), or
+            None for no limit.
         layout: ``"interleaved"`` or ``"compact"``, see ``vattn.memory.layout``.
-        lookahead: positions that are kept mapped past the length; None adapts to the rate of growth. See ``KVCache``.
-        mapper: False maps in the calling thread, when memory is needed, and not ahead in the background.
-        attention: the kernel of decode steps, of ``vattn.kernels.KERNELS``, or ``"auto"`` for the first that does it.
-            None is ``"auto"`` on CUDA; on a CPU the model's own attention then computes all steps.
+        lookahead: positions past the length that are kept mapped; None adapts to the rate of growth. See ``KVCache``.
+        mapper: False maps memory in the calling thread when it is needed, and nothing ahead in the background.
+        attention: the name of the kernel that decode steps use, one of ``vattn.kernels.KERNELS``, or ``"auto"`` for the
+            first that can compute them. None is ``"auto"`` on CUDA; on a CPU the model's own attention then computes
+            all steps.
         capture: False does not capture decode steps into CUDA graphs. A graph has 1, 2, 4, 8 or a multiple of 8 rows,
-            for the batches that come up to that.
-        compiled: compiles decode steps by ``torch.compile`` before they are captured (so ``capture`` must be True),
-            which takes its time for each graph; a dict is passed on as its ``options``. Weights of linear layers side
-            by side in a module then come to lie side by side in memory, see ``lay_side_by_side`` of
-            ``vattn.graphs.compilation``.
-        run_ahead: lets a greedy ``generate`` begin the next captured step with the most likely tokens while the host is
-            at the last one's; a step of others is computed again. False begins none before its call; it is for logits
-            processors and stopping criteria that write to the model's weights, which a step that runs already has read.
-        kv_dtype: ``"float8_e4m3fn"`` or ``"float8_e5m2"`` stores K and V in half of the memory of 16 bits, rounded.
-            Decode steps read them by kernels that take them (``flashinfer``, ``reference``); what else comes behind a
-            prompt gets copies, as the ``keys`` of a layer are. None stores what the model computes.
+            and serves the batches up to its size.
+        compiled: True compiles decode steps by ``torch.compile`` before they are captured, which takes time for each
+            graph and needs ``capture``. A dict does the same, and is passed on as the compiler's ``options``. The
+            weights of linear layers that are children of one module are then moved next to each other in memory, see
+            ``vattn.graphs.compilation.lay_side_by_side``.
+        run_ahead: whether a greedy ``generate`` starts the next captured step speculatively, with the most likely
+            tokens, while the host processes the last step. When other tokens follow, the step is computed again. Pass
+            False where logits processors or stopping criteria write to the model's weights, since a speculative step
+            has read them before.
+        kv_dtype: ``"float8_e4m3fn"`` or ``"float8_e5m2"`` stores K and V rounded to 8 bits, in half of the memory of 16
+            bits. Decode steps read them with kernels that accept this dtype (``flashinfer``, ``reference``). Other
+            calls after the prompt, and the ``keys`` and ``values`` of a layer, get converted copies. None stores what
+            the model computes.
         kv_scales: what K and V are divided by before they are rounded: two numbers, or two tensors ``[layers]`` or
-            ``[layers, kv_heads]``. None is 1.
-        offloading: False; it is there since transformers names it when it rebuilds a cache in ``generate``, where what
-            is not given is that of the cache that it replaces.
+            ``[layers, kv_heads]``. None divides by nothing.
+        offloading: must be False. It exists because transformers passes it when it rebuilds a cache in ``generate``.
+            The rebuilt cache takes the options of the cache that it replaces.
 
-    Layers that keep more than K and V, as those of DeepSeek-V3.2 and Falcon-H1, stay transformers' own: see
-    ``foreign_layers``. It is a context manager, which closes it.
-
-    One thread at a time uses it. What raises in a call of the model has appended nothing.
-
-    Raises (at the first call that needs it):
-        SequenceTooLong: a sequence would exceed ``max_len``.
-        BudgetExceeded: the budget is spent.
-        OutOfDeviceMemory: the device is full.
-        ValueError: a batch above ``slots``, another model's keys, a wrong dtype or device, a closed cache; or a call
-            has ended halfway that could not be taken back: ``reset`` it.
-        RuntimeError: another thread is using the cache.
+    Raises:
+        TypeError, ValueError: an argument is of a wrong type or out of range.
+        SequenceTooLong: by a call that would make a sequence longer than ``max_len``.
+        BudgetExceeded: by a call for which the budget does not suffice.
+        OutOfDeviceMemory: by a call for which the device has no memory.
+        ValueError: by a call with a batch above ``slots``, with the K and V of another model or with a wrong dtype or
+            device; by a call to a closed cache; and by calls after one that ended halfway and could not be undone,
+            until ``reset``.
+        RuntimeError: by a call while another thread is using the cache.
     """
 
     def __init__(
@@ -158,8 +168,20 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends one layer's new K and V, ``[batch, kv_heads, n, head_dim]``, and returns views of all of them."""
-        # This runs for every layer of every token; the way through the layer is for what is out of the ordinary.
+        """Appends the new K and V of one layer.
+
+        Args:
+            key_states: ``[batch, kv_heads, n, head_dim]``.
+            value_states: ``[batch, kv_heads, n, v_head_dim]``.
+            layer_idx: the index of the layer.
+            args: passed on to a layer of another kind, as are ``kwargs``; vattn's layers ignore them.
+
+        Returns:
+            K and V of all positions that one of the new queries may see, as views, or as copies where rows are not
+            stored as the model computes them.
+        """
+        # This method runs for every layer of every token. What is prepared in ``ready`` is written without further
+        # checks; everything out of the ordinary goes to ``VirtualLayer.update``.
         store = self._store
         if self.decoder is not None and (step := running()) is not None and step.store is store:
             k, v = step.update(layer_idx, key_states, value_states)
@@ -167,9 +189,9 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         if ready := store.ready.get(layer_idx):
             new, k, v, (k_shape, v_numel, end) = ready
             if (
-                key_states.shape == k_shape  # a copy would broadcast
+                key_states.shape == k_shape  # the write would broadcast another shape
                 and value_states.numel() == v_numel
-                and key_states.dtype == value_states.dtype == k.dtype  # and convert
+                and key_states.dtype == value_states.dtype == k.dtype  # and convert another dtype
                 and key_states.device == value_states.device == k.device
                 and not key_states.requires_grad
                 and not value_states.requires_grad
@@ -191,7 +213,11 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         return updated
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last ``-tokens_to_remove`` positions of every layer, as the installed transformers means it.
+        """Removes the last positions of every layer.
+
+        Args:
+            tokens_to_remove: minus the number of positions to remove. A positive number is the length to keep with
+                transformers before 5.18, and an error since.
 
         Raises:
             ValueError: a sliding window has moved past the length asked for.
@@ -203,7 +229,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             self._store.truncate(lengths)
 
     def reset(self) -> None:
-        """Empties the cache. The memory stays with it, for the next sequences; see ``trim``."""
+        """Empties the cache. It keeps its memory for the next sequences; ``trim`` gives it back."""
         self._store.reset()
         for layer in self.layers:
             if isinstance(layer, VirtualLayer):
@@ -242,40 +268,43 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def unpadded(self, attention_mask: torch.Tensor | None) -> Iterator[None]:
-        """While it lasts, a prompt that the empty cache is given is stored without its padding on the left.
+        """Within this context the empty cache stores a prompt without its padding on the left.
 
-        Calls of a model that take vattn's decode steps do so by themselves. What else than steps comes behind such a
-        prompt gets copies with zeros for the padding, and whatever needs all of a row at once, as ``crop``,
-        ``reorder_cache`` and the ``keys`` of a layer, stores the padding, as zeros.
+        Models whose decode steps run on vattn's attention enter this context by themselves. After such a prompt, calls
+        that are no decode steps get copies with zeros for the padding. Operations that need whole rows (``crop``,
+        ``reorder_cache``, the ``keys`` of a layer) move the rows and store the padding as zeros.
 
         Args:
-            attention_mask: ``[batch, length]``, 0 or False for the padding; None, and one that hides anything else
-                than a part on the left, changes nothing.
+            attention_mask: ``[batch, length]``, 0 or False where a position is padding. None changes nothing, and so
+                does a mask that hides other positions than some on the left.
         """
         with self._store.rows.unpadded(attention_mask):
             yield
 
     decoder: Decoder | None = None
-    _model: Callable[[], Any] = staticmethod(lambda: None)  # that it was made with
+    _model: Callable[[], Any] = staticmethod(lambda: None)  # returns the model that the cache was made with
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """While it lasts the cache is this thread's.
+        """Within this context the cache belongs to the calling thread.
 
         Raises:
-            RuntimeError: it is another one's.
+            RuntimeError: it belongs to another thread.
         """
         with self._store.guard.claimed():
             yield
 
     @contextlib.contextmanager
     def in_call(self, model: Any, given: dict[str, Any], half: str) -> Iterator[None]:
-        """Is around a model's call that its layers write to; what fails in it has appended nothing.
+        """Within this context a call of a model appends to the cache; after an error it has appended nothing.
+
+        Where a failed call has changed the state of a layer of another kind, the cache is torn until ``reset``.
 
         Args:
-            model: whose call it is.
-            given: its arguments by name.
-            half: ``"cross"`` where the cache holds what a decoder sees of its encoder.
+            model: the model that is called.
+            given: the arguments of the call by name.
+            half: ``"whole"``, or for an encoder-decoder ``"self"`` or ``"cross"``, where ``"cross"`` is the half that
+                holds the K and V of the encoder's output.
         """
         store = self._store
         store.require_usable()
@@ -292,12 +321,16 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             raise
 
     def _reserve(self, model: Any, given: dict[str, Any], half: str) -> None:
-        """Has memory for what a call will append, where several layers or caches would find out one after another."""
+        """Gets memory for all that a call will append, where a later layer could find none after others have run.
+
+        That can happen where layers of other kinds keep states, where layers lie in several ``KVCache``s, and for the
+        two halves of an encoder-decoder's cache. Otherwise the first update gets memory for all layers.
+        """
         store = self._store
         if half == "whole" and all(store.placement.cached):
             several = len(store.placement.rows) if store.placement.expected else len(set(layer_devices(model).values()))
             if several < 2:
-                return  # the first layer asks for all
+                return  # the first update gets memory for all layers
         names = ["decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds"]
         if half == "cross":
             if any(store.lengths):
@@ -311,19 +344,28 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             store.reserve(*tokens.shape[:2], lambda: expected_layers(model, store.placement))
 
     def _other_states(self) -> list[Any]:
-        """What layers of other kinds hold, as far as a change of it is to be noticed."""
+        """Returns a value that differs when layers of other kinds hold another state."""
         return [_marks(vars(layer)) for layer in self.layers if not isinstance(layer, VirtualLayer)]
 
     @contextlib.contextmanager
     def prompt(self, forward: Forward, given: dict[str, Any]) -> Iterator[Callable[[Callable[[], Any]], Any] | None]:
-        """Is around a model's call that is no decode step, with its arguments by name; yields what may compute it."""
+        """Within this context a model computes a call that is no decode step.
+
+        Args:
+            forward: of the model.
+            given: the arguments of the call by name.
+
+        Yields:
+            A function that computes the call with its attention on kernels, given one that calls the model; it returns
+            None where it cannot. None where the model takes no decode steps on slot tensors.
+        """
         store, tokens, mask = self._store, tokens_of(given), given.get("attention_mask")
         flat = isinstance(mask, torch.Tensor) and mask.dim() == 2
         if mask is None or flat:
             store.rows.require_hidden(mask)
         if tokens is not None and tokens.shape[1] == 1:
             store.cancel_speculative()
-            store.rows.restore_padding()  # others may follow, and would copy
+            store.rows.restore_padding()  # more such calls may follow, each of which would copy the rows
         if self.decoder is None or tokens is None or not self.decoder.takes(forward, tokens.device):
             yield None
             return
@@ -333,11 +375,14 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
 
     @property
     def foreign_layers(self) -> dict[str, list[int]]:
-        """Layers that keep rows and are transformers' own, by their class: no option of this cache is of them."""
+        """Indices of the attention layers that stay transformers' own, by the name of their class.
+
+        The options of this cache do not apply to these layers.
+        """
         return foreign(self.layers)
 
     def serve_as_cross(self) -> None:
-        """Has the empty cache keep all positions, as those of an encoder, whatever windows a decoder's layers have."""
+        """Makes an empty cache keep all positions, since an encoder's output is not subject to a decoder's windows."""
         store = self._store
         if store.placement.seen or not any(store.windows):
             return
@@ -352,12 +397,12 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         self.close()
 
     def decode_stats(self) -> DecodeStats | None:
-        """How decode steps ran so far; None where the cache was made with a configuration."""
+        """Returns how decode steps ran so far; None where the cache was not made with a model, or was detached."""
         return None if self.decoder is None else self.decoder.stats()
 
     @contextlib.contextmanager
     def eager(self) -> Iterator[None]:
-        """While it lasts, decode steps run as transformers runs them, without vattn's attention and without graphs."""
+        """Within this context decode steps run as transformers runs them, without vattn's attention and graphs."""
         if self.decoder is None:
             yield
             return
@@ -369,11 +414,14 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
 
     @property
     def kv_caches(self) -> list[KVCache]:
-        """The ``KVCache`` under each device that the model has computed on, empty before the first call."""
+        """The ``KVCache``s that hold the rows: one for each device of the model, none before the first call.
+
+        A cache that was made with neither a model nor a configuration has one for each layer.
+        """
         return [rows.cache for rows in self._store.placement.rows.values()]
 
     def stats(self) -> CacheStats:
-        """Memory and driver calls, summed over ``kv_caches`` (the longest lookahead); see ``CacheStats``."""
+        """Returns memory and driver calls, summed over ``kv_caches`` (but the largest ``lookahead``)."""
         total: dict[str, Any] = {field.name: 0 for field in fields(CacheStats)}
         total |= {"driver_calls": {}, "background_calls": {}, "budget": None}
         for cache in self.kv_caches:
@@ -394,26 +442,30 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             cache.trim()
 
     def set_budget(self, budget: int | float | None) -> None:
-        """Sets the limit on the physical memory of each device, also of those to come; see ``KVCache.set_budget``.
+        """Sets the limit on the physical memory of each device, also of devices that are used later.
 
-        When it raises BudgetExceeded for one device, the devices before it have the new budget.
+        Args:
+            budget: as in ``KVCache.set_budget``.
+
+        Raises:
+            BudgetExceeded: running sequences on a device need more. The devices before it have the new budget.
         """
         self._store.placement.set_budget(budget)
 
     def trim_on_oom(self) -> TrimOnOOM:
-        """While it lasts, torch operations that run out of device memory are tried again after a trim.
+        """Returns a context in which torch operations that run out of device memory are tried again after a trim.
 
         See ``KVCache.trim_on_oom``.
         """
         return TrimOnOOM(self.trim)
 
     def check(self) -> None:
-        """Recounts everything; raises ``vattn.Error`` where an invariant is broken."""
+        """Checks the invariants of ``kv_caches``, and raises ``vattn.Error`` where one is broken."""
         for cache in self.kv_caches:
             cache.check()
 
     def close(self) -> None:
-        """Gives all memory back. Views returned earlier must not be read any more, and the cache not be used."""
+        """Gives all memory back. Neither the cache nor views that it returned may be used afterwards."""
         self._store.close()
         if self.decoder is not None:
             self.decoder.graphs.clear()
@@ -421,10 +473,10 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             attach.detach(model, self)
 
     def detach(self) -> None:
-        """Lets the model that the cache was made with be what it was; the cache goes on without decode steps.
+        """Detaches the cache from the model that it was made with; the cache remains usable, without decode steps.
 
-        A model is what it was once its last cache has gone, is closed or detached. Weights that compiled steps have
-        laid side by side stay where they are.
+        The model's methods are restored once its last cache is detached, closed or deleted. Weights that were moved
+        next to each other for compiled steps stay where they are.
         """
         if self.decoder is not None:
             self.decoder.graphs.clear()
@@ -444,10 +496,13 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def _each_other(self, name: str, *args: Any) -> Iterator[None]:
-        """Calls a method of the layers of other kinds, which may refuse it; what fails in the context undoes that."""
+        """Calls a method of the layers of other kinds, then runs the context; after an error their state is restored.
+
+        These layers go first because they may refuse the call.
+        """
         others = [layer for layer in self.layers if not isinstance(layer, VirtualLayer)]
         self._store.cancel_speculative()
-        before = [_copied(vars(layer)) for layer in others]  # they put new tensors in the place of the old ones
+        before = [_copied(vars(layer)) for layer in others]  # the methods replace tensors and do not write to them
         try:
             for layer in others:
                 getattr(layer, name)(*args)
@@ -460,7 +515,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
 
 
 def _marks(value: Any) -> Any:
-    """Something that is another one when tensors in a value are others, or were written to."""
+    """Returns something that differs once tensors in a value are replaced or written to."""
     if isinstance(value, torch.Tensor):
         return id(value), None if value.is_inference() else value._version
     if isinstance(value, dict):
@@ -469,19 +524,23 @@ def _marks(value: Any) -> Any:
 
 
 def _copied(value: Any) -> Any:
-    """A value whose containers may be written to without changing it."""
+    """Copies the dicts and lists of a value, but not what is in them."""
     if isinstance(value, dict):
         return {name: _copied(each) for name, each in value.items()}
     return [_copied(each) for each in value] if isinstance(value, list) else value
 
 
 def _is_layer(value: Any) -> bool:
-    """Whether it is K and V of a layer, and perhaps more."""
+    """Returns whether a value is a list or tuple that begins with two tensors, the K and V of a layer."""
     return isinstance(value, (list, tuple)) and len(value) >= 2 and all(isinstance(t, torch.Tensor) for t in value[:2])
 
 
 def _replaced_options(layers: Any) -> Options | None:
-    """Of the cache that transformers replaces by another one here, if any."""
+    """Returns the options of the cache that a new one replaces in this context, or None.
+
+    That is the cache of the running ``generate``. For a new cache that is filled with ``layers``, it is otherwise the
+    cache that this thread last appended to.
+    """
     if (cache := attach.replaced.get()) is not None:
         return cache._store.options  # type: ignore[no-any-return]
     store = last_of_thread() if layers else None

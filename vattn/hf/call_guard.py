@@ -1,4 +1,4 @@
-"""``CallGuard``: whether the calls of a model that write to a cache fit together."""
+"""``CallGuard``: checks that the calls of a model that write to a cache are complete, and come from one thread."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 
 class CallGuard:
-    """Whether the calls of a model that write to a cache fit together.
+    """Checks that the calls of a model that write to a cache are complete, and come from one thread at a time.
 
     One thread writes at a time, and each call of the model updates every layer. When a call ends between two layers,
-    and what it appended cannot be taken back, the cache is torn: its layers hold different positions, and it refuses to
-    be used until it is reset.
+    and what it appended cannot be undone, the cache is torn: its layers hold different positions, and every use raises
+    ValueError until the cache is reset.
 
     Attributes:
         torn: why the cache is torn, or None.
@@ -20,7 +20,7 @@ class CallGuard:
 
     def __init__(self) -> None:
         self.torn: str | None = None
-        self._claim = threading.RLock()  # held by the thread whose call of a model the cache serves
+        self._claim = threading.RLock()  # owned by the thread that the cache belongs to, see ``claimed``
         self._thread: int | None = None  # the thread that appended last
         self._even = -1  # the length of all layers when the last call of the model began; -1 where they differed
 
@@ -44,17 +44,17 @@ class CallGuard:
             raise ValueError(f"the cache does not hold the same of all layers: {self.torn}. Call reset() on it")
 
     def begin_layer(self, start: int, lengths: list[int], *, all_seen: bool, in_call: bool) -> None:
-        """Notes that a layer is about to be updated, and refuses what fits no call of a model.
+        """Notes that a layer is about to be updated, and raises where no complete call of a model would update it.
 
         Args:
             start: positions that the layer holds.
-            lengths: of all layers that have been updated so far.
-            all_seen: whether these are all layers.
+            lengths: the lengths of all layers that have been updated so far.
+            all_seen: whether these are all layers of the cache.
             in_call: whether other layers are still to be updated in the same call of the model.
 
         Raises:
-            ValueError: the cache is torn, or a call has ended halfway.
-            RuntimeError: another thread is in a call of the model.
+            ValueError: the cache is torn, or a call has ended between two layers.
+            RuntimeError: a call of the model is running in another thread.
         """
         self.require_whole()
         thread = threading.get_ident()

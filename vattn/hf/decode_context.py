@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Run:
-    """What is known while a step runs.
+    """The state of a step while it runs.
 
     Args:
         store: of the cache.
         length: positions before the step.
         returned: for each K that ``update`` returned, by its ``id``, the layer and the K and V.
-        waiting: layers that were updated, and whose attention was not computed yet.
-        ranges: what queries see, by window.
+        waiting: layers that were updated and whose attention was not computed yet.
+        ranges: the rows that queries see, by window.
     """
 
     store: Store
@@ -41,22 +41,23 @@ class _Run:
 
 
 class DecodeContext:
-    """What ``VirtualCache.update`` and the attention function do in a decode step of a batch.
+    """Implements ``VirtualCache.update`` and the attention function for decode steps of a batch.
 
     Args:
         cache: holds the rows of all layers.
         base: slot of row 0; row ``i`` of the batch is slot ``base + i``.
         rows: which positions each row sees.
         attention: the name of the kernel, or ``"auto"``.
-        capture: whether steps are captured, which not all kernels can be.
+        capture: whether steps are captured into CUDA graphs, which not all kernels support.
 
     Attributes:
-        watch: compares what the step at hand computes, where it is verified.
+        rows: as given.
+        watch: checks what the current step computes, where the step is verified.
         shares_kv_across_layers: whether a layer attends to the K and V of another one.
         used: names of the kernels used so far.
     """
 
-    own_attention = False  # the attention is vattn's, see ``models.attention``
+    own_attention = False  # the attention is vattn's, not the model's own, see ``models.attention``
 
     def __init__(self, cache: KVCache, base: int, rows: StepRows, attention: str, capture: bool) -> None:
         self.cache, self._base, self.rows = cache, base, rows
@@ -71,22 +72,27 @@ class DecodeContext:
 
     @property
     def store(self) -> Store | None:
-        """The store of the cache that the step at hand appends to; None while no step runs."""
+        """The store of the cache that the running step appends to; None while no step runs."""
         return None if self._run is None else self._run.store
 
     @contextlib.contextmanager
     def run(self, store: Store, length: int, configs: list[Any]) -> Iterator[None]:
-        """Within this context the model with these configurations computes a step behind ``length`` positions.
+        """Within this context a model computes a step.
+
+        Args:
+            store: of the cache.
+            length: positions before the step.
+            configs: the configurations of the model.
 
         Raises:
-            UnsupportedError: a layer was updated, and computed its attention by other means.
+            UnsupportedError: a layer was updated, but its attention was not computed by the attention function.
         """
         self._run = run = _Run(store, length)
         try:
             with attending(self, configs):
                 yield
         finally:
-            store.lengths[:] = [length] * len(store.lengths)  # the caller says that the step is taken
+            store.lengths[:] = [length] * len(store.lengths)  # the caller counts the step once it accepts its output
             self._run = None
         if run.waiting:
             raise UnsupportedError(
@@ -99,9 +105,16 @@ class DecodeContext:
         return self._run
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends ``[batch, kv_heads, 1, head_dim]``; the attention function knows the layer by what this returns.
+        """Appends K and V of one layer, and returns tensors by which the attention function recognizes the layer.
 
-        That are views of exact length, so that a model that reads them itself reads right rows.
+        Args:
+            layer: its index.
+            k: ``[batch, kv_heads, 1, head_dim]``.
+            v: ``[batch, kv_heads, 1, v_head_dim]``.
+
+        Returns:
+            Views of exact length, so that a model that reads them outside of the attention function reads correct rows.
+            Zeros of the same shape where rows are idle or not stored as the model computes them.
         """
         mine, run = self.append(layer, k, v), self._running()
         window = run.store.windows[layer]
@@ -109,7 +122,7 @@ class DecodeContext:
         idle = self.rows.live < len(self.rows.slots)
         if self.rows.stored_whole and run.store.options.scales is None and not idle:
             keys, values = (t[:, first : run.length + 1].transpose(1, 2) for t in mine)
-        else:  # a model that reads them itself is refused, see ``run``
+        else:  # a model that reads the zeros does not call the attention function, and ``run`` raises
             n = run.length + 1 - first
             keys, values = (t.new_zeros(1, 1, 1, 1).expand(*t.shape[:2], n, t.shape[3]) for t in (k, v))
         run.returned[id(keys)] = layer, keys, values
@@ -118,7 +131,11 @@ class DecodeContext:
         return keys, values
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes ``[batch, kv_heads, 1, head_dim]`` to their rows; returns the layer's slot tensors of the batch."""
+        """Writes K and V ``[batch, kv_heads, 1, dim]`` of one layer, and returns the layer's slot tensors of the batch.
+
+        Raises:
+            UnsupportedError: K has another number of rows or positions.
+        """
         batch = len(self.rows.slots)
         if k.shape[2] != 1 or k.shape[0] != batch:
             raise UnsupportedError(f"layer {layer} is given {tuple(k.shape)}")
@@ -135,7 +152,11 @@ class DecodeContext:
     def attend(
         self, at: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: AttentionParams
     ) -> torch.Tensor:
-        """Attention of the module of layer ``at``, on the K and V that ``update`` returned; see ``attend_to``."""
+        """Computes the attention of the module of layer ``at`` on K and V that ``update`` returned, see ``attend_to``.
+
+        Raises:
+            UnsupportedError: ``k`` and ``v`` are other tensors than ``update`` returned, or no kernel fits.
+        """
         run = self._running()
         layer, keys, values = run.returned.get(id(k), (-1, None, None))
         if keys is not k or values is not v:
@@ -148,7 +169,19 @@ class DecodeContext:
         return self.attend_to(layer, q, how)
 
     def attend_to(self, layer: int, q: torch.Tensor, how: AttentionParams) -> torch.Tensor:
-        """Attention of q ``[batch, query_heads, 1, head_dim]`` on a layer; ``[batch, 1, query_heads, v_head_dim]``."""
+        """Computes attention on the rows of a layer.
+
+        Args:
+            layer: its index.
+            q: ``[batch, query_heads, 1, head_dim]``.
+            how: scale, softcap, sinks and window.
+
+        Returns:
+            ``[batch, 1, query_heads, v_head_dim]``.
+
+        Raises:
+            UnsupportedError: no kernel computes it.
+        """
         windows = [window for window in (self._running().store.windows[layer], how.window) if window is not None]
         window = min(windows, default=None)
         mine = self._views[layer]
@@ -180,7 +213,7 @@ class DecodeContext:
         return (None, None) if scales is None else scales.at(layer, self.cache.device)
 
     def _scaled(self, states: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """``[batch, query_heads, dim]``, each head multiplied by the scale of its KV head."""
+        """Returns ``states`` ``[batch, query_heads, dim]``, with each head multiplied by the scale of its KV head."""
         heads = states.shape[1] // len(scale) if len(scale) > 1 else 1
         return (states.float() * scale.repeat_interleave(heads)[:, None]).to(states.dtype)
 

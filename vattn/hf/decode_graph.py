@@ -1,4 +1,4 @@
-"""``DecodeGraph``: the decode steps of one model with so many rows, and the CUDA graph that they become."""
+"""``DecodeGraph``: decode steps of one model with a fixed number of rows, and the CUDA graph captured from them."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from vattn.models.state import ModelState
 
 
 class TestedSteps:
-    """Which kinds of steps agreed with transformers' own.
+    """Which kinds of steps agreed with those that transformers computed.
 
-    A kind is whether rows are padded, whether rows are idle, which sliding windows are full, and for replays whether
-    the step is as long as the one that was captured.
+    Steps are of the same kind when rows are padded in both or in neither, rows are idle in both or in neither, and the
+    same sliding windows are full. Replays also differ in whether they are at the length of the captured step.
 
     Args:
-        windows: of the layers.
+        windows: the sliding windows of the layers.
     """
 
-    __test__ = False  # pytest takes it for a test else
+    __test__ = False  # else pytest would collect the class as a test
 
     def __init__(self, windows: list[int]) -> None:
-        self._windows = windows  # that no step so far has been long enough for
+        self._windows = windows  # the windows that were full in no step that agreed
         self._kinds: set[tuple[bool, bool]] = set()
         self._captured_at = -1
         self._replay_at_capture = self._replay_elsewhere = False
 
     def covers(self, length: int, padded: bool, idle: bool) -> bool:
-        """Whether steps like one at this length have agreed."""
+        """Returns whether a step of the same kind as one at this length has agreed."""
         return (padded, idle) in self._kinds and not any(window <= length for window in self._windows)
 
     def note(self, length: int, padded: bool, idle: bool) -> None:
@@ -47,36 +47,37 @@ class TestedSteps:
         self._windows = [window for window in self._windows if window > length]
 
     def note_capture(self, length: int) -> None:
-        """Notes that a step at this length was captured, of which no replay has been compared."""
+        """Notes that a step at this length was captured, and that no replay of it was compared yet."""
         self._captured_at = length
         self._replay_at_capture = self._replay_elsewhere = False
 
     def covers_replay(self, length: int) -> bool:
-        """Whether a replay at this length need not be compared with transformers' own step.
+        """Returns whether a replay at this length need not be compared with the step as transformers computes it.
 
-        What was a constant of the captured step shows in a replay at another length.
+        A replay at another length than that of the capture counts for all lengths: it would differ if the capture had
+        recorded something that depends on the length as a constant.
         """
         return self._replay_elsewhere or (length == self._captured_at and self._replay_at_capture)
 
     def note_replay(self, length: int) -> None:
-        """Notes that a replay has agreed."""
+        """Notes that a replay at this length has agreed."""
         self._replay_at_capture = True
         self._replay_elsewhere = length != self._captured_at
 
     def steady(self, length: int, padded: bool, idle: bool) -> bool:
-        """Whether a replay at any length needs no comparison, and the step neither."""
+        """Returns whether neither replays at any length nor steps like one at this length need to be compared."""
         return self._replay_elsewhere and self.covers(length, padded, idle)
 
 
 @dataclass
 class Abilities:
-    """In which ways the steps of a graph can be computed, as far as was found out.
+    """In which ways the steps of a graph can be computed, as far as is known.
 
     Args:
-        slots: on slot tensors; else as transformers does.
-        capture: as replays of a graph.
+        slots: on slot tensors; otherwise only transformers computes them.
+        capture: as replays of a CUDA graph.
         idle: with idle rows.
-        compiled: the compiled forward of the model; None before it was tried, False where it cannot be compiled.
+        compiled: the compiled forward of the model; None before that was tried, False where steps are not compiled.
     """
 
     slots: bool = True
@@ -86,20 +87,22 @@ class Abilities:
 
 
 class DecodeGraph:
-    """The decode steps of one model with so many rows, and the CUDA graph that they become.
+    """Decode steps of one model with a fixed number of rows, and the CUDA graph captured from them.
 
     Args:
         context: appends and attends in these steps.
         runner: holds their inputs.
-        call: the first of them.
-        tested: the steps that agreed with transformers' own.
-        capturable: whether the device has graphs.
+        call: the first of these steps.
+        tested: the kinds of steps that agreed with those of transformers.
+        capturable: whether the device supports CUDA graphs.
 
     Attributes:
+        model_state: what the model computed by when this object was made.
         can: in which ways steps can be computed.
-        length: positions before the last step; -1 before the first.
-        last_step: how the last step was computed: ``"eager"``, ``"replayed"``, or ``"speculative"``, a replay that had
-            started before it was called for. ``"eager"`` too once something else was computed behind it.
+        length: positions before the last step; -1 before the first, -2 after ``DecodeGraphs.interrupt``.
+        last_step: how the last step was computed: ``"eager"``, ``"replayed"``, or ``"speculative"``, which is a replay
+            that was started before the step was called for. Also ``"eager"`` once a later step has been computed in
+            another way, or cancelled.
     """
 
     def __init__(
@@ -108,25 +111,30 @@ class DecodeGraph:
         self.context, self.runner, self.tested = context, runner, tested
         self.model_state = ModelState(call.forward.model)
         self._moves = call.forward.moves
-        self._following = [name for name, tensor in call.tensors.items() if tensor is None]  # follow from the length
+        self._following = [name for name, tensor in call.tensors.items() if tensor is None]  # set from the length
         self.can = Abilities(capture=capturable)
         self.can.idle = capturable and runner.rows > 2 and self.obstacle() is None
         self.length = -1
-        self._set_length = -1  # what inputs that follow from the length are set to
+        self._set_length = -1  # the length that the inputs in ``_following`` are set for; -1 where that is not known
         self._output_type: type | None = None  # of the captured step
         self.last_step: Literal["eager", "replayed", "speculative"] = "eager"
-        self._started = -1  # the length of a step that has begun before its call
+        self._started = -1  # the length of the speculative step that was started; -1 where none was
 
     def is_of(self, forward: Forward, *, everything: bool) -> bool:
-        """Whether the model computes by what it did, as far as can be said at once, or with ``everything`` in all."""
+        """Returns whether ``forward`` is of the same model, in the state in which this object was made.
+
+        Args:
+            forward: of a model.
+            everything: whether to compare all that the model computes by, and not only what is compared quickly.
+        """
         return self._moves == forward.moves and self.model_state.is_of(forward.model, everything=everything)
 
     def follows_other_positions(self) -> bool:
-        """Whether positions are not given, and those of the model do not count from 0 on."""
+        """Returns whether the call gives no positions and the model does not count them from 0."""
         return "position_ids" in self._following and self.model_state.shifts_positions()
 
     def obstacle(self) -> str | None:
-        """What of the model a graph would leave out, or None."""
+        """Returns why the model cannot be captured, or None."""
         if self.model_state.hooked():
             return "the model has forward hooks, which a replay does not call"
         if self.model_state.lacks_addresses():
@@ -134,16 +142,16 @@ class DecodeGraph:
         return None
 
     def copies_experts(self) -> bool:
-        """Whether experts are computed with a copy of their weights for each token, idle ones too."""
+        """Returns whether the model copies the weights of experts for each token, those of idle rows included."""
         configs = self.model_state.configs
         return any(getattr(config, "_experts_implementation", None) == "batched_mm" for config in configs)
 
     # Inputs.
 
     def prepare(self, call: StepCall) -> None:
-        """Lets the rows be idle that a call does not have, and takes the padding of the others."""
+        """Makes rows idle that the batch of a call does not have, and takes over the padding of the others."""
         if call.batch != self.runner.live:
-            self.runner.live = -1  # should this be interrupted
+            self.runner.live = -1  # remains where an interrupt ends this early, so that it is done again
             self.context.rows.set_live(call.batch)
             self._set_length = -1
             self.runner.set_live(call.batch)
@@ -152,12 +160,12 @@ class DecodeGraph:
             self._set_length = -1
 
     def fill(self, call: StepCall) -> None:
-        """Brings the inputs to what a call gives."""
+        """Sets all inputs to those of a call."""
         self.runner.fill(call.tensors)
         self.set_length(call.length)
 
     def set_length(self, length: int) -> None:
-        """Brings the inputs that follow from the length to it."""
+        """Sets the inputs that depend on the length alone."""
         if length != self._set_length:
             for name in self._following:
                 self.runner.inputs[name].fill_(length)
@@ -167,16 +175,23 @@ class DecodeGraph:
     # Steps.
 
     def covers(self, length: int) -> bool:
-        """Whether steps like the one at this length agreed with transformers' own."""
+        """Returns whether a step of the same kind as the next one at this length agreed with that of transformers."""
         return self.tested.covers(length, self.context.rows.padded, self.runner.idle)
 
     def steady(self, length: int) -> bool:
-        """Whether a step at this length is a replay, and nothing of it is left to be compared."""
+        """Returns whether a step at this length is a replay of which nothing is left to compare."""
         captured, padded, idle = self.runner.captured, self.context.rows.padded, self.runner.idle
         return captured and self.tested.steady(length, padded, idle)
 
     def compute(self, call: StepCall, *, compiled: bool = False) -> Any:
-        """What the model gives for a call, idle rows included.
+        """Computes a step by the model's forward on slot tensors.
+
+        Args:
+            call: the step.
+            compiled: uses the compiled forward.
+
+        Returns:
+            The output of the model, idle rows included.
 
         Raises:
             UnsupportedError: the step cannot be computed on slot tensors.
@@ -197,14 +212,14 @@ class DecodeGraph:
         return output
 
     def run(self, call: StepCall) -> Any:
-        """What the model gives for a call, computed without a graph."""
+        """Computes a step without a graph, and returns the output of the model without idle rows."""
         output = self.compute(call)
         if not self.runner.idle:
             return output
         return type(output)(**{name: self.runner.live_output(value) for name, value in output.items()})
 
     def ignores_idle_rows(self, call: StepCall, output: torch.Tensor) -> bool:
-        """Whether a step whose idle rows have other tokens gives the same ``output``."""
+        """Returns whether the step gives the same ``output`` with other tokens in its idle rows."""
         idle = self.runner.inputs["input_ids"][self.runner.live :]
         idle.fill_(1)
         try:
@@ -214,7 +229,7 @@ class DecodeGraph:
         return relative_error(again, output) <= 1e-3
 
     def capture(self, call: StepCall, pool: Any) -> None:
-        """Captures the step that a call is."""
+        """Captures a step, which takes memory from the graph pool ``pool``."""
         run = functools.partial(self.compute, call, compiled=bool(self.can.compiled))
         output = self.runner.capture(run, pool, self.context.cache.device)
         self.tested.note_capture(call.length)
@@ -222,42 +237,42 @@ class DecodeGraph:
         self.runner.outputs = {n: v if isinstance(v, torch.Tensor) else None for n, v in output.items()}
 
     def step(self, call: StepCall) -> Any:
-        """The output of a step that is steady: it has begun already, or is replayed."""
+        """Returns the output of a step that is steady: of the speculative step if it fits, else of a replay."""
         if self.join_speculative(call):
             return self.output(call)
         self.fill(call)
         self.runner.replay()
         self.last_step = "replayed"
         output = self.output(call)
-        self.set_length(call.length + 1)  # most likely the next one, which then need not wait for it
+        self.set_length(call.length + 1)  # most likely the next length, so that the next call need not set it
         return output
 
     def replay(self, call: StepCall) -> Any:
-        """The output of a replay on the inputs as they are."""
+        """Replays the graph on the inputs as they are, and returns the output."""
         self.runner.replay()
         self.last_step = "replayed"
         return self.output(call)
 
     def output(self, call: StepCall) -> Any:
-        """What the last replay left, for the caller to keep."""
+        """Returns a copy of the output of the last replay."""
         assert self._output_type is not None
         cache = next(iter(call.caches.values()))
         outputs = self.runner.copy_outputs()
         return self._output_type(**{name: cache if value is None else value for name, value in outputs.items()})
 
     def again(self) -> None:
-        """Replays the last step."""
+        """Replays the last step, e.g. to measure its time."""
         self.set_length(self.length)
         self.runner.replay()
 
-    # Steps that begin before their calls.
+    # Speculative steps.
 
     def start_speculative(self, length: int, run: Greedy) -> None:
-        """Replays the step at this length behind the last one, with the tokens of its highest logits.
+        """Starts the next step speculatively: a replay with the tokens that have the highest logits in the last step.
 
         Args:
             length: positions before the step.
-            run: the greedy ``generate`` that will most likely call for it.
+            run: the greedy ``generate`` that will most likely call for the step.
         """
         ids = self.runner.live_input("input_ids")
         logits = self.runner.live_output(self.runner.outputs["logits"])[:, -1]
@@ -276,18 +291,21 @@ class DecodeGraph:
 
     @property
     def foretells_inputs(self) -> bool:
-        """Whether the tokens and positions of the next step can be told from the outputs of this one."""
+        """Whether the tokens and positions of the next step can be computed from the outputs of the last one."""
         logits = self.runner.outputs.get("logits")
         ids = self.runner.inputs["input_ids"]
         return logits is not None and logits.dim() == 3 and len(logits) == len(ids) and ids.dtype == torch.int64
 
     def join_speculative(self, call: StepCall) -> bool:
-        """Waits for a step that has begun before its call, and returns whether it is the one that is called for."""
+        """Ends the speculative step, if one runs, and returns whether it is the step that ``call`` is.
+
+        The current stream then waits for it on the device. ``call`` needs no replay where it is the step.
+        """
         store, length = call.store, call.length
         started = self._started == length and self.steady(length)
         right = started and self.runner.was_given(
             call.tensors
-        )  # after an error ``store.cancel_speculative`` ends what has begun
+        )  # where this raises, ``store.speculative`` is still set, and ``cancel_speculative`` ends the step
         wait, store.speculative = store.speculative, None
         if wait is not None:
             wait()
@@ -297,7 +315,7 @@ class DecodeGraph:
         return right
 
     def wait(self) -> None:
-        """Has the current stream wait for the step that has begun, which then is of no use."""
+        """Makes the current stream wait for the speculative step, and forgets that the step was started."""
         self._started = -1
         self.last_step = "eager"
         self.runner.join_speculative()

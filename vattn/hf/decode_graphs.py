@@ -1,4 +1,4 @@
-"""``DecodeGraphs``: the decode graphs of one cache, by what their steps are given; their compilation and capture."""
+"""``DecodeGraphs``: the decode graphs of one cache, and how they are found, compiled and captured."""
 
 from __future__ import annotations
 
@@ -25,47 +25,53 @@ from vattn.models.attention import UnsupportedError
 from vattn.ranges import register_range
 
 _LOG = logging.getLogger("vattn")
-_MOST_GRAPHS = 8  # captured graphs of one cache
+_MOST_GRAPHS = 8  # captured graphs that a cache keeps
 
 
 class DecodeGraphs:
-    """The decode graphs of one cache. The least recently used of them goes first.
+    """The decode graphs of one cache. Where there are too many, the least recently used graph is dropped.
 
     Args:
         settings: how steps run.
-        log: is told why a step is not captured or not compiled.
+        log: notes why a step is not captured or not compiled.
     """
 
     def __init__(self, settings: StepSettings, log: DecodeLog) -> None:
         self._settings, self._log = settings, log
         self._graphs: OrderedDict[Any, DecodeGraph] = OrderedDict()
-        self._pool: Any = None  # that captures take memory from
-        self._speculation: torch.cuda.Stream | None = None  # where steps begin before their calls
+        self._pool: Any = None  # the graph pool that captures take memory from
+        self._speculation: torch.cuda.Stream | None = None  # the stream of speculative steps
 
     def all(self) -> list[DecodeGraph]:
-        """The graphs, the least recently used first."""
+        """Returns the graphs, the least recently used first."""
         return list(self._graphs.values())
 
     def last(self) -> DecodeGraph | None:
-        """The graph that was used last."""
+        """Returns the graph that was used last, or None."""
         return next(reversed(self._graphs.values()), None)
 
     def interrupt(self) -> None:
-        """Notes that the next step follows no other one, so that all that a model computes by is looked at again."""
+        """Notes that the next step does not directly follow the last one.
+
+        The whole state of the model is then compared before the step.
+        """
         for graph in self._graphs.values():
             graph.length = -2
 
     def discard(self, graph: DecodeGraph) -> None:
-        """Lets a graph go."""
+        """Drops a graph."""
         self._graphs = OrderedDict((key, other) for key, other in self._graphs.items() if other is not graph)
 
     def clear(self) -> None:
-        """Lets all graphs and their memory go."""
+        """Drops all graphs with their memory."""
         self._graphs.clear()
         self._pool = None
 
     def graph_for(self, call: StepCall, cache: KVCache, base: int) -> DecodeGraph:
-        """The graph of a step: one with rows to spare, or with just those of the batch where none may be idle.
+        """Returns the graph of a step, prepared for its batch.
+
+        The graph has the rows of ``call.bucket()``, some of which may be idle, or just those of the batch where rows
+        cannot be idle.
 
         Args:
             call: the step.
@@ -73,7 +79,7 @@ class DecodeGraphs:
             base: slot of row 0.
         """
         for key in [key for key, graph in self._graphs.items() if graph.context.cache is not cache]:
-            del self._graphs[key]  # the ``KVCache`` was rebuilt
+            del self._graphs[key]  # its ``KVCache`` was replaced by another one
         device = call.ids.device
         spare = self._settings.capture and capturable(device) and takes_idle(device)
         graph = self._find(call, cache, base, min(call.bucket(), cache.slots - base) if spare else call.batch)
@@ -84,13 +90,13 @@ class DecodeGraphs:
         return graph
 
     def _find(self, call: StepCall, cache: KVCache, base: int, rows: int) -> DecodeGraph:
-        """The graph of so many rows, which is made where there is none, or the model computes by something else now."""
+        """Returns the graph with ``rows`` rows. It is made where there is none, or where the model has changed."""
         forward, length = call.forward, call.length
         key = (id(forward.model), base, call.key(rows))
         graph = self._graphs.get(key)
         if graph is None or not graph.is_of(forward, everything=length != graph.length + 1):
             graph = self._graphs[key] = self._make(call, cache, base, rows)
-            while len(self._graphs) > 2 * _MOST_GRAPHS:  # not all have been captured
+            while len(self._graphs) > 2 * _MOST_GRAPHS:  # ``capture`` limits those that are captured
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
         graph.length = length
@@ -113,11 +119,17 @@ class DecodeGraphs:
         try:
             forward.move(compilation.lay_side_by_side)
         except torch.OutOfMemoryError:
-            forward.moves += 1  # some may lie elsewhere
+            forward.moves += 1  # some weights may have been moved before the error
             self._log.fall_back("weights stay where they are: there is no memory to lay them side by side")
 
     def capture(self, graph: DecodeGraph, call: StepCall) -> None:
-        """Captures a step. What the model does that a capture does not take is noted, and the step stays eager.
+        """Captures a step, after it was compiled where ``settings`` say so.
+
+        Where the step cannot be captured, the reason is logged and the step stays eager.
+
+        Args:
+            graph: of the step.
+            call: the step.
 
         Raises:
             UnsupportedError: the step cannot be computed on slot tensors.
@@ -127,7 +139,7 @@ class DecodeGraphs:
             self._log.fall_back(f"the step is not captured: {reason}")
             return
         if self._pool is None or not any(other.runner.captured for other in self._graphs.values()):
-            self._pool = torch.cuda.graph_pool_handle()  # a pool that no graph uses any more takes no other graph
+            self._pool = torch.cuda.graph_pool_handle()  # a pool cannot be used again once no graph uses it
         for key in [key for key, other in self._graphs.items() if other.runner.captured][: 1 - _MOST_GRAPHS]:
             del self._graphs[key]
         if self._settings.compiled and graph.can.compiled is None:
@@ -137,7 +149,7 @@ class DecodeGraphs:
         except UnsupportedError:
             self._pool = None
             raise
-        except Exception as error:  # whatever the model does that a capture does not take
+        except Exception as error:  # a model may do anything that a capture does not allow
             graph.can.capture = graph.can.idle = False
             self._pool = None
             _LOG.debug("a capture failed", exc_info=True)
@@ -156,14 +168,14 @@ class DecodeGraphs:
                 graph.compute(call, compiled=True)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever the model does that the compiler does not take
+        except Exception as error:  # a model may do anything that the compiler does not support
             graph.can.compiled = False
             _LOG.debug("a compilation failed", exc_info=True)
             self._log.fall_back(f"the step cannot be compiled: {_first_line(error)}")
 
 
 def _first_line(error: BaseException) -> str:
-    """The first line of the error that came first: the end of a capture or a compilation raises another one."""
+    """Returns the first line of the first error in a chain, since the end of a capture or compilation adds another."""
     while error.__context__ is not None:
         error = error.__context__
     return str(error).partition("\n")[0]

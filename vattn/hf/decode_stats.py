@@ -16,15 +16,15 @@ class DecodeStats:
     """How the decode steps of a ``VirtualCache`` ran.
 
     Args:
-        replayed: steps that were replays of a graph.
-        eager: steps on slot tensors that were not, among them those that transformers computed too, to compare.
-        speculative: of the replayed ones, those that had started before they were called for.
-        prompts: calls with several tokens for each row whose attention was a kernel's of vattn.
+        replayed: steps that were replays of a CUDA graph.
+        eager: steps on slot tensors without a replay, including those that transformers computed too for comparison.
+        speculative: of the replayed steps, those that were started before they were called for.
+        prompts: calls with several tokens for each row whose attention was computed by a kernel of vattn.
         captures: graphs captured so far.
-        graphs: graphs kept, at most 8: the least recently used goes first. Each is for batches up to a size.
-        graph_bytes: device memory that capturing them took.
-        kernel: the attention kernels that steps use, by name.
-        fallback: the last reason why a step ran without vattn's attention, or without a graph; None where all did.
+        graphs: graphs that are kept, at most 8, each for batches up to a size. The least recently used is dropped.
+        graph_bytes: device memory that the captures of these graphs took.
+        kernel: the names of the attention kernels that steps use, separated by commas; None before the first.
+        fallback: the last reason why a step ran without vattn's attention or without a graph; None where none did.
     """
 
     replayed: int
@@ -41,10 +41,10 @@ class DecodeStats:
 
 
 class DecodeLog:
-    """Counts the decode steps of a ``VirtualCache``, and keeps the last reason why one ran in another way.
+    """Counts the decode steps of a ``VirtualCache``, and keeps the last reason for a fallback.
 
     Attributes:
-        counts: those of ``DecodeStats`` that only grow.
+        counts: the fields of ``DecodeStats`` that only grow, by name.
         kernels: names of the attention kernels that steps use, in the order of their first use.
         fallback: as in ``DecodeStats``.
     """
@@ -55,17 +55,17 @@ class DecodeLog:
         self.fallback: str | None = None
 
     def fall_back(self, reason: str) -> None:
-        """Notes why a step runs in another way, and warns where that is not the last reason."""
+        """Notes why a step runs without vattn's attention or without a graph, and warns where the reason is new."""
         if self.fallback != reason:
             _LOG.warning("%s", reason)
         self.fallback = reason
 
     def refuse(self, forward: Forward, reason: str) -> None:
-        """Notes why no further step of a model is computed on slot tensors."""
+        """Notes that no further step of a model is computed on slot tensors, and why."""
         forward.refused = f"{type(forward.model).__name__} decodes as transformers does: {reason}"
         self.fall_back(forward.refused)
 
     def stats(self, graphs: int, graph_bytes: int) -> DecodeStats:
-        """The statistics so far."""
+        """Returns the statistics so far, with the number and the memory of the graphs that are kept."""
         kernel = ", ".join(self.kernels) or None
         return DecodeStats(**self.counts, graphs=graphs, graph_bytes=graph_bytes, kernel=kernel, fallback=self.fallback)

@@ -1,9 +1,11 @@
-"""``Decoder``: which calls of a model are decode steps, or prompts on kernels, and how each of them is computed.
+"""``Decoder``: decides which calls of a model are decode steps or prompts on kernels, and computes them.
 
-A step appends one position to every sequence of a ``VirtualCache`` and attends by a stock kernel, with the lengths in
-device memory. So it can be captured once and replayed while the sequences grow. Calls that are anything else run as
-they do without it: prompts, several tokens at once, unusual arguments. The first step is computed both ways, and a
-model whose own result is another one keeps running the old way; what cannot be captured runs step by step.
+A decode step appends one position to every sequence of a ``VirtualCache`` and attends by a stock kernel, with the
+lengths in device memory. So it can be captured once and replayed while the sequences grow. The attention of prompts can
+run on kernels too. All other calls, e.g. with unusual arguments, run as they do without vattn.
+
+The first step of each kind is computed by transformers too. A model for which the results differ keeps running as
+transformers runs it; a step that cannot be captured runs without a graph.
 """
 
 from __future__ import annotations
@@ -34,15 +36,15 @@ _LOG = logging.getLogger("vattn")
 
 
 class Decoder:
-    """The decode steps of one ``VirtualCache``.
+    """Computes the decode steps and the prompts of one ``VirtualCache``.
 
     Args:
         settings: how steps run.
         store: of the cache.
 
     Attributes:
-        enabled: False computes all calls as transformers does.
-        graphs: one for each kind of step.
+        enabled: where it is False, all calls run as transformers runs them.
+        graphs: a graph for each kind of step.
     """
 
     def __init__(self, settings: StepSettings, store: Store) -> None:
@@ -50,25 +52,34 @@ class Decoder:
         self.enabled = True
         self._log = DecodeLog()
         self.graphs = DecodeGraphs(settings, self._log)
-        self._slower: set[tuple[int, str]] = set()  # models and kinds of prompts that no kernel is faster for
+        # The models, by the ``id`` of their ``Forward``, and kinds of prompts for which no kernel is faster.
+        self._slower: set[tuple[int, str]] = set()
 
     def stats(self) -> DecodeStats:
-        """How steps ran so far."""
+        """Returns how steps ran so far."""
         graphs = [graph.runner for graph in self.graphs.all()]
         return self._log.stats(sum(graph.captured for graph in graphs), sum(graph.graph_bytes for graph in graphs))
 
     def again(self) -> Callable[[], None] | None:
-        """Replays the last step, where it was a replay and its sequences have not changed, e.g. to be timed."""
+        """Returns a function that replays the last step, e.g. to measure its time.
+
+        None where the last step was no replay, or other work has followed it.
+        """
         graph = self.graphs.last()
         there = graph is not None and graph.last_step != "eager" and graph.model_state.model() is not None
         return graph.again if graph is not None and there else None
 
     def clone(self, store: Store) -> Decoder:
-        """A decoder with the same settings, for another cache."""
+        """Returns a decoder with the same settings for another cache."""
         return Decoder(self._settings, store)
 
     def takes(self, forward: Forward, device: torch.device) -> bool:
-        """Whether steps of a model on a device are computed on slot tensors, as far as can be said before one."""
+        """Returns whether steps of a model may be computed on slot tensors, before a particular step is looked at.
+
+        Args:
+            forward: of the model.
+            device: that the model computes on.
+        """
         if not self.enabled or torch.is_grad_enabled() or forward.model.training:
             return False
         config = getattr(forward.model, "config", None)
@@ -77,15 +88,25 @@ class Decoder:
         if forward.refused:
             self._log.fallback = forward.refused
             return False
-        # Where nothing is to be captured transformers' own way is as good. Autocast keeps copies of weights for as long
-        # as it lasts: they are no part of a step.
+        # On a CPU nothing is captured, so that transformers' own attention is as good, unless a kernel was named.
+        # Autocast caches converted weights in its context, and a captured step must not refer to these.
         asked_for = self._settings.attention is not None or device.type == "cuda"
         return asked_for and not torch.is_autocast_enabled(device.type)
 
     # Steps.
 
     def step(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The output of a decode step, or None: then the call is no such step, and nothing has changed."""
+        """Computes a call as a decode step.
+
+        Args:
+            forward: of the model that is called.
+            args: positional arguments of the call.
+            kwargs: keyword arguments of the call.
+
+        Returns:
+            The output of the model; None where the call is no decode step or cannot be computed as one. Then nothing
+            has been appended.
+        """
         store = self._store
         call = StepCall.of(forward, store, args, kwargs)
         if call is None or not self.takes(forward, call.ids.device):
@@ -116,23 +137,23 @@ class Decoder:
         return output
 
     def _computed(self, call: StepCall, cache: KVCache, base: int) -> tuple[DecodeGraph, Any]:
-        """The graph of a step, and the step's output, or None where transformers is to compute it."""
+        """Returns the graph of a step and the step's output, which is None where transformers has to compute it."""
         graph = self.graphs.graph_for(call, cache, base)
         rows = graph.context.rows
         if graph.can.slots and graph.steady(call.length) and not graph.follows_other_positions():
             rows.mark()
             output = graph.step(call)
-            if rows.mask_fits(call.mask, call.length):  # the mask is looked at beside the replay
+            if rows.mask_fits(call.mask, call.length):  # compared on another stream while the replay runs
                 return graph, output
         while True:
             idle = graph.can.idle
             output = self._compute_slowly(graph, call)
             if output is not None or graph.can.idle == idle:
                 return graph, output
-            graph = self.graphs.graph_for(call, cache, base)  # it was found that no rows may be idle
+            graph = self.graphs.graph_for(call, cache, base)  # the step has shown that rows cannot be idle
 
     def _compute_slowly(self, graph: DecodeGraph, call: StepCall) -> Any:
-        """The output of a step that is no plain replay, or None where transformers is to compute it."""
+        """Returns the output of a step that is no plain replay, or None where transformers has to compute it."""
         if not graph.can.slots:
             return None
         if graph.follows_other_positions():
@@ -152,11 +173,11 @@ class Decoder:
         if not (self._settings.capture and graph.can.capture):
             return self._compute_anew(graph, call)
         with call.forward.alone() as alone:
-            # What other threads compute while a graph is captured could end the capture.
+            # Calls of the model in other threads could make a capture fail.
             return self._compute_anew(graph, call) if alone else None
 
     def _compute_anew(self, graph: DecodeGraph, call: StepCall) -> Any:
-        """A step that is compared with transformers' own, captured, or eager."""
+        """Returns the output of a step that has to be verified or captured, or that runs without a graph, or None."""
         try:
             if not graph.covers(call.length):
                 return verified_step(graph, call, self._log)
@@ -179,7 +200,7 @@ class Decoder:
             return None
 
     def _start_speculative(self, graph: DecodeGraph, call: StepCall) -> None:
-        """Replays the next step behind a call with the most likely tokens, where that is most likely what comes."""
+        """Starts the step after a call speculatively, where a greedy ``generate`` will most likely call for it."""
         store, length = call.store, call.length + 1
         run = greedy(call.forward.model) if self._settings.run_ahead else None
         if run is None or not run.goes_on(store) or graph.last_step == "eager" or not graph.steady(length):
@@ -191,12 +212,15 @@ class Decoder:
     # Prompts.
 
     def prompt(self, forward: Forward, given: dict[str, Any], compute: Callable[[], Any]) -> Any:
-        """The output of a call with several tokens for each row, on kernels; or None, and nothing has changed.
+        """Computes a call with several tokens for each row, with its attention on kernels.
 
         Args:
-            forward: of the model, which takes steps.
-            given: its arguments by name, ``input_ids`` or ``inputs_embeds`` among them.
-            compute: the call of the model itself.
+            forward: of a model for which ``takes`` is True.
+            given: the arguments of the call by name, including ``input_ids`` or ``inputs_embeds``.
+            compute: calls the model itself.
+
+        Returns:
+            The output of the model; None where the call cannot be computed on kernels. Then nothing has been appended.
         """
         store = self._store
         tokens, mask, lengths = tokens_of(given), given.get("attention_mask"), list(store.lengths)

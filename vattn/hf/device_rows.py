@@ -23,7 +23,7 @@ class DeviceRows:
     Args:
         cache: holds the rows.
         base: the slot of row 0.
-        sharers: everything that has rows in ``cache``. The new object adds itself.
+        sharers: all ``DeviceRows`` with rows in ``cache``. The new object adds itself.
 
     Attributes:
         sequences: the sequence of each row.
@@ -42,7 +42,7 @@ class DeviceRows:
         sharers.add(self)
 
     def filled(self, lengths: list[int]) -> list[int]:
-        """The layers in this ``KVCache`` that hold positions, given the length of every layer of the model."""
+        """Returns the layers in this ``KVCache`` that hold positions, given the length of every layer of the model."""
         return [layer for layer in self.views if lengths[layer] > 0]
 
     @property
@@ -52,7 +52,16 @@ class DeviceRows:
         return have + self.cache.free_slots_from(self.base + have)
 
     def open(self, batch: int, length: int | None = None) -> None:
-        """Opens rows until there are ``batch``, each grown to ``length``, or to the length of row 0 if that is None."""
+        """Opens rows until there are ``batch``.
+
+        Args:
+            batch: rows.
+            length: positions that each new row gets memory for; None takes the length of row 0.
+
+        Raises:
+            ValueError: there are not enough free slots behind the rows.
+            BudgetExceeded, OutOfDeviceMemory: there is no memory. After an error no row was opened.
+        """
         rows = self.sequences
         if length is None:
             length = rows[0].length if rows else 0
@@ -78,18 +87,18 @@ class DeviceRows:
     def replace(self) -> None:
         """Gives the rows up after another ``DeviceRows`` took their place.
 
-        A ``KVCache`` that nobody else uses is not closed: the model may still hold views of it, and its memory is freed
-        with the last of them.
+        A ``KVCache`` in which no other batch has rows is not closed: the model may still hold views of it, and its
+        memory is freed with the last of them.
         """
         self.sharers.discard(self)
         if self.sharers:
             self.cache.close_all(self.sequences)
 
     def leave(self, *, keep_cache: bool) -> bool:
-        """Gives the rows up, and closes the ``KVCache`` unless others have rows in it or ``keep_cache`` says so.
+        """Gives the rows up, and closes the ``KVCache`` unless another batch has rows in it or ``keep_cache`` is set.
 
         Returns:
-            Whether others have rows in the ``KVCache``.
+            Whether another batch has rows in the ``KVCache``.
         """
         self.sharers.discard(self)
         if self.sharers:
@@ -100,7 +109,12 @@ class DeviceRows:
         return bool(self.sharers)
 
     def copy_from(self, other: DeviceRows, lengths: list[int]) -> None:
-        """Opens as many rows as another ``DeviceRows`` has and copies what it holds of the layers that both have."""
+        """Opens as many rows as another ``DeviceRows`` has, and copies its rows of the layers that both have.
+
+        Args:
+            other: the rows to copy.
+            lengths: of all layers of the model.
+        """
         layers = [layer for layer in other.filled(lengths) if layer in self.views]
         if not layers:
             return
@@ -114,13 +128,13 @@ class DeviceRows:
                 mine.copy_(theirs)
 
     def move(self, chosen: list[int], changed: list[int], held: int, alike: int, lengths: list[int]) -> None:
-        """Copies rows: makes each row ``i`` of ``changed`` what row ``chosen[i]`` is, from position ``alike`` on.
+        """Copies row ``chosen[i]`` to row ``i``, from position ``alike`` on, for each ``i`` in ``changed``.
 
         Args:
             chosen: for each row the one that it becomes.
-            changed: rows, all below ``held``, that become another one.
-            held: how many rows hold something.
-            alike: positions that a changed row already has in common with the one that it becomes.
+            changed: the rows, all below ``held``, that become another one.
+            held: how many rows held something before.
+            alike: first positions that each changed row already has in common with the row that it becomes.
             lengths: of all layers of the model.
         """
         first = self.first_positions()
@@ -131,7 +145,7 @@ class DeviceRows:
             self.copied_from.update(dict.fromkeys(views.layers, first[views.layers[0]]))
 
     def first_of_rows(self, layer: int) -> list[int]:
-        """For each row, the first position of a layer that is still in its slot."""
+        """Returns for each row the first position of a layer that is still in its slot."""
         group = next(group for group in self.cache.layout.groups if layer in group.layers)
         at, planes = group.layers.index(layer), self._first_of_planes()
         everything = [0] * len(self.sequences)
@@ -139,7 +153,7 @@ class DeviceRows:
         return list(map(max, k, v))
 
     def first_positions(self) -> dict[int, int]:
-        """For each layer, the first position that every row still has: sliding windows give earlier ones back."""
+        """Returns for each layer the first position that every row still has; windows give earlier ones back."""
         firsts = {number: max(rows, default=0) for number, rows in self._first_of_planes().items()}
         return {
             layer: max(firsts.get(k, 0), firsts.get(v, 0), self.copied_from.get(layer, 0))
@@ -148,7 +162,7 @@ class DeviceRows:
         }
 
     def _first_of_planes(self) -> dict[int, list[int]]:
-        """For each plane with a window and for each row, the first position that is still in the row's slot."""
+        """Returns for each plane with a window, and for each row, the first position that is still in its slot."""
         return {
             number: [self.cache.first_row(row.slot, number) for row in self.sequences]
             for number, plane in enumerate(self.cache.layout.planes)

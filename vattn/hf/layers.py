@@ -21,15 +21,16 @@ from vattn.hf.store import Store
 
 _LOG = logging.getLogger("vattn")
 
-# What crop's argument means, by the installed version: how many tokens to remove, as a negative number; but a positive
-# one was the length to keep until 5.18, and so was 0 as long as the parameter said so.
+# How the installed transformers reads the argument of ``crop``. A negative number is the number of tokens to remove. A
+# positive number was the length to keep before 5.18, and so was 0 as long as the parameter was called ``max_length``.
 CROP_POSITIVE_KEEPS = VERSION < (5, 18)
 _CROP_ZERO_EMPTIES = "max_length" in inspect.signature(DynamicLayer.crop).parameters
 
 
 def _guarded(view: torch.Tensor) -> torch.Tensor:
-    """The view as a tensor that takes part in autograd's graph and refuses to be differentiated."""
-    # .data, since detach() would share the version counter, and autograd complain of later appends in its own words.
+    """Returns the view as a tensor that requires a gradient, and raises an error when one is computed."""
+    # ``detach()`` would share the version counter, so that autograd would report later appends as in-place changes
+    # instead of the error of ``_refuse_gradient``.
     guarded = view.data.requires_grad_()
     guarded.register_hook(_refuse_gradient)  # type: ignore[no-untyped-call]
     return guarded
@@ -40,7 +41,12 @@ def _refuse_gradient(gradient: torch.Tensor) -> None:
 
 
 class VirtualLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer of a ``VirtualCache``; its members are those of ``DynamicLayer``."""
+    """One layer of a ``VirtualCache``, with the interface of ``DynamicLayer``.
+
+    Args:
+        store: what all layers of the cache share.
+        index: of the layer in the model.
+    """
 
     def __init__(self, store: Store, index: int) -> None:
         self._store = store
@@ -54,7 +60,16 @@ class VirtualLayer(DynamicLayer):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends ``[batch, kv_heads, n, head_dim]`` and returns views of all that a query may see."""
+        """Appends K and V to the layer.
+
+        Args:
+            key_states: ``[batch, kv_heads, n, head_dim]``.
+            value_states: ``[batch, kv_heads, n, v_head_dim]``.
+
+        Returns:
+            K and V of all positions that one of the new queries may see, as views, or as copies where rows are not
+            stored as the model computes them.
+        """
         store, index = self._store, self.index
         if (converted := store.append_converted(index, key_states, value_states)) is not None:
             k, v = converted
@@ -72,7 +87,7 @@ class VirtualLayer(DynamicLayer):  # type: ignore[misc]
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """K ``[batch, kv_heads, length, head_dim]``, a view; None before the first update."""
+        """K ``[batch, kv_heads, length, head_dim]``; None before the first update. See ``Store.view``."""
         views = self._store.view(self.index)
         return views[0] if views else None
 
@@ -82,7 +97,7 @@ class VirtualLayer(DynamicLayer):  # type: ignore[misc]
 
     @property
     def values(self) -> torch.Tensor | None:
-        """V ``[batch, kv_heads, length, v_head_dim]``, a view; None before the first update."""
+        """V ``[batch, kv_heads, length, v_head_dim]``; None before the first update. See ``Store.view``."""
         views = self._store.view(self.index)
         return views[1] if views else None
 
@@ -91,18 +106,18 @@ class VirtualLayer(DynamicLayer):  # type: ignore[misc]
         _refuse_assignment(value)
 
     def get_seq_length(self, *args: Any) -> int:
-        """Positions appended so far."""
+        """Returns how many positions the layer holds."""
         return self._store.lengths[self.index]
 
     def get_max_length(self) -> int:
-        """Positions that there may be, ``max_len``."""
+        """Returns ``max_len``, the most positions that the layer can hold."""
         return self._store.options.max_len
 
-    get_max_cache_shape = get_max_length  # as it was called before transformers 5.13
+    get_max_cache_shape = get_max_length  # the name before transformers 5.13
 
     def cropped_length(self, argument: int) -> int:
-        """The length that ``crop(argument)`` leaves, in the terms of the installed transformers."""
-        length, argument = self._store.lengths[self.index], int(argument)  # which transformers may give as a tensor
+        """Returns the length that ``crop(argument)`` leaves, as the installed transformers reads the argument."""
+        length, argument = self._store.lengths[self.index], int(argument)  # transformers may pass a tensor
         if argument < 0:
             return max(length + argument, 0)
         if argument > 0 and not CROP_POSITIVE_KEEPS:
@@ -139,14 +154,22 @@ class VirtualLayer(DynamicLayer):  # type: ignore[misc]
         _refuse_alone("prefetch")
 
     def clone(self, store: Store) -> VirtualLayer:
-        """The same layer over another store."""
+        """Returns a copy of the layer that belongs to another store."""
         other = copy.copy(self)
         other._store = store
         return other
 
 
 class VirtualSlidingLayer(VirtualLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
-    """One sliding-window layer. Rows keep their absolute positions; what lies before the window is given back."""
+    """One sliding-window layer of a ``VirtualCache``.
+
+    Rows keep their absolute positions in the slot. The memory of rows before the window is given back.
+
+    Args:
+        store: what all layers of the cache share.
+        index: of the layer in the model.
+        sliding_window: positions that a query sees, itself included.
+    """
 
     def __init__(self, store: Store, index: int, sliding_window: int) -> None:
         self._store = store
@@ -154,13 +177,14 @@ class VirtualSlidingLayer(VirtualLayer, DynamicSlidingWindowLayer):  # type: ign
         DynamicSlidingWindowLayer.__init__(self, sliding_window)
 
     def get_max_length(self) -> int:
-        """Positions that a query sees, as of the layers that this one stands for."""
+        """Returns the sliding window, as ``DynamicSlidingWindowLayer`` does."""
         return int(self.sliding_window)
 
     get_max_cache_shape = get_max_length
 
     @property
     def cumulative_length(self) -> int:
+        """How many positions were appended, including those that the window has passed."""
         return self._store.lengths[self.index]
 
     @cumulative_length.setter
@@ -169,7 +193,10 @@ class VirtualSlidingLayer(VirtualLayer, DynamicSlidingWindowLayer):  # type: ign
             raise AttributeError("the length of a VirtualCache layer changes by update, crop and reset only")
 
     def activate_past_recording(self) -> None:
-        """Keeps what later lengths would give back, until ``crop`` says which length holds."""
+        """Keeps the rows that the window would give back, so that ``crop`` can return to the present length.
+
+        After each ``crop`` this holds for the length that it left. It concerns all sliding-window layers of the cache.
+        """
         self.record_past = True
         rows = self._store.rows
         if rows.floor is None:
@@ -177,7 +204,7 @@ class VirtualSlidingLayer(VirtualLayer, DynamicSlidingWindowLayer):  # type: ign
 
 
 def _refuse_assignment(value: object) -> None:
-    # transformers assigns None in the layer's constructor.
+    # The constructor of a layer in transformers assigns None.
     if value is not None:
         raise AttributeError("keys and values of a VirtualCache are views: write through update()")
 
@@ -187,7 +214,7 @@ def _refuse_alone(name: str) -> None:
 
 
 def foreign(layers: list[Any]) -> dict[str, list[int]]:
-    """The layers that stay transformers' own, by the name of their class."""
+    """Returns the indices of attention layers that stay transformers' own, by the name of their class."""
     found: dict[str, list[int]] = {}
     for index, layer in enumerate(layers):
         if isinstance(layer, DynamicLayer) and not isinstance(layer, VirtualLayer):
@@ -197,7 +224,13 @@ def foreign(layers: list[Any]) -> dict[str, list[int]]:
 
 @functools.cache
 def tell_foreign(kind: str, count: int, of: int) -> None:
-    """Warns once of layers of a kind that stay transformers' own."""
+    """Logs a warning that layers stay transformers' own, once for the same arguments.
+
+    Args:
+        kind: the name of their class.
+        count: how many layers there are of this class.
+        of: how many layers the model has.
+    """
     _LOG.warning(
         "%d of %d layers keep more than K and V (%s) and stay transformers' own: no option of the cache is of them",
         count,
@@ -207,7 +240,17 @@ def tell_foreign(kind: str, count: int, of: int) -> None:
 
 
 def virtualize(cache: Any, options: Options) -> None:
-    """Replaces the attention layers of a DynamicCache by ours; layers of other kinds stay transformers' own."""
+    """Replaces the attention layers of a ``DynamicCache`` by layers of vattn, with what they hold.
+
+    Layers of other kinds stay transformers' own.
+
+    Args:
+        cache: the cache, which gets a ``Store`` as its ``_store``.
+        options: how its rows are stored.
+
+    Raises:
+        ValueError: a layer no longer holds all positions that it has seen, since its window has moved on.
+    """
     layers = cache.layers
     placement = Placement(
         [getattr(layer, "sliding_window", None) for layer in layers],

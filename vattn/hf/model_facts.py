@@ -1,4 +1,4 @@
-"""What is known of a model before it is called: the devices and the shapes of its layers, its longest sequence."""
+"""What a model tells before it is called: the devices and the shapes of its layers, and its longest sequence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from vattn.memory.shape import LayerShape
 
 
 def layer_devices(model: Any) -> dict[int, torch.device]:
-    """The devices of a model's attention layers."""
+    """Returns the device of each attention layer of a model, by the index of the layer.
+
+    Attention layers are the modules with a ``layer_idx``; the device is that of a module's first parameter.
+    """
     found: dict[int, torch.device] = {}
     for module in model.modules():
         index, parameter = getattr(module, "layer_idx", None), next(module.parameters(), None)
@@ -23,7 +26,15 @@ def layer_devices(model: Any) -> dict[int, torch.device]:
 
 
 def expected_layers(model: Any, placement: Placement) -> dict[int, tuple[torch.device, LayerShape]]:
-    """What the layers of a model will most likely append; empty where its configuration does not tell."""
+    """Returns the device and shape that the K and V of each layer of a model will most likely have.
+
+    Args:
+        model: the model.
+        placement: of the cache, which knows the windows and which layers it stores.
+
+    Returns:
+        Device and shape by the index of the layer; empty where the model's configuration does not tell them.
+    """
     try:
         dtype = str(model.dtype).removeprefix("torch.")
         config = model.config.get_text_config(decoder=True)
@@ -42,8 +53,15 @@ def expected_layers(model: Any, placement: Placement) -> dict[int, tuple[torch.d
 
 
 def longest(config: Any) -> int:
-    """Positions that a model is made for."""
+    """Returns ``max_position_embeddings``, the most positions that a model is made for.
+
+    Args:
+        config: the model's configuration, or None.
+
+    Raises:
+        ValueError: no configuration says it.
+    """
     found = None if config is None else getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if not isinstance(found, int) or found < 1:  # some say -1 where there is no limit
+    if not isinstance(found, int) or found < 1:  # some configurations say -1 where there is no limit
         raise ValueError("max_len must be given: no configuration says max_position_embeddings")
     return found

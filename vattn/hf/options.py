@@ -16,9 +16,10 @@ from vattn.memory.shape import dtype_name
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Arguments of ``VirtualCache``, checked and converted; see there for what each of them means.
+    """Arguments of ``VirtualCache``, checked and converted; ``VirtualCache`` says what each of them means.
 
-    ``kernels`` are those that decode steps may use, which say how many rows around a sequence they may load.
+    Two are made from other arguments: ``kernels`` are the kernels that decode steps may use, each of which says how
+    many rows around a sequence it may load; ``scales`` is made from ``kv_dtype`` and ``kv_scales``.
     """
 
     max_len: int

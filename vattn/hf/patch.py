@@ -1,4 +1,4 @@
-"""``install``: every ``DynamicCache`` of a process as a ``VirtualCache``."""
+"""``install``: makes every new ``DynamicCache`` of a process a ``VirtualCache``."""
 
 from __future__ import annotations
 
@@ -17,12 +17,17 @@ from vattn.hf.options import Options
 
 @contextlib.contextmanager
 def install(**options: Any) -> Iterator[None]:
-    """While it lasts, every ``DynamicCache`` that is made in this process is a ``VirtualCache``.
+    """Within this context every ``DynamicCache`` that is made in this process is a ``VirtualCache``.
+
+    Caches made before are not changed, and neither are caches with ``offloading=True`` or of a subclass. Caches made in
+    the context remain usable after it.
 
     Args:
-        options: those of ``VirtualCache`` up to ``mapper``; ``max_len`` is needed.
+        options: arguments of ``VirtualCache`` from ``max_len``, which is required, to ``mapper``.
 
-    Caches with ``offloading=True`` stay what they are, and those made before or inside live on after it.
+    Raises:
+        TypeError: an option is unknown, or ``max_len`` is missing.
+        RuntimeError: another ``install`` is active.
     """
     known = {field.name for field in fields(Options)}
     if unknown := sorted(set(options) - known):

@@ -17,12 +17,13 @@ from vattn.memory.kv_cache import KVCache
 from vattn.memory.layout import GRANULARITY, KVLayout
 from vattn.memory.shape import LayerShape
 
-_SPARE_SLOTS = 64  # slots that are reserved beyond twice the batch where ``slots`` is None: addresses cost nothing
-_SPARE_ADDRESSES = 1 << 45  # bytes of addresses that such slots may take
+_SPARE_SLOTS = 64  # slots that are reserved beyond ``slots`` or twice the batch: addresses cost nothing
+_SPARE_ADDRESSES = 1 << 45  # bytes of addresses; more are reserved only where ``slots`` asks for it
 
 Place = tuple[DeviceKey, LayerShape]
+"""Where a layer keeps its rows: which ``KVCache`` holds them, and their shape."""
 Rebuild = Callable[[dict[DeviceKey, int]], None]
-"""Makes the ``KVCache`` of each key anew, with so many slots, and copies what it holds."""
+"""Makes the ``KVCache`` of each key anew, with the number of slots given for it, and copies what it holds."""
 
 
 class Placement:
@@ -32,14 +33,14 @@ class Placement:
     the last one seen. When that proves wrong, the ``KVCache`` that was made for it is rebuilt.
 
     Args:
-        windows: the sliding window of each layer, or None. No layers at all: layers are added as they come, and each
-            gets a ``KVCache`` of its own.
-        cached: whether each layer keeps rows here; other layers stay transformers' own.
+        windows: the sliding window of each layer, or None. An empty list makes the placement open-ended: layers are
+            added at their first update, and each gets a ``KVCache`` of its own.
+        cached: for each layer whether it keeps rows here; other layers stay transformers' own.
         options: of the cache.
 
     Attributes:
-        seen: where each layer is that has been updated.
-        expected: where each layer is, as far as is known.
+        seen: the place of each layer that has been updated.
+        expected: the place of each layer, known or expected; empty until the first layer is known.
         rows: the rows of the batch in each ``KVCache``.
     """
 
@@ -53,10 +54,10 @@ class Placement:
         self.seen: dict[int, Place] = {}
         self.expected: dict[int, Place] = {}
         self.rows: dict[DeviceKey, DeviceRows] = {}
-        self._signatures: dict[int, tuple[Any, ...]] = {}  # of the layers seen: what is compared at each update
+        self._signatures: dict[int, tuple[Any, ...]] = {}  # of each layer seen, compared with that of each update
 
     def set_budget(self, budget: int | float | None) -> None:
-        """Sets the budget of every ``KVCache``, also of those to come."""
+        """Sets the budget of every ``KVCache``, also of those that are made later."""
         self._require_divisible(budget)
         options = replace(self.options, budget=budget)
         for rows in self.rows.values():
@@ -73,21 +74,21 @@ class Placement:
         self.cached.append(True)
 
     def rows_of(self, layer: int) -> DeviceRows:
-        """The rows of the batch in the ``KVCache`` of a layer."""
+        """Returns the rows of the batch in the ``KVCache`` of a layer."""
         return self.rows[self.expected[layer][0]]
 
     def views_of(self, layer: int) -> LayerGroupViews | None:
-        """The tensors of a layer's group; None before there are some."""
+        """Returns the tensors of a layer's group; None before its ``KVCache`` was made."""
         rows = self.rows.get(self.expected[layer][0]) if layer in self.expected else None
         return None if rows is None else rows.views.get(layer)
 
     def dtypes_of(self, layer: int) -> tuple[torch.dtype, torch.dtype] | None:
-        """The dtypes in which the model computes K and V of a layer; None before its first update."""
+        """Returns the dtypes in which the model computes K and V of a layer; None before its first update."""
         signature = self._signatures.get(layer)
         return None if signature is None else signature[3:5]
 
     def is_as_seen(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> bool:
-        """Whether K and V of an update are like those of the layer's updates before."""
+        """Returns whether K and V have heads, dims, dtypes and devices of the layer's earlier updates."""
         return _signature(k, v) == self._signatures.get(layer)
 
     def require_slots(self, batch: int) -> None:
@@ -96,10 +97,16 @@ class Placement:
             raise ValueError(f"a batch of {batch} rows does not fit {slots} slots: make it with slots={batch}")
 
     def learn(self, layer: int, k: torch.Tensor, v: torch.Tensor, rebuild: Rebuild) -> None:
-        """Checks K and V of an update, and notes device, shape and dtype of a layer at its first.
+        """Checks K and V of an update, and at a layer's first update notes its device, shape and dtype.
+
+        Args:
+            layer: its index.
+            k: ``[batch, kv_heads, n, head_dim]``.
+            v: ``[batch, kv_heads, n, v_head_dim]``.
+            rebuild: is called for each ``KVCache`` whose layers turn out to be others than were expected.
 
         Raises:
-            ValueError: they do not fit each other, the options or what the layer holds. Nothing has changed.
+            ValueError: K and V do not fit each other, the options or what the layer holds. Nothing has changed.
         """
         if k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3]:
             raise ValueError(
@@ -129,7 +136,7 @@ class Placement:
         self._signatures[layer] = signature
 
     def _checked(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> Place:
-        """Where K and V say that their layer is."""
+        """Returns the place of a layer according to its K and V; raises as ``learn`` does."""
         # Under autocast the dtypes of K and V may differ. The wider one holds both.
         dtype = torch.promote_types(k.dtype, v.dtype)
         if (scales := self.options.scales) is not None:
@@ -173,7 +180,7 @@ class Placement:
             rebuild: makes the ``KVCache``s.
 
         Returns:
-            Whether there are some now.
+            Whether a ``KVCache`` was made. None is made where ``layers`` is empty or has other dtypes than ``options``.
         """
         if not layers:
             return False
@@ -192,7 +199,7 @@ class Placement:
         return bool(self.expected)
 
     def forget(self, layer: int) -> None:
-        """Forgets what a layer looks like, so that its next update may be of another shape."""
+        """Forgets the place of a layer, so that its next update may be of another shape."""
         self.seen.pop(layer, None)
         self._signatures.pop(layer, None)
 
@@ -223,14 +230,18 @@ class Placement:
         return rows
 
     def join(self, key: DeviceKey, other: DeviceRows, base: int) -> DeviceRows:
-        """Puts rows from slot ``base`` on into the ``KVCache`` of another's rows."""
+        """Makes rows from slot ``base`` on, in the ``KVCache`` of the rows of another batch."""
         self.rows[key] = rows = DeviceRows(other.cache, base, other.sharers)
         return rows
 
     def rebuild(self, slots: dict[DeviceKey, int], lengths: list[int]) -> None:
-        """Makes the ``KVCache`` of each key anew, with so many slots, and copies what the old one holds.
+        """Makes the ``KVCache`` of each key anew, and copies what the old one holds.
 
         After an error nothing has changed.
+
+        Args:
+            slots: the number of slots for each key.
+            lengths: of all layers of the model.
         """
         old = dict(self.rows)
         try:
@@ -238,7 +249,7 @@ class Placement:
                 before = self.rows.pop(key, None)
                 if not _at(self.expected, key):
                     continue
-                # A budget that is a part of what is free was meant of what was free at first.
+                # A budget that is a part of the free memory refers to what was free when the first one was made.
                 new = self.build(key, count, self.options.budget if before is None else before.cache.stats().budget)
                 if before is not None:
                     new.copy_from(before, lengths)
@@ -253,12 +264,13 @@ class Placement:
     def taking_slots(self) -> Iterator[None]:
         """Within this context no other thread takes neighbouring slots in the ``KVCache``s."""
         with contextlib.ExitStack() as each:
+            # Every thread takes the locks in the same order, so that no two of them wait for each other.
             for cache in sorted((rows.cache for rows in self.rows.values()), key=id):
                 each.enter_context(cache.slots_lock)
             yield
 
     def clone(self) -> Placement:
-        """The same layers, without rows."""
+        """Returns a placement of the same layers without rows."""
         other = Placement(list(self.windows), list(self.cached), self.options)
         other.open_ended = self.open_ended
         other.seen, other.expected = dict(self.seen), dict(self.expected)
@@ -267,7 +279,7 @@ class Placement:
 
 
 def _at(places: dict[int, Place], key: DeviceKey) -> dict[int, LayerShape]:
-    """The shapes of the layers that are at ``key``."""
+    """Returns the shapes of the layers that are at ``key``, by layer."""
     return {layer: shape for layer, (where, shape) in places.items() if where == key}
 
 

@@ -1,4 +1,4 @@
-"""``Prompt``: a call of a Hugging Face model with several tokens for each row, whose attention is a stock kernel's."""
+"""``Prompt``: a call of a Hugging Face model with several tokens for each row, with its attention on stock kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vattn.models.attention import UnsupportedError, attending
 if TYPE_CHECKING:
     from vattn.hf.watch import PromptWatch
 
-# By kind of prompt, kernels that are faster than what transformers calls for it, and need no compilation; see
+# For each kind of prompt, the kernels that are faster than what transformers calls and need no compilation, see
 # docs/benchmarks.md.
 _FASTER = {"first": ("fa3",), "padded": ("fa3", "fa2"), "chunk": ("fa3", "fa2")}
 
@@ -31,17 +31,17 @@ class Prompt:
 
     Attributes:
         watch: compares the attention of each layer, where the prompt is verified.
-        slower: whether it was found that no kernel computes it faster than transformers.
+        slower: whether no kernel was found that computes it faster than transformers.
     """
 
-    store = None  # layers are updated as ever, see ``VirtualCache.update``
-    own_attention = False  # the attention is vattn's, see ``models.attention``
+    store = None  # layers are updated as without kernels, see ``VirtualCache.update``
+    own_attention = False  # the attention is vattn's, not the model's own, see ``models.attention``
 
     def __init__(self, hidden: list[int], start: int, n: int, windows: list[int | None], attention: str) -> None:
         self.hidden, self.start, self.n = hidden, start, n
         self.watch: PromptWatch | None = None
         self.slower = False
-        self._counts = [min(n, start + n - pad) for pad in hidden]  # tokens of each row that are no padding
+        self._counts = [min(n, start + n - pad) for pad in hidden]  # tokens of each row that are not padding
         self._windows = windows
         self._attention = attention
         self._ranges: dict[Any, SequenceRanges] = {}
@@ -66,18 +66,21 @@ class Prompt:
     def attend(
         self, at: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: AttentionParams
     ) -> torch.Tensor:
-        """Attention of the module of layer ``at``, on all K and V that the cache returned.
+        """Computes the attention of one layer on all K and V that the cache returned.
 
         Args:
-            at: the layer.
-            q, k, v: ``[batch, heads, tokens, dim]``.
+            at: the index of the layer; None where the module has none.
+            q: ``[batch, query_heads, n, head_dim]``.
+            k: ``[batch, kv_heads, positions, head_dim]``, as the cache returned it.
+            v: ``[batch, kv_heads, positions, v_head_dim]``.
             how: scale, softcap, sinks and window.
 
         Returns:
-            ``[batch, tokens, heads, dim]``, zeros where a query is padding.
+            ``[batch, n, query_heads, v_head_dim]``, zeros where a query is padding.
 
         Raises:
-            UnsupportedError: no kernel computes it, or none is faster than transformers.
+            UnsupportedError: q or k have other positions than those of this prompt, no kernel computes it, or none is
+                faster than transformers.
         """
         if at is None or q.shape[2] != self.n or k.shape[2] > self.start + self.n:
             raise UnsupportedError("its attention is of other rows than it is given")
@@ -85,7 +88,7 @@ class Prompt:
         windows = [window for window in (self._windows[at], how.window) if window is not None]
         how = AttentionParams(scale=how.scale, softcap=how.softcap, sinks=how.sinks, window=min(windows, default=None))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        if not alike(k, v):  # they are the model's own tensors, not views of the cache
+        if not alike(k, v):  # k and v are tensors of the model, not views of the cache
             k, v = k.contiguous(), v.contiguous()
         kernel, ranges = self._kernel_for(q, k, v, how), self._ranges_of(k)
         packed = q.reshape(batch * n, heads, -1)
@@ -112,7 +115,10 @@ class Prompt:
         raise UnsupportedError("no kernel is faster than transformers' own")
 
     def _ranges_of(self, k: torch.Tensor) -> SequenceRanges:
-        """Where the rows of ``k`` ``[batch, positions, kv_heads, dim]`` begin: a window may have left out the first."""
+        """Returns which positions of ``k`` ``[batch, positions, kv_heads, dim]`` are rows of the sequences.
+
+        ``k`` may begin behind the first position, where a sliding window has passed it.
+        """
         key = k.device, k.shape[1]
         if key not in self._ranges:
             left_out = self.start + self.n - k.shape[1]
@@ -121,7 +127,7 @@ class Prompt:
         return self._ranges[key]
 
     def _queries_on(self, device: torch.device) -> torch.Tensor:
-        """Indices of the tokens that are no padding, among those of all rows."""
+        """Returns the indices of the tokens that are not padding, among the ``batch * n`` tokens of all rows."""
         if device not in self._queries:
             rows = [
                 torch.arange((row + 1) * self.n - count, (row + 1) * self.n) for row, count in enumerate(self._counts)

@@ -1,4 +1,4 @@
-"""``RowFormat``: in what form rows store K and V: without padding, in fewer bits, or as the model computes them."""
+"""``RowFormat``: how rows store K and V: without padding, in fewer bits, or as the model computes them."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from vattn.hf.padding import Padding
 from vattn.kernels.quantize import Scales
 
 Blocks = dict[Any, torch.Tensor]
-"""Scratch tensors ``[kv_heads, positions, dim]``, by the shape, dtype and device of the rows that they serve."""
+"""Scratch tensors ``[kv_heads, positions, dim]``, by the shape, dtype and device of the rows that they are for."""
 
 
 class RowFormat:
-    """In what form the rows of a batch store K and V.
+    """How the rows of a batch store K and V.
 
     Args:
         scales: what K and V are divided by before they are rounded to fewer bits; None stores them as they are.
 
     Attributes:
         padding: the padding on the left that rows are stored without; None where they are stored whole.
-        blank: the positions that hold nothing of the model: those of ``padding``, and those that were padding and
-            became zeros.
-        coming: the padding of the prompt that the call at hand will append.
+        blank: the positions on the left that hold nothing that the model computed: those of ``padding``, and padding
+            that is stored as zeros; None where there are none.
+        coming: the padding without which the current call stores a prompt; None stores it whole.
     """
 
     def __init__(self, scales: Scales | None) -> None:
@@ -42,20 +42,20 @@ class RowFormat:
         return self.padding is None and self.scales is None
 
     def stored(self, length: int, batch: int) -> list[int]:
-        """How many of so many positions each row of a batch stores."""
+        """Returns how many of the first ``length`` positions each row of a batch stores."""
         return [length] * batch if self.padding is None else self.padding.stored(length)
 
     def begin(self) -> None:
-        """Stores the prompt that comes without its padding."""
+        """Begins a prompt, which is stored without the padding ``coming``."""
         self.padding = self.blank = self.coming
 
     def forget(self) -> None:
-        """Stores what comes whole."""
+        """Notes that rows are stored whole, and that no position is blank."""
         self.padding = self.blank = None
 
     @contextlib.contextmanager
     def hiding(self, padding: Padding | None) -> Iterator[None]:
-        """Within this context a prompt is stored without ``padding``."""
+        """Within this context a prompt is stored without ``padding``; None stores it whole."""
         before, self.coming = self.coming, padding
         try:
             yield
@@ -63,14 +63,27 @@ class RowFormat:
             self.coming = before
 
     def require_hidden(self, mask: torch.Tensor | None) -> None:
-        """Raises ValueError where a mask, ``[batch, length]``, shows positions that are not stored; None shows all."""
+        """Raises ValueError where an attention mask shows blank positions.
+
+        Args:
+            mask: ``[batch, length]``, or None, which shows all positions.
+        """
         if self.blank is not None and self.blank.shown(mask):
             raise ValueError("attention_mask shows padding that the prompt's has hidden: it is not stored")
 
     def write(
         self, views: LayerGroupViews, layer: int, start: int, max_len: int, k: torch.Tensor, v: torch.Tensor
     ) -> None:
-        """Writes K and V ``[batch, kv_heads, n, dim]`` of one layer to positions from ``start`` on."""
+        """Writes K and V of one layer.
+
+        Args:
+            views: of the layer's group.
+            layer: its index.
+            start: the first position that is written.
+            max_len: positions of a slot.
+            k: ``[batch, kv_heads, n, head_dim]``.
+            v: ``[batch, kv_heads, n, v_head_dim]``.
+        """
         batch, n = k.shape[0], k.shape[2]
         states = (k, v)
         if self.scales is not None:
@@ -85,17 +98,19 @@ class RowFormat:
     def read(
         self, views: LayerGroupViews, layer: int, first: int, end: int, batch: int, dtypes: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of one layer at positions [first, end), padding included, as the model computes with them.
+        """Returns K and V of one layer at positions [first, end), padding included, as the model computes with them.
 
         Args:
             views: of the layer's group.
             layer: its index.
-            first, end: of the positions.
+            first: the first position.
+            end: one past the last position.
             batch: rows.
             dtypes: in which the model computes K and V, or None where that is not known.
 
         Returns:
-            ``[batch, kv_heads, end - first, dim]`` each: copies, or views where rows are stored as they are.
+            ``[batch, kv_heads, end - first, dim]`` each: copies, or views where rows are stored as the model computes
+            them.
         """
         if self.padding is None:
             k, v = views.rows(layer, batch, first, end)
@@ -107,7 +122,7 @@ class RowFormat:
         return self.scales.read(k, k_scale, dtypes[0]), self.scales.read(v, v_scale, dtypes[1])
 
     def allocate_blocks(self, rows: DeviceRows, lengths: list[int], blocks: Blocks) -> None:
-        """Makes the scratch tensors that ``restore`` needs, so that it allocates nothing."""
+        """Adds to ``blocks`` the scratch tensors that ``restore`` needs, so that ``restore`` allocates nothing."""
         for layer in rows.filled(lengths):
             for some in rows.views[layer].rows(layer, 1, 0, MOVED_AT_ONCE):
                 key = some.shape, some.dtype, some.device
@@ -115,7 +130,7 @@ class RowFormat:
                     blocks[key] = torch.empty_like(some[0])
 
     def restore(self, padding: Padding, rows: DeviceRows, lengths: list[int], blocks: Blocks) -> None:
-        """Moves the rows of all layers to where they are with ``padding``, which becomes zeros."""
+        """Moves the rows of all layers to where they are when ``padding`` is stored, and stores zeros for it."""
         for layer in rows.filled(lengths):
             firsts, batch, views = rows.first_of_rows(layer), len(rows.sequences), rows.views[layer]
             some = views.rows(layer, 1, 0, MOVED_AT_ONCE)
@@ -128,7 +143,7 @@ class RowFormat:
                 rows.copied_from[layer] = max(moved)
 
     def crop(self, length: int) -> None:
-        """Notes that rows were cut to so many positions, and are stored whole."""
+        """Notes that rows were cut to ``length`` positions, and are stored whole."""
         self.padding = None
         self.blank = self.blank and self.blank.cropped(length)
 
@@ -137,7 +152,7 @@ class RowFormat:
         self.blank = self.blank and self.blank.chosen(chosen)
 
     def clone(self) -> RowFormat:
-        """The form of a copy of the rows."""
+        """Returns the format for a copy of the rows."""
         other = RowFormat(self.scales)
         other.padding, other.blank = self.padding, self.blank
         return other

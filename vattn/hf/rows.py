@@ -1,4 +1,4 @@
-"""``Rows``: the rows of a batch on all devices of a model: their lengths, what they share, how they change places."""
+"""``Rows``: the rows of a batch on all devices of a model: their lengths, what they share, how they are reordered."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ class Rows:
 
     Args:
         placement: where the layers keep their rows.
-        row_format: in what form they store them.
+        row_format: how rows store K and V.
 
     Attributes:
-        lengths: positions that each layer holds, padding included. It stays the same list.
+        placement: as given.
+        format: ``row_format``.
+        lengths: positions that each layer holds, padding included. The list object never changes.
         prompts: which rows hold the same prompt.
-        floor: the length at the last crop while sliding windows keep what they would give back, so that this length
-            stays reachable; None while they do not.
+        floor: the length at the last crop, or at ``activate_past_recording``. Sliding windows keep the rows that a
+            query there sees, so that rows can still be cut to it. None where windows keep nothing for that.
     """
 
     def __init__(self, placement: Placement, row_format: RowFormat) -> None:
@@ -48,19 +50,24 @@ class Rows:
         return self.placement.rows.values()
 
     def _uneven(self) -> bool:
-        """Whether layers differ in length: then some write where others hold rows, and no memory may be shared."""
+        """Returns whether layers differ in length. Then some write where others hold rows, so no memory is shared."""
         return len({self.lengths[layer] for layer in self.placement.expected}) > 1
 
     # Memory.
 
     def set_batch(self, rows: DeviceRows, key: DeviceKey, batch: int) -> DeviceRows:
-        """Opens or ends empty rows of one ``KVCache`` until there are ``batch``.
+        """Opens or closes empty rows of one ``KVCache`` until there are ``batch``.
+
+        Args:
+            rows: in the ``KVCache``.
+            key: names the ``KVCache``.
+            batch: rows.
 
         Returns:
-            The rows: others, where the ``KVCache`` had too few slots.
+            ``rows``, or a new object where the ``KVCache`` had too few slots and was rebuilt.
 
         Raises:
-            ValueError: the rows hold something, and there are more or fewer.
+            ValueError: the number of rows would change while they hold something.
         """
         have = len(rows.sequences)
         if have == batch:
@@ -79,11 +86,11 @@ class Rows:
         return rows
 
     def grow(self, rows: DeviceRows, length: int, *, min_truncate_length: int = 0) -> None:
-        """Grows those rows that have memory to so many positions.
+        """Grows the rows that have memory of their own to ``length`` positions.
 
         Args:
             rows: in one ``KVCache``.
-            length: padding included.
+            length: positions, padding included.
             min_truncate_length: the shortest length that the rows may still be cut to; sliding windows give back no row
                 that a query there sees.
         """
@@ -94,7 +101,7 @@ class Rows:
         )
 
     def grow_speculatively(self, length: int) -> bool:
-        """Gets memory for a step at this length before it is called for; False where there is none."""
+        """Gets memory for a speculative step at this length; returns False where there is none."""
         [rows] = self.placement.rows.values()
         try:
             self.grow(rows, length + 1)
@@ -103,18 +110,23 @@ class Rows:
         return True
 
     def min_truncate_length(self, rows: DeviceRows) -> int:
-        """The shortest length that a layer has, or may be cropped to: its sliding window must stay."""
+        """Returns the ``min_truncate_length`` for ``grow``: the shortest length that a layer has or may be cut to."""
         shortest = min(self.lengths[layer] for layer in rows.views if layer in self.placement.seen)
         return self.room_before(rows, shortest if self.floor is None else self.floor)
 
     def room_before(self, rows: DeviceRows, length: int) -> int:
-        """The length that windows are kept for, so that kernels may load rows before that of ``length``."""
+        """Returns the ``min_truncate_length`` with which rows that kernels load before a window stay mapped.
+
+        Args:
+            rows: in one ``KVCache``.
+            length: the shortest length that the rows may be cut to.
+        """
         if rows.cache.device.type == "cpu":
             return length
         return max(0, length - max((kernel.head_rows for kernel in self.placement.options.kernels), default=0))
 
     def shorten(self) -> None:
-        """Takes back what rows were grown by for something that then failed, since a fork would share it."""
+        """Truncates rows that were grown for an operation that failed; else a fork would share the surplus."""
         for rows in self._every():
             length = max((self.lengths[layer] for layer in rows.views), default=0)
             stored = self.format.stored(length, len(rows.sequences))
@@ -123,23 +135,24 @@ class Rows:
                     sequence.truncate(held)
 
     def rebuild(self, slots: dict[DeviceKey, int]) -> None:
-        """Makes the ``KVCache`` of each key anew, with so many slots, and copies what the old one holds."""
+        """Makes the ``KVCache`` of each key anew, with the number of slots given, and copies what the old one holds."""
         if not slots:
             return
-        self.materialize(share="copy")  # what is written next may be where other rows are
+        self.materialize(share="copy")  # the next write may go to positions that a fork would share
         if any(self.lengths):
             self.restore_padding()
         self.placement.rebuild(slots, self.lengths)
 
-    # Rows of one prompt.
+    # Rows that share a prompt.
 
     def find_shared_prompts(self, rows: DeviceRows, k: torch.Tensor, v: torch.Tensor, start: int) -> None:
-        """Notes whether the rows of a prompt are the same in groups, as beams and return sequences are at first.
+        """Finds out whether groups of rows hold the same prompt, as beams and return sequences do at first.
 
         Args:
             rows: in the ``KVCache`` of the layer that is updated.
-            k, v: what the layer appends.
-            start: positions that it holds.
+            k: what the layer appends, ``[batch, kv_heads, n, head_dim]``.
+            v: ``[batch, kv_heads, n, v_head_dim]``.
+            start: positions that the layer holds.
         """
         batch, layout = k.shape[0], rows.cache.layout
         first = not any(self.lengths)  # the first layer of a new prompt
@@ -149,22 +162,22 @@ class Rows:
             return
         worthwhile = batch > 1 and k.shape[2] * layout.bytes_per_token >= layout.granularity
         allowed = self.placement.options.scales is None and not (k.requires_grad or v.requires_grad)
-        # What a later chunk of several prompts sees is no view of the leaders' rows.
+        # A later chunk is given views of rows, and only those of a single leader can be expanded to the whole batch.
         if not worthwhile or not allowed or (start and batch != self.prompts.size):
             self.materialize()
         elif first:
             self.prompts.find(k, v)
-            # The other rows of each prompt have no memory, also where it was reserved.
+            # Only leaders keep memory: what ``Store.reserve`` got for the other rows is given back.
             for each in self._every():
                 for i, sequence in enumerate(each.sequences):
                     if i % self.prompts.size and sequence.length:
                         sequence.truncate(0)
         elif not self.prompts.holds(k, v):
-            # Later layers of this step write where all layers have their rows, so no memory may be shared.
+            # The layers that follow in this call write at positions that a fork would share, so rows are copied.
             self.materialize(share="copy")
 
     def materialize(self, share: Share = "auto") -> None:
-        """Gives every row memory, where so far one row has it for all rows of a prompt.
+        """Gives each row memory of its own, where so far one row has the memory for all that share its prompt.
 
         Args:
             share: as in ``Sequence.fork``; rows are copied in any case where layers differ in length.
@@ -174,7 +187,7 @@ class Rows:
         self.shorten()
         if self._uneven():
             share = "copy"
-        # Rows get copies because they have parted, in a layer that is still to come.
+        # Where copies are made, rows differ or may differ in layers that are still to come: nothing counts as common.
         alike = 0 if share == "copy" else min((length for length in self.lengths if length), default=0)
         self.prompts.separate(self._every(), alike, share)
 
@@ -194,14 +207,19 @@ class Rows:
             yield
 
     def require_hidden(self, mask: torch.Tensor | None) -> None:
-        """Raises ValueError where a mask, ``[batch, length]``, shows what is not stored; None shows all."""
+        """Raises ValueError where an attention mask shows blank positions, see ``RowFormat``.
+
+        Args:
+            mask: ``[batch, length]``, or None, which shows all positions.
+        """
         if any(self.lengths):
             self.format.require_hidden(mask)
 
     def restore_padding(self) -> None:
         """Stores rows whole, with zeros for the padding that they were stored without.
 
-        When there is not enough memory nothing has changed. An interrupt while rows move empties the cache.
+        When there is not enough memory, the error leaves all rows unchanged. An error or interrupt while rows are
+        moved empties the cache.
         """
         padding = self.format.padding
         if padding is None or not any(self.lengths):
@@ -230,7 +248,10 @@ class Rows:
     # Changes of whole rows.
 
     def truncate(self, lengths: list[int]) -> None:
-        """Shortens the layers to ``lengths``, and gives back what no layer needs any more.
+        """Shortens the layers to ``lengths``, and truncates rows to what the longest layer needs.
+
+        Args:
+            lengths: positions that each layer keeps, padding included.
 
         Raises:
             ValueError: a sliding window has moved past one of the lengths.
@@ -256,7 +277,7 @@ class Rows:
                 rows.cache.truncate_all(rows.sequences, longest)
             shortest = min((lengths[layer] for layer in rows.views if layer in seen), default=0)
             if rows.sequences and shortest < longest and rows.cache.shares(rows.sequences, shortest):
-                # The shorter layers will write where the longer ones hold rows.
+                # The shorter layers will write at positions where the longer ones hold rows that are shared.
                 rows.cache.copy_on_write(rows.sequences, shortest)
         self.lengths[:] = lengths
         longest = max(lengths, default=0)
@@ -267,7 +288,7 @@ class Rows:
             self.floor = longest
 
     def reset(self) -> None:
-        """Ends every row. Their memory is parked for the next batch, and what layers looked like is forgotten."""
+        """Closes every row. Their memory is parked for the next batch, and the shapes of layers are forgotten."""
         self.prompts.size = 1
         self.format.forget()
         for layer in list(self.placement.seen):
@@ -283,7 +304,7 @@ class Rows:
         """Makes row ``i`` what row ``indices[i]`` was, for every layer.
 
         Args:
-            indices: integers or a mask, as torch indexes by.
+            indices: integers ``[n]``, or a mask ``[batch]``, as torch indexes by.
 
         Raises:
             ValueError: there would be more rows than slots.
@@ -327,7 +348,7 @@ class Rows:
             for rows in every:
                 rows.close(before)
             raise
-        # From here on nothing needs memory of the caches. What rows have in common stays where it is.
+        # From here on nothing takes memory from a ``KVCache``. Positions that rows have in common are not copied.
         for rows in every:
             if changed:
                 rows.move(chosen, changed, before, alike, self.lengths)
@@ -336,7 +357,7 @@ class Rows:
         self.prompts.select(chosen, min(self.lengths[layer] for layer in self.placement.expected))
 
     def clone(self) -> Rows:
-        """A copy of the rows, which shares their memory where it can."""
+        """Returns a copy of the rows, which shares their memory where possible."""
         bases = {key: rows.cache.free_slots(len(rows.sequences)) for key, rows in self.placement.rows.items()}
         self.shorten()
         if None in bases.values():
@@ -364,7 +385,7 @@ class Rows:
         return other
 
     def leave(self, *, keep_caches: bool) -> None:
-        """Gives the rows up, and closes each ``KVCache`` that nobody else uses unless ``keep_caches`` is set."""
+        """Gives the rows up, and closes each ``KVCache`` that no other batch uses unless ``keep_caches`` is set."""
         for key, rows in list(self.placement.rows.items()):
             if rows.leave(keep_cache=keep_caches) and not keep_caches:
-                del self.placement.rows[key]  # from now on it is that of others alone
+                del self.placement.rows[key]  # from now on the ``KVCache`` belongs to other batches alone

@@ -18,13 +18,14 @@ class StepCall:
     Args:
         forward: of the model.
         store: of the cache that the call is given.
-        ids: ``[batch, 1]``.
-        mask: ``[batch, length + 1]``, or None.
-        tensors: the arguments that change from step to step, by name; None for those that follow from the length.
-        caches: the cache, by the keywords that it is given under.
-        others: arguments that are the same in every step, by name.
-        given: all arguments, by name.
-        unknown: the name of an argument that may change from step to step in another way.
+        ids: the tokens, ``[batch, 1]``.
+        mask: the attention mask, ``[batch, length + 1]``, or None.
+        tensors: the tensor arguments that change from step to step, by name; None for those that the call leaves out
+            and that follow from the length.
+        caches: the cache, by each keyword that it is given under.
+        others: arguments that are not tensors, by name. Steps of one graph have the same.
+        given: all arguments by name.
+        unknown: the name of an argument of another kind, with which the call is not computed as a step; or None.
         length: positions that the sequences hold before the step; -1 while that is not known.
     """
 
@@ -41,7 +42,7 @@ class StepCall:
 
     @property
     def batch(self) -> int:
-        """Rows."""
+        """How many rows there are."""
         return len(self.ids)
 
     @property
@@ -50,22 +51,25 @@ class StepCall:
         return self.store.options.scales is not None
 
     def bucket(self) -> int:
-        """Rows of a graph for this batch: 1, 2, 4, 8 or a multiple of 8; just its own where they cannot be more."""
+        """Returns how many rows a graph for this batch has: 1, 2, 4, 8 or a multiple of 8.
+
+        Where an argument has more than two dimensions, it is just the number of rows of the batch.
+        """
         if any(tensor is not None and tensor.dim() > 2 for tensor in self.tensors.values()):
             return self.batch
         return 1 << (self.batch - 1).bit_length() if self.batch <= 8 else -(-self.batch // 8) * 8
 
     def key(self, rows: int) -> Any:
-        """What a graph of so many rows is for: calls with another key need another graph."""
+        """Returns what identifies a graph with ``rows`` rows: calls with another key need another graph."""
         shapes = tuple((n, None if t is None else (self.shape(t, rows), t.dtype)) for n, t in self.tensors.items())
         return shapes, tuple(self.caches), tuple(sorted(self.others.items()))
 
     def shape(self, tensor: torch.Tensor, rows: int) -> tuple[int, ...]:
-        """The shape of one of the arguments in a graph of so many rows."""
+        """Returns the shape that one of the arguments has in a graph with ``rows`` rows."""
         return (rows, *tensor.shape[1:]) if self.by_rows(tensor) else tuple(tensor.shape)
 
     def inputs(self, rows: int) -> dict[str, torch.Tensor]:
-        """Zeros for a graph of so many rows to read its arguments from, by name."""
+        """Returns zeros that a graph with ``rows`` rows reads its arguments from, by name."""
         following = {"position_ids": (rows, 1), "cache_position": (1,)}
         with torch.inference_mode(False):
             return {
@@ -76,12 +80,19 @@ class StepCall:
             }
 
     def by_rows(self, tensor: torch.Tensor) -> bool:
-        """Whether an argument has something for each row, rather than the same for all."""
+        """Returns whether an argument has a first dimension for the rows, rather than the same values for all rows."""
         return tensor.dim() == 2 and len(tensor) == self.batch
 
     @classmethod
     def of(cls, forward: Forward, store: Store, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepCall | None:
-        """The decode step that a call of a model is, or None where it is none."""
+        """Returns a call of a model as a decode step, or None where it is none.
+
+        Args:
+            forward: of the model.
+            store: of the cache that the call is given.
+            args: positional arguments of the call.
+            kwargs: keyword arguments of the call.
+        """
         parameters = forward.parameters
         given = dict(kwargs)
         if args:
@@ -117,6 +128,10 @@ class StepCall:
 
 
 def tokens_of(given: dict[str, Any]) -> Any:
-    """The tokens of a model's call, ``[batch, n, ...]``, or None."""
+    """Returns the tokens or embeddings of a model's call, ``[batch, n, ...]``, or None where it has none.
+
+    Args:
+        given: the arguments of the call by name.
+    """
     found = (given.get(name) for name in ("input_ids", "inputs_embeds"))
     return next((t for t in found if isinstance(t, torch.Tensor) and t.dim() >= 2), None)

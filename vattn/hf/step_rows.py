@@ -12,14 +12,14 @@ from vattn.hf.padding import Padding
 
 @dataclass(frozen=True)
 class _RowTensors:
-    """What is known of each row, int32 ``[batch]``.
+    """Int32 tensors ``[batch]`` with what a step needs to know of each row of the batch.
 
     Args:
-        starts: the first row of the slot that a query sees, but for sliding windows.
+        starts: the first row of the slot that a query sees, without regard to sliding windows.
         ends: one past the row of the slot that the step appends; 0 for an idle row.
-        hidden: how many positions the attention mask hides on the left, stored or not.
+        hidden: how many positions on the left the attention mask hides, whether they are stored or not.
         shift: minus the number of positions on the left that are not stored.
-        blank: how many positions on the left hold nothing of the model.
+        blank: how many positions on the left hold nothing that the model computed.
     """
 
     starts: torch.Tensor
@@ -33,7 +33,7 @@ class _RowTensors:
         return cls(*(torch.zeros(batch, dtype=torch.int32, device=device) for _ in fields(cls)))
 
     def zeroed(self, live: int) -> _RowTensors:
-        """The first ``live`` rows, after all rows are zeroed."""
+        """Sets all rows to zero, and returns views of the first ``live``."""
         return _RowTensors(*(getattr(self, field.name).zero_()[:live] for field in fields(self)))
 
 
@@ -46,7 +46,12 @@ class StepRows:
     Args:
         batch: rows, idle ones included.
         device: of the step.
-        side: the stream on which masks are looked at beside a replay; None on a CPU.
+        side: the stream on which masks are compared while a replay runs; None on a CPU.
+
+    Attributes:
+        slots: the numbers from 0 to ``batch - 1``, int32.
+        indices: the same, int64.
+        live: rows that are not idle.
     """
 
     def __init__(self, batch: int, device: torch.device, side: torch.cuda.Stream | None) -> None:
@@ -61,7 +66,7 @@ class StepRows:
 
     @property
     def starts(self) -> torch.Tensor:
-        """The first row of each slot that a query sees but for windows, int32 ``[batch]``."""
+        """The first row of each slot that a query sees, without regard to windows, int32 ``[batch]``."""
         return self._every.starts
 
     @property
@@ -80,7 +85,7 @@ class StepRows:
         return self._padding is None
 
     def set_live(self, live: int) -> None:
-        """Lets the rows from ``live`` on be idle. Nothing is hidden of any row."""
+        """Makes the rows from ``live`` on idle, and hides nothing of any row."""
         self.live = live
         with torch.inference_mode(False):
             self._live = self._every.zeroed(live)
@@ -89,10 +94,11 @@ class StepRows:
         self._most_hidden = 0
 
     def set_padding(self, padding: Padding | None, blank: Padding | None, length: int) -> bool:
-        """Takes which positions are not stored, and which hold nothing of the model.
+        """Sets which positions are not stored, and which hold nothing that the model computed.
 
         Args:
-            padding, blank: as in ``RowFormat``.
+            padding: as in ``RowFormat``.
+            blank: as in ``RowFormat``.
             length: positions before the step.
 
         Returns:
@@ -100,7 +106,7 @@ class StepRows:
         """
         if padding is self._padding and blank is self._blank and self._most_hidden <= length:
             return False
-        self._most_hidden = sys.maxsize  # should this be interrupted
+        self._most_hidden = sys.maxsize  # remains where an interrupt ends this early, so that it is done again
         for tensor, given in ((self._live.shift, padding), (self._live.blank, blank)):
             tensor.copy_(torch.tensor([0] * self.live if given is None else given.rows, dtype=torch.int32))
         self._live.shift.neg_()
@@ -109,16 +115,21 @@ class StepRows:
         return True
 
     def set_length(self, length: int) -> None:
-        """Brings the ends to one past the position ``length``."""
+        """Sets ``ends`` for a step that appends position ``length``."""
         torch.add(self._live.shift, length + 1, out=self._live.ends)
 
     def mark(self) -> None:
-        """Notes that a mask need not wait for what is queued from now on when it is looked at."""
+        """Records that ``mask_fits`` waits only for work that was queued before this call."""
         if self._side is not None:
             self._before.record()
 
     def mask_fits(self, mask: torch.Tensor | None, length: int) -> bool:
-        """Whether a mask, ``[live, length + 1]``, hides just what was hidden so far."""
+        """Returns whether an attention mask hides exactly the positions that are hidden now.
+
+        Args:
+            mask: ``[live, length + 1]``; None hides nothing.
+            length: positions before the step.
+        """
         if mask is None or mask.shape != (self.live, length + 1):
             return mask is None and not self.padded
         if self._side is None:
@@ -128,7 +139,16 @@ class StepRows:
             return torch.equal(mask.to(self.ends.device) != 0, self._visible(length))
 
     def take_mask(self, mask: torch.Tensor | None, length: int) -> bool:
-        """Takes what is hidden from a mask; False, and hides only blank rows, where it hides more than a left part."""
+        """Sets what is hidden to what an attention mask hides.
+
+        Args:
+            mask: ``[live, length + 1]``; None hides only what is blank.
+            length: positions before the step.
+
+        Returns:
+            False where the mask is of another shape, hides other positions than some on the left, or hides all of a
+            row. Then only what is blank is hidden.
+        """
         self._hide_blank()
         if mask is not None:
             if mask.shape != (self.live, length + 1):
@@ -144,7 +164,7 @@ class StepRows:
         return True
 
     def _hide_blank(self) -> None:
-        """Shows all positions but those that hold nothing of the model."""
+        """Hides the positions that hold nothing that the model computed, and no other."""
         self._live.hidden.copy_(self._live.blank)
         torch.add(self._live.hidden, self._live.shift, out=self._live.starts)
         self._most_hidden = 0 if self._blank is None else max(self._blank.rows)

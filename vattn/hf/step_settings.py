@@ -11,7 +11,7 @@ from vattn.arguments import flag, shown
 
 @dataclass(frozen=True)
 class StepSettings:
-    """Arguments of ``VirtualCache``, checked; see there for what each of them means."""
+    """Arguments of ``VirtualCache``, checked; ``VirtualCache`` says what each of them means."""
 
     attention: str | None = None
     capture: bool = True
@@ -29,15 +29,15 @@ class StepSettings:
 
     @property
     def kernel(self) -> str:
-        """The name of the kernel, or ``"auto"``."""
+        """The name of the kernel that steps use, or ``"auto"``."""
         return "auto" if self.attention is None else self.attention
 
     @property
     def compile_options(self) -> dict[str, Any] | None:
-        """What ``torch.compile`` is given."""
+        """The ``options`` that ``torch.compile`` is given; None for its own."""
         return self.compiled if isinstance(self.compiled, dict) else None
 
     def kernels(self) -> tuple[kernels.Kernel, ...]:
-        """The kernels that steps may come to use."""
+        """Returns the kernels that steps may use; for ``"auto"`` only those that can run on this machine."""
         auto = self.kernel == "auto"
         return tuple(kernel for kernel in kernels.named(self.kernel) if not (auto and kernel.missing()))

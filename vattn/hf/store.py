@@ -1,4 +1,4 @@
-"""``Store``: what the layers of one ``VirtualCache`` share. It holds the rows, and knows no transformers."""
+"""``Store``: what the layers of one ``VirtualCache`` share. It does not depend on transformers."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ class Store:
 
     Args:
         rows: of the batch, empty.
-        stateful: whether each layer keeps a state elsewhere that cannot be taken back.
+        stateful: for each layer whether it keeps a state elsewhere that cannot be undone.
 
     Attributes:
-        lengths: positions that each layer holds, padding included. It stays the same list.
-        ready: for each layer that the call at hand will update, what was prepared for it.
-        speculative: waits for a decode step that runs though nobody has called for it yet; None where none runs.
+        lengths: positions that each layer holds, padding included. The list object never changes.
+        guard: checks that calls of the model are complete.
+        ready: for each layer that the current call will update, what was prepared for it.
+        speculative: waits for the speculative decode step that runs; None where none runs.
         closed: whether ``close`` was called.
     """
 
@@ -77,7 +78,7 @@ class Store:
             raise ValueError("the cache is closed: make a new VirtualCache")
 
     def roll_back(self, lengths: list[int]) -> None:
-        """Makes the layers as long as they were before a call that failed. What windows gave back stays given back."""
+        """Sets the layers back to the lengths before a call that failed. What windows gave back is not restored."""
         self.ready.clear()
         self.guard.torn = None
         lengths += [0] * (len(self.lengths) - len(lengths))
@@ -95,10 +96,11 @@ class Store:
         Args:
             batch: rows.
             n: positions, padding included.
-            expected: what layers will most likely append of which none has been seen.
+            expected: returns device and shape that each layer will most likely have. It is called where no layer has
+                been updated yet.
 
         Raises:
-            BudgetExceeded, OutOfDeviceMemory, SequenceTooLong: there is not so much; nothing has changed.
+            BudgetExceeded, OutOfDeviceMemory, SequenceTooLong: the memory is not there, and none was taken.
         """
         placement = self.placement
         if placement.open_ended or not n:
@@ -110,7 +112,7 @@ class Store:
             for key, rows in list(placement.rows.items()):
                 lengths = {self.lengths[layer] for layer in rows.views}
                 if len(lengths) != 1 or (any(lengths) and len(rows.sequences) != batch):
-                    continue  # the call will be refused
+                    continue  # the update will raise
                 [start] = lengths
                 rows = self._open_batch(key, batch)
                 if start == 0 and self.rows.format.coming is not None:
@@ -131,7 +133,13 @@ class Store:
         self.rows.rebuild(slots)
 
     def take(self, layer: int, key_states: torch.Tensor, value_states: torch.Tensor) -> Ready:
-        """What an update of one layer needs; it is prepared for all layers of the group at once."""
+        """Returns what an update of one layer needs. It is prepared for all layers of the group at once.
+
+        Args:
+            layer: its index.
+            key_states: ``[batch, kv_heads, n, head_dim]``.
+            value_states: ``[batch, kv_heads, n, v_head_dim]``.
+        """
         ready = self.ready.pop(layer, None)
         if (
             ready
@@ -174,9 +182,14 @@ class Store:
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Appends K and V of one layer to rows that are stored without their padding, or in fewer bits.
 
+        Args:
+            layer: its index.
+            k: ``[batch, kv_heads, n, head_dim]``.
+            v: ``[batch, kv_heads, n, v_head_dim]``.
+
         Returns:
-            What a query may see, padding included: for a prompt what was given, later copies. None where rows are
-            stored as they are; then nothing was appended.
+            K and V that a query may see, padding included: ``k`` and ``v`` themselves for the first prompt, copies
+            later. None, with nothing appended, where rows are stored as the model computes them.
         """
         first, form = not any(self.lengths), self.rows.format
         if first:
@@ -190,7 +203,7 @@ class Store:
             fits = batch == len(padding) and not (first and n <= max(padding.rows))
             if not fits or k.requires_grad or v.requires_grad:
                 self.rows.restore_padding()
-                if first:  # then what is hidden is stored as any other position
+                if first:  # the prompt is stored whole, so its padding is what the model computed
                     form.blank = None
         with self._undoing(layer):
             if first:
@@ -212,7 +225,7 @@ class Store:
             return form.read(views, layer, first_seen, start + n, batch, self.placement.dtypes_of(layer))
 
     def _begin_layer(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[DeviceKey, int]:
-        """Checks an update of a layer; returns which ``KVCache`` the layer is in, and the positions that it holds."""
+        """Checks an update of a layer, and returns the key of its ``KVCache`` and the positions that it holds."""
         self._require_open()
         self.placement.learn(layer, k, v, self._rebuild)
         start, seen = self.lengths[layer], self.placement.seen
@@ -232,8 +245,8 @@ class Store:
     def _undoing(self, layer: int) -> Iterator[None]:
         """Within this context an error leaves no trace of the update of a layer.
 
-        What cannot be undone is noted: layers of other kinds that have gone on before this one, and the cache of the
-        other half of an encoder-decoder.
+        Where earlier layers of other kinds have changed their states, or the other half of an encoder-decoder's cache
+        has been updated, that cannot be undone, and the cache concerned is torn.
         """
         before = last_of_thread()
         _last.store = weakref.ref(self)
@@ -249,14 +262,19 @@ class Store:
                 before.guard.torn = reason
             raise
 
-    # Decode steps that write rows themselves.
+    # Decode steps, which write the rows themselves.
 
     def grow_for_step(self, batch: int, device: torch.device) -> tuple[KVCache, int, int] | None:
         """Gets memory for one more position of every row, for a step that writes it in all layers.
 
+        Args:
+            batch: rows of the step.
+            device: that the step runs on.
+
         Returns:
-            The ``KVCache``, the slot of the first row and the length so far; or None where rows or layers differ in
-            what they hold.
+            The ``KVCache``, the slot of row 0 and the length before the step. None where the cache cannot take a step:
+            it holds nothing or is closed, layers differ in length or are not all stored in one ``KVCache`` on
+            ``device``, or the batch is another one.
         """
         placement, lengths = self.placement, self.lengths
         if self.closed or len(placement.rows) != 1 or not all(placement.cached) or len(placement.seen) != len(lengths):
@@ -273,19 +291,20 @@ class Store:
         return rows.cache, rows.base, length
 
     def cancel_speculative(self) -> None:
-        """Ends a step that runs though nobody called for it, as if it had not begun."""
+        """Cancels the speculative step that runs, if any: waits for it, and gives its position back."""
         if self.speculative is None:
             return
         wait, self.speculative = self.speculative, None
         wait()
         self.rows.shorten()
 
-    # What else transformers does with a cache.
+    # Other operations of transformers on a cache.
 
     def view(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What a layer holds, ``[batch, kv_heads, length, head_dim]``; of a window only what it still needs.
+        """Returns K and V that a layer holds, or None before the first update.
 
-        Views, or copies where rows are stored in fewer bits. None before the first update.
+        Each is ``[batch, kv_heads, length, dim]``; with a sliding window, only the last positions that the next query
+        may see. They are views, or copies where rows are stored in fewer bits.
         """
         self.cancel_speculative()
         self.rows.restore_padding()
@@ -293,7 +312,7 @@ class Store:
         if views is None or not (rows := self.placement.rows_of(layer)).sequences:
             return None
         batch = len(rows.sequences)
-        alone = self.rows.prompts.size == batch  # one row has the memory of all
+        alone = self.rows.prompts.size == batch  # all rows share a prompt, which row 0 holds
         if not alone:
             self.rows.materialize()
         length = self.lengths[layer]
@@ -312,7 +331,7 @@ class Store:
         self.ready.clear()
 
     def reset(self) -> None:
-        """Ends every row, see ``Rows.reset``."""
+        """Closes every row, see ``Rows.reset``."""
         self._require_open()
         self.guard.reset()
         self.ready.clear()
@@ -325,13 +344,13 @@ class Store:
         self.rows.gather(indices)
 
     def clone(self) -> Store:
-        """A copy, which shares the memory of the rows where it can."""
-        with self._copying, self.placement.taking_slots(), self.guard.claimed():  # of those who copy one at a time
+        """Returns a copy, which shares the memory of the rows where possible. Threads that copy take turns."""
+        with self._copying, self.placement.taking_slots(), self.guard.claimed():
             self.require_usable()
             return Store(self.rows.clone(), list(self.stateful))
 
     def close(self) -> None:
-        """Ends the rows, and closes each ``KVCache`` that nobody else uses."""
+        """Closes the rows, and each ``KVCache`` that no other batch uses."""
         self.cancel_speculative()
         self.closed = True
         self.ready.clear()
@@ -339,17 +358,23 @@ class Store:
         self.lengths[:] = [0] * len(self.lengths)
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # at the end of the interpreter anything may be gone
+        with contextlib.suppress(Exception):  # when the interpreter exits, modules may be gone already
             self.cancel_speculative()
             self.rows.leave(keep_caches=True)
 
 
 def last_of_thread() -> Store | None:
-    """The store that this thread last appended to, while it exists."""
+    """Returns the store that this thread last appended to, or None where it no longer exists."""
     store: Store | None = getattr(_last, "store", lambda: None)()
     return store
 
 
 def _is_ahead(lengths: list[int], layers: int, of: int) -> bool:
-    """Whether just the first ``layers`` of so many are longer than all others, as in the middle of a call."""
+    """Returns whether ``lengths`` are those of ``of`` layers in the middle of a call that has updated the first ones.
+
+    Args:
+        lengths: of all layers.
+        layers: how many layers the call has updated.
+        of: how many layers the model has.
+    """
     return len(lengths) == of > layers and min(lengths[:layers]) > max(lengths[layers:])

@@ -1,7 +1,7 @@
-"""Whether decode steps and prompts on kernels give what transformers gives, which is computed beside them.
+"""Compares decode steps and prompts on kernels with what transformers computes for the same call.
 
-The attention of each layer is compared with its definition where it is computed (``Watch``), and the logits with those
-of transformers (``Expected``). As long as it is not trusted, a step returns what transformers gives.
+The attention of each layer is compared with its definition while it is computed (``Watch``), and the logits with those
+of transformers (``Expected``). A step or prompt that is compared returns the output of transformers.
 """
 
 from __future__ import annotations
@@ -28,18 +28,28 @@ _LOG = logging.getLogger("vattn")
 
 
 def attends_by(forward: Forward, configs: list[Any]) -> Any:
-    """What a model's attention may depend on. Experts are computed by other means in prompts than in steps."""
+    """Returns what a model's attention may depend on, to be compared with a later state of the model.
+
+    How experts are computed is left out, since transformers computes them differently in prompts and in steps.
+
+    Args:
+        forward: of the model.
+        configs: its configurations.
+    """
     return state_of(forward.model, configs, leaving_out="_experts_implementation_internal")
 
 
 def verified_step(graph: DecodeGraph, call: StepCall, log: DecodeLog, replayed: Any = None) -> Any:
-    """The output of a step as transformers computes it, after it was compared with the same step on slot tensors.
+    """Compares a step on slot tensors with the same step as transformers computes it.
 
     Args:
         graph: of the step.
         call: the step.
-        log: is told what differs.
-        replayed: the output of a replay of the step, to be compared too; or None.
+        log: notes what differs.
+        replayed: the output of a replay of the step, which is compared too; or None.
+
+    Returns:
+        The output of transformers.
 
     Raises:
         UnsupportedError: the step cannot be computed on slot tensors.
@@ -93,7 +103,7 @@ def verified_step(graph: DecodeGraph, call: StepCall, log: DecodeLog, replayed: 
 
 
 def _distrust_replay(graph: DecodeGraph, forward: Forward, log: DecodeLog, difference: str) -> None:
-    """Blames the compiler, where there was one, or the capture for a replay that gives something else than its step."""
+    """Drops the compiled step after a replay that differs from its step; refuses the model where none is compiled."""
     if graph.can.compiled:
         graph.can.compiled = False
         graph.runner.discard()
@@ -105,18 +115,19 @@ def _distrust_replay(graph: DecodeGraph, forward: Forward, log: DecodeLog, diffe
 def verified_prompt(
     prompt: Prompt, kind: Any, configs: list[Any], store: Store, forward: Forward, compute: Callable[[], Any]
 ) -> tuple[Any, bool]:
-    """The output of a prompt as transformers computes it, after it was compared with the same prompt on kernels.
+    """Compares a prompt on kernels with the same prompt as transformers computes it.
 
     Args:
-        prompt: what computes its attention on kernels.
-        kind: prompts of the same kind need not be compared once this one has agreed.
-        configs: of the model.
+        prompt: computes the attention on kernels.
+        kind: of the prompt. Prompts of the same kind are not compared once this one has agreed.
+        configs: the configurations of the model.
         store: of the cache.
         forward: of the model.
         compute: calls the model.
 
     Returns:
-        The output, and whether the kernels agreed with transformers.
+        The output of transformers, and whether the kernels agreed with it. They also count as agreeing where its logits
+        are NaN and nothing can be compared; then later prompts of this kind are compared.
 
     Raises:
         UnsupportedError: the prompt cannot be computed on kernels.

@@ -1,4 +1,4 @@
-"""``Watch``: the attention of each layer of a step or a prompt, compared with its definition where it is computed."""
+"""``Watch`` and ``PromptWatch``: compare the attention of each layer of a step or a prompt with its definition."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from vattn.kernels.check import Comparison, sampled
 from vattn.kernels.probe import probe_decode, probe_prefill
 from vattn.kernels.quantize import rounded
 
-_POSITIONS = 1 << 16  # positions of a batch that are looked at in each layer, or those of four rows if these are more
+_POSITIONS = 1 << 16  # positions of a batch that are compared in each layer; four rows are compared in any case
 
 
 class Watch(Comparison):
-    """What a decode step of a batch is compared with, layer by layer, as the host knows its rows.
+    """Checks a decode step of a batch, layer by layer, against what the host knows of the rows.
 
     Args:
-        store: whose rows they are, each of which is a slot.
-        mask: the attention mask of the step, ``[live, length + 1]``, zeros on the left.
-        length: of the rows before it, padding included.
+        store: of the cache that the step appends to.
+        mask: the attention mask of the step, ``[live, length + 1]``, with zeros on the left only; or None.
+        length: positions of the rows before the step, padding included.
         live: rows of the batch.
     """
 
@@ -35,6 +35,7 @@ class Watch(Comparison):
         self._slots: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def _spans(self, window: int | None) -> list[tuple[int, int]]:
+        """Returns for each row the range of its slot that its query sees."""
         return [
             (first if window is None else max(first, end - window), end)
             for first, end in zip(self._firsts, self._ends, strict=True)
@@ -49,13 +50,13 @@ class Watch(Comparison):
         v: torch.Tensor,
         scales: tuple[torch.Tensor, torch.Tensor] | tuple[None, None],
     ) -> None:
-        """Looks at what was written of a layer's new rows; arguments as in ``append``."""
+        """Checks that the new rows of a layer were written where they belong; arguments as in ``append``."""
         self._slots[layer] = k, v
         rows = torch.arange(len(self._ends), device=k.device)
         at = torch.tensor(self._ends, device=k.device) - 1
         for name, new, slots, scale in zip("KV", (k_new, v_new), (k, v), scales, strict=True):
             new = new[: len(rows)]
-            if slots.dtype.itemsize == 1:  # which torch does not index
+            if slots.dtype.itemsize == 1:  # torch cannot index fp8
                 stored = slots.view(torch.uint8)[rows, at].view(slots.dtype).float()
                 right = rounded(new[:, :, None], scale, slots.dtype)[:, :, 0].float()
                 wrong = bool(((stored - right).norm() > 0.02 * right.norm()) & right.isfinite().all())
@@ -73,7 +74,16 @@ class Watch(Comparison):
         spans: SequenceRanges,
         scores: AttentionParams,
     ) -> None:
-        """Compares the attention of a layer, ``[batch, query_heads, dim]``, behind ``appended``."""
+        """Compares the attention of a layer with its definition, after ``appended`` was called for the layer.
+
+        Args:
+            layer: its index.
+            kernel: computed the attention.
+            q: ``[batch, query_heads, head_dim]``, before scales of K are applied.
+            out: ``[batch, query_heads, v_head_dim]``, after scales of V are applied.
+            spans: the ranges that the kernel was given.
+            scores: scale, softcap, sinks and window.
+        """
         windows = [window for window in (self._store.windows[layer], scores.window) if window is not None]
         expected = self._spans(min(windows, default=None))
         live = len(expected)
@@ -94,13 +104,13 @@ class Watch(Comparison):
 
 
 class PromptWatch(Comparison):
-    """What the attention of a prompt is compared with, at some of its positions.
+    """Checks the attention of a prompt, at some of its positions.
 
     Args:
-        hidden: positions of each row that its mask hides on the left.
-        start: positions before it.
-        n: of each row.
-        windows: of the layers.
+        hidden: for each row, positions on the left that its attention mask hides.
+        start: positions that the cache holds before the prompt, padding included.
+        n: tokens of each row, padding included.
+        windows: the sliding window of each layer, or None.
     """
 
     def __init__(self, hidden: list[int], start: int, n: int, windows: list[int | None]) -> None:
@@ -118,7 +128,17 @@ class PromptWatch(Comparison):
         out: torch.Tensor,
         scores: AttentionParams,
     ) -> None:
-        """Compares the attention of a layer, ``[batch, n, heads, dim]``, on what the cache returned."""
+        """Compares the attention of a layer with its definition, for some queries of some rows.
+
+        Args:
+            layer: its index.
+            kernel: computed the attention.
+            q: ``[batch, n, query_heads, head_dim]``.
+            k: ``[batch, positions, kv_heads, head_dim]``, as the cache returned it: the last ``positions`` positions.
+            v: ``[batch, positions, kv_heads, v_head_dim]``.
+            out: ``[batch, n, query_heads, v_head_dim]``.
+            scores: scale, softcap, sinks and window.
+        """
         windows = [window for window in (self._windows[layer], scores.window) if window is not None]
         window = min(windows, default=None)
         left_out = self._start + self._n - k.shape[1]
@@ -130,7 +150,7 @@ class PromptWatch(Comparison):
             seen = (positions <= at) & (positions >= self._hidden[row])
             if window is not None:
                 seen &= positions > at - window
-            # What no query sees of a window may be unmapped, or nothing a model has computed.
+            # Rows before a window that no query sees may be unmapped, or hold nothing that the model has computed.
             used = int(seen.any(0).nonzero()[0])
             keys, values = k[row, used:], v[row, used:]
             what = f"{kernel.name} in the prompt of layer {layer}"

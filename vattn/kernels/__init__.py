@@ -1,4 +1,4 @@
-"""Stock attention kernels on slot tensors, one backend a file, behind the door that ``base`` describes."""
+"""Stock attention kernels on slot tensors, one backend per file, behind the interface that ``base`` defines."""
 
 from vattn.aliases import renamed
 from vattn.kernels.base import AttentionParams, AttentionSpec, Kernel, SequenceRanges, alike, many_shapes, reach_of

@@ -1,4 +1,4 @@
-"""Appends one row of K and V to each sequence of a batch, at a position that the device knows."""
+"""Appends one row of K and V to each sequence of a batch, at positions that are read from device memory."""
 
 from __future__ import annotations
 
@@ -19,16 +19,20 @@ def append(
     rows: torch.Tensor,
     scales: tuple[torch.Tensor, torch.Tensor] | tuple[None, None] = (None, None),
 ) -> None:
-    """Writes row ``ends[i] - 1`` of slot i: in one kernel where Triton is there, and in two else.
+    """Writes the new K and V of sequence i to row ``ends[i] - 1`` of slot i.
+
+    On a GPU with Triton one kernel writes both K and V; otherwise torch operations write them one after the other.
 
     Args:
         k_new: ``[batch, kv_heads, head_dim]``.
         v_new: ``[batch, kv_heads, v_head_dim]``.
-        k: ``[batch, max_len, kv_heads, head_dim]``, a view of the batch's slots; their memory at that row is mapped.
+        k: ``[batch, max_len, kv_heads, head_dim]``, a view of the batch's slots. The rows to write must be mapped.
         v: ``[batch, max_len, kv_heads, v_head_dim]``.
-        ends: int32 ``[batch]``; of a slot that is idle 0, and nothing is written there.
-        rows: int64 ``[batch]``, counting up from 0 on.
-        scales: float32 ``[1]`` or ``[kv_heads]``, what K and V are divided by where they are stored in fewer bits.
+        ends: int32 ``[batch]``, one past the row to write. Nothing is written to an idle slot, whose value is 0; see
+            ``takes_idle`` for the devices where slots may be idle.
+        rows: int64 ``[batch]``: 0, 1, 2 and so on.
+        scales: of K and of V, float32 ``[1]`` or ``[kv_heads]``: the states are divided by them before they are rounded
+            to fewer bits. ``(None, None)`` divides by nothing.
     """
     kernel = _kernel() if k.is_cuda else None
     if kernel is None:
@@ -45,9 +49,11 @@ def append(
     batch, heads, dim = k_new.shape
     v_dim = v_new.shape[2]
     block = 1 << (max(dim, v_dim) - 1).bit_length()
-    k_scale, v_scale = (ends if scale is None else scale for scale in scales)  # of none any pointer will do
+    # Without scales the kernel does not read these two arguments, and any tensor serves as their pointer.
+    k_scale, v_scale = (ends if scale is None else scale for scale in scales)
     kernel[batch, heads](
-        # The first row, which a window may have given back, has no memory that Triton could look at: by address alone.
+        # K and V are passed as plain addresses: Triton looks up the memory where a tensor argument begins, and the
+        # first row may have none, since a sliding window that has passed it gives its memory back.
         k_new, v_new, k.data_ptr(), v.data_ptr(), ends, k_scale, v_scale,
         *k_new.stride(), *v_new.stride(), *k.stride()[:3], *v.stride()[:3],
         kind=_triton_types()[k.dtype], dim=dim, v_dim=v_dim, block=block,
@@ -57,7 +63,7 @@ def append(
 
 
 def takes_idle(device: torch.device) -> bool:
-    """Whether slots may be idle in a step that is captured."""
+    """Whether ``append`` accepts idle slots on this device."""
     return device.type == "cpu" or _kernel() is not None
 
 
@@ -78,7 +84,7 @@ def _kernel() -> Any:
     ):  # fmt: skip
         k = k.to(tl.pointer_type(kind))
         v = v.to(tl.pointer_type(kind))
-        sequence = tl.program_id(0).to(tl.int64)  # products of strides do not fit 32 bits
+        sequence = tl.program_id(0).to(tl.int64)  # products with strides can exceed 32 bits
         head = tl.program_id(1).to(tl.int64)
         row = (tl.load(ends + sequence) - 1).to(tl.int64)
         at = tl.arange(0, block)

@@ -1,9 +1,9 @@
-"""Stock attention kernels on slot tensors, each behind the same door.
+"""``Kernel``, the interface of all attention kernels, the descriptions that it takes, and helpers for its backends.
 
-K and V are slot tensors, ``[slots, max_len, kv_heads, head_dim]`` views with any strides but 1 for the last dimension,
-as ``KVCache.k`` and ``KVCache.v`` give them. A sequence is a span of rows of a slot; a batch of them is
-``SequenceRanges``. No kernel loads a row outside of the spans but up to ``head_rows`` before and ``tail_rows`` behind,
-which then must be mapped and finite.
+K and V are slot tensors: views ``[slots, max_len, kv_heads, head_dim]`` whose last dimension has stride 1 and whose
+other strides are arbitrary, as ``KVCache.k`` and ``KVCache.v`` return them. A query sees a range of the rows of its
+sequence's slot; ``SequenceRanges`` holds the ranges of a batch. A kernel loads no rows outside of these ranges, except
+for up to ``head_rows`` before and ``tail_rows`` behind each range, which therefore must be mapped and finite.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 class SequenceRanges:
-    """Where the sequences of a batch have their rows: ``[start, end)`` of a slot each.
+    """The rows that the queries of each sequence of a batch see: the range ``[start, end)`` of a slot.
 
     Args:
-        slots: int32 ``[batch]``, indices of the slots.
-        starts: int32 ``[batch]``, the first row that a query may see: behind padding, or before it lies no window.
+        slots: int32 ``[batch]``, the slot of each sequence.
+        starts: int32 ``[batch]``, the first row that a query may see. The rows before it are padding, or outside of the
+            sliding window.
         ends: int32 ``[batch]``, one past the last row.
-        longest: the most rows that any of them may come to have, for who plans on the host. The tensors may change
-            between replays of a captured graph, this may not.
-        adjacent: whether ``slots`` are known to count up by one from 0 on.
+        longest: an upper bound on the rows of every range, for kernels that plan on the host. The tensors may change
+            between replays of a captured graph, but this bound stays what it was at the capture.
+        adjacent: whether ``slots`` are known to be 0, 1, 2 and so on.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class SequenceRanges:
 
     @classmethod
     def of(cls, spans: list[tuple[int, int, int]], device: torch.device | str) -> SequenceRanges:
-        """Of (slot, start, end) each."""
+        """Makes the ranges from ``(slot, start, end)`` of each sequence."""
         table = torch.tensor(spans, dtype=torch.int32, device=device).t().contiguous()
         adjacent = [slot for slot, _, _ in spans] == list(range(len(spans)))
         return cls(*table, longest=max(end - start for _, start, end in spans), adjacent=adjacent)
@@ -55,13 +56,18 @@ class SequenceRanges:
         return self.slots.shape[0]
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What is the same for all layers that see these spans, e.g. a kernel's own way to describe them."""
+        """The result of ``make``, which is called only once for all layers that see these ranges.
+
+        Args:
+            key: identifies the result, e.g. a kernel's own tables for these ranges.
+            make: computes it.
+        """
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
 
     def tolist(self) -> list[tuple[int, int, int]]:
-        """(slot, start, end) each; waits for a device."""
+        """``(slot, start, end)`` of each sequence. On a GPU the first call waits for the device; later ones do not."""
         rows: list[tuple[int, int, int]] = self.once(
             "list", lambda: [tuple(row) for row in torch.stack((self.slots, self.starts, self.ends), 1).tolist()]
         )
@@ -70,13 +76,25 @@ class SequenceRanges:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-    """What a kernel is to do; its parts are what kernels differ in.
+    """The attention that a kernel is asked to compute, by the properties that kernels support or refuse.
 
-    ``queries`` is ``"one"`` for a decode step, ``"first"`` for a prompt that begins its sequence, ``"chunk"`` for
-    several queries behind a past. ``whole_slots``: a slot is a whole number of rows, of K as of V, so that the slots of
-    a tensor are one row after the other. ``window``: queries see only so many rows, themselves included.
-    ``kv_dtype``: of K and V, where it is not that of queries. ``reach``: elements from the first to the last one of a
-    slot tensor. ``rows``: rows of all slots, where slots are whole numbers of them.
+    Attributes:
+        device: ``"cuda"`` or ``"cpu"``.
+        dtype: of the queries.
+        query_heads: heads of the queries.
+        kv_heads: heads of K and V.
+        head_dim: of queries and K.
+        v_head_dim: of V.
+        kv_dtype: of K and V, or None where it is that of the queries.
+        queries: ``"one"`` for a decode step, ``"first"`` for a prompt that begins its sequence, ``"chunk"`` for several
+            queries of a sequence that has earlier positions.
+        window: whether each query sees a limited number of rows, itself included.
+        softcap: whether scores are capped, see ``AttentionParams``.
+        sinks: whether heads have sinks, see ``AttentionParams``.
+        whole_slots: whether slots are a whole number of rows apart, and the same number in K and V. All slots of a
+            tensor can then be addressed as one sequence of rows.
+        reach: elements from the first to the last one of a slot tensor, the larger number of K and V.
+        rows: rows from the first to the last one of all slots, where ``whole_slots`` holds.
     """
 
     device: str
@@ -96,7 +114,14 @@ class AttentionSpec:
 
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **more: Any) -> AttentionSpec:
-        """From q ``[..., query_heads, head_dim]`` and slot tensors."""
+        """Describes the attention of queries on slot tensors.
+
+        Args:
+            q: ``[..., query_heads, head_dim]``.
+            k: slot tensor.
+            v: slot tensor.
+            more: the attributes that the tensors do not tell, e.g. ``queries``.
+        """
         return cls(
             device=q.device.type,
             dtype=q.dtype,
@@ -113,24 +138,25 @@ class AttentionSpec:
 
 
 def alike(k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether slots are as many rows apart in K as in V."""
+    """Whether the slots of K are as many rows apart as those of V."""
     return k.stride(0) * v.stride(1) == v.stride(0) * k.stride(1)
 
 
 def reach_of(*tensors: torch.Tensor) -> int:
-    """Elements from the first to the last one of a tensor, the most of some."""
+    """Elements from the first to the last one of a strided tensor; of several tensors the largest number."""
     return max(sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)) for t in tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionParams:
-    """How the scores of queries and keys are made, and which of them count.
+    """How the scores of queries and keys are computed, and which of them count.
 
     Args:
-        scale: they are the products times this.
-        softcap: scores s become ``softcap * tanh(s / softcap)``.
-        sinks: ``[query_heads]``, a score for each head that takes part in the softmax and has no value.
-        window: rows that a query of a prompt sees, itself included. In decoding the spans say it.
+        scale: scores are the products of queries and keys, times this.
+        softcap: a score s becomes ``softcap * tanh(s / softcap)``; None leaves it as it is.
+        sinks: ``[query_heads]``, for each head a score that takes part in the softmax and has no value; or None.
+        window: how many rows a query of a prompt sees, itself included; None for all before it. ``Kernel.decode`` does
+            not need it, since the ranges already begin at the window.
     """
 
     scale: float
@@ -142,9 +168,14 @@ class AttentionParams:
 class Kernel:
     """One attention kernel.
 
-    ``source`` says where it comes from; ``head_rows`` and ``tail_rows`` are how many rows before and behind a span it
-    may load at most, without using them, see ``tail``; ``capturable`` says whether a decode step can be captured into a
-    CUDA graph, and replayed while the spans grow.
+    Attributes:
+        name: the name by which ``choose`` finds it.
+        source: the library that it comes from.
+        head_rows: how many rows before a range the kernel loads at most, without using them.
+        tail_rows: the same behind a range, for any head dim; see ``tail``.
+        capturable: whether a decode step can be captured into a CUDA graph and replayed while the ranges grow.
+        kv_dtypes: dtypes of K and V that ``decode`` takes besides that of the queries.
+        narrows: whether the kernel rounds queries and attention weights to such a dtype, too.
     """
 
     name: ClassVar[str]
@@ -152,35 +183,35 @@ class Kernel:
     head_rows: ClassVar[int] = 0
     tail_rows: ClassVar[int] = 0
     capturable: ClassVar[bool] = True
-    kv_dtypes: ClassVar[tuple[torch.dtype, ...]] = ()  # of K and V in decoding, beside that of queries
-    narrows: ClassVar[bool] = False  # rounds queries and weights to such a dtype, too
+    kv_dtypes: ClassVar[tuple[torch.dtype, ...]] = ()
+    narrows: ClassVar[bool] = False
 
     def tail(self, head_dim: int) -> int:
-        """Rows behind a span that it may load at a head dim, at most ``tail_rows``."""
+        """How many rows behind a range the kernel loads at most for this head dim; never more than ``tail_rows``."""
         return self.tail_rows
 
     def missing(self) -> str | None:
-        """Why the kernel cannot run on this machine, or None."""
+        """Why the kernel cannot run on this machine, or None where it can."""
         return None
 
     def refuses(self, task: AttentionSpec) -> str | None:
-        """Why it cannot do a task, or None."""
+        """Why the kernel cannot compute the attention ``task``, or None where it can."""
         raise NotImplementedError
 
     def decode(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: SequenceRanges, scores: AttentionParams
     ) -> torch.Tensor:
-        """Attention of one query for each span, which sees all of its rows; where there are none it gives anything.
+        """Computes the attention of one query for each sequence, which sees all rows of its range.
 
         Args:
             q: ``[batch, query_heads, head_dim]``.
             k: slot tensor ``[slots, max_len, kv_heads, head_dim]``.
             v: slot tensor ``[slots, max_len, kv_heads, v_head_dim]``.
-            spans: of ``batch`` sequences.
-            scores: how they are made.
+            spans: the ranges of ``batch`` sequences.
+            scores: how scores are computed.
 
         Returns:
-            ``[batch, query_heads, v_head_dim]``.
+            ``[batch, query_heads, v_head_dim]``. The values for an empty range are undefined.
         """
         raise NotImplementedError
 
@@ -193,15 +224,15 @@ class Kernel:
         counts: list[int],
         scores: AttentionParams,
     ) -> torch.Tensor:
-        """Causal attention of the last ``counts[i]`` positions of each span.
+        """Computes the causal attention of the last ``counts[i]`` positions of range i.
 
         Args:
             q: ``[sum(counts), query_heads, head_dim]``, one sequence after the other.
             k: as in ``decode``.
             v: as in ``decode``.
-            spans: of ``len(counts)`` sequences, the new rows included.
-            counts: queries of each.
-            scores: how they are made.
+            spans: the ranges of ``len(counts)`` sequences, the rows of the queries included.
+            counts: the number of queries of each sequence.
+            scores: how scores are computed.
 
         Returns:
             ``[sum(counts), query_heads, v_head_dim]``.
@@ -210,33 +241,39 @@ class Kernel:
 
 
 def refused_dims(task: AttentionSpec) -> str | None:
-    """Why kernels that take equal head dims of K and V cannot do a task, or None."""
+    """Why kernels that need equal head dims of K and V cannot compute the attention ``task``, or None if they can."""
     fits = task.head_dim == task.v_head_dim <= 256 and task.head_dim % 8 == 0
     return None if fits else "it takes equal head dims of K and V, multiples of 8 up to 256"
 
 
 def with_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
-    """What a sink leaves of attention without one: out ``[..., heads, dim]``, lse ``[..., heads]`` of its softmax."""
+    """Corrects the output of attention that was computed without sinks, as if they had been part of its softmax.
+
+    Args:
+        out: the output, ``[..., heads, dim]``.
+        lse: the logarithm of the softmax's denominator, ``[..., heads]``.
+        sinks: the score of each head's sink, ``[heads]``.
+    """
     return (out * torch.sigmoid(lse - sinks.to(lse.dtype))[..., None]).to(out.dtype)
 
 
 def many_shapes() -> Any:
-    """While it lasts torch compiles a function for as many shapes as come; else it gives up after eight."""
+    """A context in which torch compiles a function for up to 1024 shapes; outside of it, torch gives up after eight."""
     return torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=1024)
 
 
 def slots_as_rows(t: torch.Tensor) -> torch.Tensor:
-    """The slots of a tensor as one row after the other, ``[rows, kv_heads, dim]``."""
+    """All slots of a tensor as one sequence of rows, ``[rows, kv_heads, dim]``. Requires ``whole_slots``."""
     rows = (t.shape[0] - 1) * (t.stride(0) // t.stride(1)) + t.shape[1]
     return t.as_strided((rows, *t.shape[2:]), t.stride()[1:])
 
 
 def offsets_of(k: torch.Tensor, spans: SequenceRanges) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first row of each span among those of all slots, and how many there are."""
+    """Where each range begins in ``slots_as_rows``, int32 ``[batch + 1]``, and how many rows it has, ``[batch]``."""
     stride = k.stride(0) // k.stride(1)
 
     def make() -> tuple[torch.Tensor, torch.Tensor]:
-        # One more than the sequences, which is not looked at.
+        # Kernels take one offset more than there are sequences, whose value they do not use.
         return functional.pad(spans.slots * stride + spans.starts, (0, 1)), spans.ends - spans.starts
 
     made: tuple[torch.Tensor, torch.Tensor] = spans.once(("offsets", stride), make)
@@ -244,14 +281,19 @@ def offsets_of(k: torch.Tensor, spans: SequenceRanges) -> tuple[torch.Tensor, to
 
 
 def one_each(spans: SequenceRanges) -> torch.Tensor:
-    """Where the queries of a decode step begin, and end."""
+    """Offsets of the queries of a decode step, one query for each sequence: int32 ``[batch + 1]`` from 0 to batch."""
     device = spans.slots.device
     made: torch.Tensor = spans.once("one", lambda: torch.arange(len(spans) + 1, dtype=torch.int32, device=device))
     return made
 
 
 def refused_by_flash(task: AttentionSpec, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """Why kernels that read all slots as one row after the other, in some dtypes, cannot do a task, or None."""
+    """Why kernels that read all slots as one sequence of rows cannot compute an attention, or None where they can.
+
+    Args:
+        task: the attention.
+        dtypes: dtypes of queries that the kernels take.
+    """
     if task.device != "cuda":
         return "it runs on cuda only"
     if task.dtype not in dtypes:

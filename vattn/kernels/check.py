@@ -1,8 +1,9 @@
 """``Comparison``: whether the attention that a kernel computed agrees with the definition of attention.
 
-A wrong scale, or a mask that is one position short, moves the logits of a model no further than honest kernels do. At
-the output of the attention such faults show. There a kernel is compared with the definition in float64 on the same q, K
-and V, from which it may differ by ``TOLERANCE`` times what stock kernels differ there.
+A wrong scale, or a mask that is one position short, changes the logits of a model no more than the rounding of correct
+kernels does. Such faults show in the output of the attention itself. Each output is therefore compared with the
+definition, computed in float64 on the same Q, K and V. It may deviate from it by ``TOLERANCE`` times as much as the
+outputs of stock kernels do.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from torch.nn import functional
 
 from vattn.kernels.base import AttentionParams
 
-# What rounding the output of attention alone changes, as a part of its norm.
+# The error that rounding the output of attention accounts for, relative to the norm of the output.
 ROUNDING = {torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float32: 1e-4, torch.float64: 1e-10}
-TOLERANCE = 3  # a kernel may differ by so many times what the worst of the stock kernels does
+TOLERANCE = 3  # a kernel may deviate by this many times the error of the worst stock kernel
 _BLOCK = 4096  # positions that are converted to float64 at once
 
 
@@ -30,18 +31,19 @@ def defined(
     scores: AttentionParams,
     narrow: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention by its definition in float64, and as a fused kernel rounds it: its weights and its output.
+    """Computes attention by its definition: exactly in float64, and with the rounding of a fused kernel.
 
     Args:
         q: ``[n, query_heads, head_dim]``.
         k: ``[m, kv_heads, head_dim]``.
         v: ``[m, kv_heads, v_head_dim]``.
-        seen: bool ``[n, m]``, what each query sees.
-        scores: how they are made; the window is in ``seen``.
-        narrow: the dtype that weights are rounded to, by default that of q.
+        seen: bool ``[n, m]``, which positions each query sees.
+        scores: how scores are computed. Its window is not used, since ``seen`` already tells it.
+        narrow: the dtype to which the fused kernel rounds its weights, by default that of ``q``.
 
     Returns:
-        ``[n, query_heads, v_head_dim]`` twice, float64 and the dtype of q.
+        The exact output in float64, and the output with rounded weights, rounded to the dtype of ``q``; each
+        ``[n, query_heads, v_head_dim]``.
     """
     n, heads, dim = q.shape
     m, kv_heads, _ = k.shape
@@ -78,7 +80,7 @@ def defined(
 def _stock(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scores: AttentionParams
 ) -> list[torch.Tensor]:
-    """The same by what torch calls for it, where it has that."""
+    """The output of torch's own kernel for the same attention; empty where torch has none for it."""
     if scores.softcap is not None or scores.sinks is not None:
         return []
     options: dict[str, Any] = {"scale": scores.scale, "enable_gqa": q.shape[1] != k.shape[1]}
@@ -89,19 +91,20 @@ def _stock(
 
 
 def relative_errors(ours: torch.Tensor, defined: torch.Tensor) -> torch.Tensor:
-    """By how much ``[n, heads, dim]`` differs from ``defined``, as a part of each head's norm: ``[n, heads]``."""
+    """The error of ``ours`` ``[n, heads, dim]``, relative to the norm of each head of ``defined``: ``[n, heads]``."""
     difference: torch.Tensor = torch.linalg.vector_norm(ours.to(defined.dtype) - defined, dim=-1)
     norm: torch.Tensor = torch.linalg.vector_norm(defined, dim=-1)
     return difference / norm.clamp_min(1e-30)
 
 
 class Comparison:
-    """Attention of layers beside its definition.
+    """Compares the attention of layers with its definition, and keeps the outcome.
 
     Attributes:
-        fault: the first that was found, or None.
-        spread: the most that stock kernels differed by.
-        ratio: the most that the attention compared differed by, of what it may.
+        fault: a description of the first fault that was found, or None.
+        spread: the largest error of stock kernels so far, relative to the norm of the output, and no less than that of
+            rounding.
+        ratio: the largest error so far of the attention that was compared, over the error that was allowed there.
     """
 
     def __init__(self) -> None:
@@ -110,6 +113,7 @@ class Comparison:
         self.ratio = 0.0
 
     def note(self, fault: str) -> None:
+        """Records a fault, unless one was found before."""
         self.fault = self.fault or fault
 
     def compare(
@@ -125,10 +129,18 @@ class Comparison:
         *,
         narrow: bool = False,
     ) -> None:
-        """Compares an output ``[n, query_heads, v_head_dim]``; other arguments as in ``defined``.
+        """Compares an output of attention with the definition, and records a fault where it deviates too much.
 
-        Where K and V are stored over scales, ``k`` and ``v`` are what is stored; with ``narrow`` queries and weights
-        may be rounded to their dtype.
+        Args:
+            what: names the attention in the description of the fault.
+            out: the output, ``[n, query_heads, v_head_dim]``.
+            q: as in ``defined``.
+            k: as in ``defined``, as it is stored where there are scales.
+            v: as in ``defined``, as it is stored where there are scales.
+            seen: as in ``defined``.
+            scores: as in ``defined``.
+            scales: what K and V were divided by before they were stored, ``[1]`` or ``[kv_heads]``, or None each.
+            narrow: whether the kernel may round queries and weights to the dtype of ``k``.
         """
         k_scale, v_scale = scales
         wide_k, wide_v = (
@@ -138,7 +150,8 @@ class Comparison:
         right, rounding = defined(q, wide_k, wide_v, seen, scores)
         others = [rounding, *_stock(q, wide_k, wide_v, seen, scores)]
         if k_scale is not None and v_scale is not None:
-            # Scales may as well go to the queries, and to what comes out, as long as they are rounded.
+            # A kernel may apply the scale of K to the queries instead, and that of V to the output. Both are rounded
+            # then.
             heads = q.shape[1]
             of_q, of_out = (
                 scale.double().expand(k.shape[1]).repeat_interleave(heads // k.shape[1])[:, None]
@@ -151,10 +164,10 @@ class Comparison:
             fewer = q.clamp(-limit, limit).to(k.dtype).to(q.dtype)
             others.append(defined(fewer, wide_k, wide_v, seen, scores, k.dtype)[1])
         if not bool(right.isfinite().all()):
-            return  # which tells nothing
+            return  # nothing can be told from values that are not finite
         least = ROUNDING.get(q.dtype, 1e-4)
         allowed = functools.reduce(torch.maximum, [relative_errors(other, right) for other in others]).clamp_min(least)
-        # Of few numbers a head's may be near by chance.
+        # The few numbers of one head may agree by chance, so each head is allowed the root mean square of all heads.
         allowed = torch.maximum(allowed, allowed.square().mean(-1, keepdim=True).sqrt())
         differs = relative_errors(out, right)
         ratios = torch.where(differs.isfinite(), differs, math.inf) / (TOLERANCE * allowed)
@@ -168,7 +181,7 @@ class Comparison:
 
 
 def sampled(count: int, most: int) -> list[int]:
-    """So many of the first numbers, the first and the last among them."""
+    """Up to ``most`` of the numbers below ``count``, evenly spaced, with the first and the last among them."""
     if count <= most:
         return list(range(count))
     return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})

@@ -1,4 +1,4 @@
-"""FlashAttention-2, as torch carries it, and FlashAttention-3."""
+"""FlashAttention-2, which torch includes, and FlashAttention-3."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vattn.kernels.base import (
 
 
 class Flash2(Kernel):
-    """FlashAttention-2 as torch carries it, by sequences of different lengths in one call."""
+    """FlashAttention-2 of torch, in the form that takes sequences of different lengths in one call."""
 
     name = "fa2"
     source = "torch (aten::_flash_attention_forward)"
@@ -78,7 +78,8 @@ class Flash3(Kernel):
 
     name = "fa3"
     source = "fa3-fwd"
-    _TILES: ClassVar[dict[int, int]] = {64: 192, 96: 144, 128: 176, 192: 128, 256: 80}  # rows of K, by head dims up to
+    # Rows of K in a tile, by the largest head dim that has such tiles. The last tile of a range may reach beyond it.
+    _TILES: ClassVar[dict[int, int]] = {64: 192, 96: 144, 128: 176, 192: 128, 256: 80}
     tail_rows = max(_TILES.values()) - 1
 
     def tail(self, head_dim: int) -> int:
@@ -92,7 +93,7 @@ class Flash3(Kernel):
         return None if _flash3() else "fa3-fwd is not installed: pip install vattn[fa3]"
 
     def refuses(self, task: AttentionSpec) -> str | None:
-        if reason := refused_by_flash(task, (torch.bfloat16,)):  # of the dtypes it is built for
+        if reason := refused_by_flash(task, (torch.bfloat16,)):  # the 16-bit dtype that fa3-fwd is built for
             return reason
         if task.queries != "one" and (task.sinks or task.window):
             return "it has sinks and windows in decoding only"
@@ -103,7 +104,7 @@ class Flash3(Kernel):
     ) -> torch.Tensor:
         offsets, lengths = offsets_of(k, spans)
         heads, capped = (q.shape[1], *k.shape[2:]), bool(scores.softcap)
-        # How it splits the spans is the same for all layers.
+        # The schedule, by which the kernel splits the ranges into parts, is the same for all layers.
         schedule = spans.once(("fa3", heads, capped), lambda: _flash3().get_scheduler_metadata(
             len(spans), 1, spans.longest, *heads, lengths, cu_seqlens_q=one_each(spans), has_softcap=capped,
         ))  # fmt: skip
@@ -125,7 +126,7 @@ class Flash3(Kernel):
     ) -> torch.Tensor:
         parts = []
         for queries, (slot, start, end) in zip(torch.split(q, counts), spans.tolist(), strict=True):
-            # Sliced to the span it loads no row behind it.
+            # On slices of just the range the kernel loads no rows behind it.
             seen = (t[slot, None, start:end] for t in (k, v))
             out = _flash3().flash_attn_func(
                 queries[None], *seen, softmax_scale=scores.scale, causal=True, softcap=scores.softcap or 0.0

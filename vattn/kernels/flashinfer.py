@@ -1,4 +1,4 @@
-"""FlashInfer: XQA in decoding, and its prefill."""
+"""FlashInfer: its XQA kernel for decode steps, and its prefill kernels."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from vattn.kernels.base import (
 
 
 class FlashInfer(Kernel):
-    """FlashInfer's XQA for decoding and its FlashAttention-3 for prompts (``pip install vattn[flashinfer]``).
+    """FlashInfer's XQA for decode steps, and its prefill kernel for prompts (``pip install vattn[flashinfer]``).
 
-    XQA reads pages by a table. Here a page may begin at any row, so that the table is made of where spans begin, and
-    nobody keeps it. Both are compiled at their first use.
+    The prefill kernel is FlashAttention-3 on Hopper. XQA reads K and V by a table of pages. Here a page may begin at
+    any row, so the table is computed from the first rows of the ranges, and no cache has to maintain it. Both kernels
+    are compiled at their first use.
     """
 
     name = "flashinfer"
     source = "flashinfer-python, compiled"
     kv_dtypes = (torch.float8_e4m3fn,)
-    narrows = True  # on Hopper
+    narrows = True  # as XQA does on Hopper
     _PAGE = 64
 
     def missing(self) -> str | None:
@@ -59,11 +60,13 @@ class FlashInfer(Kernel):
     ) -> torch.Tensor:
         offsets, lengths = offsets_of(k, spans)
         table = spans.once(("pages", k.stride(0) // k.stride(1)), lambda: self._table(offsets[:-1], spans.longest))
-        # A page begins at every row.
+        # Page i is the _PAGE rows that begin at row i of all slots. Pages overlap, and the table's indices exceed the
+        # first dimension of these views.
         k, v = (t.as_strided((t.shape[0], self._PAGE, *t.shape[2:]), (t.stride(1), *t.stride()[1:])) for t in (k, v))
         return self._paged(q, k, v, table, lengths, spans, scores)
 
     def _table(self, firsts: torch.Tensor, longest: int) -> torch.Tensor:
+        """The pages of each range, int32 ``[batch, pages]``, by its first row ``[batch]``."""
         steps = torch.arange(0, longest, self._PAGE, dtype=torch.int32, device=firsts.device)
         return firsts[:, None] + steps
 
@@ -80,7 +83,8 @@ class FlashInfer(Kernel):
         batch, heads, dim = q.shape
         kv_heads, device = k.shape[2], q.device
         count = torch.cuda.get_device_properties(device).multi_processor_count
-        # Partial results of as many blocks as the device has processors, or one for each head of a sequence.
+        # Room for the partial results of two blocks for each multiprocessor or, where that is more, of one for each KV
+        # head of each sequence.
         size = 4 * max(2 * count, batch * kv_heads) * max(32, heads // kv_heads) * (dim + 64)
         scratch = spans.once(("scratch", size), lambda: torch.empty(size, dtype=torch.uint8, device=device))
         count = 4 * batch * kv_heads
@@ -121,16 +125,19 @@ class FlashInfer(Kernel):
         counts: list[int],
         scores: AttentionParams,
     ) -> Callable[[], torch.Tensor]:
-        """Causal attention on pages ``[pages, rows, kv_heads, head_dim]``, planned; for comparison.
+        """Plans causal attention on pages of K and V, for benchmarks that compare it with attention on slot tensors.
 
         Args:
             q: as in ``prefill``, or as in ``decode`` where ``counts`` are all 1.
-            k: pages of K.
-            v: pages of V.
-            tables: of each sequence, int32 indices of its pages.
-            lengths: rows of each.
-            counts: queries of each.
-            scores: how they are made.
+            k: pages of K, ``[pages, rows, kv_heads, head_dim]``. Pages have 64 rows where ``counts`` are all 1.
+            v: pages of V, of the same shape.
+            tables: int32 indices of the pages of each sequence.
+            lengths: the number of rows of each sequence.
+            counts: the number of queries of each sequence.
+            scores: how scores are computed.
+
+        Returns:
+            A function that computes the attention and returns its output, of the shape of ``q``.
         """
         size, device = k.shape[1], q.device
         if max(counts) == 1:

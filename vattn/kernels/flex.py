@@ -1,4 +1,4 @@
-"""torch's ``flex_attention``."""
+"""``flex_attention`` of torch, for decode steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vattn.kernels.base import AttentionParams, AttentionSpec, Kernel, SequenceR
 
 
 class Flex(Kernel):
-    """``flex_attention``, compiled: soft caps, sinks, and K and V of different head dims."""
+    """``flex_attention``, compiled. It takes soft caps, sinks, and K and V of different head dims; it only decodes."""
 
     name = "flex"
     source = "torch, compiled"
@@ -28,7 +28,7 @@ class Flex(Kernel):
             return "it is used for decoding only"
         if min(task.head_dim, task.v_head_dim) < 16:
             return "it takes head dims from 16 on"
-        return None if task.reach < 2**31 else "it reaches 2**31 elements only"  # beyond it does not compile
+        return None if task.reach < 2**31 else "it reaches 2**31 elements only"  # beyond that it does not compile
 
     def decode(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: SequenceRanges, scores: AttentionParams

@@ -1,4 +1,4 @@
-"""Whether a kernel sees just the rows that it is given, tried on K and V that tell the rows apart."""
+"""Tests whether a kernel attends to exactly the rows that it is given, on K and V that tell the rows apart."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ from vattn.kernels.base import AttentionParams, Kernel, SequenceRanges
 def probe_decode(
     kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, live: int, scores: AttentionParams
 ) -> str | None:
-    """A fault that shows where all scores are the same and V tells the rows apart; None where there is none.
+    """Decodes on small ranges whose scores are all equal, and looks for rows that are wrongly seen or left out.
+
+    Each combination of a kernel, shapes and dtypes is tried once; its result is cached.
 
     Args:
-        kernel: to be tried.
-        q: as in ``Kernel.decode``; this and the next two tell shapes and dtypes, and are not read.
+        kernel: the kernel to test.
+        q: as in ``Kernel.decode``. Of ``q``, ``k`` and ``v`` only shapes, dtypes and devices are used.
         k: slot tensor.
         v: slot tensor.
-        live: rows of the batch; the others are idle.
-        scores: how they are made.
+        live: how many rows of the batch are in use; the others are idle.
+        scores: tell whether there are soft caps and sinks.
+
+    Returns:
+        A description of the fault, or None where there is none.
     """
     return _probed_decode(
         kernel, getattr(kernel.decode, "__func__", kernel.decode), q.device, q.dtype, k.dtype,
@@ -30,7 +35,7 @@ def probe_decode(
     )  # fmt: skip
 
 
-# Rows of the spans that are tried: around the tiles of kernels, and few.
+# The lengths of the ranges that are tried: small, and around the sizes of kernels' tiles.
 _TRIED = (1, 2, 3, 16, 17, 63, 64, 65, 80, 127, 128, 129, 130)
 
 
@@ -39,7 +44,7 @@ def _probed_decode(
     kernel: Kernel, function: Any, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype,
     batch: int, heads: int, dim: int, kv_heads: int, v_dim: int, live: int, softcap: bool, sinks: bool,
 ) -> str | None:  # fmt: skip
-    """``function`` is the kernel's, so that another one in its place is tried anew."""
+    """See ``probe_decode``. The kernel's method ``function`` is a part of the cache's key, in case it is replaced."""
     longest, before, behind = max(_TRIED), max(kernel.head_rows, 8), kernel.tail(dim) + 8
     with torch.inference_mode(False), torch.no_grad():
         q = torch.ones(batch, heads, dim, dtype=dtype, device=device)
@@ -56,7 +61,7 @@ def _probed_decode(
             n = _TRIED[row % len(_TRIED)] if row else longest
             first = before + row % 8
             spans.append((row, first, first + n) if row < live else (row, 0, 0))
-            # The last row before what is seen, its first and its last one, and the first one behind.
+            # The row before the range, its first and its last row, and the row behind it.
             for place, at in enumerate((first - 1, first, first + n - 1, first + n)):
                 v[row, at, :, place] += n
         stored = v.to(kv_dtype)
@@ -78,7 +83,22 @@ def probe_prefill(
     behind: bool,
     scores: AttentionParams,
 ) -> str | None:
-    """The same of a prompt: ``[batch, n, heads, dim]`` each, of which only shapes and dtypes are looked at."""
+    """Computes small prompts whose scores are all equal, and looks for positions that are wrongly seen or left out.
+
+    Each combination of a kernel, shapes, dtypes and window is tried once; its result is cached.
+
+    Args:
+        kernel: the kernel to test.
+        q: ``[batch, n, heads, dim]``. Of ``q``, ``k`` and ``v`` only shapes, dtypes and devices are used.
+        k: K of a prompt, of the same layout.
+        v: V of a prompt, of the same layout.
+        window: how many positions a query sees, itself included, or None for all before it.
+        behind: whether sequences have positions before their queries.
+        scores: tell whether there are soft caps and sinks.
+
+    Returns:
+        A description of the fault, or None where there is none.
+    """
     return _probed_prefill(
         kernel, getattr(kernel.prefill, "__func__", kernel.prefill), q.device, q.dtype,
         *q.shape[2:], k.shape[2], v.shape[3], window, behind,
@@ -91,9 +111,9 @@ def _probed_prefill(
     kernel: Kernel, function: Any, device: torch.device, dtype: torch.dtype, heads: int, dim: int, kv_heads: int,
     v_dim: int, window: int | None, behind: bool, softcap: bool, sinks: bool,
 ) -> str | None:  # fmt: skip
-    n = v_dim  # rows that a one-hot V tells apart
+    n = v_dim  # as many rows as a one-hot V tells apart
     if window is not None and window >= n:
-        window = max(n // 2, 1)  # one that shows
+        window = max(n // 2, 1)  # a window that hides some of these rows
     with torch.inference_mode(False), torch.no_grad():
         k = torch.zeros(2, n, kv_heads, dim, dtype=dtype, device=device)
         v = torch.eye(n, dtype=dtype, device=device)[None, :, None].expand(2, n, kv_heads, v_dim).contiguous()

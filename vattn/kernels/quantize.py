@@ -1,4 +1,4 @@
-"""``Scales``: K and V in fewer bits than a model computes in, each divided by a scale before it is rounded."""
+"""``Scales``: K and V are stored in fewer bits than a model computes in, divided by a scale before they are rounded."""
 
 from __future__ import annotations
 
@@ -12,17 +12,27 @@ FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 
 def rounded(states: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """States ``[..., kv_heads, n, dim]`` over the scales of their heads, and no larger than a dtype goes."""
+    """Divides states by scales, clamps them to the range of a dtype, and converts them to it.
+
+    Args:
+        states: ``[..., kv_heads, n, dim]``.
+        scale: ``[1]`` or ``[kv_heads]``, or None to divide by nothing.
+        dtype: the dtype of the result.
+    """
     limit = torch.finfo(dtype).max
     return (states if scale is None else states / scale[:, None, None]).clamp(-limit, limit).to(dtype)
 
 
 class Scales:
-    """The dtype that K and V are stored in, and what they are divided by.
+    """The dtype in which K and V are stored, and the scales by which they are divided before.
 
     Args:
-        dtype: one of ``FORMATS``, as a name or torch's.
-        scales: of K and of V: numbers, or tensors ``[layers]`` or ``[layers, kv_heads]``; None divides by nothing.
+        dtype: one of ``FORMATS``, as a name or as a ``torch.dtype``.
+        scales: the scale of K and that of V: each a number, or a tensor ``[layers]`` or ``[layers, kv_heads]``. None
+            divides by nothing.
+
+    Raises:
+        ValueError: the dtype is none of ``FORMATS``, or the scales are not positive, finite and of such shapes.
     """
 
     def __init__(self, dtype: str | torch.dtype, scales: tuple[Any, Any] | None = None) -> None:
@@ -45,10 +55,15 @@ class Scales:
         self._placed: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def check(self, layer: int, layers: int | None, kv_heads: int) -> None:
-        """Whether they are of a model's shape, whose number of layers may not be known.
+        """Checks that the scales have the shape of a model's layers.
+
+        Args:
+            layer: the index of a layer.
+            layers: how many layers the model has, or None where that is not known.
+            kv_heads: how many KV heads the layer has.
 
         Raises:
-            ValueError: they are not.
+            ValueError: the scales have another shape.
         """
         for scale in self._of:
             if scale.dim() == 0:
@@ -59,7 +74,7 @@ class Scales:
                 raise ValueError(f"kv_scales are {list(scale.shape)}: layer {layer}{of} has {kv_heads} KV heads")
 
     def at(self, layer: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-        """Of a layer, float32 ``[1]`` or ``[kv_heads]`` on a device; None where nothing is divided."""
+        """The scales of K and V of a layer on a device, float32 ``[1]`` or ``[kv_heads]``; None each without scales."""
         if not self._of:
             return None, None
         if (layer, device) not in self._placed:
@@ -69,9 +84,9 @@ class Scales:
         return self._placed[layer, device]
 
     def rounded(self, states: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-        """K or V ``[batch, kv_heads, n, dim]`` as they are stored; what is too large becomes the largest there is."""
+        """Converts K or V ``[batch, kv_heads, n, dim]`` to what is stored; values out of range are clamped to it."""
         return rounded(states, scale, self.dtype)
 
     def read(self, stored: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        """What is stored, as the model computes with it."""
+        """Converts stored K or V to the dtype in which the model computes, and multiplies them by their scale."""
         return stored.to(dtype) if scale is None else (stored.float() * scale[:, None, None]).to(dtype)

@@ -1,4 +1,4 @@
-"""The definition of attention, which other kernels are compared with."""
+"""The definition of attention, with which other kernels are compared."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ from vattn.kernels.base import AttentionParams, AttentionSpec, Kernel, SequenceR
 
 
 def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: AttentionParams) -> torch.Tensor:
-    """Causal attention of the last n of m positions: q ``[n, query_heads, dim]``, k and v ``[m, kv_heads, dim]``."""
+    """Computes the causal attention of the last n of m positions in float32 or wider.
+
+    Args:
+        q: ``[n, query_heads, head_dim]``.
+        k: ``[m, kv_heads, head_dim]``.
+        v: ``[m, kv_heads, v_head_dim]``.
+        how: how scores are computed, and the window.
+
+    Returns:
+        ``[n, query_heads, v_head_dim]``.
+    """
     n, m, groups = q.shape[0], k.shape[0], q.shape[1] // k.shape[1]
     kind = torch.promote_types(q.dtype, torch.float32)
     k, v = (t.to(kind).repeat_interleave(groups, 1) for t in (k, v))
@@ -25,13 +35,13 @@ def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Atte
 
 
 def visible(n: int, m: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Which of m positions the last n of them see, ``[n, m]``."""
+    """Which of m positions each of the last n of them sees, bool ``[n, m]``."""
     behind = torch.arange(m - n, m, device=device)[:, None] - torch.arange(m, device=device)
     return (behind >= 0) if window is None else (behind >= 0) & (behind < window)
 
 
 class Reference(Kernel):
-    """The definition, in float32 or wider, one sequence after the other."""
+    """The definition of attention, computed in float32 or wider, one sequence after the other."""
 
     name = "reference"
     source = "torch operations"

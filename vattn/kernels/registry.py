@@ -1,4 +1,4 @@
-"""The kernels by name, and which of them does a task."""
+"""The kernels by name, and the choice of one for a given attention."""
 
 from __future__ import annotations
 
@@ -26,33 +26,37 @@ KERNELS: dict[str, Kernel] = {
         Reference(),
     )
 }
-"""The kernels by name, in the order in which ``choose`` tries them: see docs/benchmarks.md for their speed."""
+"""The kernels by name, in the order in which ``choose`` tries them. Their speed is in docs/benchmarks.md."""
 
 
 def named(name: str) -> list[Kernel]:
-    """The kernel of a name, or of ``"auto"`` all of them."""
+    """The kernel with this name, or all kernels for ``"auto"``.
+
+    Raises:
+        ValueError: no kernel has this name.
+    """
     if not isinstance(name, str) or (name != "auto" and name not in KERNELS):
         raise ValueError(f"attention must be 'auto' or one of {', '.join(KERNELS)}, not {shown(name)}")
     return list(KERNELS.values()) if name == "auto" else [KERNELS[name]]
 
 
 def refused_kv(kernel: Kernel, task: AttentionSpec) -> str | None:
-    """Why a kernel does not take the K and V of a task, for their dtype, or None."""
+    """Why a kernel does not take K and V of the dtype that ``task`` has, or None where it does."""
     if task.kv_dtype is None or (task.kv_dtype in kernel.kv_dtypes and task.queries == "one"):
         return None
     return f"it takes no {str(task.kv_dtype).removeprefix('torch.')} K and V"
 
 
 def choose(task: AttentionSpec, *, name: str = "auto", capturable: bool = False) -> Kernel:
-    """The kernel for a task: the one named, or the first that this machine has and that does it.
+    """Chooses a kernel: the named one, or the first that runs on this machine and can compute the attention.
 
     Args:
-        task: what it is to do.
+        task: the attention that the kernel has to compute.
         name: a key of ``KERNELS``, or ``"auto"``.
-        capturable: leaves out those that cannot be captured.
+        capturable: whether to leave out kernels that cannot be captured into a CUDA graph.
 
     Raises:
-        ValueError: there is none; says of each why.
+        ValueError: no kernel has this name, or none can be used; the message has the reason for each kernel.
     """
     reasons = []
     for kernel in named(name):

@@ -1,4 +1,4 @@
-"""torch's ``scaled_dot_product_attention``, by each of its backends."""
+"""``scaled_dot_product_attention`` of torch, with each of its backends."""
 
 from __future__ import annotations
 
@@ -13,15 +13,25 @@ from vattn.kernels.reference import visible
 
 
 class Sdpa(Kernel):
-    """``scaled_dot_product_attention`` on views that are sliced to the rows of a sequence, or of all of them."""
+    """``scaled_dot_product_attention`` on slices of a slot tensor.
+
+    One call computes one sequence, or in a decode step the whole batch where all ranges are equal.
+
+    Args:
+        name: the name of the kernel.
+        backend: the backend that has to be used, or None for torch's choice.
+        masks: whether the backend takes masks.
+        gqa: whether the backend takes fewer KV heads than query heads.
+        on: the device types that the backend runs on.
+    """
 
     source = "torch"
-    capturable = False  # what is sliced is of one length
+    capturable = False  # the lengths of the slices would stay what they were at the capture
 
     def __init__(self, name: str, backend: SDPBackend | None, *, masks: bool, gqa: bool, on: tuple[str, ...]) -> None:
         self.name = name  # type: ignore[misc]
         self._backend = backend
-        self._masks = masks  # whether it takes any
+        self._masks = masks
         self._gqa = gqa
         self._on = on
 
@@ -44,7 +54,7 @@ class Sdpa(Kernel):
         return None
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
-        if self._backend is None or k.shape[2] == 1:  # cuDNN takes no single row
+        if self._backend is None or k.shape[2] == 1:  # cuDNN refuses a single row
             return functional.scaled_dot_product_attention(q, k, v, **options)
         with sdpa_kernel(self._backend):
             return functional.scaled_dot_product_attention(q, k, v, **options)

@@ -1,1 +1,1 @@
-"""K and V in virtual memory: layouts, caches and sequences. It knows no models."""
+"""K and V in virtual memory: layouts, caches and sequences. Nothing in this package depends on a model."""

@@ -1,8 +1,8 @@
-"""What a model's configuration says of the K and V of its layers.
+"""Reads the shapes of the K and V of a model's layers from its configuration.
 
-Where transformers is installed and knows the model, its configuration class reads the file and its ``DynamicCache``
-says which layers keep what. Elsewhere the names of keys are known, also those of older files, and what might be
-misunderstood is refused.
+Where transformers is installed and knows the model type, its configuration class reads the file and its
+``DynamicCache`` determines what each layer caches. Otherwise this module interprets the keys of the configuration
+itself, including those of older files, and refuses a configuration that it might misread.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from vattn.arguments import integer, shown
 from vattn.memory.shape import LayerShape
 
-# Keys of numbers that a layout is made of, by what they are called in different models.
+# The keys of the numbers that a layout needs, under the names that different models give them.
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
@@ -26,21 +26,24 @@ _HIDDEN = ("hidden_size", "n_embd", "d_model")
 _MOST_LAYERS = 100_000
 _NUMBERS = (*_LAYERS, *_HEADS, *_KV_HEADS, *_HEAD_DIM, *_HIDDEN)
 
-# The cache layers of transformers that vattn has rows for, and those that keep nothing that grows with a sequence.
+# Cache layer classes of transformers: those that vattn stores as rows, those that keep a state whose size does not
+# grow with the sequence, and those that keep nothing.
 _ROWS = ("DynamicLayer", "DynamicSlidingWindowLayer")
 _STATES = ("LinearAttentionLayer",)
 _NOTHING = ("DummyLayer",)
 
-# What ``layer_types`` may say.
+# The values that ``layer_types`` may contain.
 _FULL = ("full_attention", "attention")
 _LOCAL = ("sliding_attention", "chunked_attention")
 _RECURRENT = ("linear_attention", "conv", "mamba", "recurrent")
 _WITHOUT = ("mlp", "moe")
-# Model types all of whose layers have the window of the configuration.
+# Model types in which every layer uses the sliding window of the configuration.
 _UNIFORM_WINDOW = ("mistral", "mixtral", "phi3", "starcoder2")
-# Model types whose classes make something else of their keys than others do.
+# Model types whose configuration classes interpret these keys differently than the classes of other models do.
 _BY_CLASS = ("dory", "longcat_flash", "neomme", "zamba", "zaya")
-# Parts of keys that tell of layers of other kinds, or of windows of some: without ``layer_types`` they are not known.
+# A key that contains one of these parts announces layers of other kinds, or a sliding window in some layers only. If
+# neither ``layer_types`` nor a key that ``_types`` understands says which layers those are, the configuration is
+# refused.
 _OTHER_KINDS = (
     *(
         "mamba",
@@ -61,14 +64,17 @@ _HARMLESS = ("per_layer_input", "is_hybrid", "linear_bias", "conv_bias", "conv_a
 
 
 def described(config: Any, dtype: str | None) -> tuple[list[LayerShape | None], bool]:
-    """The shape of each layer, None for one that has no rows, and whether there are recurrent ones.
+    """Reads the shape of each layer from a model's configuration.
 
     Args:
         config: a Hugging Face configuration, or the mapping of a ``config.json``.
-        dtype: name of the dtype that K and V are kept in; None is the configuration's.
+        dtype: name of the dtype of K and V in the cache; None takes the configuration's.
+
+    Returns:
+        The shape of each layer (None for a layer that stores no rows), and whether the model has recurrent layers.
 
     Raises:
-        TypeError, ValueError: something is missing, wrong or not known; the message names it.
+        TypeError, ValueError: a value is missing, wrong or not understood; the message names it.
     """
     if isinstance(config, Mapping):
         _require_numbers(config)
@@ -95,7 +101,7 @@ def described(config: Any, dtype: str | None) -> tuple[list[LayerShape | None], 
     return shapes, any(recurrent for _, _, recurrent in kinds)
 
 
-_Kind = tuple[bool, "int | None", bool]  # of a layer: whether it has rows, its window, whether it keeps a state
+_Kind = tuple[bool, "int | None", bool]  # whether a layer has rows, its window, whether it keeps a recurrent state
 
 
 def _getter(config: Any) -> Callable[..., Any]:
@@ -103,7 +109,7 @@ def _getter(config: Any) -> Callable[..., Any]:
         for name in names:
             try:
                 value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
-            except RuntimeError as error:  # transformers refuses to name one value where layers differ
+            except RuntimeError as error:  # raised by transformers where the layers differ in this value
                 raise ValueError(f"{name} differs between layers: give KVLayout the shape of each") from error
             if value is not None:
                 return value
@@ -124,15 +130,26 @@ def _checked(name: str, value: Any) -> int:
 
 
 def _require_numbers(config: Mapping[str, Any]) -> None:
-    """Numbers of a file, which classes of transformers would take for what they are not."""
+    """Checks the numbers of a file, since transformers' configuration classes accept wrong types.
+
+    Raises:
+        TypeError, ValueError: a value is no integer, or too small; the message names it.
+    """
     for name in _NUMBERS:
         value = config.get(name)
-        if value is not None and not isinstance(value, (list, tuple)):  # which a few models have for each layer
+        if value is not None and not isinstance(value, (list, tuple)):  # a few models list one number per layer
             integer(f"{name!r} of the model's configuration", value, 0 if name in _HEAD_DIM else 1)
 
 
 def _read_by_transformers(config: Mapping[str, Any]) -> Any:
-    """A configuration of transformers', or the mapping itself where that does not know the model."""
+    """Reads a mapping with transformers' class for the model type.
+
+    Returns:
+        The configuration, or the mapping itself where transformers is missing or does not know the model type.
+
+    Raises:
+        ValueError: the class refuses the mapping.
+    """
     kind = config.get("model_type")
     try:
         known = importlib.import_module("transformers").CONFIG_MAPPING
@@ -141,13 +158,20 @@ def _read_by_transformers(config: Mapping[str, Any]) -> Any:
     if not isinstance(kind, str) or kind not in known:
         return config
     try:
-        return known[kind].from_dict(copy.deepcopy(dict(config)))  # which takes parts out of it
+        return known[kind].from_dict(copy.deepcopy(dict(config)))  # from_dict removes parts of its argument
     except Exception as error:
         raise ValueError(f"the model's configuration is none of {kind}: {str(error)[:300]}") from error
 
 
 def _kinds_by_transformers(config: Any) -> list[_Kind] | None:
-    """Of each layer, as ``DynamicCache`` has them; None where it does not say all, or of another configuration."""
+    """Returns the kind of each layer, by the cache layers that ``DynamicCache`` makes for the configuration.
+
+    Returns None for an object without ``per_layer_config``, which transformers' configurations have, and for a
+    configuration whose layer types ``DynamicCache`` does not read.
+
+    Raises:
+        ValueError: ``DynamicCache`` refuses the configuration, or makes a layer that vattn has no rows for.
+    """
     if not hasattr(config, "per_layer_config") or _without_layer_types(config):
         return None
     caches = importlib.import_module("transformers.cache_utils")
@@ -165,12 +189,19 @@ def _kinds_by_transformers(config: Any) -> list[_Kind] | None:
 
 
 def _without_layer_types(config: Any) -> bool:
-    """Whether the class knows what its layers are and ``DynamicCache`` does not: an older recurrent_gemma's."""
+    """Whether only ``layers_block_type`` names the layer types, as in older recurrent_gemma classes.
+
+    ``DynamicCache`` does not read that attribute.
+    """
     return hasattr(config, "layers_block_type") and getattr(config, "layer_types", None) is None
 
 
 def _kinds_by_keys(get: Callable[..., Any], keys: list[str]) -> list[_Kind]:
-    """Of each layer, by the keys of files, old ones too."""
+    """Returns the kind of each layer, by the keys of the configuration, including those of older files.
+
+    Raises:
+        TypeError, ValueError: a value is missing, wrong or not understood; the message names it.
+    """
     count, model = _number(get, *_LAYERS), get("model_type")
     if count > _MOST_LAYERS:
         raise ValueError(f"{_LAYERS[0]!r} of the model's configuration may be at most {_MOST_LAYERS}, not {count}")
@@ -202,7 +233,7 @@ def _kinds_by_keys(get: Callable[..., Any], keys: list[str]) -> list[_Kind]:
 
 
 def _types(get: Callable[..., Any], keys: list[str], count: int, model: Any, window: int | None) -> Any:
-    """What each layer is, from ``layer_types`` or the keys that were there before it."""
+    """Returns the type of each layer, from ``layer_types`` or from the keys that older configurations have instead."""
     if (types := get("layer_types")) is not None:
         return types
     if (types := get("layers_block_type")) is not None and get("attention_window_size") is None:
@@ -239,7 +270,7 @@ def _types(get: Callable[..., Any], keys: list[str], count: int, model: Any, win
             )
         letters = {"*": "full_attention", "M": "mamba", "-": "mlp", "E": "moe"}
         return [letters.get(letter, letter) for letter in pattern]
-    # `cache`, `_attn_implementation` and the like say nothing of layers.
+    # Private keys such as `_attn_implementation` do not describe layers.
     telling = [key for key in keys if any(part in key for part in _OTHER_KINDS) and not key.startswith("_")]
     telling = [key for key in telling if get(key) is not None and not any(part in key for part in _HARMLESS)]
     if telling:
@@ -255,9 +286,9 @@ def _types(get: Callable[..., Any], keys: list[str], count: int, model: Any, win
 
 
 def _shape(get: Callable[..., Any]) -> LayerShape:
-    """The heads of a layer, whatever its dtype and window."""
+    """Returns the heads of a layer as a shape; the caller sets the dtype and the window."""
     heads = _number(get, *_HEADS)
-    if (rank := get("kv_lora_rank")) is not None:  # MLA
+    if (rank := get("kv_lora_rank")) is not None:  # multi-head latent attention (MLA)
         rank, rope = _checked("kv_lora_rank", rank), _number(get, "qk_rope_head_dim")
         if _caches_latents():
             return LayerShape(kv_heads=1, head_dim=rank, v_head_dim=rope)
@@ -277,7 +308,10 @@ def _shape(get: Callable[..., Any]) -> LayerShape:
 
 
 def _caches_latents() -> bool:
-    """Whether transformers caches what MLA expands to the heads, as it does from 5.15 on, or the heads."""
+    """Whether the cache holds MLA's latents, as in transformers from 5.15 on, and not the heads expanded from them.
+
+    Where transformers is not installed, the newer behaviour is assumed.
+    """
     try:
         major, minor, *_ = importlib.metadata.version("transformers").split(".")
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""What a device gives to the caches on it: the driver, a background thread, a budget, and memory when it is full."""
+"""What a cache needs from its device: a driver, the mapper thread, a budget, and a retry when memory runs out."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ from vattn.errors import BackendUnavailable
 
 UNLIMITED = 1 << 62  # bytes; more than any machine has
 
-# The background thread of each device of this process; a cache keeps its own alive.
+# The mapper thread of each device, by process id and device. Each cache holds a reference to the mapper that it uses.
 _mappers: weakref.WeakValueDictionary[tuple[int, str], _core.Mapper] = weakref.WeakValueDictionary()
 
 
 class TrimOnOOM(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Tries a torch operation that runs out of device memory once more, after a trim."""
+    """Repeats a torch operation that runs out of device memory once, after a trim.
+
+    Args:
+        trim: frees device memory.
+    """
 
     def __init__(self, trim: Callable[[], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -32,17 +36,22 @@ class TrimOnOOM(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with contextlib.suppress(torch.OutOfMemoryError):
             return func(*args, **(kwargs or {}))
-        # Out of the handler: the error's traceback keeps what the operation had allocated.
+        # Not in an exception handler: the traceback would keep alive what the operation has allocated.
         self.trim()
         return func(*args, **(kwargs or {}))
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device with its index; raises BackendUnavailable when vattn or this machine cannot use it."""
+    """Returns the device with its index.
+
+    Raises:
+        TypeError: ``device`` is neither a name nor a ``torch.device``.
+        BackendUnavailable: vattn or this machine cannot use the device.
+    """
     if not isinstance(device, (str, torch.device)):
         raise TypeError(f"device must be a name such as 'cpu' or 'cuda:0', or a torch.device, not {shown(device)}")
     found = None
-    with contextlib.suppress(RuntimeError):  # where it is no name of torch's
+    with contextlib.suppress(RuntimeError):  # torch does not know the name
         found = torch.device(device)
     if found is None or found.type not in ("cpu", "cuda"):
         raise BackendUnavailable(f"device {str(device)!r} is not supported: use 'cuda' or 'cpu'")
@@ -55,7 +64,17 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def driver_of(device: torch.device, granularity: int, capacity: int, exportable: bool) -> _core.Driver:
-    """The driver of a device, or a simulated one of the host with so many bytes."""
+    """Makes a driver for a device.
+
+    Args:
+        device: the device, with its index.
+        granularity: bytes of the smallest physical unit; a CUDA device has a fixed one.
+        capacity: bytes of a simulated device on the host; 0 uses the memory of the machine.
+        exportable: whether other processes can map the memory.
+
+    Raises:
+        ValueError: ``capacity`` is given for a CUDA device, or ``granularity`` is not the device's.
+    """
     if device.type == "cpu":
         return _core.host_driver(granularity, capacity=capacity, exportable=exportable)
     if capacity:
@@ -67,7 +86,7 @@ def driver_of(device: torch.device, granularity: int, capacity: int, exportable:
 
 
 def mapper_of(device: torch.device) -> _core.Mapper:
-    """The background thread of a device in this process."""
+    """Returns the mapper thread of a device in this process; starts it at the first call."""
     key = os.getpid(), str(device)  # a thread does not survive a fork
     mapper = _mappers.get(key)
     if mapper is None:
@@ -83,14 +102,14 @@ def _stop_mappers() -> None:
 
 
 def checked_budget(budget: int | float | None) -> int | float | None:
-    """A budget as plain bytes, as a part of what is free in (0, 1], or None.
+    """Returns a budget as bytes (int), as a fraction of the free memory (float in (0, 1]), or None.
 
     Raises:
-        TypeError, ValueError: it is nothing of that.
+        TypeError, ValueError: ``budget`` is none of these.
     """
     if budget is None:
         return None
-    kind = getattr(getattr(budget, "dtype", None), "kind", "")  # of a NumPy number
+    kind = getattr(getattr(budget, "dtype", None), "kind", "")  # "f" for NumPy's floating-point numbers
     if isinstance(budget, float) or kind == "f":
         if not 0 < budget <= 1:
             raise ValueError(f"budget as a part of the free memory must be in (0, 1], not {budget}")
@@ -103,7 +122,7 @@ def checked_budget(budget: int | float | None) -> int | float | None:
 
 
 def budget_bytes(budget: int | float | None, driver: _core.Driver, held: int = 0) -> int:
-    """A budget in bytes, where those that are held already count as free."""
+    """Returns a budget in bytes; a fraction refers to the free memory and ``held``, the bytes that a cache has."""
     budget = checked_budget(budget)
     if isinstance(budget, float):
         return int(budget * (driver.memory_info()[0] + held))

@@ -1,4 +1,4 @@
-"""``VirtualTensor``: a view of virtual addresses that says so where something would read those without memory."""
+"""``VirtualTensor``: a view of virtual addresses that raises an error where printing or copying it would fault."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 
 from vattn import _core
 
-_PIECES = 1 << 14  # that a view is looked at in
+_PIECES = 1 << 14  # the most pieces of a view that are looked up in the arena
 
 
 class VirtualTensor(torch.Tensor):
-    """A view of a cache's addresses, of which only the rows of sequences have memory.
+    """A view of a cache's addresses, of which only a part is mapped.
 
-    It is an ordinary tensor for kernels and for torch's operations, whose results are ordinary tensors, and costs them
-    nothing. What a debugger, a REPL or ``torch.save`` does by itself (``repr``, ``format``, pickling, ``deepcopy``,
-    ``numpy``, ``cpu``, ``tolist``) works where all of the view has memory and raises RuntimeError where it has not;
-    slices of it are such views too. Any other operation on rows without memory is a fault, as for a kernel.
+    For kernels and for torch's operations it is an ordinary tensor: it costs them nothing, and their results are
+    ordinary tensors. Operations that a debugger, a REPL or ``torch.save`` starts by itself (``repr``, ``format``,
+    pickling, ``deepcopy``, ``numpy``, ``cpu``, ``tolist``) work where the whole view is mapped and raise RuntimeError
+    where it is not. Slices are ``VirtualTensor`` too. Any other operation on unmapped rows faults, as in a kernel.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -44,7 +44,7 @@ class VirtualTensor(torch.Tensor):
         return self._seen().__format__(spec)  # type: ignore[no-untyped-call,no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Without the storage, which is all addresses.
+        # The clone leaves out the storage, which spans all reserved addresses.
         return self._seen().clone().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: Any) -> torch.Tensor:
@@ -65,14 +65,14 @@ class VirtualTensor(torch.Tensor):
 
 
 def guarded(view: torch.Tensor, arena: _core.Arena) -> VirtualTensor:
-    """A view of an arena's addresses as one that is guarded."""
+    """Returns a view of an arena's addresses as a ``VirtualTensor``."""
     made = view.as_subclass(VirtualTensor)
     made._arena = arena
     return made
 
 
 def _readable(arena: _core.Arena, view: torch.Tensor) -> bool:
-    """Whether all that a view reaches has memory; also False where that would be too many pieces to look at."""
+    """Whether all memory that a view reaches is mapped; False also where ``_PIECES`` look-ups do not answer that."""
     if view.numel() == 0:
         return True
     dims = sorted(((stride, n) for stride, n in zip(view.stride(), view.shape, strict=True) if n > 1), reverse=True)

@@ -1,9 +1,9 @@
-"""Handing a sequence to another process on the same device: file descriptors of its memory over a Unix socket.
+"""Passes a sequence to another process on the same device: file descriptors of its memory over a Unix socket.
 
-The importer says what it takes, the exporter sends what there is: a header, the descriptors in bundles, and both say
-when they are done. Each message but the descriptors' is a length and JSON. Whoever fails says why, and the other raises
-it. Nothing that the other side sends is trusted: what is no message of this protocol ends the transfer with an Error,
-and so does a transfer that takes longer than its timeout as a whole.
+The importer sends a request with its layout. The exporter answers with a header and the descriptors, in bundles, and
+waits until the importer confirms that it is done. Each message but those with descriptors is a length and JSON. A side
+that fails sends the reason, and the other side raises it. Neither side trusts the other: data that is no message of
+this protocol ends the transfer with an Error, and so does a transfer that takes longer in total than its timeout.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from typing import Any
 from vattn.arguments import shown
 from vattn.errors import Error
 
-_BUNDLE = 64  # descriptors in a message; the kernel takes 253
-_LARGEST = 1 << 23  # bytes of a message
-_MOST = 1 << 62  # of any number in one
+_BUNDLE = 64  # descriptors in a message; the kernel allows 253
+_LARGEST = 1 << 23  # the most bytes of a message
+_MOST = 1 << 62  # the largest number in a message
 _PEER = struct.Struct("3i")  # pid, uid, gid
 
+# For each plane: the head of the run in bytes, and the bytes and the file descriptor of each of its extents.
 ExportedRuns = list[tuple[int, list[tuple[int, int]]]]
 
 
 class _BrokenOff(Exception):
-    """The other process has gone, was silent, failed, or speaks another language."""
+    """The transfer cannot go on; the message says why. A timeout is a ``TimeoutError`` instead."""
 
 
 class Peer:
@@ -46,7 +47,11 @@ class Peer:
         self._end = time.monotonic() + timeout
 
     def in_time(self) -> socket.socket:
-        """The socket, set to wait no longer than there is time left."""
+        """Returns the socket with its timeout set to the time that is left.
+
+        Raises:
+            TimeoutError: no time is left.
+        """
         left = self._end - time.monotonic()
         if left <= 0:
             raise TimeoutError
@@ -61,14 +66,14 @@ class Peer:
             raise _BrokenOff(f"the process at the other end of the socket belongs to user {uid}, not to this one")
 
     def tell(self, error: BaseException) -> None:
-        """Says why the transfer has failed, as far as that can be said without waiting."""
+        """Sends the reason why the transfer has failed, as far as that is possible without waiting."""
         with contextlib.suppress(OSError):
             self._socket.setblocking(False)
             self._socket.sendall(_encoded({"error": str(error)[:500]}))
 
 
 def require_socket(name: str, value: Any) -> None:
-    """Raises TypeError or ValueError, with the argument's name, where it is no Unix socket."""
+    """Raises TypeError or ValueError, which name the argument, if ``value`` is no Unix stream socket."""
     if not isinstance(value, socket.socket):
         raise TypeError(f"{name} must be a connected Unix socket, not {shown(value)}")
     if value.family != socket.AF_UNIX or value.type != socket.SOCK_STREAM:
@@ -77,7 +82,14 @@ def require_socket(name: str, value: Any) -> None:
 
 @contextlib.contextmanager
 def telling(connection: socket.socket, timeout: float) -> Iterator[Peer]:
-    """Yields the peer, which is this user's; what fails in the context, or takes too long, is told there."""
+    """Checks that the peer belongs to this user, and sends it the reason if the block fails or takes too long.
+
+    Yields:
+        The peer.
+
+    Raises:
+        Error: the connection or the other process failed, the transfer took too long, or the user is another one.
+    """
     before = connection.gettimeout()
     peer = Peer(connection, timeout)
     try:
@@ -96,7 +108,17 @@ def telling(connection: socket.socket, timeout: float) -> Iterator[Peer]:
 
 
 def send(peer: Peer, layout: dict[str, Any], length: int, runs: ExportedRuns) -> None:
-    """Sends a sequence's memory; the descriptors stay the caller's. To be called within ``telling``."""
+    """Sends a sequence's memory and waits for the confirmation; called within ``telling``.
+
+    Args:
+        peer: the importer.
+        layout: what the importer's cache must have in common with this one.
+        length: positions of the sequence.
+        runs: its memory; the caller keeps the file descriptors and closes them.
+
+    Raises:
+        ValueError: the importer's cache has another layout.
+    """
     request = _receive(peer)
     wanted, name = request.get("layout"), request.get("id")
     if not isinstance(wanted, dict) or not isinstance(name, str) or len(name) > 64:
@@ -114,9 +136,10 @@ def send(peer: Peer, layout: dict[str, Any], length: int, runs: ExportedRuns) ->
 
 @contextlib.contextmanager
 def received(of: socket.socket, layout: dict[str, Any], *, timeout: float) -> Iterator[tuple[int, ExportedRuns]]:
-    """The length and the memory of a sequence; when the block ends well, the exporter is told.
+    """Receives a sequence; when the block ends without an error, confirms to the exporter that it is done.
 
-    The descriptors are closed at the end of the block.
+    Yields:
+        The length in positions, and the memory, whose file descriptors are closed when the block ends.
     """
     descriptors: list[int] = []
     try:
@@ -130,7 +153,7 @@ def received(of: socket.socket, layout: dict[str, Any], *, timeout: float) -> It
             _receive_descriptors(peer, descriptors, sum(len(extents) for _, extents in sizes))
             left = iter(descriptors)
             yield length, [(head, [(size, next(left)) for size in extents]) for head, extents in sizes]
-            with contextlib.suppress(OSError):  # the sequence is whole, also when the exporter has gone
+            with contextlib.suppress(OSError):  # the sequence is complete even if the exporter has gone
                 _send(peer, {"done": True})
     finally:
         for descriptor in descriptors:
@@ -138,7 +161,7 @@ def received(of: socket.socket, layout: dict[str, Any], *, timeout: float) -> It
 
 
 def _receive_descriptors(peer: Peer, descriptors: list[int], count: int) -> None:
-    """Adds so many to a list, from which they are closed also when this raises."""
+    """Appends ``count`` received descriptors to a list, so that the caller can close them even if this raises."""
     while len(descriptors) < count:
         data, got, flags, _ = socket.recv_fds(peer.in_time(), 1, _BUNDLE, socket.MSG_CMSG_CLOEXEC)
         descriptors += got
@@ -175,7 +198,7 @@ def _receive(of: Peer) -> dict[str, Any]:
 
 
 def _described(header: dict[str, Any]) -> tuple[int, list[tuple[int, list[int]]]]:
-    """The length, and of each run the head and the bytes of its extents."""
+    """Returns the length from a header, and for each run its head and the sizes of its extents, in bytes."""
     runs = header.get("runs")
     if not isinstance(runs, list) or not all(
         isinstance(run, list) and len(run) == 2 and isinstance(run[1], list) for run in runs

@@ -1,4 +1,4 @@
-"""``KVCache``: torch views of K and V whose address never changes, over memory that follows the sequences."""
+"""``KVCache``: torch views of K and V at constant addresses, under which memory is mapped as sequences grow."""
 
 from __future__ import annotations
 
@@ -34,33 +34,33 @@ from vattn.ranges import register_range
 
 
 class KVCache:
-    """K and V of every layer, one slot a sequence.
+    """The K and V tensors of every layer, with one slot for each sequence.
 
-    Several threads may call its methods. What one of them writes to rows, another may read once the kernels that write
-    them are done.
+    Several threads may call its methods. Rows that one thread writes may be read by another thread once the kernels
+    that write them are done.
 
     Args:
         layout: where the rows lie, see ``KVLayout``.
-        slots: sequences that may run at once. Costs addresses only.
+        slots: the most sequences that may run at once. A slot costs addresses only.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or a ``torch.device``.
-        budget: limit on physical memory: bytes (int), a part of what is free now (float in (0, 1]), or None for
+        budget: limit on physical memory: bytes (int), a fraction of what is free now (float in (0, 1]), or None for
             no limit but the device's.
         growth_divisor: a growing sequence takes new memory in extents of up to 1/growth_divisor of what it has, so
-            that at most this part of it is unused.
+            that at most this fraction of it is unused.
         tail_rows: positions past its length that kernels may load, kept mapped and finite: see ``vattn.kernels``.
-        lookahead: positions past its length that a running sequence is kept mapped by the device's mapper, a
-            background thread. None: as many as the time to map and the rate of growth ask for, at least a granule.
-        mapper: False makes every driver call in the thread of who needs it, and maps nothing ahead.
-        alias_limit: mappings on the device beyond which forks copy instead of sharing; by default three quarters of
-            what the device takes.
-        host_budget: limit on the page-locked host memory that sequences are swapped out to, in bytes; None for none.
-        exportable: makes memory that ``Sequence.export`` can hand to other processes.
-        protect_shared: maps what sequences share read-only, so that a write to it faults: for debugging.
-        capacity: bytes of a simulated device of fixed size (host only), for tests; by default the machine's memory.
+        lookahead: positions past its length up to which the mapper, a background thread, keeps a running sequence
+            mapped. None: computed from the time to map and the rate of growth, at least a granule (or 64 positions).
+        mapper: False makes every driver call in the thread that needs the memory, and maps nothing ahead.
+        alias_limit: mappings of this cache beyond which forks copy rows instead of sharing memory; by default three
+            quarters of the mappings that the device allows.
+        host_budget: limit, in bytes, on the page-locked host memory for swapped-out sequences; None for no limit.
+        exportable: allocates memory that ``Sequence.export`` can pass to other processes.
+        protect_shared: maps shared memory read-only, so that a write to it faults; for debugging.
+        capacity: bytes of a simulated device (host only), for tests; 0 uses the memory of the machine.
 
     Raises:
-        BackendUnavailable: the device cannot be used here.
-        TypeError, ValueError: an argument is of a wrong kind, or out of range; the message names it.
+        BackendUnavailable: this machine cannot use the device.
+        TypeError, ValueError: an argument has the wrong type or is out of range; the message names it.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class KVCache:
             protect_shared=flag("protect_shared", protect_shared),
         )
         self._slots = Slots(self._arena, layout, self.device)
-        self.slots_lock = threading.RLock()  # of who looks for slots side by side, and then takes them
+        self.slots_lock = threading.RLock()  # held while a thread looks for adjacent free slots and opens them
         self._views = RowViews(self._arena, layout, slots)
 
     @classmethod
@@ -123,7 +123,7 @@ class KVCache:
         lookahead: int | None = None,
         mapper: bool = True,
     ) -> KVCache:
-        """The cache of a model by its Hugging Face configuration (arguments as in ``KVLayout.from_config``)."""
+        """Makes the cache of a model: ``KVLayout.from_config`` with ``layout`` as the kind, then ``KVCache``."""
         choice("layout", layout, KINDS)
         name = None if dtype is None else dtype_name("dtype", dtype)
         described = KVLayout.from_config(config, max_len=max_len, dtype=name, kind=layout, granularity=granularity)
@@ -132,9 +132,9 @@ class KVCache:
     def k(self, layer: int) -> torch.Tensor:
         """K of one layer, ``[slots, max_len, kv_heads, head_dim]``: the whole virtual tensor.
 
-        Its address never changes. Rows at and past a sequence's length may be unmapped: reading them is a fault, so
-        slice before computing, e.g. ``cache.k(0)[slot, :length]``. To print, save or copy rows without memory raises
-        RuntimeError, see ``vattn.memory.guard.VirtualTensor``.
+        Its address never changes. Rows at and past a sequence's length may be unmapped, and a kernel that reads them
+        faults: slice before computing, e.g. ``cache.k(0)[slot, :length]``. Printing, saving or copying unmapped rows
+        raises RuntimeError, see ``vattn.memory.guard.VirtualTensor``.
         """
         return self._views.k(layer)
 
@@ -143,24 +143,24 @@ class KVCache:
         return self._views.v(layer)
 
     def slot_tensors(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """``k`` and ``v`` of one layer as plain tensors, for kernels that look at the type of what they are given."""
+        """``k`` and ``v`` of one layer as plain tensors, for kernels that check the type of their arguments."""
         return self._views.plain(layer)
 
     def rows(self, sequence: Sequence, layer: int, *, of_v: bool) -> torch.Tensor:
-        """K or V of one layer of a sequence, ``[length, kv_heads, dim]``, whose storage ends with its rows."""
+        """K or V of one layer of a sequence, ``[length, kv_heads, dim]``; see ``Sequence.k``."""
         self._names_of("sequence", [sequence])
         return self._views.of_slot(sequence.slot, sequence.length, layer, of_v=of_v)
 
     def grouped(self, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """K and V of all layers of a ``layout.groups`` entry, ``[slots, max_len, layers, kv_heads, head_dim]``.
 
-        Where the group is ``fused``, also the heads of K and V as one tensor, ``[slots, max_len, layers, 2 * kv_heads,
-        head_dim]``, else None.
+        The third item is one tensor with the heads of K and then of V, ``[slots, max_len, layers, 2 * kv_heads,
+        head_dim]``, if the group is ``fused``, and None otherwise.
         """
         return self._views.grouped(group)
 
     def guarded(self, view: torch.Tensor) -> torch.Tensor:
-        """A view of the cache's addresses that says so where something looks at rows without memory."""
+        """Returns a view of the cache's addresses as a ``vattn.memory.guard.VirtualTensor``."""
         return self._views.guarded(view)
 
     def open(
@@ -171,25 +171,25 @@ class KVCache:
         tokens: Iterable[int] | None = None,
         namespace: Hashable = None,
     ) -> Sequence:
-        """Starts a sequence: an empty one, or one behind the longest known prefix of its tokens.
+        """Starts a sequence: an empty one, or one that begins with the longest cached prefix of its tokens.
+
+        This waits for work on other streams that last used the memory of the slot.
 
         Args:
-            slot: the slot to take; by default the parked one that best fits ``expected``, or else a bare one.
-            expected: positions it is likely to need, to choose a parked slot by. What the parked slot has of them
-                stays with the sequence until its first ``grow``.
-            tokens: ids of the tokens that are to come, ``[n]`` or ``[1, n]``, e.g. of the prompt. Where sequences have
-                been told to ``remember`` some of the first of them, the new one begins with their rows: its ``length``
-                says with how many, at most all but the last token, which is to be computed for what follows. A closed
-                sequence that ends there goes on in its slot, without a driver call; otherwise the rows are forked.
-            namespace: what else the rows depend on, e.g. the adapter, the tenant or the images of a prompt: only rows
-                of sequences that were opened with an equal one are taken (so 1, 1.0 and True are one). The sequence
-                keeps it.
-
-        A slot whose memory was last used on another stream is waited for.
+            slot: the slot to take; by default the one whose memory best fits ``expected``, those with cached rows last.
+            expected: positions that the sequence will probably need. Until its first ``grow``, its slot loses memory
+                for them to other sequences only as a last resort.
+            tokens: ids of the sequence's tokens, ``[n]`` or ``[1, n]``, e.g. of the prompt. The sequence begins with
+                the rows of their longest prefix that was committed with ``remember``, without the last token, which
+                the model must compute; its ``length`` says how many rows these are. If a parked slot ends there or
+                less than a granule later, or is the last free one, the sequence takes it over; otherwise it is a fork.
+            namespace: what the rows also depend on, e.g. the adapter, the tenant or the images of a prompt: rows are
+                used only from sequences with an equal one (1, 1.0 and True are equal). The sequence keeps it.
 
         Raises:
-            ValueError: the slot, or every slot, is in use; or ``tokens`` are given for a model with recurrent layers,
-                whose state is no row.
+            ValueError: the slot, or every slot, is in use; a slot is given with tokens; or tokens are given for a model
+                with recurrent layers, whose state is not in rows.
+            OutOfDeviceMemory: the device is full, and the cached rows cannot be forked.
         """
         slot = optional_integer("slot", slot)
         expected = integer("expected", expected)
@@ -207,17 +207,17 @@ class KVCache:
         return Sequence(self, self._slots, handle, namespace).handed_out()
 
     def open_unwatched(self, slot: int) -> Sequence:
-        """Starts an empty sequence in a slot for who closes it by himself: nobody is warned where it is forgotten."""
+        """Starts an empty sequence in a slot, which gives no ResourceWarning if it is dropped without ``close``."""
         return Sequence(self, self._slots, self._arena.open(integer("slot", slot), stream=self._slots.stream()))
 
     def pin(self, tokens: Iterable[int], *, namespace: Hashable = None) -> Sequence:
-        """Keeps the rows of known tokens, e.g. of a system prompt, for as long as the sequence it returns is open.
+        """Keeps the cached rows of tokens, e.g. of a system prompt, as long as the sequence that it returns is open.
 
-        Do not write to it; ``compact`` makes forks of it cheap.
+        Do not write to that sequence; ``compact`` makes forks of it cheap.
 
         Raises:
-            ValueError: not all of the tokens are known, see ``Sequence.remember``; or every slot is in use.
-            BudgetExceeded, OutOfDeviceMemory: as in ``Sequence.fork``.
+            ValueError: not all tokens have cached rows, see ``Sequence.remember``; or no slot or no budget is left.
+            OutOfDeviceMemory: as in ``Sequence.fork``.
         """
         ids = token_ids("tokens", tokens)
         _require_hashable(namespace)
@@ -233,20 +233,20 @@ class KVCache:
     def _open_cached(
         self, ids: tuple[int, ...], namespace: Hashable, expected: int = 0, *, whole: bool = False
     ) -> Sequence | None:
-        """A sequence behind the longest prefix whose rows are there; with ``whole`` a fork of all of them or none."""
+        """Opens a sequence with the longest cached prefix, or None; with ``whole``, a fork of all the rows or None."""
         while ids:
             match = self._slots.prefixes.match(ids, namespace)
             if match is None:
                 return None
             slot, generation, length = match
-            # What the index says is looked up in the arena, which alone knows: also what changes between two lines.
+            # The index is a hint: only the arena knows what the slot holds, and other threads may change it any time.
             now, known, parked = self._arena.cached_prefix(slot)
             if now != generation or known < length:
                 self._slots.prefixes.shorten(match, namespace, known if now == generation else 0)
                 continue
             if whole and length < len(ids):
                 return None
-            # What it holds beyond would be lost, but where its slot is the only one that is left.
+            # Taking the slot over loses its cached rows past `length`: only if they are few or no other slot is free.
             beyond, last = known - length, self._arena.running_slots + 1 >= self.slots
             if parked and not whole and (last or beyond < max(1, self.layout.tokens_per_granule)):
                 if handle := self._arena.reopen(slot, generation, length, self._slots.stream()):
@@ -254,18 +254,18 @@ class KVCache:
                     self._slots.prefixes.shorten(match, namespace, length)
                     return sequence
             elif self._arena.running_slots + parked >= self.slots:
-                return None  # none is left beside the one that holds the rows
+                return None  # no slot is free beside the one that holds the rows
             elif (forked := self._fork_cached(slot, generation, length, namespace, expected)) is not None:
                 self._slots.note_fork(slot, generation, length)
                 return forked
             if self._arena.cached_prefix(slot) == (now, known, parked):
-                return None  # a window has moved on, or there is no memory
+                return None  # a sliding window has given back rows, or there is no memory for a fork
         return None
 
     def _fork_cached(
         self, slot: int, generation: int, length: int, namespace: Hashable, expected: int
     ) -> Sequence | None:
-        # Where it is known how much is to come, memory of a parked slot serves for it.
+        # With an expected length, the memory of a parked slot can serve the growth behind the forked rows.
         sequence = Sequence(self, self._slots, self._slots.open_empty(slot, expected), namespace)
         try:
             into = sequence.handle.name
@@ -280,20 +280,20 @@ class KVCache:
         return None
 
     def import_sequence(self, of: socket.socket, *, timeout: float = 30.0, namespace: Hashable = None) -> Sequence:
-        """Takes a sequence that another process exports over a connected Unix socket, without copying its rows.
+        """Receives a sequence that another process exports over a connected Unix socket, without copying its rows.
 
-        The memory is mapped read-only and counts in both processes' budgets. The sequence can be forked and goes on
-        like any: what it appends is its own. It is whole also when the exporter has gone.
+        The memory is mapped read-only and counts in both processes' budgets. The sequence can be forked and can grow
+        like any other, into memory of this process. It stays complete if the exporter exits.
 
         Args:
             of: connected to the process that calls ``Sequence.export``, of the same user and on the same device.
             timeout: seconds that the whole transfer may take.
-            namespace: of the sequence here, as in ``open``.
+            namespace: the namespace of the sequence in this cache, as in ``open``.
 
         Raises:
-            Error: the exporter has gone, was silent for too long, refused, or belongs to another user.
-            ValueError: the layout or the device is another one, or every slot is in use.
-            BudgetExceeded: the budget does not hold it. In every case nothing has changed here.
+            Error: the exporter has gone, took too long, refused (e.g. another layout or device), or is another user's.
+            ValueError: every slot is in use.
+            BudgetExceeded: the budget does not suffice. After any of these errors nothing has changed here.
         """
         ipc.require_socket("of", of)
         _require_hashable(namespace)
@@ -308,9 +308,9 @@ class KVCache:
         return sequence.handed_out()
 
     def fork_all(self, source: Sequence, targets: list[Sequence], length: int, *, share: Share = "auto") -> None:
-        """Gives empty sequences the first ``length`` positions of another: all of them, or none when it raises.
+        """Gives empty sequences the first ``length`` positions of another one: all of them, or none if it raises.
 
-        See ``Sequence.fork``, which opens them.
+        See ``Sequence.fork``, which also opens the targets.
         """
         names = self._names_of("targets", targets)
         [name] = self._names_of("source", [source])
@@ -320,11 +320,11 @@ class KVCache:
     def grow_all(
         self, sequences: list[Sequence], length: int | list[int], *, min_truncate_length: int | list[int]
     ) -> None:
-        """Brings several sequences to ``length`` positions at once: all of them, or none when it raises.
+        """Grows several sequences to ``length`` positions at once: all of them, or none if it raises.
 
         Args:
             sequences: running sequences of this cache.
-            length: positions each shall have at least, one number for all or one for each.
+            length: positions that each sequence has at least afterwards, one number for all or one for each.
             min_truncate_length: the shortest length that they may still be truncated to, one number for all or one for
                 each. Sliding windows give back the rows that no query at this length sees.
         """
@@ -334,25 +334,25 @@ class KVCache:
         self._slots.taking(self._arena.grow, names, lengths, shortest, self._slots.stream())
 
     def truncate_all(self, sequences: list[Sequence], length: int) -> None:
-        """Keeps the first ``length`` positions of several sequences: of all of them, or of none when it raises."""
+        """Truncates several sequences to their first ``length`` positions: all of them, or none if it raises."""
         names = self._names_of("sequences", sequences)
         self._arena.truncate(names, integer("length", length), self._slots.stream())
 
     def close_all(self, sequences: list[Sequence]) -> None:
-        """Ends several running sequences and parks their slots: all of them, or none when it raises."""
+        """Ends several running sequences and parks their slots: all of them, or none if it raises."""
         self._names_of("sequences", sequences)
         _core.close([sequence.handle for sequence in sequences], self._slots.stream())
 
     def free_slots(self, n: int) -> int | None:
-        """The first of ``n`` slots side by side without a sequence, as far up as possible, or None."""
+        """Returns the first of ``n`` adjacent slots without a sequence, with the highest possible index, or None."""
         return self._arena.free_slots(integer("n", n, 1))
 
     def free_slots_from(self, slot: int) -> int:
-        """How many slots side by side, from ``slot`` on, have no sequence."""
+        """Returns how many adjacent slots, from ``slot`` on, have no sequence."""
         return self._arena.free_slots_from(integer("slot", slot))
 
     def copy_on_write(self, sequences: list[Sequence], length: int) -> None:
-        """Copies what sequences share behind their first ``length`` positions, so that rows there may be written.
+        """Copies the memory that is shared behind the first ``length`` positions, so that rows there may be written.
 
         Raises:
             BudgetExceeded, OutOfDeviceMemory: there is no memory for the copies; no row has changed.
@@ -361,49 +361,49 @@ class KVCache:
         self._slots.taking(self._arena.copy_on_write, names, integer("length", length), self._slots.stream())
 
     def shares(self, sequences: list[Sequence], length: int) -> bool:
-        """Whether something that sequences have mapped behind their first ``length`` positions is shared."""
+        """Whether any memory behind the first ``length`` positions of these sequences is shared with others."""
         return self._arena.shares(self._names_of("sequences", sequences), integer("length", length))
 
     def first_row(self, slot: int, plane: int) -> int:
-        """The first position whose whole row in a ``layout.planes`` entry a window has not given back."""
+        """Returns the first position whose row in a plane no sliding window has given back, not even in part."""
         slot = integer("slot", slot, 0, self.slots - 1)
         plane = integer("plane", plane, 0, len(self.layout.planes) - 1)
         return -(-self._arena.head(slot, plane) // self.layout.planes[plane].row_bytes)
 
     def trim(self) -> None:
-        """Gives every byte back to the driver that no running sequence needs; waits for kernels that may use it."""
+        """Gives all memory back to the driver that no running sequence needs; waits for kernels that may use it."""
         self._arena.trim()
 
     def set_budget(self, budget: int | float | None) -> None:
-        """Sets the limit on physical memory; what is beyond it goes back to the driver before this returns.
+        """Sets the limit on physical memory; memory beyond it goes back to the driver before this returns.
 
         Args:
-            budget: bytes (int), a part of what is free now with what the cache has (float in (0, 1]), or None.
+            budget: bytes (int), a fraction of the free memory plus the cache's own (float in (0, 1]), or None.
 
         Raises:
-            BudgetExceeded: running sequences need more; the budget is as it was.
+            BudgetExceeded: running sequences need more; the budget is unchanged.
         """
         budget = checked_budget(budget)
         held = self.stats().physical if isinstance(budget, float) else 0
         self._arena.set_budget(budget_bytes(budget, self._arena.driver, held))
 
     def trim_on_oom(self) -> TrimOnOOM:
-        """While it lasts, a torch operation of this thread that runs out of device memory is tried again after a trim.
+        """Returns a context in which a torch operation of this thread that runs out of memory is retried after a trim.
 
-        The operation gets what no running sequence needs. Every operation in the context passes through Python once
-        more, some microseconds each: meant for prefills that fill the device.
+        The trim frees all memory that no running sequence needs. Every operation in the context takes some microseconds
+        longer, since it makes a detour through Python: use it for prefills that fill the device.
         """
         return TrimOnOOM(self.trim)
 
     def wait_idle(self) -> None:
-        """Waits until the mapper has nothing more to do for this cache than to wait for kernels."""
+        """Waits until the mapper has no work left for this cache except to wait for kernels."""
         self._arena.wait_idle()
 
     settle = Renamed("wait_idle")
     own_all = Renamed("copy_on_write")
 
     def close(self) -> None:
-        """Unmaps everything. Views of K and V must not be read any more; their addresses stay reserved."""
+        """Unmaps all memory. Views of K and V must not be read afterwards; their addresses stay reserved."""
         self._arena.close()
 
     @property
@@ -417,7 +417,7 @@ class KVCache:
         return self._arena.closed
 
     def stats(self) -> CacheStats:
-        """A snapshot of the memory and of the driver calls made so far."""
+        """Returns a snapshot of the memory and of the number of driver calls so far."""
         driver = self._arena.driver
         stats: dict[str, Any] = {
             **self._arena.stats(),
@@ -429,11 +429,11 @@ class KVCache:
         return CacheStats(**stats)
 
     def map(self) -> list[_core.SlotInfo]:
-        """Every slot: state, length, and for each plane the extents in bytes; offsets count from ``k(0)``'s start."""
+        """Returns each slot's state, length and runs; sizes in bytes, offsets from the start of the reservation."""
         return self._arena.map()
 
     def show(self) -> str:
-        """The map as text, a line a slot that has memory or a sequence; extents in granules, ``+`` between them."""
+        """Returns the map of the slots with a sequence or memory as text; extents are granules joined by ``+``."""
         lines = []
         for index, slot in enumerate(self.map()):
             mapped = sum(run["tail"] - run["head"] for run in slot["runs"])
@@ -450,7 +450,7 @@ class KVCache:
         return "\n".join(lines)
 
     def check(self) -> None:
-        """Recounts every extent, address and state; raises ``vattn.Error`` where an invariant is broken."""
+        """Recounts all extents, addresses and states; raises ``vattn.Error`` if an invariant is broken."""
         self._arena.check()
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -474,7 +474,7 @@ class KVCache:
         )
 
     def _names_of(self, argument: str, sequences: Iterable[Sequence]) -> list[int]:
-        """By which the arena knows the sequences of an argument."""
+        """Returns the numbers by which the arena names the sequences of an argument, after checking them."""
         if not isinstance(sequences, (list, tuple)):
             raise TypeError(f"{argument} must be a list of sequences, not {shown(sequences)}")
         for sequence in sequences:

@@ -1,14 +1,14 @@
-"""Where each row of K and V lies: pure arithmetic, no device, no torch.
+"""Computes where each row of K and V lies: arithmetic only, without a device and without torch.
 
 The rows of a model are split into groups of layers that have the same shape and window, and each group into planes.
-A plane holds ``row_bytes`` for every position of a slot and is mapped by itself.
+A plane holds ``row_bytes`` for every position of a slot and is mapped separately from the other planes.
 
 ``interleaved`` (the default)
-    One plane a group, ``[position, layer, (K, V), kv_head, head_dim]``: one mapping serves all layers, so a granule
-    holds few tokens and a sequence wastes at most one granule a group.
+    One plane per group, ``[position, layer, (K, V), kv_head, head_dim]``: one mapping serves all layers, so a granule
+    holds few tokens and a sequence wastes at most one granule per group.
 ``compact``
     One plane for each layer's K and one for its V, ``[position, kv_head, head_dim]``: the rows of a layer are
-    contiguous, and each growth step maps in every plane.
+    contiguous, and each growth step maps memory in every plane.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vattn.memory.shape import LayerShape
 GRANULARITY = 2 * 1024 * 1024
 """Bytes of the smallest physical unit on CUDA devices, and the default on the host."""
 
-_LARGEST_ROW = 1 << 40  # bytes of a position in all layers
+_LARGEST_ROW = 1 << 40  # the most bytes that a position may take in all layers together
 
 Kind = Literal["interleaved", "compact"]
 KINDS: tuple[Kind, ...] = ("interleaved", "compact")
@@ -34,7 +34,12 @@ KINDS: tuple[Kind, ...] = ("interleaved", "compact")
 
 @dataclass(frozen=True)
 class Plane:
-    """One run of rows, mapped by itself: ``row_bytes`` for every position, of which a query sees ``window``."""
+    """A part of every slot that is mapped separately.
+
+    Attributes:
+        row_bytes: bytes of each position.
+        window: positions that a query sees, itself included; None when it sees all.
+    """
 
     row_bytes: int
     window: int | None
@@ -42,10 +47,15 @@ class Plane:
 
 @dataclass(frozen=True)
 class Group:
-    """Layers of one shape, in model order, and the planes that hold them, as indices into ``KVLayout.planes``.
+    """Layers of one shape, and where their rows lie.
 
-    ``k_planes`` and ``v_planes`` name the plane of each layer; ``k_offsets`` and ``v_offsets`` are the bytes from the
-    start of that plane's row to the layer's first element.
+    Attributes:
+        shape: the shape of each of the layers.
+        layers: indices of the layers, in model order.
+        k_planes: the plane of each layer's K, as an index into ``KVLayout.planes``.
+        v_planes: the same for V.
+        k_offsets: for each layer, the bytes from the start of a row of its plane to the first element of its K.
+        v_offsets: the same for V.
     """
 
     shape: LayerShape
@@ -57,7 +67,7 @@ class Group:
 
     @property
     def fused(self) -> bool:
-        """Whether a layer's V heads follow its K heads as more heads of the same size would."""
+        """Whether V's heads directly follow K's heads in a row and have their size, so that one tensor covers both."""
         shape = self.shape
         heads = shape.kv_heads * shape.head_dim * shape.itemsize
         return (
@@ -71,12 +81,12 @@ class KVLayout:
     """The layout of a model's KV cache.
 
     Args:
-        layers: the shape of each layer, None for a layer that caches nothing.
+        layers: the shape of each layer; None for a layer that caches nothing.
         max_len: positions of the longest sequence.
         kind: ``"interleaved"`` or ``"compact"``.
         granularity: bytes of the smallest physical unit.
-        recurrent: whether there are layers whose state is not in the rows, so that rows alone do not continue a
-            sequence.
+        recurrent: whether some layers keep a state that is not in the rows, so that a sequence cannot be continued
+            from its rows alone.
     """
 
     def __init__(
@@ -114,7 +124,7 @@ class KVLayout:
         kind: Kind = "interleaved",
         granularity: int = GRANULARITY,
     ) -> KVLayout:
-        """The layout of ``layers`` layers of the same shape (arguments as in ``LayerShape``)."""
+        """Makes the layout of ``layers`` layers of the same shape; see ``LayerShape`` for the other arguments."""
         shape = LayerShape(kv_heads=kv_heads, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype)
         return cls([shape] * integer("layers", layers, 1), max_len=max_len, kind=kind, granularity=granularity)
 
@@ -128,7 +138,7 @@ class KVLayout:
         kind: Kind = "interleaved",
         granularity: int = GRANULARITY,
     ) -> KVLayout:
-        """The layout of a model by its configuration.
+        """Makes the layout of a model from its configuration.
 
         Args:
             config: a Hugging Face configuration, or the mapping of a ``config.json``.
@@ -138,15 +148,15 @@ class KVLayout:
             granularity: bytes of the smallest physical unit.
 
         Raises:
-            TypeError, ValueError: the configuration lacks what a layout needs, or has what is not known; the message
-                names it.
+            TypeError, ValueError: a value that a layout needs is missing, wrong or not understood; the message names
+                it.
         """
         layers, recurrent = described(config, dtype)
         return cls(layers, max_len=max_len, kind=kind, granularity=granularity, recurrent=recurrent)
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """The groups, by their first layer."""
+        """The groups, in the order of their first layers."""
         return self._split[0]
 
     @cached_property
@@ -179,12 +189,12 @@ class KVLayout:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that one more token takes while no window has filled."""
+        """Bytes that one more token takes as long as no sliding window is full."""
         return sum(plane.row_bytes for plane in self.planes)
 
     @property
     def tokens_per_granule(self) -> float:
-        """Tokens that one granule holds, in the plane with the largest rows."""
+        """Tokens that one granule holds in the plane with the largest rows; need not be an integer."""
         return self.granularity / max(plane.row_bytes for plane in self.planes)
 
     @property
@@ -194,7 +204,10 @@ class KVLayout:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of addresses that a slot takes: whole granules, and whole rows where that is no more than 4 GiB."""
+        """Bytes of addresses that a slot takes.
+
+        In each plane these are whole granules, and also whole rows unless the unit that is both exceeds 4 GiB.
+        """
         total = 0
         for plane in self.planes:
             unit = math.lcm(self.granularity, plane.row_bytes)
@@ -203,7 +216,7 @@ class KVLayout:
         return total
 
     def used_bytes(self, length: int) -> int:
-        """Bytes of the rows that a sequence of ``length`` tokens needs; before a window nothing is needed."""
+        """Bytes of the rows that a sequence of ``length`` tokens needs; rows before a sliding window do not count."""
         length = integer("length", length)
         return sum(self._rows(plane, length) * plane.row_bytes for plane in self.planes)
 
@@ -216,17 +229,17 @@ class KVLayout:
         return total
 
     def waste(self, length: int) -> float:
-        """Part of ``mapped_bytes(length)`` that holds no needed row, 0 to 1."""
+        """The fraction of ``mapped_bytes(length)`` that holds no needed row, 0 to 1."""
         mapped = self.mapped_bytes(length)
         return 1 - self.used_bytes(length) / mapped if mapped else 0.0
 
     def static_waste(self, length: int) -> float:
-        """Part of a max-length reservation, as static caches make it, that ``length`` tokens leave unused, 0 to 1."""
+        """The fraction, 0 to 1, of a static cache's ``max_len`` positions that ``length`` tokens leave unused."""
         return 1 - self.used_bytes(length) / self.static_bytes
 
     @property
     def static_bytes(self) -> int:
-        """Bytes that a max-length reservation takes for one sequence."""
+        """Bytes that a static cache allocates for one sequence of ``max_len`` positions."""
         return self.used_bytes(self.max_len)
 
     @staticmethod
@@ -235,9 +248,13 @@ class KVLayout:
 
 
 def layer_shapes(config: Any, *, dtype: str | None = None) -> list[LayerShape | None]:
-    """The shape of each layer of a model, from a Hugging Face configuration or the mapping of a ``config.json``.
+    """Returns the shape of each layer of a model, None for a layer that stores no rows.
+
+    Args:
+        config: a Hugging Face configuration, or the mapping of a ``config.json``.
+        dtype: name of the cache's dtype; by default the configuration's.
 
     Raises:
-        TypeError, ValueError: something is missing, wrong or not known; the message names it.
+        TypeError, ValueError: a value is missing, wrong or not understood; the message names it.
     """
     return described(config, dtype)[0]

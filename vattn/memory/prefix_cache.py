@@ -1,4 +1,4 @@
-"""``PrefixCache``: which slots hold the rows of which tokens, with a lock of its own."""
+"""``PrefixCache``: an index, for several threads, from token ids to the slots that hold their rows."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from vattn.memory.prefix_tree import PrefixTree
 
 
 class Match(NamedTuple):
-    """Who holds the rows of the first tokens.
+    """A slot that holds the rows of the first of some tokens.
 
     Attributes:
         slot: the slot.
-        generation: of the sequence that wrote them there.
-        length: how many of the tokens.
+        generation: the generation of its rows, which identifies the sequence that wrote them.
+        length: how many of the tokens it holds the rows of.
     """
 
     slot: int
@@ -25,10 +25,11 @@ class Match(NamedTuple):
 
 
 class PrefixCache:
-    """Which slots hold the rows of which tokens, as far as is known here: the arena alone knows for sure.
+    """An index from token ids to the slots that hold their rows.
 
-    Several threads may call its methods. The lock is never held around a call of the driver. What an interrupt leaves
-    half changed is forgotten.
+    Its answers are hints: only the arena knows what a slot holds. Several threads may call its methods. The lock is
+    never held during a driver call. When an exception, e.g. KeyboardInterrupt, leaves the index half changed, it is
+    emptied.
     """
 
     def __init__(self) -> None:
@@ -36,12 +37,12 @@ class PrefixCache:
         self._index = _Index()
 
     def insert(self, ids: tuple[int, ...], slot: int, namespace: Hashable, generation: int) -> None:
-        """Notes that a slot holds the rows of some tokens, whatever it held before."""
+        """Records that a slot holds the rows of some tokens, in place of what it held before."""
         with self._locked() as index:
             index.insert(ids, slot, namespace, generation)
 
     def match(self, ids: tuple[int, ...], namespace: Hashable) -> Match | None:
-        """Who holds the most of the first tokens; None where nobody holds any."""
+        """Returns the slot that holds the rows of the longest prefix of the tokens; None where no slot holds any."""
         with self._locked() as index:
             found = index.match(ids, namespace)
         if not found:
@@ -52,12 +53,12 @@ class PrefixCache:
         return Match(slot, generation, length)
 
     def shorten(self, match: Match, namespace: Hashable, length: int) -> None:
-        """Notes that who was found has its first ``length`` rows only."""
+        """Records that the slot of a match holds its first ``length`` rows only."""
         with self._locked() as index:
             index.shorten(namespace, (match.slot, match.generation), length)
 
     def note_fork(self, slot: int) -> int:
-        """Notes that what a slot holds was forked; returns how often it was."""
+        """Counts a fork of the rows that a slot holds; returns how often they have been forked."""
         with self._locked() as index:
             index.forks[slot] = forks = index.forks.get(slot, 0) + 1
         return forks
@@ -73,15 +74,15 @@ class PrefixCache:
 
 
 class _Index:
-    """Which slots hold the rows of which tokens."""
+    """The index of a ``PrefixCache``, without the lock."""
 
     def __init__(self) -> None:
-        self.trees: dict[Hashable, PrefixTree] = {}  # by namespace, of slots with their generations
-        self.generations: dict[int, tuple[Hashable, int]] = {}  # of the slots in them, with their namespaces
-        self.forks: dict[int, int] = {}  # how often those were forked
+        self.trees: dict[Hashable, PrefixTree] = {}  # by namespace; a holder is a slot and its generation
+        self.generations: dict[int, tuple[Hashable, int]] = {}  # by slot: its namespace and generation in the trees
+        self.forks: dict[int, int] = {}  # by slot: how often its rows have been forked
 
     def insert(self, ids: tuple[int, ...], slot: int, namespace: Hashable, generation: int) -> None:
-        """Notes that a slot holds the rows of some tokens, whatever it held before."""
+        """Records that a slot holds the rows of some tokens, in place of what it held before."""
         before = self.generations.get(slot)
         if before != (namespace, generation):
             if before is not None:
@@ -90,12 +91,12 @@ class _Index:
         self.trees.setdefault(namespace, PrefixTree()).insert(ids, (slot, generation))
 
     def match(self, ids: tuple[int, ...], namespace: Hashable) -> tuple[Hashable, int] | None:
-        """Who holds the most of the first tokens, and how many of them."""
+        """Returns the holder of the longest prefix of the tokens and the length of that prefix, or None."""
         tree = self.trees.get(namespace)
         return tree.match(ids) if tree is not None else None
 
     def shorten(self, namespace: Hashable, holder: Hashable, length: int) -> None:
-        """Notes that a holder has its first ``length`` rows only."""
+        """Records that a holder holds its first ``length`` rows only."""
         tree = self.trees.get(namespace)
         if tree is not None:
             tree.shorten(holder, length)

@@ -1,4 +1,4 @@
-"""``PrefixTree``: which slot holds the rows of which tokens. Policy only: it knows no memory, no device, no torch."""
+"""``PrefixTree``: a radix tree from token ids to the holders of their rows, independent of memory, device and torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 
 
 class _Node:
-    """The tokens between two branches, and who ends with them."""
+    """The tokens between two branching points, and the holders whose tokens end with them."""
 
     __slots__ = ("children", "holders", "parent", "tokens", "used")
 
@@ -14,12 +14,15 @@ class _Node:
         self.tokens = tokens
         self.parent = parent
         self.children: dict[int, _Node] = {}  # by their first token
-        self.holders: dict[Hashable, None] = {}  # in the order in which they came
-        self.used = 0
+        self.holders: dict[Hashable, None] = {}  # a set in order of insertion
+        self.used = 0  # the clock of the tree at the last use of this node or of one below it
 
 
 class PrefixTree:
-    """A radix tree over token ids. A holder is whatever names a place that holds the rows of some tokens, in order."""
+    """A radix tree over token ids.
+
+    A holder is any hashable value that names a place where the rows of some tokens are, in the order of the tokens.
+    """
 
     def __init__(self) -> None:
         self._root = _Node((), None)
@@ -33,7 +36,10 @@ class PrefixTree:
         return holder in self._nodes
 
     def insert(self, tokens: Sequence[int], holder: Hashable) -> None:
-        """Notes that a holder holds the rows of these tokens, whatever it held before; of none: that it is gone."""
+        """Records that a holder holds the rows of these tokens, in place of what it held before.
+
+        Without tokens the holder is removed.
+        """
         self.remove(holder)
         if not tokens:
             return
@@ -50,14 +56,14 @@ class PrefixTree:
         self._touch(node)
 
     def remove(self, holder: Hashable) -> None:
-        """Forgets a holder; one that is not known is no error."""
+        """Removes a holder, if it is in the tree."""
         node = self._nodes.pop(holder, None)
         if node is None:
             return
         del node.holders[holder]
         while node.parent is not None and not node.holders and len(node.children) < 2:
             parent = node.parent
-            if node.children:  # of one branch only: it becomes part of that
+            if node.children:  # a node with a single child and no holder is merged into that child
                 [child] = node.children.values()
                 child.tokens, child.parent = node.tokens + child.tokens, parent
                 parent.children[node.tokens[0]] = child
@@ -66,12 +72,16 @@ class PrefixTree:
             node = parent
 
     def shorten(self, holder: Hashable, length: int) -> None:
-        """Notes that a holder has its first ``length`` rows only."""
+        """Records that a holder holds its first ``length`` rows only."""
         if holder in self._nodes:
             self.insert(self.tokens(holder)[:length], holder)
 
     def tokens(self, holder: Hashable) -> tuple[int, ...]:
-        """What a holder holds the rows of."""
+        """Returns the tokens whose rows a holder holds.
+
+        Raises:
+            KeyError: the holder is not in the tree.
+        """
         parts: list[tuple[int, ...]] = []
         node: _Node | None = self._nodes[holder]
         while node is not None:
@@ -80,7 +90,14 @@ class PrefixTree:
         return tuple(token for part in reversed(parts) for token in part)
 
     def match(self, tokens: Sequence[int]) -> tuple[Hashable, int] | None:
-        """Who holds the most of the first tokens, and how many of them; of several, who was used last."""
+        """Finds the holder of the longest prefix of the tokens.
+
+        Of several holders, one whose tokens end in the matching node comes first, then one in the branch that was used
+        last; within a node, the one that was inserted last.
+
+        Returns:
+            The holder and the length of the prefix, or None where no holder has the first token.
+        """
         node, rest, length = self._root, tuple(tokens), 0
         while rest and (child := node.children.get(rest[0])):
             shared = _common(child.tokens, rest)
@@ -90,13 +107,13 @@ class PrefixTree:
         if length == 0:
             return None
         found = node
-        while not found.holders:  # whoever ends below holds it too
+        while not found.holders:  # the holders below this node hold the prefix too
             found = max(found.children.values(), key=lambda child: child.used)
         self._touch(found)
         return next(reversed(found.holders)), length
 
     def _split(self, node: _Node, at: int) -> _Node:
-        """Makes two nodes of one; returns the upper, of ``at`` tokens."""
+        """Splits a node in two; returns the upper one, which has the first ``at`` tokens."""
         assert node.parent is not None
         upper = _Node(node.tokens[:at], node.parent)
         upper.used = node.used
@@ -113,11 +130,11 @@ class PrefixTree:
 
 
 def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """How many tokens two sequences begin with alike."""
+    """Returns the length of the longest common prefix of two sequences of tokens."""
     low, high = 0, min(len(a), len(b))
     if a[:high] == b[:high]:
         return high
-    while low + 1 < high:  # alike up to low, not up to high
+    while low + 1 < high:  # the sequences are equal up to low, but not up to high
         middle = (low + high) // 2
         if a[low:middle] == b[low:middle]:
             low = middle

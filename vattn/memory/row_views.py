@@ -1,4 +1,4 @@
-"""``RowViews``: K and V of a cache's addresses as torch tensors."""
+"""``RowViews``: torch tensors over the addresses of a cache's K and V."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from vattn.memory.layout import Group, KVLayout
 
 
 class RowViews:
-    """K and V of every layer as tensors over the addresses of an arena, which say so where there is no memory.
+    """K and V of every layer as tensors over the addresses of an arena.
 
     Args:
-        arena: whose addresses they are.
+        arena: the arena whose addresses the tensors cover.
         layout: where the rows lie.
-        slots: of the arena.
+        slots: the number of slots of the arena.
     """
 
     def __init__(self, arena: _core.Arena, layout: KVLayout, slots: int) -> None:
         self._arena, self._layout, self._slots = arena, layout, slots
         self._k: dict[int, torch.Tensor] = {}
         self._v: dict[int, torch.Tensor] = {}
-        self._planes_of: dict[int, tuple[int, int]] = {}  # of K and V of each layer
+        self._planes_of: dict[int, tuple[int, int]] = {}  # by layer: the planes of its K and of its V
         self._grouped: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
         for group in layout.groups:
             shape = group.shape
@@ -56,10 +56,10 @@ class RowViews:
         return self._k[layer], self._v[layer]
 
     def of_slot(self, slot: int, length: int, layer: int, *, of_v: bool) -> torch.Tensor:
-        """K or V of one layer of a slot's first rows, ``[length, kv_heads, dim]``, whose storage ends with them."""
+        """K or V of one layer for the first rows of a slot, ``[length, kv_heads, dim]``; see ``KVCache.rows``."""
         slots = self.plain(layer)[of_v]
         rows = slots[slot]
-        if self._arena.head(slot, self._planes_of[layer][of_v]):  # a window has given back the first ones
+        if self._arena.head(slot, self._planes_of[layer][of_v]):  # a sliding window has given back the first rows
             return self.guarded(rows[:length])
         shape, strides = [length, *rows.shape[1:]], list(rows.stride())
         offset = rows.data_ptr() - self._arena.base
@@ -74,7 +74,7 @@ class RowViews:
         return self.guarded(k), self.guarded(v), heads if heads is None else self.guarded(heads)
 
     def guarded(self, view: torch.Tensor) -> torch.Tensor:
-        """A view of the addresses that says so where something looks at rows without memory."""
+        """See ``KVCache.guarded``."""
         return guarded(view, self._arena)
 
     def _known(self, layer: int) -> int:
@@ -103,7 +103,7 @@ class RowViews:
             [stride // shape.itemsize for stride in strides],
             shape.itemsize,
         )
-        # A tensor born in inference mode could not be written outside of it.
+        # A tensor that is created in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             raw: torch.Tensor = torch.utils.dlpack.from_dlpack(capsule)
             return raw.view(getattr(torch, shape.dtype))

@@ -28,14 +28,14 @@ _PACKAGE = str(Path(__file__).parent)
 class Sequence:
     """One sequence of a ``KVCache``: a slot and a length. Close it, or use it in a ``with`` statement.
 
-    One that is forgotten without ``close`` gives its slot back too, with a ``ResourceWarning`` that says where it was
-    opened. Several threads may call its methods: each ``grow`` gets positions of its own. What one thread writes to
-    rows, another may read once the kernels that write them are done.
+    A sequence that is garbage-collected before it is closed gives its slot back too, with a ``ResourceWarning`` that
+    says where it was opened. Several threads may call its methods: each call of ``grow`` gets different positions. Rows
+    that one thread writes may be read by another thread once the kernels that write them are done.
 
     Attributes:
-        cache: the cache it is one of.
-        namespace: what it was opened with; tokens that it is told to ``remember`` are known to others of the same.
-        handle: the core's, which alone knows what the sequence is.
+        cache: the cache of the sequence.
+        namespace: the namespace it was opened with; tokens passed to ``remember`` serve sequences with an equal one.
+        handle: the core's object, which has the state of the sequence.
     """
 
     def __init__(self, cache: KVCache, slots: Slots, handle: _core.Sequence, namespace: Hashable = None) -> None:
@@ -47,27 +47,27 @@ class Sequence:
 
     @property
     def slot(self) -> int:
-        """The row of ``cache.k(layer)`` that is this sequence's; -1 while it has none."""
+        """Index of the sequence's slot, the first dimension of ``cache.k(layer)``; -1 while it is swapped out."""
         slot = self.handle.slot
         return -1 if slot is None else slot
 
     @property
     def length(self) -> int:
-        """Positions that are mapped and may be read and written, once it has a slot."""
+        """Number of positions; they are mapped and may be read and written unless the sequence is swapped out."""
         return self.handle.length
 
     def grow(self, n: int = 1) -> int:
         """Makes room for ``n`` more positions and returns the new length.
 
-        Rows before a layer's sliding window, as seen from the length before the call, are given back.
+        Memory of rows that no query at the length before the call sees, because of sliding windows, is given back.
 
         Raises:
-            SequenceTooLong: beyond ``max_len``.
+            SequenceTooLong: the new length would exceed ``max_len``.
             BudgetExceeded: the budget is spent.
             OutOfDeviceMemory: the device is full.
-            ValueError: the sequence is closed, or ``n`` is negative.
+            ValueError: the sequence is closed or swapped out, or ``n`` is negative.
 
-        After an error nothing has changed.
+        After an error the length is unchanged.
         """
         if type(n) is not int or not 0 <= n <= MOST:
             n = integer("n", n)
@@ -76,30 +76,30 @@ class Sequence:
 
     @property
     def capacity(self) -> int:
-        """Positions that ``grow`` can bring the sequence to without waiting for memory."""
+        """The length to which ``grow`` can bring the sequence without waiting for memory."""
         return self._slots.arena.capacity(self.handle.name)
 
     def prefetch(self, length: int) -> bool:
-        """Asks for memory for ``length`` positions without waiting for it, and returns whether it is there.
+        """Asks for memory for ``length`` positions without waiting for it, and returns whether it is mapped already.
 
-        With a mapper it is mapped in the background, as far as the budget and what is free allow without taking from
-        other sequences; ask again, or look at ``capacity``, to know. Without one it is mapped before this returns. The
-        memory stays with the sequence until ``truncate``.
+        With a mapper the memory is mapped in the background, as far as the budget and the device allow that without
+        taking what other running sequences need; call this again, or read ``capacity``, to find out. Without a mapper
+        it is mapped before this returns. The sequence keeps the memory until it is truncated or closed.
 
         Raises:
-            SequenceTooLong: beyond ``max_len``.
-            ValueError: the sequence is closed, or ``length`` is negative.
+            SequenceTooLong: ``length`` exceeds ``max_len``.
+            ValueError: the sequence is closed or swapped out, or ``length`` is negative.
             BudgetExceeded, OutOfDeviceMemory: as in ``grow``, without a mapper only.
         """
         return self._slots.arena.prefetch(self.handle.name, integer("length", length))
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Tells that work on the sequence is queued on ``stream``, beside the streams current at ``grow``.
+        """Declares that work on the sequence is queued on ``stream``, beside the streams that were current at ``grow``.
 
-        Its memory is not unmapped, nor used on another stream, before that work is done.
+        The memory of the sequence is neither unmapped nor used on another stream before that work is done.
 
         Raises:
-            TypeError, ValueError: ``stream`` is no stream, or one of another device; or the sequence is closed.
+            TypeError, ValueError: ``stream`` is no stream or one of another device, or the sequence is closed.
         """
         name, device = self.handle.name, self.cache.device
         if not isinstance(stream, torch.Stream):
@@ -111,7 +111,9 @@ class Sequence:
         self._slots.arena.use(name, stream.cuda_stream)
 
     def truncate(self, length: int) -> None:
-        """Keeps the first ``length`` positions. Their memory stays mapped until somebody needs it.
+        """Shortens the sequence to its first ``length`` positions.
+
+        The memory behind them stays mapped until this or another sequence needs it.
 
         Raises:
             ValueError: the sequence is closed or shorter than that, or a sliding window has moved past ``length``.
@@ -119,21 +121,21 @@ class Sequence:
         self.cache.truncate_all([self], length)
 
     def fork(self, length: int | None = None, n: int = 1, *, share: Share = "auto") -> list[Sequence]:
-        """Makes ``n`` sequences that start with the first ``length`` positions of this one; by default all of them.
+        """Makes ``n`` sequences that start with the first ``length`` positions of this one, by default with all.
 
-        Whole extents of memory are shared, and what lies behind the last of them is copied on the device. Each sequence
-        goes on by itself: who is truncated into what it shares gets its own before it grows.
+        Extents that lie wholly within these positions are shared; the rows behind the last of them are copied on the
+        device. The sequences are independent: one that is truncated into shared memory gets a copy before it grows.
 
         Args:
             length: positions to take over, at most ``self.length``.
             n: sequences to make.
             share: ``"alias"`` shares, ``"copy"`` copies everything, ``"auto"`` does what costs less time and memory.
-                When the device has nearly as many mappings as it takes, all of them copy.
+                Beyond the cache's ``alias_limit``, forks copy in any case.
 
         Raises:
             ValueError: the sequence is closed or shorter than that, a sliding window has moved past ``length``, or
-                there are not so many slots.
-            BudgetExceeded, OutOfDeviceMemory: as in ``grow``; nothing has changed then.
+                fewer than ``n`` slots are free.
+            BudgetExceeded, OutOfDeviceMemory: as in ``grow``; no sequence is made then.
         """
         self.handle.name  # noqa: B018, which raises where it is closed
         n, length = integer("n", n, 1), optional_integer("length", length)
@@ -150,13 +152,13 @@ class Sequence:
         return [sequence.handed_out() for sequence in made]
 
     def remember(self, tokens: Iterable[int]) -> None:
-        """Tells whose rows the first of this sequence are, so that others that begin alike start behind them.
+        """Commits the first rows as those of some tokens, so that sequences that begin with these tokens reuse them.
 
-        They are known from now on, as far as the work queued on the sequence's streams writes them, and stay known when
-        the sequence is closed, until the memory is needed: who was of use least recently goes first, from the end on.
+        The kernels that write the rows must already be queued on the sequence's streams. The rows stay cached when the
+        sequence is closed, until their memory is needed: the least recently used slot loses it first, from the end on.
 
         Args:
-            tokens: ids of the first tokens of the sequence, ``[n]`` or ``[1, n]``, at most ``length``.
+            tokens: ids of the first tokens of the sequence, ``[n]`` or ``[1, n]``, at most ``length`` of them.
 
         Raises:
             ValueError: the sequence is closed or shorter than that, or the model has recurrent layers.
@@ -168,17 +170,17 @@ class Sequence:
         self._slots.remember(name, self.slot, ids, self.namespace)
 
     def export(self, to: socket.socket, *, timeout: float = 30.0) -> None:
-        """Hands the rows to another process on the same device, which takes them by ``KVCache.import_sequence``.
+        """Passes the rows to another process on the same device, which calls ``KVCache.import_sequence``.
 
-        Nothing is copied but what does not fill an extent. What is queued on the sequence's streams is waited for. The
-        sequence goes on as it was; what it has in common with the other process neither of them writes any more.
+        Only rows behind the last whole extent are copied. The call waits for the work that is queued on the sequence's
+        streams. The sequence can be used as before; neither process writes to the memory that they share.
 
         Args:
             to: a connected Unix socket, to a process of the same user.
             timeout: seconds that the whole transfer may take.
 
         Raises:
-            Error: the other process has gone, was silent for too long, refused, or belongs to another user.
+            Error: the other process has gone, took too long, refused, or belongs to another user.
             ValueError: the cache was not made ``exportable``, the layouts differ, or every slot is in use.
             BudgetExceeded: as in ``fork``.
         """
@@ -200,12 +202,12 @@ class Sequence:
                 copy.close()
 
     def swap_out(self) -> None:
-        """Moves the sequence to page-locked host memory and lets its slot go, without waiting for the copy.
+        """Moves the sequence to page-locked host memory and gives its slot up, without waiting for the copy.
 
-        What was queued on the sequence's streams comes first. Its memory serves others when the copy is done. Rows that
-        it shares stay with who else has them, go to host memory once for all who share them (which is given back with
-        the last of them), and are shared again with those that are there, or come back. What ``remember`` was told is
-        forgotten.
+        The copy runs after the work that is queued on the sequence's streams; then the device memory is free for other
+        sequences. Shared rows stay with the other sequences that have them. They are copied to host memory once for all
+        sequences that share them, and after ``swap_in`` they are shared again. The host copy is freed with the last
+        swapped-out sequence that needs it. Rows committed by ``remember`` are no longer cached.
 
         Raises:
             BudgetExceeded: ``host_budget`` is spent; nothing has changed.
@@ -214,9 +216,9 @@ class Sequence:
         self.handle.swap_out(self._slots.stream())
 
     def swap_in(self, *, slot: int | None = None) -> None:
-        """Brings the sequence back, to ``slot`` or any, without waiting for the copy.
+        """Brings the sequence back to the device, to ``slot`` or any free slot, without waiting for the copy.
 
-        What is queued on the current stream from now on comes after it.
+        Work that is queued on the current stream afterwards runs after the copy.
 
         Raises:
             BudgetExceeded, OutOfDeviceMemory: as in ``grow``; the sequence is still swapped out.
@@ -230,20 +232,20 @@ class Sequence:
         return self.handle.swapped is not None
 
     def compact(self, length: int | None = None, *, forks: int = 0) -> None:
-        """Moves the first ``length`` positions, by default all, into one extent that a fork shares in one driver call.
+        """Moves the first ``length`` positions, by default all, into one extent per plane, which a fork maps at once.
 
-        What does not fill a granule stays where it is. The address stays what it is; the rows are copied on the device,
-        and what is queued on the sequence's streams is waited for. Forks made before keep what they share. Layers with
-        a sliding window are left as they are. Until it is done, the memory is taken twice.
+        Rows behind the last whole granule stay where they are. The addresses do not change: the rows are copied on the
+        device, after the work on the sequence's streams, for which this call waits. Earlier forks keep what they share.
+        Layers with a sliding window are left as they are. Until it is done, the memory is taken twice.
 
         Args:
             length: positions to move, at most ``self.length``.
-            forks: so many forks of these positions that come next find what they share mapped already, each in a slot
-                that nobody uses now and that is theirs until somebody else needs it.
+            forks: number of free slots in which the positions are mapped in advance. Later forks of them take these
+                slots without mapping them again, as long as no other sequence has needed the slots or their memory.
 
         Raises:
-            BudgetExceeded, OutOfDeviceMemory: there is not so much memory; nothing has changed, or all but the forks.
-            ValueError: the sequence is closed, or shorter than that; or there are not so many slots.
+            BudgetExceeded, OutOfDeviceMemory: there is too little memory; no row has changed, and no fork is prepared.
+            ValueError: the sequence is closed or shorter than that, or fewer than ``forks`` slots are free.
         """
         name = self.handle.name
         length, forks = optional_integer("length", length), integer("forks", forks)
@@ -252,7 +254,7 @@ class Sequence:
         arena.compact(name, length)
         if not forks:
             return
-        made = self.fork(length, forks, share="alias")  # whose slots keep what they share mapped
+        made = self.fork(length, forks, share="alias")  # parked, their slots keep the shared extents mapped
         try:
             for ready in made:
                 arena.commit(ready.handle.name, min(arena.rows_in_shared(ready.handle.name), length))
@@ -260,21 +262,21 @@ class Sequence:
             self.cache.close_all(made)
 
     def k(self, layer: int) -> torch.Tensor:
-        """This sequence's K, ``[length, kv_heads, head_dim]``, a view whose storage ends with its rows.
+        """This sequence's K of one layer, ``[length, kv_heads, head_dim]``: a view whose storage ends with its rows.
 
-        Of a layer with a window that has moved on the first rows have no memory, see ``KVCache.k``.
+        Where a sliding window has given back the first rows, it is a slice of ``KVCache.k``, partly without memory.
         """
         return self.cache.rows(self, layer, of_v=False)
 
     def v(self, layer: int) -> torch.Tensor:
-        """This sequence's V, ``[length, kv_heads, v_head_dim]``; see ``k``."""
+        """This sequence's V of one layer, ``[length, kv_heads, v_head_dim]``; see ``k``."""
         return self.cache.rows(self, layer, of_v=True)
 
     def close(self, *, tokens: Iterable[int] | None = None) -> None:
         """Ends the sequence and parks its slot. Closing twice is allowed.
 
         Args:
-            tokens: what to ``remember`` before. Of a sequence that is swapped out nothing is: it has no rows here.
+            tokens: ids to pass to ``remember`` first; ignored if the sequence is swapped out, since it has no rows.
         """
         ids = None if tokens is None else token_ids("tokens", tokens)
         if self.handle.closed:
@@ -319,7 +321,7 @@ class Sequence:
             warnings.warn(what, ResourceWarning, source=self, stacklevel=2)
 
     def handed_out(self) -> Sequence:
-        """Notes where it was opened: whoever called vattn is to close it. Returns the sequence."""
+        """Records the line outside of this package that opened the sequence, for the warning; returns the sequence."""
         frame = sys._getframe(1)
         while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
             frame = frame.f_back

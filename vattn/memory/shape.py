@@ -1,4 +1,4 @@
-"""What an attention layer keeps of a token; no torch."""
+"""What an attention layer caches for a token. This module works without torch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ ITEMSIZES = {
 }
 """Bytes of an element, by the name of the torch dtype."""
 
-ALIGNMENT = 16  # what kernels that load by TMA want of every stride, in bytes
+ALIGNMENT = 16  # bytes; kernels that load by TMA require every stride to be a multiple of it
 
 
 def dtype_name(argument: str, dtype: Any) -> str:
-    """The name of a dtype that rows may have, given as that or as torch's."""
+    """Returns the name of a supported dtype, which may be given by name or as a torch dtype.
+
+    Raises:
+        ValueError: the dtype is not supported; the message names the argument.
+    """
     name = dtype if isinstance(dtype, str) else shown(dtype)
     name = name.removeprefix("torch.")
     if name not in ITEMSIZES:
@@ -30,12 +34,12 @@ def dtype_name(argument: str, dtype: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerShape:
-    """What one attention layer keeps of a token.
+    """What one attention layer caches for a token.
 
     Attributes:
         kv_heads: heads of K and V.
         head_dim: elements of a head of K.
-        v_head_dim: elements of a head of V, where it differs (MLA); by default ``head_dim``.
+        v_head_dim: elements of a head of V, where the number differs (MLA); by default ``head_dim``.
         dtype: name of the torch dtype, a key of ``ITEMSIZES``.
         window: positions that a query sees, itself included; None when it sees all.
     """
@@ -60,15 +64,15 @@ class LayerShape:
 
     @property
     def k_bytes(self) -> int:
-        """Bytes of one token's K, padded to the alignment."""
+        """Bytes of one token's K, padded to a multiple of ``ALIGNMENT``."""
         return aligned(self.kv_heads * self.head_dim * self.itemsize)
 
     @property
     def v_bytes(self) -> int:
-        """Bytes of one token's V, padded to the alignment."""
+        """Bytes of one token's V, padded to a multiple of ``ALIGNMENT``."""
         return aligned(self.kv_heads * self.v_head_dim * self.itemsize)
 
 
 def aligned(nbytes: int) -> int:
-    """The next multiple of the alignment."""
+    """Rounds a number of bytes up to a multiple of ``ALIGNMENT``."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -1,4 +1,4 @@
-"""``Slots``: the slots of a cache as its sequences use them."""
+"""``Slots``: what a ``KVCache`` and its sequences share, the arena and the index of cached prefixes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from vattn.memory.prefix_cache import PrefixCache
 
 Share = Literal["auto", "alias", "copy"]
 SHARES: tuple[Share, ...] = ("auto", "alias", "copy")
-_HOT = 2  # forks of known rows after which they are compacted
+_HOT = 2  # forks of cached rows from which on they are compacted
 _T = TypeVar("_T")
 
 
 class Slots:
-    """An arena, called with the stream that is current in this thread; what sequences and their cache have in common.
+    """An arena and its prefix cache. The methods pass on the stream that is current in the calling thread.
 
     Attributes:
-        arena: the core's.
-        layout: where rows lie in it.
-        device: where it is.
-        prefixes: which of its slots hold the rows of which tokens.
+        arena: the core's arena.
+        layout: where the rows lie in the arena.
+        device: the device of the arena.
+        prefixes: the index from token ids to the slots that hold their rows.
     """
 
     def __init__(self, arena: _core.Arena, layout: KVLayout, device: torch.device) -> None:
@@ -34,12 +34,12 @@ class Slots:
         self.prefixes = PrefixCache()
 
     def stream(self) -> int:
-        """The current stream, as the core takes it."""
-        # What torch.cuda.current_stream wraps; this runs at every growth.
+        """Returns the handle of the current stream, as the core expects it; 0 on the host."""
+        # torch.cuda.current_stream wraps this function; it is called directly since this runs at every growth.
         return torch._C._cuda_getCurrentRawStream(self.device.index) if self.device.type == "cuda" else 0
 
     def taking(self, call: Callable[..., _T], *args: Any) -> _T:
-        """What a call that takes memory returns; on a full device it is made again without what torch only keeps."""
+        """Returns the result of a call that takes memory; on a full device, empties torch's cache and repeats it."""
         try:
             return call(*args)
         except OutOfDeviceMemory:
@@ -49,31 +49,39 @@ class Slots:
         return call(*args)
 
     def open_empty(self, like: int | None, expected: int = 0) -> _core.Sequence:
-        """In a slot that is ready for a fork of the slot ``like``, or fits ``expected``, or is as empty as can be."""
+        """Opens an empty sequence in a suitable slot.
+
+        A slot that was prepared for forks of the slot ``like`` comes first; then the slot whose memory best fits
+        ``expected`` positions or, where that is 0, the one with the least memory.
+        """
         return self.arena.open(expected=expected, stream=self.stream(), empty=not expected, like=like)
 
     def fork(self, slot: int, length: int, targets: list[int], *, generation: int | None = None, share: Share) -> bool:
-        """Gives empty sequences the first rows of another, see the core; false where they are not there any more."""
+        """Gives empty sequences the first rows of a slot, see ``Arena::fork`` in the core.
+
+        Returns:
+            False if a generation is given and the slot does not hold the rows of that generation any more.
+        """
         fork = functools.partial(self.arena.fork, generation=generation, share=share, stream=self.stream())
         return self.taking(fork, slot, length, targets)
 
     def remember(self, name: int, slot: int, ids: tuple[int, ...], namespace: Hashable) -> None:
-        """Notes that the first rows of a sequence are those of some tokens."""
+        """Commits the first rows of a sequence as those of some tokens, and adds them to the index."""
         generation, _, _ = self.arena.commit(name, len(ids))
         self.prefixes.insert(ids, slot, namespace, generation)
 
     def note_fork(self, slot: int, generation: int, length: int) -> None:
-        """Has the rows of who is forked again and again put into few extents, in the background."""
+        """Counts a fork of cached rows; has the mapper compact rows that are forked repeatedly into few extents."""
         if self.prefixes.note_fork(slot) >= _HOT:
             self.arena.compact_later(slot, generation, length)
 
     def require_rows_only(self) -> None:
-        """Raises ValueError where rows alone do not continue a sequence."""
+        """Raises ValueError if the model has recurrent layers, so that rows alone do not continue a sequence."""
         if self.layout.recurrent:
             raise ValueError("the model has recurrent layers, whose state is in no row: what tokens left is not known")
 
     def exported_layout(self) -> dict[str, Any]:
-        """What two processes must have in common."""
+        """Returns what the caches of two processes must have in common to pass a sequence on."""
         device = "cpu"
         if self.device.type == "cuda":
             device = str(torch.cuda.get_device_properties(self.device).uuid)

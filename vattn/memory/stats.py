@@ -1,4 +1,4 @@
-"""``CacheStats``: what a cache says of its memory and of the driver's calls."""
+"""``CacheStats``: a cache's statistics of its memory and of the driver calls."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ class CacheStats:
 
     Attributes:
         budget: the limit on physical memory; None when there is none.
-        reserved: addresses, which cost nothing.
+        reserved: reserved virtual addresses, which take no memory.
         physical: memory taken from the driver, which is mapped + pooled + deferred.
-        peak: the most that ``physical`` has been.
-        mapped: memory under slots; ``parked`` is the part that is under no sequence's.
-        parked: see ``mapped``.
-        shared: what would be mapped beside it if sequences did not share.
-        pooled: memory kept for the next growth.
+        peak: the largest value that ``physical`` has had.
+        mapped: memory mapped under slots, where shared memory counts once.
+        parked: the part of ``mapped`` that is under no running sequence.
+        shared: memory that would be mapped in addition to ``mapped`` if sequences did not share any.
+        pooled: memory kept for the next growth, or just being mapped or unmapped.
         deferred: memory that is unmapped once kernels that may read it have finished.
         running_slots: slots with a sequence.
-        parked_slots: slots without one, whose memory is still mapped.
+        parked_slots: slots without a sequence whose memory is still mapped.
         rows: bytes of the rows of running sequences.
-        spare: mapped under running slots past what their sequences need; given to others when asked for.
+        spare: memory mapped under running slots past what their sequences need; it is taken when others need memory.
         adopted: how often a new sequence took over a parked slot.
-        aliases: extents that forks have mapped again.
-        copied: bytes copied by forks, by ``compact``, and before a sequence wrote behind rows that it shares.
+        aliases: extents that were mapped again, by forks and by sequences that are swapped in.
+        copied: bytes copied by forks, by ``compact``, and by copy on write.
         hits: how often a sequence grew into memory that was mapped ahead.
-        misses: how often it had to wait for memory.
-        waited_seconds: time that callers waited for memory, for kernels on other streams, or for the mapper.
-        background_failures: work ahead that the driver refused; who needs the memory tries again and is told.
-        lookahead: positions past its length that the sequence mapped furthest ahead is kept mapped.
-        host: host memory under sequences that are swapped out.
-        host_pooled: host memory kept for the next ones.
-        driver_calls: calls made so far, by name.
-        background_calls: of those, the ones that the mapper made.
+        misses: how often a growth had to wait for memory.
+        waited_seconds: time that callers waited: for memory, for kernels on other streams, or for locked slots.
+        background_failures: work of the mapper that the driver refused; a caller that needs the memory tries again and
+            gets the error.
+        lookahead: positions past its length up to which the mapper keeps a sequence mapped; the most of all sequences.
+        host: host memory of sequences that are swapped out.
+        host_pooled: host memory kept for sequences that will be swapped out.
+        driver_calls: number of calls so far, by name.
+        background_calls: the part of ``driver_calls`` that the mapper made.
     """
 
     budget: int | None

@@ -1,4 +1,4 @@
-"""Whether a sequence that makes room is better swapped out or computed again: a measured estimate for schedulers."""
+"""Estimates from measurements whether to swap a preempted sequence out or to recompute it; for schedulers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from vattn.memory.layout import GRANULARITY, KVLayout
 
 @dataclass(frozen=True, kw_only=True)
 class SwapCosts:
-    """What a device does in a second.
+    """The speed of a device at swapping and at computing.
 
     Attributes:
-        out_bytes: bytes swapped out.
-        in_bytes: bytes swapped in.
-        flops: floating-point operations of a large matrix product.
+        out_bytes: bytes per second swapped out.
+        in_bytes: bytes per second swapped in.
+        flops: floating-point operations per second of a large matrix product.
     """
 
     out_bytes: float
@@ -40,7 +40,7 @@ class SwapCosts:
         )
         with KVCache(layout, slots=2, device=where) as cache, cache.open() as sequence:
             sequence.grow(layout.max_len)
-            sequence.swap_out()  # takes the host memory
+            sequence.swap_out()  # allocates the host memory, which is not to be timed
             sequence.swap_in()
             out, back = (
                 statistics.median(times)
@@ -57,15 +57,21 @@ class SwapCosts:
         return cls(out_bytes=swapped / out, in_bytes=swapped / back, flops=2 * n**3 / multiplied)
 
     def swap_seconds(self, layout: KVLayout, length: int) -> float:
-        """To swap a sequence of ``length`` positions out and in."""
+        """Returns the seconds to swap a sequence of ``length`` positions out and in."""
         nbytes = layout.used_bytes(length)
         return nbytes / self.out_bytes + nbytes / self.in_bytes
 
     def recompute_seconds(self, layout: KVLayout, length: int, *, parameters: int, query_heads: int) -> float:
-        """To prefill ``length`` tokens of a model of so many parameters, of which each token uses all.
+        """Returns the seconds to prefill ``length`` tokens.
 
-        Two operations a parameter and token, and of attention four for each element of the query, position it sees and
-        layer.
+        The estimate has two operations for each parameter and token, and in each layer two for each element of the K
+        and of the V of a query head, for each query and each position that it sees.
+
+        Args:
+            layout: the layout of the model's cache.
+            length: tokens of the sequence.
+            parameters: parameters of the model that each token uses.
+            query_heads: query heads of a layer.
         """
         flops = 2.0 * parameters * length
         for shape in layout.layers:
@@ -77,7 +83,7 @@ class SwapCosts:
     def better(
         self, layout: KVLayout, length: int, *, parameters: int, query_heads: int
     ) -> Literal["swap", "recompute"]:
-        """What brings a sequence back sooner, counting the way out; arguments as in ``recompute_seconds``."""
+        """Returns what takes less time in total, swapping out and in or recomputing; see ``recompute_seconds``."""
         again = self.recompute_seconds(layout, length, parameters=parameters, query_heads=query_heads)
         return "swap" if self.swap_seconds(layout, length) <= again else "recompute"
 

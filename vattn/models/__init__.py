@@ -1,1 +1,1 @@
-"""What vattn knows of transformers' models: the attention they compute by, and what else their steps depend on."""
+"""What vattn knows about transformers' models: how they compute attention, and what else their steps depend on."""

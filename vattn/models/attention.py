@@ -17,12 +17,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vattn.kernels import AttentionParams
 
-_NAME = "vattn"  # of the attention function
+_NAME = "vattn"  # the name of the attention function in transformers' registry
 _running: contextvars.ContextVar[_Running | None] = contextvars.ContextVar("running", default=None)
 
 
 class UnsupportedError(Exception):
-    """What keeps steps from running on slot tensors; ``of_model`` when that will never change."""
+    """A reason for which a step cannot be computed on slot tensors.
+
+    Args:
+        reason: the reason, for messages.
+        of_model: whether the reason lies in the model, so that it holds for all of its steps.
+    """
 
     def __init__(self, reason: str, *, of_model: bool = False) -> None:
         super().__init__(reason)
@@ -31,10 +36,14 @@ class UnsupportedError(Exception):
 
 @contextlib.contextmanager
 def attending(to: Any, configs: list[Any]) -> Iterator[None]:
-    """While it lasts the attention of the model with these configurations is ``to.attend``, for this thread alone.
+    """Within this context ``to`` computes the attention of a model, in this thread only.
 
-    The configurations name vattn's attention to whoever reads them in this context; to all others they name what they
-    always do, and so nothing of it is seen by other threads.
+    The model's configurations name vattn's attention to code that runs in this context. To other threads they name the
+    same attention as always.
+
+    Args:
+        to: computes the attention by its method ``attend``, or by ``attend_own`` where its ``own_attention`` is true.
+        configs: the configurations of the model, see ``configs_of``.
     """
     for config in configs:
         _name_by_context(type(config))
@@ -47,7 +56,7 @@ def attending(to: Any, configs: list[Any]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Running:
-    """What computes the attention of a model in this context, and the configurations of the model by ``id``."""
+    """The object that computes a model's attention in this context, and the ``id`` of each of its configurations."""
 
     to: Any
     configs: frozenset[int]
@@ -59,7 +68,7 @@ def _is_running() -> bool:
 
 
 def _name_by_context(kind: type) -> None:
-    """Lets configurations of a class name vattn's attention in the context of ``attending``."""
+    """Replaces a property of a configuration class, so that it names vattn's attention within ``attending``."""
     owner = next((c for c in kind.__mro__ if isinstance(vars(c).get("_attn_implementation"), property)), None)
     if owner is None:
         return
@@ -68,7 +77,7 @@ def _name_by_context(kind: type) -> None:
         return
 
     def name(self: Any) -> Any:
-        if torch.compiler.is_compiling():  # of a step the compiler sees that model alone
+        if torch.compiler.is_compiling():  # while a step is compiled, no other model reads its configuration here
             named = _is_running()
         else:
             running = _running.get()
@@ -80,7 +89,7 @@ def _name_by_context(kind: type) -> None:
 
 
 def attention_of(config: Any) -> str:
-    """The name of the attention that a model computes by, also while it computes by vattn's."""
+    """The name of a model's own attention implementation, also within ``attending``."""
     token = _running.set(None)
     try:
         name: str = config._attn_implementation
@@ -90,7 +99,7 @@ def attention_of(config: Any) -> str:
 
 
 def own_attention(module: Any, *args: Any, **options: Any) -> Any:
-    """What a module's attention gives without vattn."""
+    """Computes a module's attention by the function that the module would call without vattn."""
     name = attention_of(module.config)
     if name in ALL_ATTENTION_FUNCTIONS:
         return ALL_ATTENTION_FUNCTIONS[name](module, *args, **options)
@@ -98,7 +107,7 @@ def own_attention(module: Any, *args: Any, **options: Any) -> Any:
 
 
 def running() -> Any:
-    """The step, or what is like it, that this thread computes now, if any."""
+    """The object that ``attending`` was given in this context, e.g. the decode step that runs; None outside of it."""
     found = _running.get()
     return None if found is None else found.to
 
@@ -117,6 +126,12 @@ def _attention(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> Any:
+    """The attention function of ``attending``, with the arguments that transformers gives to such functions.
+
+    Raises:
+        UnsupportedError: the step cannot be computed on slot tensors.
+        RuntimeError: the call is not within ``attending``.
+    """
     names = ("scaling", "sliding_window", "softcap", "s_aux")
     scaling, sliding_window, softcap, s_aux = map(options.get, names)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -142,16 +157,23 @@ def _attention(
 
 
 def _mask(*args: Any, **options: Any) -> Any:
-    """No mask: a step sees all rows, or those of its window. What is neither is refused."""
+    """The mask function of ``attending``: it makes no mask, since kernels are told which rows a query sees.
+
+    Where the model's own attention is computed, it returns the mask of the model's own mask function.
+
+    Raises:
+        UnsupportedError: the model's mask is neither causal nor a sliding window.
+    """
     if torch.compiler.is_compiling():
-        return None  # it was looked at before
+        return None  # the mask was checked in steps that were not compiled
     step = _require_running()
     if step.own_attention:
         return ALL_MASK_ATTENTION_FUNCTIONS[attention_of(options["config"])](*args, **options)
     local_size, mask_function = options.get("local_size"), options["mask_function"]
     if local_size == 0:
-        return None  # for layers that a model does not have
-    # What is added by rows or positions, e.g. that the tokens of an image see each other, is causal for a step's token.
+        return None  # a mask for layers that the model does not have
+    # What a model adds to a causal mask, e.g. that the tokens of an image see each other, changes nothing for the only
+    # token of a decode step. A prompt, which has no store, may have several tokens and is refused.
     several = step.store is None
     if options.get("use_vmap") or (several and options.get("allow_is_causal_skip") is False):
         raise UnsupportedError("it adds to the mask", of_model=True)
@@ -184,7 +206,10 @@ def _decode(
     window: int,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Appends K and V to a layer and attends to it, in the step that runs. Nothing else of a model sees the layer."""
+    """Appends K and V to a layer of the step that runs, and attends to it.
+
+    The operator declares no tensor that it mutates: nothing else in a model reads the layer's slot tensors.
+    """
     step = running()
     step.append(layer, k, v)
     how = AttentionParams(scale=scale, softcap=softcap or None, sinks=sinks, window=window or None)
@@ -200,7 +225,11 @@ def _(
 
 
 class PassthroughCache(Cache):  # type: ignore[misc]
-    """Stands for the cache where a step is compiled: K and V go by the attention function alone."""
+    """Takes the place of the cache where a step is compiled: it returns K and V, which the attention function appends.
+
+    Args:
+        windows: the sliding window of each layer, or None.
+    """
 
     is_compileable = False
 

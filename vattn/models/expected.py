@@ -1,4 +1,4 @@
-"""``Expected``: what transformers gives for a call of a model, to compare vattn's result with."""
+"""``Expected``: what transformers computes for a call of a model, for comparison with vattn's result."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import torch
 from vattn.kernels.check import ROUNDING, TOLERANCE
 from vattn.models.attention import attending, own_attention
 
-# What logits may differ by in any case, as a part of their norm.
+# The deviation of logits that is allowed in any case, relative to their norm.
 _LOGITS = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 1e-3, torch.float64: 1e-8}
-_MOST = 0.5  # what logits may differ by at most, whatever a perturbation does: other models differ by more
-_DRAWS = 8  # perturbed computations of a model before its logits are held to be wrong
+_MOST = 0.5  # the largest deviation that is ever allowed; the logits of another model deviate by more
+_DRAWS = 8  # perturbed computations of a model before logits that deviate are taken to be wrong
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The most that a row of logits differs by, of its norm."""
+    """The largest deviation of a row of logits, relative to the norm of the row."""
     a, b = ours.float(), theirs.float()
     return float(((a - b).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp_min(1e-30)).max())
 
 
 class Perturbed:
-    """A model's own attention, each output of which is moved by a part of itself.
+    """Computes a model's own attention, and adds random noise to each output.
 
     Args:
-        amplitude: by how much, of its norm.
-        seed: of the direction.
+        amplitude: the standard deviation of the noise, relative to each element.
+        seed: the seed of the noise.
     """
 
     own_attention = True
-    store = None  # updates of the cache are as ever
+    store = None  # updates of the cache are not those of a decode step, see ``VirtualCache.update``
 
     def __init__(self, amplitude: float, seed: int) -> None:
         self._amplitude = amplitude
@@ -39,6 +39,7 @@ class Perturbed:
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def attend_own(self, module: Any, *args: Any, **options: Any) -> Any:
+        """The module's own attention with noise; arguments as in ``own_attention``."""
         out, *others = own_attention(module, *args, **options)
         if out.device not in self._generators:
             self._generators[out.device] = torch.Generator(out.device).manual_seed(self._seed)
@@ -47,14 +48,17 @@ class Perturbed:
 
 
 class Expected:
-    """What transformers gives for a call, and whether the last logits of its rows are near enough to it.
+    """What transformers computes for a call, and how far the last logits of each row may deviate from it.
 
     Args:
-        compute: the call, as often as it is wanted; each writes its K and V in the place of the last one's.
-        configs: of the model.
-        spread: what the attention of stock kernels differs by.
-        rounded: whether K and V are rounded to fewer bits, where one that is rounded otherwise is a difference of its
-            own.
+        compute: calls the model. It may be called several times, each time overwriting the K and V of the last one.
+        configs: the configurations of the model.
+        spread: the largest error of stock attention kernels, see ``Comparison``.
+        rounded: whether K and V are rounded to fewer bits. An element that is rounded to the neighbouring value then
+            makes a difference by itself, so more is allowed.
+
+    Attributes:
+        bound: the deviation that is allowed so far, relative to the norm of the logits.
     """
 
     def __init__(self, compute: Callable[[], Any], configs: list[Any], spread: float, *, rounded: bool) -> None:
@@ -67,17 +71,27 @@ class Expected:
         self._draws = 0
 
     def tells(self) -> bool:
-        """Whether something can be told by it."""
+        """Whether logits can be compared with these, which must not be NaN."""
         return not bool(torch.isnan(self._logits).any())
 
     def output(self) -> Any:
-        """What transformers gives, whose K and V are those that are stored then."""
+        """The output of transformers. When this returns, the cache holds the K and V of that computation."""
         if self._output is None:
             self._output = self._compute()
         return self._output
 
     def difference(self, ours: torch.Tensor) -> str | None:
-        """How logits ``[batch, n, vocabulary]`` of any row differ at the last position, if by more than they may."""
+        """Compares logits at the last position of each row.
+
+        Where they deviate by more than is allowed so far, the model is computed with perturbed attention, up to
+        ``_DRAWS`` times, to see how far the logits of this model may deviate.
+
+        Args:
+            ours: ``[batch, n, vocabulary]``.
+
+        Returns:
+            A description of the difference where it is larger than allowed, else None.
+        """
         ours, theirs = ours[:, -1:], self._logits
         if ours.shape != theirs.shape:
             return f"{tuple(ours.shape)} for {tuple(theirs.shape)}"
@@ -87,7 +101,7 @@ class Expected:
             self._output = None
             with attending(Perturbed(self._amplitude, self._draws), self._configs):
                 perturbed = self._compute()
-            # The worst of few draws is not the worst of all.
+            # Other draws may deviate by more than these few, so the bound is 1.5 times their deviation.
             self.bound = max(self.bound, min(_MOST, 1.5 * relative_error(perturbed[0][:, -1:], theirs)))
             del perturbed
         return None if worst <= self.bound else f"by {worst:.2g} of their norm, and may by {self.bound:.2g}"

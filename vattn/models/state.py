@@ -1,4 +1,4 @@
-"""What a model computes by: where its weights lie, its hooks, its adapters, its settings."""
+"""What the computation of a model depends on: the addresses of its weights, its hooks, its adapters, its settings."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from vattn.models.attention import attention_of
 
 
 class ModelState:
-    """What a model computed by when this was made, to see whether it still does.
+    """Records what the computation of a model depends on, to tell later whether any of it has changed.
 
     Args:
-        model: the model, which is not kept alive.
+        model: the model. It is not kept alive.
+
+    Attributes:
+        model: a weak reference to the model.
+        configs: the configurations of its modules, see ``configs_of``.
     """
 
     def __init__(self, model: Any) -> None:
@@ -35,7 +39,8 @@ class ModelState:
         self._settings = state_of(model, self.configs)
         self._hooks: list[dict[int, Any]] = [all_modules._global_forward_hooks, all_modules._global_forward_pre_hooks]
         self._hooks += [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        # What a model that is given no positions adds to them, as it was found in a prompt.
+        # Modules that keep an offset of positions (``rope_deltas``), which they compute in a prompt and add to the
+        # positions of later calls that give none.
         self._shifted = [vars(module) for module in modules if "rope_deltas" in vars(module)]
         self._adapters = [
             (vars(module), name, copy.copy(value))
@@ -45,7 +50,12 @@ class ModelState:
         ]
 
     def is_of(self, model: Any, *, everything: bool) -> bool:
-        """Whether the model is the one, as far as can be said at once, or with ``everything`` in all it computes by."""
+        """Whether the model is the recorded one and unchanged.
+
+        Args:
+            model: the model to compare.
+            everything: whether to compare all weights and settings, instead of just the model and its first weight.
+        """
         if self.model() is not model or _addresses(self._weights[:1]) != self._addresses[:1]:
             return False
         if not everything:
@@ -53,7 +63,7 @@ class ModelState:
         return _addresses(_weights(model)) == self._addresses and state_of(model, self.configs) == self._settings
 
     def stayed(self) -> bool:
-        """Whether the weights are where they were, the adapters too, and there still are no hooks."""
+        """Whether weights, buffers and adapters are what and where they were, and there are no hooks."""
         return (
             all(tensors.get(name) is tensor for tensors, name, tensor in self._held)
             and _addresses(self._weights) == self._addresses
@@ -62,21 +72,21 @@ class ModelState:
         )
 
     def hooked(self) -> bool:
-        """Whether the model has hooks, but for those that transformers leaves and that do nothing in a step."""
+        """Whether the model has forward hooks, except for those of transformers that do nothing in a decode step."""
         idle = "transformers.utils.output_capturing"
         found = (hook for hooks in filter(None, self._hooks) for hook in hooks.values())
         return any(getattr(hook, "__module__", "") != idle for hook in found)
 
     def shifts_positions(self) -> bool:
-        """Whether the model adds to positions that it is not given."""
+        """Whether the model adds an offset to the positions of calls that give none."""
         return any(settings["rope_deltas"] is not None for settings in self._shifted)
 
     def lacks_addresses(self) -> bool:
-        """Whether there are weights that lie nowhere."""
+        """Whether some weights have elements but no address."""
         return any(t.numel() and not t.data_ptr() for t in self._weights)
 
     def forget(self) -> None:
-        """Lets go of a model's weights once it is gone."""
+        """Releases the weights of a model that no longer exists."""
         self._weights, self._held, self._hooks, self._adapters, self._shifted = [], [], [], [], []
 
 
@@ -86,13 +96,13 @@ def _forget(state: weakref.ref[ModelState], _: Any) -> None:
 
 
 def configs_of(model: Any) -> list[Any]:
-    """The configurations by which a model's modules choose their attention."""
+    """The configurations from which the modules of a model read their attention implementation."""
     configs = (getattr(module, "config", None) for module in model.modules())
     return list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())
 
 
 def _weights(model: Any) -> list[torch.Tensor]:
-    """The tensors that hold a model's weights."""
+    """The tensors that hold a model's parameters and buffers; of a tensor subclass the tensors that it consists of."""
     found: list[torch.Tensor] = []
 
     def add(tensor: torch.Tensor) -> None:
@@ -113,7 +123,16 @@ def _addresses(tensors: list[torch.Tensor]) -> list[int]:
 
 
 def state_of(model: Any, configs: list[Any], *, leaving_out: str | None = None) -> list[Any]:
-    """What a model's computation may depend on beside its weights, e.g. which adapter is active, but for a setting."""
+    """What a model's computation may depend on besides its weights, e.g. which adapter is active.
+
+    Args:
+        model: the model.
+        configs: its configurations, see ``configs_of``.
+        leaving_out: the name of a setting that is ignored, or None.
+
+    Returns:
+        A list that equals another one of the same model as long as nothing has changed.
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
