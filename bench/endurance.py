@@ -34,7 +34,7 @@ def steps(model: Any, cache: VirtualCache, prompt: int, new: int) -> list[float]
 
 def taken(device: str) -> int:
     """Bytes of the current device that are in use; 0 where ``device`` is not ``"cuda"``."""
-    free, total = torch.cuda.mem_get_info() if device == "cuda" else (0, 0)
+    free, total = torch.cuda.mem_get_info() if device.startswith("cuda") else (0, 0)
     return total - free
 
 

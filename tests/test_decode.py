@@ -331,7 +331,7 @@ def test_copies_of_a_cache_come_and_go(device):
         for _ in range(5):
             copies.append(copy.deepcopy(cache))
             assert torch.equal(model.generate(**longer, **{CACHE_KEYWORD: copies[-1]}), expected)
-            assert copies[-1].decode_stats().eager == 1 if device == "cuda" else 4
+            assert copies[-1].decode_stats().eager == (1 if device == "cuda" else 4)
             copies.pop()
         assert copies[0].decoder.enabled
         assert cache.kv_caches[0].stats().running_slots == 2

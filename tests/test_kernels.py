@@ -29,8 +29,9 @@ class Filled:
 
     def __init__(self, kernel: Kernel, task: AttentionSpec, lengths: list[int]) -> None:
         torch.manual_seed(0)
-        dtype = str(task.dtype).removeprefix("torch.")
-        fits = GRANULARITY // 8 // (task.kv_heads * task.head_dim * task.dtype.itemsize)
+        stored = task.kv_dtype or task.dtype
+        dtype = str(stored).removeprefix("torch.")
+        fits = GRANULARITY // 8 // (task.kv_heads * task.head_dim * stored.itemsize)
         # The number of layers is a power of two. A slot takes whole rows and whole granules, and with other numbers it
         # would be so large that some kernels could not address all slots.
         layers = 2 if task.device == "cpu" else 1 << fits.bit_length() - 1
@@ -50,7 +51,7 @@ class Filled:
         for sequence, length in zip(self.sequences, lengths, strict=True):
             sequence.grow(length)
             for view in (sequence.k(1), sequence.v(1)):
-                view.copy_(torch.randn_like(view))
+                view.copy_(torch.randn(view.shape, device=view.device).to(stored))
         self.k, self.v = self.cache.k(1), self.cache.v(1)
         assert kernel.refuses(replace(task, reach=reach_of(self.k, self.v))) is None
 

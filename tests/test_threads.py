@@ -232,3 +232,25 @@ def test_mixed_work(mapper):
         assert together(*calls, disturb) == [True] * 6
         cache.check()
         assert cache.stats().running_slots == 0
+
+
+def test_others_go_on_while_a_sequence_is_swapped():
+    """A thread that asks for the length of a sequence waits for its swap without the GIL."""
+    layout = KVLayout([LayerShape(kv_heads=8, head_dim=128, dtype="float32")] * 4, max_len=20_000)
+    with KVCache(layout, slots=1, device="cpu", mapper=False) as cache:
+        sequence = cache.open()
+        sequence.grow(2000)
+        cache.driver.charge("copy", 1_000_000_000)
+        lengths: list[int] = []
+        swaps = threading.Thread(target=sequence.swap_out)
+        asks = threading.Thread(target=lambda: lengths.append(sequence.length))
+        swaps.start()
+        time.sleep(0.1)
+        asks.start()
+        time.sleep(0.1)
+        assert swaps.is_alive()  # this thread has run meanwhile
+        for thread in (swaps, asks):
+            thread.join()
+        assert lengths == [2000]
+        cache.driver.charge("copy", 0)
+        sequence.close()

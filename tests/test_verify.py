@@ -33,8 +33,6 @@ def tiny(name: str, device: str, dtype: torch.dtype, **more: Any) -> Any:
     model.generation_config.eos_token_id = None
     with torch.no_grad():
         for weight, parameter in model.named_parameters():
-            if any(part in weight for part in ("q_proj", "k_proj", "q_norm", "k_norm")):
-                parameter.mul_(1.0)
             if weight.endswith("sinks"):
                 parameter.fill_(1.0)
     return model.to(dtype)

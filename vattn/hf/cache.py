@@ -24,10 +24,12 @@ from vattn.hf import attach
 from vattn.hf.attach import Forward
 from vattn.hf.decode_stats import DecodeStats
 from vattn.hf.decoder import Decoder
+from vattn.hf.layer_states import calling, marks_of
 from vattn.hf.layer_views import write
 from vattn.hf.layers import VirtualLayer, foreign, virtualize
-from vattn.hf.model_facts import expected_layers, layer_devices, longest
+from vattn.hf.model_facts import longest
 from vattn.hf.options import Options
+from vattn.hf.reservation import reserve_for_call
 from vattn.hf.step_call import tokens_of
 from vattn.hf.step_settings import StepSettings
 from vattn.hf.store import last_of_thread
@@ -225,7 +227,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         lengths = list(self._store.lengths)
         for layer in self._own():
             lengths[layer.index] = layer.cropped_length(tokens_to_remove)
-        with self._each_other("crop", tokens_to_remove):
+        with self._calling_others("crop", tokens_to_remove):
             self._store.truncate(lengths)
 
     def reset(self) -> None:
@@ -239,18 +241,18 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Makes row ``i`` what row ``beam_idx[i]`` was."""
-        with self._each_other("reorder_cache", beam_idx):
+        with self._calling_others("reorder_cache", beam_idx):
             self._store.gather(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row ``repeats`` times."""
         rows = self._store.rows.batch
-        with self._each_other("batch_repeat_interleave", repeats):
+        with self._calling_others("batch_repeat_interleave", repeats):
             self._store.gather(torch.arange(rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the rows that ``indices``, integers or a mask, select."""
-        with self._each_other("batch_select_indices", indices):
+        with self._calling_others("batch_select_indices", indices):
             self._store.gather(indices)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VirtualCache:
@@ -310,42 +312,18 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
         store.require_usable()
         if half == "cross":
             self.serve_as_cross()
-        self._reserve(model, given, half)
-        before, states = list(store.lengths), self._other_states()
+        reserve_for_call(store, model, given, half)
+        before, states = list(store.lengths), marks_of(self._others())
         try:
             yield
         except BaseException as error:
             store.roll_back(before)
-            if self._other_states() != states:
+            if marks_of(self._others()) != states:
                 store.guard.torn = f"a call of the model ended halfway ({type(error).__name__})"
             raise
 
-    def _reserve(self, model: Any, given: dict[str, Any], half: str) -> None:
-        """Gets memory for all that a call will append, where a later layer could find none after others have run.
-
-        That can happen where layers of other kinds keep states, where layers lie in several ``KVCache``s, and for the
-        two halves of an encoder-decoder's cache. Otherwise the first update gets memory for all layers.
-        """
-        store = self._store
-        if half == "whole" and all(store.placement.cached):
-            several = len(store.placement.rows) if store.placement.expected else len(set(layer_devices(model).values()))
-            if several < 2:
-                return  # the first update gets memory for all layers
-        names = ["decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds"]
-        if half == "cross":
-            if any(store.lengths):
-                return
-            names = names[2:]
-        found = [given.get(name) for name in names]
-        if half == "cross" and (encoded := given.get("encoder_outputs")) is not None:
-            found.insert(0, encoded[0])
-        tokens = next((t for t in found if isinstance(t, torch.Tensor) and t.dim() >= 2), None)
-        if tokens is not None:
-            store.reserve(*tokens.shape[:2], lambda: expected_layers(model, store.placement))
-
-    def _other_states(self) -> list[Any]:
-        """Returns a value that differs when layers of other kinds hold another state."""
-        return [_marks(vars(layer)) for layer in self.layers if not isinstance(layer, VirtualLayer)]
+    def _others(self) -> list[Any]:
+        return [layer for layer in self.layers if not isinstance(layer, VirtualLayer)]
 
     @contextlib.contextmanager
     def prompt(self, forward: Forward, given: dict[str, Any]) -> Iterator[Callable[[Callable[[], Any]], Any] | None]:
@@ -491,48 +469,19 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             "save clones of its layers' keys and values"
         )
 
+    def _calling_others(self, name: str, *args: Any) -> contextlib.AbstractContextManager[None]:
+        """Calls a method of the layers of other kinds, which may refuse it, before the context changes this cache."""
+        self._store.cancel_speculative()
+        return calling(self._others(), name, *args)
+
     def _own(self) -> Iterator[VirtualLayer]:
         return (layer for layer in self.layers if isinstance(layer, VirtualLayer))
 
-    @contextlib.contextmanager
-    def _each_other(self, name: str, *args: Any) -> Iterator[None]:
-        """Calls a method of the layers of other kinds, then runs the context; after an error their state is restored.
-
-        These layers go first because they may refuse the call.
-        """
-        others = [layer for layer in self.layers if not isinstance(layer, VirtualLayer)]
-        self._store.cancel_speculative()
-        before = [_copied(vars(layer)) for layer in others]  # the methods replace tensors and do not write to them
-        try:
-            for layer in others:
-                getattr(layer, name)(*args)
-            yield
-        except BaseException:
-            for layer, state in zip(others, before, strict=True):
-                vars(layer).clear()
-                vars(layer).update(state)
-            raise
-
-
-def _marks(value: Any) -> Any:
-    """Returns something that differs once tensors in a value are replaced or written to."""
-    if isinstance(value, torch.Tensor):
-        return id(value), None if value.is_inference() else value._version
-    if isinstance(value, dict):
-        return {name: _marks(each) for name, each in value.items()}
-    return [_marks(each) for each in value] if isinstance(value, (list, tuple)) else value
-
-
-def _copied(value: Any) -> Any:
-    """Copies the dicts and lists of a value, but not what is in them."""
-    if isinstance(value, dict):
-        return {name: _copied(each) for name, each in value.items()}
-    return [_copied(each) for each in value] if isinstance(value, list) else value
-
 
 def _is_layer(value: Any) -> bool:
-    """Returns whether a value is a list or tuple that begins with two tensors, the K and V of a layer."""
-    return isinstance(value, (list, tuple)) and len(value) >= 2 and all(isinstance(t, torch.Tensor) for t in value[:2])
+    """Returns whether a value begins with the K and V of a layer, or with None where the layer is empty."""
+    pair = isinstance(value, (list, tuple)) and len(value) >= 2
+    return pair and all(t is None or isinstance(t, torch.Tensor) for t in value[:2])
 
 
 def _replaced_options(layers: Any) -> Options | None:

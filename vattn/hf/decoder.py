@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -52,8 +53,8 @@ class Decoder:
         self.enabled = True
         self._log = DecodeLog()
         self.graphs = DecodeGraphs(settings, self._log)
-        # The models, by the ``id`` of their ``Forward``, and kinds of prompts for which no kernel is faster.
-        self._slower: set[tuple[int, str]] = set()
+        # For each model the kinds of prompts for which no kernel is faster.
+        self._slower: weakref.WeakKeyDictionary[Forward, set[str]] = weakref.WeakKeyDictionary()
 
     def stats(self) -> DecodeStats:
         """Returns how steps ran so far."""
@@ -237,7 +238,7 @@ class Decoder:
         if (hides := [0] * batch if mask is None else hidden(mask)) is None:
             return None
         prompt = Prompt(hides, start, n, store.windows, self._settings.kernel)
-        if (id(forward), prompt.kind) in self._slower:
+        if prompt.kind in self._slower.get(forward, ()):
             return None
         kind = prompt.kind, self._settings.kernel, prompt.binding_windows
         agreed = True
@@ -253,7 +254,7 @@ class Decoder:
             if reason.of_model:
                 forward.prompts = False
             if prompt.slower:
-                self._slower.add((id(forward), prompt.kind))
+                self._slower.setdefault(forward, set()).add(prompt.kind)
             store.lengths[:] = lengths
             return None
         self._log.counts["prompts"] += agreed

@@ -29,7 +29,7 @@ def install(**options: Any) -> Iterator[None]:
         TypeError: an option is unknown, or ``max_len`` is missing.
         RuntimeError: another ``install`` is active.
     """
-    known = {field.name for field in fields(Options)}
+    known = {field.name for field in fields(Options)} - {"kernels", "scales"}  # which are no arguments of VirtualCache
     if unknown := sorted(set(options) - known):
         raise TypeError(f"install takes options of VirtualCache, of which {unknown[0]!r} is none")
     if "max_len" not in options:

@@ -194,7 +194,7 @@ class Sequence:
             runs: ipc.ExportedRuns = []
             try:
                 runs = self._slots.arena.export_rows(copy.handle.name, self._slots.stream())
-                ipc.send(peer, self._slots.exported_layout(), self.length, runs)
+                ipc.send(peer, self._slots.exported_layout(), copy.length, runs)
             finally:
                 for _, extents in runs:
                     for _, descriptor in extents:

@@ -68,7 +68,7 @@ class ModelState:
             all(tensors.get(name) is tensor for tensors, name, tensor in self._held)
             and _addresses(self._weights) == self._addresses
             and not self.hooked()
-            and all(settings[name] == value for settings, name, value in self._adapters)
+            and all(settings.get(name) == value for settings, name, value in self._adapters)
         )
 
     def hooked(self) -> bool:
@@ -79,7 +79,7 @@ class ModelState:
 
     def shifts_positions(self) -> bool:
         """Whether the model adds an offset to the positions of calls that give none."""
-        return any(settings["rope_deltas"] is not None for settings in self._shifted)
+        return any(settings.get("rope_deltas") is not None for settings in self._shifted)
 
     def lacks_addresses(self) -> bool:
         """Whether some weights have elements but no address."""
