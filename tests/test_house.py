@@ -24,10 +24,12 @@ TORCHLESS = (
     "memory/prefix_tree.py",
 )
 TORCHLESS += ("memory/ipc.py", "bench/trace.py")
+TORCHLESS += tuple(f"engine/{name}.py" for name in ("request", "memory", "policy", "table", "scheduler"))
 
 # Files and classes that are larger than they should be, and why they are.
 LARGE = {
     "vattn/hf/cache.py VirtualCache": "most are those of transformers' Cache",
+    "vattn/engine/request.py Request": "a record",
     "vattn/kernels/base.py AttentionSpec": "a record of what kernels differ in",
     "vattn/memory/kv_cache.py KVCache": "one line each: what a cache can do",
     "vattn/memory/stats.py CacheStats": "a record",
@@ -159,6 +161,20 @@ def sizes(path: Path) -> Iterator[tuple[str, bool]]:
 def test_nothing_is_large_without_a_reason():
     found = {name for path in FILES for name, large in sizes(path) if large}
     assert found == set(LARGE)
+
+
+def test_there_are_few_floors():
+    """A package is one floor above the highest that it may import from; there are at most eight, and no circle."""
+    rooms = dict(rows("vattn"))
+
+    def floor(room: str, above: tuple[str, ...] = ()) -> int:
+        assert room not in above, f"{room} may import what may import it"
+        known = {name if name in rooms else f"{name}.py" for name in rooms[room]} & set(rooms)
+        if "everything" in rooms[room]:
+            known = {name for name in rooms if name not in (room, "__init__.py", "__main__.py", "cli")}
+        return 1 + max((floor(name, (*above, room)) for name in known), default=0)
+
+    assert 5 < max(map(floor, rooms)) <= 8
 
 
 def test_only_the_bindings_know_python():

@@ -16,7 +16,7 @@ import torch
 from models import build, generated, prompt, virtual_of
 from transformers import DynamicCache
 
-from vattn import CACHE_KEYWORD, Error, KVCache, KVLayout
+from vattn import CACHE_KEYWORD, Error, KVCache, KVLayout, LayerShape
 from vattn.errors import BudgetExceeded
 
 PAGE = 4096

@@ -1,0 +1,289 @@
+"""The scheduler on a simulated clock and a simulated cache: invariants E1, E4, E6, E7 and E8 after every step."""
+
+from __future__ import annotations
+
+import ast
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from simulation import Simulation, expected
+
+import vattn.engine.scheduler as scheduler_module
+from vattn.engine.policy import POLICIES
+from vattn.engine.request import FinishReason, Status
+
+ENGINE = Path(scheduler_module.__file__).parent
+
+
+def outputs(simulation: Simulation) -> None:
+    """Every output that nobody aborted has the tokens that it has alone (E2)."""
+    for request in simulation.done.values():
+        for branch in request.branches:
+            if branch.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+                assert branch.output == expected(request, branch.index), request.id
+            else:
+                assert branch.output == expected(request, branch.index)[: len(branch.output)]
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("policy", list(POLICIES))
+def test_a_mix_under_pressure(policy, depth):
+    chance = random.Random(policy)
+    simulation = Simulation(400, policy=policy, depth=depth, refuses=0.02)
+    for number in range(120):
+        prompt = tuple(chance.choices(range(3), k=chance.randrange(1, 150)))
+        options = {"n": chance.choice([1, 1, 1, 2, 4]), "priority": chance.randrange(3), "tenant": chance.choice("abc")}
+        simulation.add(str(number), prompt, chance.randrange(1, 60), **options)
+        for _ in range(chance.randrange(4)):
+            simulation.step()
+    simulation.run()
+    assert simulation.scheduler.requests.counters.finished == 120
+    assert simulation.scheduler.requests.counters.preemptions > 0
+    outputs(simulation)
+
+
+def test_prompts_are_computed_in_chunks_beside_the_tokens_of_others():
+    simulation = Simulation(10_000, depth=0, max_num_batched_tokens=32)
+    simulation.add("short", 10, 20)
+    simulation.step()
+    simulation.add("long", 200, 5)
+    mixed = [simulation.step() for _ in range(4)]
+    for iteration in mixed:
+        counts = {row.branch.request.id: row.count for row in iteration.rows}
+        assert counts == {"short": 1, "long": 31}
+    simulation.run()
+    outputs(simulation)
+
+
+def test_a_request_begins_behind_a_prefix_and_namespaces_are_apart():
+    simulation = Simulation(10_000)
+    prompt = tuple(range(50))
+    simulation.add("first", prompt, 4, namespace="a")
+    simulation.run()
+    behind = simulation.add("behind", (*prompt, 7, 8), 4, namespace="a")
+    apart = simulation.add("apart", (*prompt, 7, 8), 4, namespace="b")
+    fresh = simulation.add("fresh", (*prompt, 7, 8), 4, namespace="a", reuse_prefix=False)
+    simulation.run()
+    assert behind.cached == 50
+    assert apart.cached == fresh.cached == 0
+    outputs(simulation)
+
+
+def test_samples_share_their_prompt():
+    simulation = Simulation(100 + 4 * 10)
+    simulation.add("four", 100, 10, n=4)
+    simulation.run()
+    assert simulation.scheduler.requests.counters.preemptions == 0
+    assert simulation.computed < 100 + 4 * 10
+    outputs(simulation)
+
+
+def test_an_aborted_request_serves_others_within_two_iterations():
+    """E6."""
+    for depth in (0, 1):
+        simulation = Simulation(100, depth=depth, max_num_batched_tokens=100)
+        simulation.add("holds", 80, 20)
+        for _ in range(3):
+            simulation.step()
+        simulation.add("waits", 80, 5)
+        simulation.step()
+        assert simulation.requests["waits"].status is Status.WAITING
+        simulation.scheduler.abort("holds")
+        for _ in range(2):
+            simulation.step()
+        assert simulation.requests["waits"].status in (Status.RUNNING, Status.FINISHED)
+
+
+def test_a_request_that_never_fits_is_refused_with_what_it_needs():
+    simulation = Simulation(100)
+    with pytest.raises(ValueError, match="it needs 130 positions, and there are 100"):
+        simulation.add("large", 100, 30)
+    with pytest.raises(ValueError, match="prompt must have at least one token"):
+        simulation.add("empty", (), 3)
+    with pytest.raises(ValueError, match="n is 20, and at most max_num_seqs=16"):
+        simulation.add("many", 1, 1, n=20)
+    simulation.add("one", 10, 10)
+    with pytest.raises(ValueError, match="there is a request 'one' already"):
+        simulation.add("one", 10, 10)
+    simulation.run()
+
+
+def test_a_deadline_ends_a_request_where_it_is():
+    simulation = Simulation(1000)
+    runs = simulation.add("runs", 10, 900, deadline=0.055)
+    simulation.run(100)
+    assert [branch.finish_reason for branch in runs.branches] in ([FinishReason.ABORT], [FinishReason.STOP])
+    assert len(runs.branches[0].output) <= 6
+
+
+def test_nobody_waits_for_ever_under_priority():
+    """E7: a stream of urgent requests passes the one that is not for a thousand iterations, and no longer."""
+    simulation = Simulation(60, policy="priority", max_num_seqs=1)
+    patient = simulation.add("patient", 20, 5, priority=9)
+    for number in range(3000):
+        if len(simulation.scheduler.requests.waiting) < 3:
+            simulation.add(f"urgent {number}", 20, 5, priority=0)
+        simulation.step()
+        if patient.id in simulation.done:
+            break
+    assert 1000 < number < 1100
+
+
+def test_tenants_get_the_same_service():
+    """One sends ten times as much as the other; both are served alike while both have work."""
+    simulation = Simulation(200, policy="fair", max_num_seqs=2)
+    for number in range(100):
+        simulation.add(f"loud {number}", 20, 10, tenant="loud")
+    for number in range(10):
+        simulation.add(f"quiet {number}", 20, 10, tenant="quiet")
+    while sum(name.startswith("quiet") for name in simulation.done) < 10:
+        simulation.step()
+    assert 5 <= sum(name.startswith("loud") for name in simulation.done) <= 20
+    simulation.run()
+
+
+def test_a_tenant_that_comes_back_has_no_credit():
+    simulation = Simulation(200, policy="fair", max_num_seqs=1)
+    for number in range(30):
+        simulation.add(f"busy {number}", 20, 10, tenant="busy")
+        simulation.run()
+    for number in range(20):
+        simulation.add(f"busy later {number}", 20, 10, tenant="busy")
+        simulation.add(f"late {number}", 20, 10, tenant="late")
+    while len(simulation.done) < 30 + 20:
+        simulation.step()
+    late = sum(name.startswith("late") for name in simulation.done)
+    assert 7 <= late <= 13
+    simulation.run()
+
+
+def test_requests_wait_for_others_where_the_ratio_says_so():
+    simulation = Simulation(1000, waiting_served_ratio=2.0, depth=0, endless=True)
+    simulation.add("runs", 10, 900)
+    simulation.step()
+    late = simulation.add("late", 10, 5)
+    steps = 0
+    while late.status is Status.WAITING:
+        simulation.step()
+        steps += 1
+    assert steps in (20, 21)
+    simulation.add("a", 10, 5)
+    simulation.add("b", 10, 5)
+    simulation.add("c", 10, 5)
+    simulation.add("d", 10, 5)
+    simulation.step()
+    assert simulation.requests["a"].status is Status.RUNNING
+    simulation.run()
+
+
+def test_what_makes_no_room_by_itself_ends_with_an_error():
+    """The budget was cut under a request that runs alone."""
+    simulation = Simulation(100, depth=0)
+    request = simulation.add("alone", 50, 40)
+    for _ in range(5):
+        simulation.step()
+    simulation.memory.capacity = 56
+    simulation.run(200)
+    if request.branches[0].finish_reason is FinishReason.ERROR:
+        assert request.error == "it needs 90 positions, and there are 56"
+
+
+class Machine(RuleBasedStateMachine):
+    """Arrivals, aborts, failures, deadlines, budget changes and steps in any order."""
+
+    @initialize(
+        policy=st.sampled_from(sorted(POLICIES)),
+        depth=st.sampled_from([0, 1]),
+        refuses=st.sampled_from([0.0, 0.1]),
+        swaps=st.booleans(),
+        ratio=st.sampled_from([0.0, 1.2]),
+    )
+    def begin(self, policy, depth, refuses, swaps, ratio):
+        self.simulation = Simulation(
+            200, policy=policy, depth=depth, refuses=refuses, swaps=swaps, waiting_served_ratio=ratio, max_num_seqs=6
+        )
+        self.number = 0
+
+    @rule(
+        prompt=st.integers(1, 90),
+        max_tokens=st.integers(1, 25),
+        n=st.sampled_from([1, 1, 2, 4]),
+        priority=st.integers(0, 2),
+        tenant=st.sampled_from("ab"),
+        alike=st.booleans(),
+        soon=st.sampled_from([None, None, 0.0, 0.05]),
+    )
+    def arrive(self, prompt, max_tokens, n, priority, tenant, alike, soon):
+        self.number += 1
+        tokens = tuple(range(prompt)) if alike else tuple(range(self.number, self.number + prompt))
+        deadline = None if soon is None else self.simulation.now + soon
+        options = {"n": n, "priority": priority, "tenant": tenant, "deadline": deadline}
+        try:
+            self.simulation.add(str(self.number), tokens, max_tokens, **options)
+        except ValueError as error:
+            assert "it needs" in str(error)
+
+    @rule(steps=st.integers(1, 8))
+    def step(self, steps):
+        for _ in range(steps):
+            self.simulation.step()
+
+    @precondition(lambda self: self.number)
+    @rule(data=st.data(), fails=st.booleans())
+    def end(self, data, fails):
+        name = str(data.draw(st.integers(1, self.number)))
+        there = name in self.simulation.requests and name not in self.simulation.done
+        scheduler = self.simulation.scheduler
+        assert (scheduler.fail(name, "broken") if fails else scheduler.abort(name)) == there
+        self.simulation.check()
+
+    @rule(capacity=st.integers(20, 250))
+    def resize(self, capacity):
+        """As the engine does it: running requests lose their memory until what is left fits."""
+        simulation = self.simulation
+        for _ in range(100):
+            if simulation.memory.used <= capacity:
+                break
+            if not simulation.scheduler.preempt_one():
+                simulation.step()  # one leaves already
+        assert simulation.memory.used <= capacity
+        simulation.memory.capacity = capacity
+
+    @invariant()
+    def holds(self):
+        if hasattr(self, "simulation"):
+            self.simulation.check()
+
+    def teardown(self):
+        if hasattr(self, "simulation"):
+            self.simulation.memory._refuses = 0.0
+            self.simulation.run(5000)
+            outputs(self.simulation)
+
+
+def test_any_order_of_events():
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=1500, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
+
+
+def test_an_iteration_is_scheduled_on_one_screen():
+    source = (ENGINE / "scheduler.py").read_text()
+    [step] = [
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef) and node.name == "schedule"
+    ]
+    assert step.end_lineno - step.lineno < 40

@@ -1,0 +1,41 @@
+"""``Memory``: what the engine asks of the memory for K and V. No torch."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from vattn.engine.request import Branch, Request
+
+
+class Memory(Protocol):
+    """What the engine asks of the memory for K and V. After a refusal nothing has changed."""
+
+    def shortage(self, request: Request) -> str | None:
+        """Why a request could not be served even if it were alone: what it needs and what there is; or None."""
+
+    def cached_positions(self, request: Request) -> int:
+        """How many positions of a waiting request's prompt are computed already, at most all but the last."""
+
+    def room_for(self, positions: int) -> bool:
+        """Whether so many positions more would most likely find memory, without taking it from running requests."""
+
+    def open(self, request: Request) -> int | None:
+        """Opens the trunk of a request, behind a computed prefix where there is one; the positions of that, or None."""
+
+    def grow(self, wanted: list[tuple[Branch, int]]) -> Branch | None:
+        """Brings branches to so many positions each: all of them, or none; the first that does not fit, or None."""
+
+    def fork(self, request: Request) -> bool:
+        """Lets the other branches of a request go on behind the prompt that its trunk has computed."""
+
+    def close(self, branch: Branch, positions: int) -> None:
+        """Ends a branch, on the device or in host memory, whose first positions others may go on from."""
+
+    def prefers_swap(self, request: Request) -> bool:
+        """Whether to bring a request back from host memory would be faster than to compute it again."""
+
+    def swap_out(self, request: Request) -> bool:
+        """Moves all rows of a request to host memory."""
+
+    def swap_in(self, request: Request) -> bool:
+        """Moves them back."""

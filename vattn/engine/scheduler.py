@@ -1,0 +1,322 @@
+"""``Scheduler``: which tokens of which requests each iteration computes. No torch.
+
+There are no phases. Each request has a number of positions that are computed, and a number of tokens that it has. An
+iteration gives every running request up to what is missing, under one budget of tokens, and lets waiting requests begin
+with what is left of it. A prompt longer than the budget is computed in chunks, beside the next tokens of others.
+
+The engine launches an iteration before it has read the tokens of the last one. A request with an iteration in flight is
+not moved or ended: it is left out of the next iteration, and what shall happen to it happens once its tokens were read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vattn.engine.memory import Memory
+from vattn.engine.policy import Policy
+from vattn.engine.request import Branch, FinishReason, Request
+from vattn.engine.table import RequestTable
+
+_PATIENCE = 1000  # iterations after which a request is served first under every policy
+_MOST_WAITED = 20  # iterations after which a request begins whatever ``waiting_served_ratio`` says
+_SOON = 16  # tokens that an output is always expected to sample yet
+
+
+@dataclass(frozen=True)
+class Row:
+    """What an iteration computes of a branch.
+
+    Args:
+        branch: the branch.
+        start: the first position that is computed.
+        count: positions that are computed.
+        into: the branches that get a token which is sampled behind the last position: none, the branch itself, or all
+            branches of a request whose prompt ends here.
+    """
+
+    branch: Branch
+    start: int
+    count: int
+    into: tuple[Branch, ...]
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What one call of the model computes."""
+
+    number: int
+    rows: list[Row]
+
+
+class OutputEstimate:
+    """How many tokens outputs sample, as a part of ``max_tokens``, learned from those that ended by themselves."""
+
+    def __init__(self) -> None:
+        self._part = 1.0
+
+    def note(self, branch: Branch) -> None:
+        """Learns from an output that has ended."""
+        self._part += 0.05 * (len(branch.output) / branch.request.max_tokens - self._part)
+
+    def remaining(self, branch: Branch) -> int:
+        """Tokens that an output will most likely still sample."""
+        sampled, most = len(branch.output) + branch.pending, branch.request.max_tokens
+        return max(int(self._part * most) - sampled, min(_SOON, most - sampled))
+
+
+class Scheduler:
+    """Decides which tokens of which requests each iteration computes.
+
+    Args:
+        memory: holds K and V.
+        policy: which request is served first.
+        clock: the time in seconds.
+        stops: why an output ends behind its last token, or None where it goes on.
+        max_num_seqs: outputs that run at the same time, at most.
+        max_num_batched_tokens: positions that an iteration computes, at most.
+        waiting_served_ratio: waiting requests begin once there are so many for each running one, or have waited for 20
+            iterations. 0 lets them begin at once.
+
+    Attributes:
+        requests: where each request is.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        policy: Policy,
+        *,
+        clock: Callable[[], float],
+        stops: Callable[[Branch], FinishReason | None],
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        waiting_served_ratio: float = 0.0,
+    ) -> None:
+        self._memory, self._policy, self._clock, self._stops = memory, policy, clock, stops
+        self._max_num_seqs, self._max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self._waiting_served_ratio = waiting_served_ratio
+        self.requests = RequestTable(memory)
+        self._estimate = OutputEstimate()
+        self._number = 0
+
+    # An iteration.
+
+    def schedule(self) -> Iteration:
+        """What the next iteration computes. It counts as launched from now on; ``read`` takes what it has sampled."""
+        self._number += 1
+        self.requests.end_overdue(self._clock())
+        if not self.requests.leaving:
+            self._resume()
+        self._fork()
+        rows = self._next_of_running()
+        while rows and (short := self._memory.grow([(row.branch, row.start + row.count) for row in rows])) is not None:
+            left_out = self._make_room(short.request)
+            rows = [row for row in rows if row.branch.request not in left_out]
+        if not self.requests.leaving and not self.requests.swapped:
+            self._begin(rows)
+        for row in rows:
+            self._launch(row)
+        return Iteration(self._number, rows)
+
+    def read(self, iteration: Iteration, sampled: list[list[int]]) -> list[Branch]:
+        """Takes the tokens that an iteration has sampled.
+
+        Args:
+            iteration: the oldest one that was not read.
+            sampled: for each of its rows a token for each branch in ``into``.
+
+        Returns:
+            The branches that got a token.
+        """
+        progressed = []
+        for row, tokens in zip(iteration.rows, sampled, strict=True):
+            for branch in {row.branch, *row.into}:
+                branch.in_flight -= 1
+            for branch, token in zip(row.into, tokens, strict=True):
+                branch.pending -= 1
+                if branch.finish_reason is None:  # otherwise the token lies behind the end
+                    branch.output.append(token)
+                    self._end_where_it_stops(branch)
+                    progressed.append(branch)
+        for request in {row.branch.request for row in iteration.rows}:
+            self.requests.settle(request)
+        return progressed
+
+    def _end_where_it_stops(self, branch: Branch) -> None:
+        branch.finish_reason = self._stops(branch)
+        if branch.finish_reason is None and len(branch.output) >= branch.request.max_tokens:
+            branch.finish_reason = FinishReason.LENGTH
+        if branch.finish_reason is not None:
+            self._estimate.note(branch)
+
+    # Running requests.
+
+    def _fork(self) -> None:
+        """Gives each output of a request memory of its own once the prompt is computed, where there is memory."""
+        for request in list(self.requests.running.values()):
+            stays = request.id in self.requests.running and request.id not in self.requests.leaving
+            if not stays or not request.shared or request.trunk.launched < len(request.prompt):
+                continue
+            if not self._memory.fork(request):
+                self._make_room(request)
+                continue
+            for branch in request.live:
+                branch.opened, branch.launched = True, len(request.prompt)
+            self.requests.settle(request)
+
+    def _next_of_running(self) -> list[Row]:
+        """What is missing of the running requests, as far as the budget of tokens goes."""
+        rows, budget = [], self._max_num_batched_tokens
+        for request in self.requests.running.values():
+            if request.id in self.requests.leaving:
+                continue
+            for branch in [request.trunk] if request.shared else request.live:
+                if (row := self._row(branch, budget)) is not None:
+                    rows.append(row)
+                    budget -= row.count
+        return rows
+
+    def _row(self, branch: Branch, budget: int) -> Row | None:
+        """The next positions of a branch, at most ``budget``; None where there are none.
+
+        Branches that share the memory of one prompt compute no more than the prompt.
+        """
+        request = branch.request
+        shared = request.shared
+        missing = min(branch.missing, len(request.prompt) - branch.launched) if shared else branch.missing
+        if (count := min(missing, budget)) <= 0:
+            return None
+        ends = branch.launched + count == branch.length
+        return Row(branch, branch.launched, count, () if not ends else tuple(request.live) if shared else (branch,))
+
+    def _launch(self, row: Row) -> None:
+        row.branch.launched += row.count
+        for branch in {row.branch, *row.into}:
+            branch.in_flight += 1
+        for branch in row.into:
+            branch.pending += 1
+        self._policy.served(row.branch.request, row.count - bool(row.into), len(row.into))
+
+    def _make_room(self, request: Request) -> list[Request]:
+        """Takes the memory of the running request that is served last, since another one needs it.
+
+        Returns:
+            The requests that the iteration at hand must leave out.
+        """
+        if self.requests.leaving:  # what they hold is free in a moment
+            return [request]
+        if len(self.requests.running) == 1:
+            self._require_possible(request)
+            return [request]
+        victim = max(self.requests.running.values(), key=self._key)
+        left_out = [victim, request] if victim.in_flight else [victim]
+        self.requests.preempt(victim)
+        return left_out
+
+    def preempt_one(self) -> bool:
+        """Takes the memory of the running request that is served last; False where none runs or one leaves already."""
+        if self.requests.leaving or not self.requests.running:
+            return False
+        self.requests.preempt(max(self.requests.running.values(), key=self._key))
+        return True
+
+    # Requests that begin, and those that come back.
+
+    def _resume(self) -> None:
+        """Brings swapped requests back, ahead of all that wait."""
+        for request in sorted(self.requests.swapped.values(), key=self._key):
+            soon = request.held_positions + sum(map(self._estimate.remaining, request.live))
+            if self.requests.sequences + len(request.live) > self._max_num_seqs:
+                return
+            if self.requests.running and not self._memory.room_for(soon):
+                return
+            if not self._memory.swap_in(request):
+                if not self.requests.running:  # nothing will be free by waiting
+                    self.requests.wait(request)
+                return
+            self.requests.run(request)
+
+    def _begin(self, rows: list[Row]) -> None:
+        """Lets waiting requests begin with what is left of the budget, and adds what is computed of them."""
+        budget = self._max_num_batched_tokens - sum(row.count for row in rows)
+        while self.requests.waiting and budget > 0:
+            request = min(self.requests.waiting.values(), key=self._key)
+            if self.requests.sequences + len(request.live) > self._max_num_seqs or not self._admits(request):
+                return
+            trunk = request.trunk
+            if (cached := self._memory.open(request)) is None:
+                self._require_possible(request)
+                return
+            trunk.opened, trunk.launched, request.cached = True, cached, cached
+            row = self._row(trunk, budget)
+            assert row is not None  # a prefix leaves at least one token
+            if self._memory.grow([(trunk, row.start + row.count)]) is not None:
+                self.requests.wait(request)
+                self._require_possible(request)
+                return
+            self.requests.run(request)
+            rows.append(row)
+            budget -= row.count
+
+    def _admits(self, request: Request) -> bool:
+        """Whether a request may begin: not before enough wait, nor when memory would soon be short."""
+        running = self.requests.running.values()
+        if not running:
+            return True
+        enough = len(self.requests.waiting) >= self._waiting_served_ratio * len(running)
+        if not enough and self._number - request.enqueued < _MOST_WAITED:
+            return False
+        outputs = [branch for each in running for branch in each.live]
+        soon = sum(map(self._estimate.remaining, [*outputs, *request.live]))
+        unfinished = sum(max(len(each.prompt) - each.trunk.launched, 0) for each in running)
+        begins = request.held_positions - self._memory.cached_positions(request)
+        return self._memory.room_for(begins + unfinished + soon)
+
+    def _require_possible(self, request: Request) -> None:
+        """Ends a request for which there will never be memory, so that it does not wait for ever."""
+        alone = all(each is request for each in self.requests.running.values())
+        if alone and (reason := self._memory.shortage(request)) is not None:
+            self.requests.end(request, FinishReason.ERROR, reason)
+
+    def _key(self, request: Request) -> Any:
+        """What requests are ordered by: one that has waited for very long comes first, whatever the policy."""
+        if self._number - request.enqueued > _PATIENCE:
+            return 0, request.enqueued
+        return 1, self._policy.key(request)
+
+    # Requests that come and end.
+
+    def add(self, request: Request) -> None:
+        """Lets a request wait for its turn.
+
+        Raises:
+            ValueError: it has no prompt, its id is taken, or it could never be served; the message says what it needs
+                and what there is.
+        """
+        if not request.prompt:
+            raise ValueError("prompt must have at least one token")
+        if self.requests.find(request.id) is not None:
+            raise ValueError(f"there is a request {request.id!r} already")
+        if request.n > self._max_num_seqs:
+            raise ValueError(f"n is {request.n}, and at most max_num_seqs={self._max_num_seqs} outputs run at a time")
+        if (reason := self._memory.shortage(request)) is not None:
+            raise ValueError(reason)
+        self._policy.arrived(request, self.requests)
+        request.enqueued = self._number
+        self.requests.add(request)
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request; False where there is none of that id."""
+        return self._end(request_id, FinishReason.ABORT, None)
+
+    def fail(self, request_id: str, error: str) -> bool:
+        """Ends a request in which something went wrong; False where there is none of that id."""
+        return self._end(request_id, FinishReason.ERROR, error)
+
+    def _end(self, request_id: str, reason: FinishReason, error: str | None) -> bool:
+        if (request := self.requests.find(request_id)) is None:
+            return False
+        self.requests.end(request, reason, error)
+        return True
