@@ -24,12 +24,15 @@ TORCHLESS = (
     "memory/prefix_tree.py",
 )
 TORCHLESS += ("memory/ipc.py", "bench/trace.py")
-TORCHLESS += tuple(f"engine/{name}.py" for name in ("request", "memory", "policy", "table", "scheduler"))
+TORCHLESS += tuple(
+    f"engine/{name}.py" for name in ("sampling_params", "outputs", "request", "memory", "policy", "table", "scheduler")
+)
 
 # Files and classes that are larger than they should be, and why they are.
 LARGE = {
     "vattn/hf/cache.py VirtualCache": "most are those of transformers' Cache",
     "vattn/engine/request.py Request": "a record",
+    "vattn/engine/sampling_params.py SamplingParams": "a record",
     "vattn/kernels/base.py AttentionSpec": "a record of what kernels differ in",
     "vattn/memory/kv_cache.py KVCache": "one line each: what a cache can do",
     "vattn/memory/stats.py CacheStats": "a record",

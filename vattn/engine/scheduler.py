@@ -141,7 +141,7 @@ class Scheduler:
                     self._end_where_it_stops(branch)
                     progressed.append(branch)
         for request in {row.branch.request for row in iteration.rows}:
-            self.requests.settle(request)
+            self.requests.after_read(request)
         return progressed
 
     def _end_where_it_stops(self, branch: Branch) -> None:
@@ -164,7 +164,7 @@ class Scheduler:
                 continue
             for branch in request.live:
                 branch.opened, branch.launched = True, len(request.prompt)
-            self.requests.settle(request)
+            self.requests.after_read(request)
 
     def _next_of_running(self) -> list[Row]:
         """What is missing of the running requests, as far as the budget of tokens goes."""

@@ -108,7 +108,7 @@ class RequestTable:
             branch.finish_reason = reason
         self._when_idle(request, self._finish)
 
-    def settle(self, request: Request) -> None:
+    def after_read(self, request: Request) -> None:
         """Does what was put off while iterations of a request were in flight."""
         for branch in request.branches:
             ended = branch.finish_reason is not None and not branch.in_flight
