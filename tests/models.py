@@ -7,9 +7,10 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 import transformers
-from transformers import StoppingCriteria
+from transformers import DynamicCache, StoppingCriteria
 
 from vattn import CACHE_KEYWORD, VirtualCache
 
@@ -103,6 +104,48 @@ def _random(kind: Any, config: Any, attention: str, device: str, end: int | None
     model.generation_config.eos_token_id = end
     model.generation_config.pad_token_id = 0
     return model.eval().to(device)
+
+
+_LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+_HYBRID_SHAPE = {
+    "vocab_size": 101, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": None, "tie_word_embeddings": False,
+}  # fmt: skip
+HYBRIDS = {
+    "Qwen3Next": {
+        **_LINEAR, "layer_types": ["linear_attention"] * 3 + ["full_attention"], "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+    },
+    "Lfm2": {
+        "layer_types": ["conv", "conv", "full_attention", "conv"], "block_ff_dim": 96,
+        "block_auto_adjust_ff_dim": False,
+    },
+}  # fmt: skip
+_RECURRENT = {
+    "Mamba2": {
+        "num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "chunk_size": 8, "expand": 2,
+    },
+}  # fmt: skip
+
+
+def hybrid(name: str) -> Any:
+    """Returns a tiny model with layers that keep a state."""
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip("this transformers does not have it")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**_HYBRID_SHAPE, **{**HYBRIDS, **_RECURRENT}[name]})
+    model = getattr(transformers, f"{name}ForCausalLM")._from_config(config, attn_implementation="eager").eval()
+    layers = DynamicCache(config=config).layers
+    if not any(hasattr(layer, "conv_states") for layer in layers):
+        pytest.skip("this transformers keeps its states elsewhere")
+    model.generation_config.pad_token_id = 0
+    return model
 
 
 def prompt(batch: int, length: int, device: str, *, padded: bool = False) -> dict[str, torch.Tensor]:

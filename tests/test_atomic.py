@@ -6,52 +6,17 @@ import contextlib
 
 import pytest
 import torch
-import transformers
-from models import build, prompt
+from models import HYBRIDS, build, hybrid, prompt
 from transformers import DynamicCache, EncoderDecoderCache
 
 from vattn import CACHE_KEYWORD, BudgetExceeded, VirtualCache
 from vattn.hf.placement import Placement
-
-LINEAR = {
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-}
-SHAPE = {
-    "vocab_size": 101, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": None, "tie_word_embeddings": False,
-}  # fmt: skip
-HYBRIDS = {
-    "Qwen3Next": {
-        **LINEAR, "layer_types": ["linear_attention"] * 3 + ["full_attention"], "num_experts": 4,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
-    },
-    "Lfm2": {
-        "layer_types": ["conv", "conv", "full_attention", "conv"], "block_ff_dim": 96,
-        "block_auto_adjust_ff_dim": False,
-    },
-}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def pages(request, monkeypatch):
     if not request.node.get_closest_marker("gpu"):
         monkeypatch.setattr(Placement, "granularity", 4096)
-
-
-def hybrid(name):
-    if not hasattr(transformers, f"{name}Config"):
-        pytest.skip("this transformers does not have it")
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**{**SHAPE, **HYBRIDS[name]})
-    model = getattr(transformers, f"{name}ForCausalLM")._from_config(config, attn_implementation="eager").eval()
-    layers = DynamicCache(config=config).layers
-    if not any(hasattr(layer, "conv_states") for layer in layers):
-        pytest.skip("this transformers keeps its states elsewhere")
-    return model
 
 
 def stepped(model, cache, parts):

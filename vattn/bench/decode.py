@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, QuantizedCache, StaticCache, StoppingCriteria, StoppingCriteriaList
 
-from vattn.hf.attach import CACHE_KEYWORD, forward_of
+from vattn.hf import CACHE_KEYWORD
+from vattn.hf.attach import forward_of
 from vattn.hf.cache import VirtualCache
 from vattn.kernels import KERNELS, AttentionParams, AttentionSpec, Kernel, SequenceRanges, reach_of
 from vattn.memory.kv_cache import KVCache

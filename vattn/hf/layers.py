@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from vattn.hf.attach import VERSION
 from vattn.hf.layer_views import write
 from vattn.hf.options import Options
 from vattn.hf.placement import Placement
 from vattn.hf.row_format import RowFormat
 from vattn.hf.rows import Rows
 from vattn.hf.store import Store
+from vattn.models.versions import VERSION
 
 _LOG = logging.getLogger("vattn")
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from vattn.hf.attach import CACHE_KEYWORDS, Forward
+from vattn.hf.attach import Forward
 from vattn.hf.store import Store
+from vattn.models.versions import CACHE_KEYWORDS
 
 
 @dataclass

@@ -28,6 +28,7 @@ from vattn.memory.layout import GRANULARITY, KINDS, Kind, KVLayout
 from vattn.memory.row_views import RowViews
 from vattn.memory.sequence import Sequence
 from vattn.memory.shape import dtype_name
+from vattn.memory.slot_map import drawn
 from vattn.memory.slots import SHARES, Share, Slots
 from vattn.memory.stats import CacheStats
 from vattn.ranges import register_range
@@ -205,6 +206,11 @@ class KVCache:
                 return known.handed_out()
         handle = self._arena.open(slot, expected=expected, stream=self._slots.stream())
         return Sequence(self, self._slots, handle, namespace).handed_out()
+
+    def cached_positions(self, tokens: Iterable[int], *, namespace: Hashable = None) -> int:
+        """Returns how many positions ``open(tokens=)`` would most likely begin with; another thread may change it."""
+        match = self._slots.prefixes.match(token_ids("tokens", tokens)[:-1], namespace)
+        return 0 if match is None else match.length
 
     def open_unwatched(self, slot: int) -> Sequence:
         """Starts an empty sequence in a slot, which gives no ResourceWarning if it is dropped without ``close``."""
@@ -434,20 +440,7 @@ class KVCache:
 
     def show(self) -> str:
         """Returns the map of the slots with a sequence or memory as text; extents are granules joined by ``+``."""
-        lines = []
-        for index, slot in enumerate(self.map()):
-            mapped = sum(run["tail"] - run["head"] for run in slot["runs"])
-            if slot["state"] == "bare":
-                continue
-            head = f"slot {index} {slot['state']} length {slot['length']} mapped {mapped / 2**20:.3f} MiB"
-            runs = [
-                f"  plane {plane} @{run['offset']:#014x}: "
-                + "+".join(str(extent // self.layout.granularity) for extent in run["extents"])
-                for plane, run in enumerate(slot["runs"])
-                if run["extents"]
-            ]
-            lines += [head, *runs]
-        return "\n".join(lines)
+        return drawn(self.map(), self.layout.granularity)
 
     def check(self) -> None:
         """Recounts all extents, addresses and states; raises ``vattn.Error`` if an invariant is broken."""

@@ -1,0 +1,456 @@
+"""The engine beside ``model.generate``: the same tokens alone, batched, chunked, behind a prefix, preempted, forked."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from models import build, hybrid
+from transformers import DynamicCache
+
+from vattn import CACHE_KEYWORD
+from vattn.engine.engine import Engine
+from vattn.engine.llm import LLM
+from vattn.engine.options import EngineOptions
+from vattn.engine.outputs import RequestOutput
+from vattn.engine.sampling_params import SamplingParams
+
+FLAT = [
+    *("llama-gqa", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2", "gpt_neox", "phi3", "gpt_oss"),
+    *("qwen3_moe", "mixtral", "olmo2", "cohere2", "opt", "gptj"),
+]
+ROWS = ["deepseek_v3", "falcon", "bloom"]
+HYBRIDS = ["Qwen3Next", "Lfm2", "Mamba2"]
+NEW = 18
+
+
+def model_of(name: str) -> Any:
+    model = hybrid(name) if name in HYBRIDS else build(name, "eager", "cpu")
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@contextlib.contextmanager
+def engine_of(model: Any, tokenizer: Any = None, **options: Any) -> Iterator[Engine]:
+    given = {"max_model_len": 160, "max_num_seqs": 8, "granularity": 4096, "kv_budget": 64 << 20, **options}
+    engine = Engine(model, tokenizer, EngineOptions(**given))
+    yield engine
+    if engine.tier.cache is not None:
+        engine.tier.cache.check()
+    engine.close()
+
+
+def served(engine: Engine, prompts: list[list[int]], params: SamplingParams, **options: Any) -> list[RequestOutput]:
+    """The outputs of requests that come at once, in their order."""
+    for number, prompt in enumerate(prompts):
+        engine.add(str(number), prompt, params, **options)
+    done: dict[str, RequestOutput] = {}
+    while engine.unfinished:
+        for output in engine.step():
+            if output.finished:
+                assert output.request_id not in done
+                done[output.request_id] = output
+    assert engine.scheduler.requests.counters.submitted >= len(prompts)
+    return [done[str(number)] for number in range(len(prompts))]
+
+
+def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def prompts_of(lengths: tuple[int, ...]) -> list[list[int]]:
+    chance = random.Random(5)
+    return [[chance.randrange(3, 99) for _ in range(length)] for length in lengths]
+
+
+def generated(model: Any, prompts: list[list[int]], new: int = NEW) -> list[list[int]]:
+    """What ``model.generate`` gives for each prompt alone."""
+    found = []
+    for prompt in prompts:
+        cache = DynamicCache(config=model.config)
+        options = {"max_new_tokens": new, "do_sample": False, CACHE_KEYWORD: cache}
+        ids = torch.tensor([prompt])
+        found.append(model.generate(input_ids=ids, **options)[0, len(prompt) :].tolist())
+    return found
+
+
+GREEDY = SamplingParams(temperature=0, max_tokens=NEW)
+LENGTHS = (30, 7, 1, 45, 16, 33)
+MODES: dict[str, dict[str, Any]] = {
+    "batched": {"max_num_batched_tokens": 512},
+    "chunked": {"max_num_batched_tokens": 20},
+    "read at once": {"max_num_batched_tokens": 40, "depth": 0},
+    "without prefixes": {"enable_prefix_caching": False},
+}
+
+
+@pytest.mark.parametrize("name", [*FLAT, *ROWS, *HYBRIDS])
+def test_the_tokens_are_those_of_generate(name):
+    model = model_of(name)
+    prompts = prompts_of(LENGTHS)
+    expected = generated(model, prompts)
+    for mode, options in MODES.items():
+        with engine_of(model, **options) as engine:
+            assert engine.tier.name == ("flat" if name in FLAT else "rows"), engine.tier.reason
+            assert tokens(served(engine, prompts, GREEDY)) == expected, mode
+            if engine.tier.cache is not None:
+                assert engine.tier.cache.stats().running_slots == 0
+            # One after the other, behind what the first round has left.
+            for prompt, tokens_of_prompt in zip(prompts, expected, strict=True):
+                assert tokens(served(engine, [prompt], GREEDY)) == [tokens_of_prompt], mode
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral", "gemma3", "gpt_oss"])
+def test_behind_a_prefix(name):
+    model = model_of(name)
+    [system] = prompts_of((40,))
+    prompts = [[*system, *more] for more in prompts_of((9, 1, 20))]
+    expected = generated(model, prompts)
+    with engine_of(model) as engine:
+        served(engine, [[*system, 5]], GREEDY)
+        outputs = served(engine, prompts, GREEDY)
+        assert tokens(outputs) == expected
+        if name == "llama-gqa":  # a sliding window may have given back the rows
+            assert all(output.num_cached_tokens >= len(system) for output in outputs)
+        apart = served(engine, prompts, GREEDY, namespace="another tenant")
+        assert tokens(apart) == expected
+        assert apart[0].num_cached_tokens == 0
+
+
+def preempting(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> list[list[int]]:
+    """The tokens of requests, of which the last one loses its memory after every fifth iteration."""
+    for number, prompt in enumerate(prompts):
+        engine.add(str(number), prompt, params)
+    done: dict[str, RequestOutput] = {}
+    steps = 0
+    while engine.unfinished:
+        for output in engine.step():
+            if output.finished:
+                done[output.request_id] = output
+        steps += 1
+        if steps % 5 == 0:
+            engine.scheduler.preempt_one()
+    assert engine.scheduler.requests.counters.preemptions > 2
+    return tokens([done[str(number)] for number in range(len(prompts))])
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma3", "gpt_oss", "deepseek_v3", "Qwen3Next", "Mamba2"])
+def test_preempted_and_computed_again(name, depth):
+    model = model_of(name)
+    prompts = prompts_of((40, 12, 30))
+    expected = generated(model, prompts, 30)
+    with engine_of(model, depth=depth) as engine:
+        assert preempting(engine, prompts, SamplingParams(temperature=0, max_tokens=30)) == expected
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma3", "gpt_oss"])
+def test_preempted_and_swapped(name, depth):
+    model = model_of(name)
+    prompts = prompts_of((40, 12, 30))
+    expected = generated(model, prompts, 30)
+    with engine_of(model, depth=depth) as engine:
+        engine.tier.memory._swap_is_faster = lambda positions: True
+        assert preempting(engine, prompts, SamplingParams(temperature=0, max_tokens=30)) == expected
+        assert engine.tier.cache.stats().driver_calls["create_host"] > 0
+
+
+@pytest.mark.parametrize("swaps", [False, True])
+def test_samples_that_are_preempted_are_the_same(swaps):
+    """Outputs of one request leave and come back together."""
+    model = model_of("llama-gqa")
+    params = SamplingParams(n=3, temperature=1.0, seed=5, max_tokens=25)
+    prompts = prompts_of((40, 20))
+    with engine_of(model) as engine:
+        expected = [[each.token_ids for each in output.outputs] for output in served(engine, prompts, params)]
+    with engine_of(model) as engine:
+        engine.tier.memory._swap_is_faster = lambda positions: swaps
+        for number, prompt in enumerate(prompts):
+            engine.add(str(number), prompt, params)
+        done: dict[str, RequestOutput] = {}
+        steps = 0
+        while engine.unfinished:
+            done |= {output.request_id: output for output in engine.step()}
+            steps += 1
+            if steps % 4 == 0:
+                engine.scheduler.preempt_one()
+        assert engine.scheduler.requests.counters.preemptions > 2
+        assert [[each.token_ids for each in done[name].outputs] for name in ("0", "1")] == expected
+
+
+def test_under_a_budget_that_is_short():
+    """Requests are preempted because there is no memory."""
+    model = model_of("llama-gqa")
+    prompts = prompts_of((40, 40, 40, 40, 40))
+    expected = generated(model, prompts, 60)
+    with engine_of(model) as engine:
+        budget = 3 * engine.tier.cache.layout.mapped_bytes(100)
+    with engine_of(model, kv_budget=budget) as engine:
+        engine.scheduler._estimate._part = 0.0  # it expects short outputs, and lets too many begin
+        assert tokens(served(engine, prompts, SamplingParams(temperature=0, max_tokens=60))) == expected
+        assert engine.scheduler.requests.counters.preemptions > 0
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral", "deepseek_v3", "Lfm2"])
+def test_seeds_give_the_same_tokens_alone_and_among_others(name):
+    """E2 of sampled tokens: they follow from the seed, the index and the position."""
+    model = model_of(name)
+    [prompt] = prompts_of((25,))
+    params = SamplingParams(n=3, temperature=0.9, top_k=40, top_p=0.95, seed=11, max_tokens=NEW)
+    others = [SamplingParams(temperature=1.2, seed=number, max_tokens=NEW, n=1 + number % 2) for number in range(30)]
+    with engine_of(model, max_num_seqs=40) as engine:
+        [alone] = served(engine, [prompt], params)
+        assert len({tuple(output.token_ids) for output in alone.outputs}) == 3
+        for number, other in enumerate(others):
+            engine.add(f"other {number}", prompts_of((3 + number,))[0], other)
+        for _ in range(3):
+            engine.step()
+        engine.add("again", prompt, params)
+        again = None
+        while engine.unfinished:
+            for output in engine.step():
+                if output.request_id == "again" and output.finished:
+                    again = output
+        assert again is not None
+        assert [output.token_ids for output in again.outputs] == [output.token_ids for output in alone.outputs]
+
+
+def test_samples_of_one_prompt_share_it():
+    model = model_of("llama-gqa")
+    [prompt] = prompts_of((100,))
+    with engine_of(model) as engine:
+        engine.add("four", prompt, SamplingParams(n=4, temperature=1.0, seed=1, max_tokens=4))
+        while not any(len(request.branches[0].output) > 1 for request in engine.scheduler.requests):
+            engine.step()
+        stats = engine.tier.cache.stats()
+        assert stats.shared > 2 * 100 * engine.tier.cache.layout.bytes_per_token
+        while engine.unfinished:
+            engine.step()
+
+
+def test_the_end_token_and_others_end_an_output():
+    model = model_of("llama-gqa")
+    [prompt] = prompts_of((12,))
+    [expected] = generated(model, [prompt], 40)
+    # Tokens that come for the first time behind some others.
+    firsts = [place for place, token in enumerate(expected) if expected.index(token) == place and place > 3]
+    end, other = expected[firsts[0]], expected[firsts[1]]
+    model.generation_config.eos_token_id = [end, 1000]
+    with engine_of(model) as engine:
+        params = {"temperature": 0, "max_tokens": 40}
+        [stopped] = served(engine, [prompt], SamplingParams(**params))
+        assert stopped.outputs[0].token_ids == expected[: firsts[0] + 1]
+        assert (stopped.outputs[0].finish_reason, stopped.outputs[0].stop_reason) == ("stop", None)
+        [goes_on] = served(engine, [prompt], SamplingParams(**params, ignore_eos=True, stop_token_ids=[other]))
+        assert goes_on.outputs[0].token_ids == expected[: firsts[1] + 1]
+        assert goes_on.outputs[0].stop_reason == other
+        [long] = served(engine, [prompt], SamplingParams(**params, ignore_eos=True))
+        assert (long.outputs[0].token_ids, long.outputs[0].finish_reason) == (expected, "length")
+        [late] = served(engine, [prompt], SamplingParams(**params, min_tokens=firsts[0] + 3))
+        assert end not in late.outputs[0].token_ids[: firsts[0] + 3]
+
+
+def test_logprobs_are_those_of_the_model():
+    model = model_of("llama-gqa")
+    [prompt] = prompts_of((12,))
+    with engine_of(model) as engine:
+        [output] = served(engine, [prompt], SamplingParams(temperature=0, max_tokens=5, logprobs=3))
+    ids = [*prompt, *output.outputs[0].token_ids]
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    for place, (token, entries) in enumerate(zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)):
+        row = expected[len(prompt) - 1 + place]
+        assert set(entries) == set(row.topk(3).indices.tolist())
+        assert entries[token].rank == 1
+        for each, logprob in entries.items():
+            assert logprob.logprob == pytest.approx(float(row[each]), abs=1e-3)
+    pairs = zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)
+    total = sum(entries[token].logprob for token, entries in pairs)
+    assert output.outputs[0].cumulative_logprob == pytest.approx(total)
+
+
+def test_what_one_request_does_wrong_ends_it_alone():
+    """E5: a row whose logits are no numbers."""
+    model = model_of("llama-gqa")
+    prompts = prompts_of((20, 21, 22))
+    expected = generated(model, prompts)
+    with engine_of(model) as engine:
+        run = engine.tier.runner.run
+
+        def broken(rows, given):
+            logits = run(rows, given)
+            for number, row in enumerate(rows):
+                if row.branch.request.id == "1" and row.start > 25:
+                    logits[number] = float("nan")
+            return logits
+
+        engine.tier.runner.run = broken
+        outputs = served(engine, prompts, GREEDY)
+        assert tokens(outputs)[::2] == expected[::2]
+        assert outputs[1].outputs[0].finish_reason == "error"
+        assert outputs[1].error == "the model's logits are no numbers"
+        assert outputs[1].outputs[0].token_ids == expected[1][: len(outputs[1].outputs[0].token_ids)]
+
+
+def test_bad_requests_are_refused_and_lose_nothing():
+    model = model_of("llama-gqa")
+    with engine_of(model, kv_budget=400_000) as engine:
+        for prompt, params, error in [
+            ([], SamplingParams(), "prompt must have at least one token"),
+            ([101], SamplingParams(), "a token of prompt must be at most 100"),
+            ([3], SamplingParams(logit_bias={101: 1.0}), "a token of logit_bias must be at most 100"),
+            ([3] * 150, SamplingParams(max_tokens=30), "the request needs 180 positions"),
+            ([3], SamplingParams(stop="x"), "need a tokenizer"),
+            ("text", SamplingParams(), "need a tokenizer"),
+            ([3] * 100, SamplingParams(n=8, max_tokens=50, temperature=1), "MiB of K and V, and the budget is 0.4 MiB"),
+        ]:
+            with pytest.raises((TypeError, ValueError), match=error):
+                engine.add("one", prompt, params)
+        assert engine.unfinished == 0
+        assert len(served(engine, [[3, 4]], GREEDY)) == 1
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_under_pressure_with_aborts_and_refusals(depth):
+    """E1 to E9 on a budget far below the demand: all end once, and all memory comes back."""
+    model = model_of("llama-gqa")
+    chance = random.Random(depth)
+    with engine_of(model, depth=depth, kv_budget=600_000, max_num_batched_tokens=64) as engine:
+        cache = engine.tier.cache
+        done: dict[str, RequestOutput] = {}
+        names = [str(number) for number in range(150)]
+        waiting = list(names)
+        given: dict[str, list[int]] = {}
+        while waiting or engine.unfinished:
+            if waiting and chance.random() < 0.5:
+                name = waiting.pop()
+                given[name] = [chance.randrange(3, 99) for _ in range(chance.randrange(1, 60))]
+                params = SamplingParams(
+                    temperature=chance.choice([0, 1.0]), n=1, max_tokens=chance.randrange(1, 40), seed=3
+                )
+                engine.add(name, given[name], params)
+            if chance.random() < 0.05 and given:
+                engine.abort(chance.choice(list(given)))
+            if chance.random() < 0.1:
+                cache.driver.fail_at(chance.randrange(1, 4))
+            for output in engine.step():
+                if output.finished:
+                    assert output.request_id not in done
+                    done[output.request_id] = output
+            cache.driver.fail_at(0)
+            assert cache.stats().physical <= cache.stats().budget
+        assert set(done) == set(names)
+        assert {output.outputs[0].finish_reason for output in done.values()} <= {"stop", "length", "abort"}
+        assert cache.stats().running_slots == 0
+        counters = engine.scheduler.requests.counters
+        assert counters.submitted == counters.finished + counters.aborted + counters.failed == 150
+        cache.trim()
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("name", ["llama-gqa", "Qwen3Next"])
+def test_an_iteration_that_fails_is_computed_again(name, depth):
+    """E9: what the device refuses once ends nobody's request, and changes no token."""
+    model = model_of(name)
+    prompts = prompts_of((20, 31, 7))
+    expected = generated(model, prompts)
+    with engine_of(model, depth=depth) as engine:
+        run, calls = engine.tier.runner.run, []
+
+        def failing(rows, given):
+            calls.append(len(rows))
+            logits = run(rows, given)
+            if len(calls) % 7 == 3:
+                raise torch.OutOfMemoryError("no")
+            return logits
+
+        engine.tier.runner.run = failing
+        for number, prompt in enumerate(prompts):
+            engine.add(str(number), prompt, GREEDY)
+        done: dict[str, RequestOutput] = {}
+        failed = 0
+        while engine.unfinished:
+            try:
+                done |= {output.request_id: output for output in engine.step()}
+            except torch.OutOfMemoryError:
+                failed += 1
+        assert failed > 2
+        assert tokens([done[str(number)] for number in range(3)]) == expected
+
+
+def llm_of(model: Any, **options: Any) -> LLM:
+    return LLM(
+        model, **{"max_model_len": 160, "max_num_seqs": 8, "granularity": 4096, "kv_budget": 64 << 20, **options}
+    )
+
+
+def test_llm_answers_in_the_order_of_the_prompts():
+    model = model_of("llama-gqa")
+    prompts = prompts_of((20, 3, 31))
+    expected = generated(model, prompts)
+    with llm_of(model) as llm:
+        assert llm.report() == {"tier": "flat", "reason": None, "max_model_len": 160}
+        assert tokens(llm.generate(prompts, GREEDY, use_tqdm=False)) == expected
+        assert tokens(llm.generate(prompts[0], GREEDY, use_tqdm=False)) == expected[:1]
+        given = [{"prompt_token_ids": prompt} for prompt in prompts]
+        each = [SamplingParams(temperature=0, max_tokens=number) for number in (1, 5, 9)]
+        outputs = llm.generate(given, each, use_tqdm=False)
+        assert [len(output.outputs[0].token_ids) for output in outputs] == [1, 5, 9]
+        assert llm.generate([], GREEDY, use_tqdm=False) == []
+
+
+def test_llm_is_usable_after_an_interrupt_or_a_bad_prompt():
+    model = model_of("llama-gqa")
+    prompts = prompts_of((20, 3, 31))
+    with llm_of(model) as llm:
+        expected = tokens(llm.generate(prompts, GREEDY, use_tqdm=False))
+        run, calls = llm.engine.tier.runner.run, []
+
+        def interrupted(rows, given):
+            calls.append(1)
+            if len(calls) == 5:
+                raise KeyboardInterrupt
+            return run(rows, given)
+
+        llm.engine.tier.runner.run = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert llm.engine.unfinished == 0
+        assert llm.engine.tier.cache.stats().running_slots == 0
+        with pytest.raises(ValueError, match="a token of prompt must be at most 100"):
+            llm.generate([*prompts, [500]], GREEDY, use_tqdm=False)
+        assert llm.engine.unfinished == 0
+        for bad, error in [(3, "prompts must be"), ([{"text": "x"}], "prompt must have prompt or prompt_token_ids")]:
+            with pytest.raises((TypeError, ValueError), match=error):
+                llm.generate(bad, GREEDY, use_tqdm=False)
+        with pytest.raises(ValueError, match="sampling_params are 1, and there are 3 prompts"):
+            llm.generate(prompts, [GREEDY], use_tqdm=False)
+        assert tokens(llm.generate(prompts, GREEDY, use_tqdm=False)) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"max_num_seqs": 0}, "max_num_seqs"),
+        ({"max_model_len": 1}, "max_model_len"),
+        ({"policy": "best"}, "policy must be"),
+        ({"kv_budget": 2.0}, "budget"),
+        ({"depth": 2}, "depth"),
+        ({"nothing": 1}, "nothing"),
+    ],
+)
+def test_bad_options_are_named(options, error):
+    with pytest.raises((TypeError, ValueError), match=error):
+        llm_of(model_of("llama-gqa"), **options)
+
+
+def test_other_models_are_refused():
+    with pytest.raises(ValueError, match="has an encoder"):
+        llm_of(build("t5", "eager", "cpu"))
+    with pytest.raises(TypeError, match="model must be a folder, a name or a model"):
+        LLM(3)

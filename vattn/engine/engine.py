@@ -1,0 +1,231 @@
+"""``Engine``: serves requests on one model, iteration by iteration."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import deque
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+
+from vattn.arguments import integer, token_ids
+from vattn.engine.options import EngineOptions
+from vattn.engine.outputs import RequestOutput
+from vattn.engine.policy import policy_named
+from vattn.engine.request import Branch, FinishReason, Request, Status
+from vattn.engine.sampler import Sampled, Sampler
+from vattn.engine.sampling_params import SamplingParams
+from vattn.engine.scheduler import Iteration, Row, Scheduler
+from vattn.engine.tier import tier_of
+from vattn.engine.tracked import Tracked
+from vattn.models.probe import probed
+
+
+class Engine:
+    """Serves requests on one model, iteration by iteration.
+
+    Args:
+        model: a causal language model of transformers, in eval mode.
+        tokenizer: of the model; None serves token ids without text.
+        options: how it serves.
+
+    Attributes:
+        max_model_len: positions of the longest sequence.
+        tier: by which means the model is computed, and why.
+        scheduler: decides what is computed next.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None, options: EngineOptions | None = None) -> None:
+        options = options or EngineOptions()
+        self._options, self._tokenizer = options, tokenizer
+        probe = probed(model)
+        allowed = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self.max_model_len = options.max_model_len or (allowed if isinstance(allowed, int) and allowed > 1 else 2048)
+        self._vocabulary = probe.vocabulary
+        self._ends = tuple(token for token in _end_tokens(model) if 0 <= token < probe.vocabulary)
+        self.tier = tier_of(model, probe, options, self.max_model_len)
+        self.scheduler = Scheduler(
+            self.tier.memory,
+            policy_named(options.policy, self.tier.memory.cached_positions),
+            clock=time.monotonic,
+            stops=lambda branch: self._tracked[branch.request.id].stops(branch),
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            waiting_served_ratio=options.waiting_served_ratio,
+        )
+        slots = 2 * options.max_num_seqs  # also of outputs that have ended, and are still in flight
+        self._sampler = Sampler(probe.vocabulary, slots, probe.device)
+        self._last = torch.zeros(slots, dtype=torch.int64, device=probe.device)  # the last token of each output
+        self._slots: dict[Branch, int] = {}  # of the sampler
+        self._tracked: dict[str, Tracked] = {}
+        self._flight: deque[tuple[Iteration, Sampled | None]] = deque()
+
+    # Requests.
+
+    def add(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        namespace: Hashable = None,
+        tenant: str = "",
+    ) -> None:
+        """Lets a request wait for its turn.
+
+        Args:
+            request_id: names it.
+            prompt: a text, or token ids.
+            params: how its tokens are chosen.
+            namespace: prefixes are shared with requests of the same namespace only.
+            tenant: on whose behalf, for the policy ``"fair"``.
+
+        Raises:
+            TypeError, ValueError: it cannot be served; the message says why. Nothing has changed.
+        """
+        text = prompt if isinstance(prompt, str) else None
+        if self._tokenizer is None and (text is not None or params.stop or params.bad_words):
+            raise ValueError("a text as prompt, stop and bad_words need a tokenizer, and the engine has none")
+        ids = token_ids("prompt", prompt if text is None else self._tokenizer(text)["input_ids"])
+        given = {"prompt": ids, "logit_bias": params.logit_bias or (), "stop_token_ids": params.stop_token_ids or ()}
+        for name, tokens in {**given, "allowed_token_ids": params.allowed_token_ids or ()}.items():
+            for token in tokens:
+                integer(f"a token of {name}", token, 0, self._vocabulary - 1)
+        now = time.monotonic()
+        request = Request(
+            request_id,
+            ids,
+            params.max_tokens or max(self.max_model_len - len(ids), 1),
+            n=params.n,
+            priority=params.priority,
+            tenant=tenant,
+            namespace=namespace,
+            reuse_prefix=not params.skip_reading_prefix_cache,
+            arrival=now,
+            deadline=None if params.deadline is None else now + params.deadline,
+        )
+        seed = self._options.seed if params.seed is None else params.seed
+        seed = secrets.randbits(62) if seed is None else seed
+        tracked = Tracked(request, params, text, seed, self._ends, self._tokenizer)
+        self.scheduler.add(request)
+        self._tracked[request_id] = tracked
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request; False where there is none of that id."""
+        return self.scheduler.abort(request_id)
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that have not ended, or whose end ``step`` has not given back yet."""
+        return len(self._tracked)
+
+    # An iteration.
+
+    def step(self) -> list[RequestOutput]:
+        """Computes an iteration, and returns the requests that it, or the last one, has brought forward."""
+        iteration = self.scheduler.schedule()
+        if iteration.rows:
+            try:
+                sampled = self._launch(iteration)
+            except BaseException:
+                self.scheduler.cancel(iteration)
+                raise
+            self._flight.append((iteration, sampled))
+        progressed: list[Branch] = []
+        while len(self._flight) > self._options.depth or (self._flight and not iteration.rows):
+            progressed += self._read(*self._flight.popleft())
+        ended = [request.id for request in self.scheduler.requests.ended]
+        self.scheduler.requests.ended.clear()
+        goes_on = {branch.request.id: None for branch in progressed if branch.request.status is not Status.FINISHED}
+        return [self._tracked[each].output() for each in goes_on] + [self._tracked.pop(each).output() for each in ended]
+
+    def _launch(self, iteration: Iteration) -> Sampled | None:
+        """Computes an iteration, whose tokens stay on the device."""
+        self._free_slots()
+        rows = iteration.rows
+        logits = self.tier.runner.run(rows, [self._tokens(row) for row in rows])
+        into = [(number, branch) for number, row in enumerate(rows) for branch in row.into]
+        if not into:
+            return None
+        slots = [self._slot(branch) for _, branch in into]
+        lengths = [rows[number].start + rows[number].count for number, _ in into]
+        made = [length - len(branch.request.prompt) for (_, branch), length in zip(into, lengths, strict=True)]
+        sampled = self._sampler.sample(logits[[number for number, _ in into]], slots, lengths, made)
+        self._last[torch.tensor(slots, device=self._last.device)] = sampled.tokens
+        return sampled
+
+    def _tokens(self, row: Row) -> torch.Tensor:
+        """The tokens of a row; one that was not read yet is on the device."""
+        branch = row.branch
+        known = [*branch.request.prompt, *branch.output][row.start : row.start + row.count]
+        tokens = torch.tensor(known, dtype=torch.int64, device=self._last.device)
+        if len(known) < row.count:
+            last = self._last[self._slots[branch], None]
+            tokens = torch.cat([tokens, last.clamp_min(0)])  # -1 where logits were no numbers
+        return tokens
+
+    def _slot(self, branch: Branch) -> int:
+        """The sampler's slot of an output."""
+        if branch not in self._slots:
+            tracked, taken = self._tracked[branch.request.id], set(self._slots.values())
+            slot = next(slot for slot in range(len(self._last)) if slot not in taken)
+            self._sampler.begin(
+                slot,
+                tracked.params,
+                seed=tracked.seed,
+                index=branch.index,
+                prompt=branch.request.prompt,
+                output=branch.output,
+                stops=tracked.stop_tokens,
+                bad_words=tracked.bad_words,
+            )
+            self._slots[branch] = slot
+        return self._slots[branch]
+
+    def _free_slots(self) -> None:
+        """Lets the sampler forget outputs that have ended, or that lost their memory."""
+        for branch in list(self._slots):
+            ended = branch.finish_reason is not None and not branch.in_flight
+            if ended or branch.request.status is not Status.RUNNING:
+                self._sampler.end(self._slots.pop(branch))
+
+    def _read(self, iteration: Iteration, sampled: Sampled | None) -> list[Branch]:
+        """Takes the tokens that an iteration has sampled."""
+        tokens = [] if sampled is None else sampled.tokens.tolist()
+        into = [branch for row in iteration.rows for branch in row.into]
+        for branch, token in zip(into, tokens, strict=True):
+            if token < 0 and branch.finish_reason is None:
+                self.scheduler.fail(branch.request.id, "the model's logits are no numbers")
+        if sampled is not None and sampled.logprobs is not None:
+            parts = (sampled.logprob_tokens, sampled.logprobs, sampled.ranks)
+            for branch, *each in zip(into, *(part.tolist() for part in parts if part is not None), strict=True):
+                if branch.finish_reason is None:
+                    self._tracked[branch.request.id].note_logprobs(branch, *each)
+        found = iter(tokens)
+        return self.scheduler.read(iteration, [[next(found) for _ in row.into] for row in iteration.rows])
+
+    def drain(self) -> None:
+        """Reads what is in flight, and forgets the requests that have ended."""
+        while self._flight:
+            self._read(*self._flight.popleft())
+        for request in self.scheduler.requests.ended:
+            self._tracked.pop(request.id, None)
+        self.scheduler.requests.ended.clear()
+
+    def close(self) -> None:
+        """Ends all requests and gives all memory back."""
+        for request in list(self.scheduler.requests):
+            self.scheduler.requests.end(request, FinishReason.ABORT)
+        self.drain()
+        if self.tier.cache is not None:
+            self.tier.cache.close()
+
+
+def _end_tokens(model: Any) -> tuple[int, ...]:
+    """The end tokens of a model's generation configuration."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, (list, tuple)) else (int(found),)

@@ -1,0 +1,144 @@
+"""``KVMemory``: the memory of a ``KVCache`` as the engine asks for it: a sequence for each branch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+from vattn.engine.request import Branch, Request
+from vattn.errors import Error
+from vattn.memory.kv_cache import KVCache
+from vattn.memory.sequence import Sequence
+
+
+class KVMemory:
+    """The memory of a ``KVCache`` as the engine asks for it; see ``Memory``.
+
+    Args:
+        cache: holds the rows. Its budget is that of the engine.
+        swap_is_faster: whether a sequence of so many positions is swapped out and in faster than it is computed; None
+            never swaps.
+        reuse_prefixes: whether requests begin behind rows that others have computed.
+    """
+
+    def __init__(
+        self, cache: KVCache, *, swap_is_faster: Callable[[int], bool] | None = None, reuse_prefixes: bool = True
+    ) -> None:
+        self.cache = cache
+        self._swap_is_faster = swap_is_faster
+        self._reuse = reuse_prefixes and not cache.layout.recurrent
+        self._sequences: dict[Branch, Sequence] = {}
+        self._unclosed: list[Sequence] = []  # that the driver refused to close
+
+    def slot(self, branch: Branch) -> int:
+        """The slot of a branch."""
+        return self._sequences[branch].slot
+
+    def shortage(self, request: Request) -> str | None:
+        """See ``Memory.shortage``."""
+        layout, budget = self.cache.layout, self.cache.stats().budget
+        if request.most_tokens > layout.max_len:
+            return (
+                f"the request needs {request.most_tokens} positions ({len(request.prompt)} of its prompt and "
+                f"max_tokens={request.max_tokens}), and max_model_len is {layout.max_len}"
+            )
+        # Outputs share the whole granules of their prompt.
+        needs = layout.mapped_bytes(request.most_tokens)
+        each = layout.mapped_bytes(request.most_tokens) - layout.mapped_bytes(len(request.prompt))
+        needs += (request.n - 1) * (each + layout.growth_step_bytes)
+        if budget is None or needs <= budget:
+            return None
+        return f"the request may need {needs / 2**20:.1f} MiB of K and V, and the budget is {budget / 2**20:.1f} MiB"
+
+    def cached_positions(self, request: Request) -> int:
+        """See ``Memory.cached_positions``."""
+        if not (self._reuse and request.reuse_prefix):
+            return 0
+        return self.cache.cached_positions(request.prompt, namespace=request.namespace)
+
+    def room_for(self, positions: int) -> bool:
+        """See ``Memory.room_for``."""
+        stats = self.cache.stats()
+        free = None if stats.budget is None else stats.budget - stats.rows
+        return free is None or positions * self.cache.layout.bytes_per_token <= free
+
+    def open(self, request: Request) -> int | None:
+        """See ``Memory.open``."""
+        self._close_all()
+        tokens = None
+        if self._reuse and request.reuse_prefix:
+            # Several outputs are forked behind the prompt; a single one may go on behind rows of its own.
+            tokens = request.prompt if len(request.live) > 1 else (*request.prompt, *request.trunk.output)
+        try:
+            sequence = self.cache.open(tokens=tokens, namespace=request.namespace, expected=len(request.prompt))
+        except (Error, ValueError):
+            return None
+        self._sequences[request.trunk] = sequence
+        return sequence.length
+
+    def grow(self, wanted: list[tuple[Branch, int]]) -> Branch | None:
+        """See ``Memory.grow``."""
+        sequences = [self._sequences[branch] for branch, _ in wanted]
+        try:
+            self.cache.grow_all(
+                sequences,
+                [positions for _, positions in wanted],
+                min_truncate_length=[branch.confirmed for branch, _ in wanted],
+            )
+        except Error:
+            return wanted[-1][0]
+        return None
+
+    def fork(self, request: Request) -> bool:
+        """See ``Memory.fork``."""
+        targets = [branch for branch in request.live if branch not in self._sequences]
+        try:
+            forks = self._sequences[request.trunk].fork(len(request.prompt), len(targets))
+        except (Error, ValueError):
+            return False
+        self._sequences.update(zip(targets, forks, strict=True))
+        return True
+
+    def close(self, branch: Branch, positions: int) -> None:
+        """See ``Memory.close``."""
+        sequence = self._sequences.pop(branch)
+        tokens = [*branch.request.prompt, *branch.output][:positions]
+        with contextlib.suppress(Error):
+            if self._reuse and tokens and not sequence.swapped:
+                sequence.remember(tokens)
+        self._unclosed.append(sequence)
+        self._close_all()
+
+    def _close_all(self) -> None:
+        """Closes sequences that have ended; those that the driver refuses are tried again at the next call."""
+        for sequence in list(self._unclosed):
+            with contextlib.suppress(Error):
+                sequence.close()
+                self._unclosed.remove(sequence)
+
+    def prefers_swap(self, request: Request) -> bool:
+        """See ``Memory.prefers_swap``."""
+        return self._swap_is_faster is not None and self._swap_is_faster(request.held_positions)
+
+    def swap_out(self, request: Request) -> bool:
+        """See ``Memory.swap_out``."""
+        try:
+            for sequence in self._of(request):
+                if not sequence.swapped:
+                    sequence.swap_out()
+        except (Error, ValueError):
+            return False
+        return True
+
+    def swap_in(self, request: Request) -> bool:
+        """See ``Memory.swap_in``."""
+        try:
+            for sequence in self._of(request):
+                if sequence.swapped:
+                    sequence.swap_in()
+        except (Error, ValueError):
+            return False
+        return True
+
+    def _of(self, request: Request) -> list[Sequence]:
+        return [self._sequences[branch] for branch in request.branches if branch in self._sequences]

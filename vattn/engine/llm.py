@@ -1,0 +1,189 @@
+"""``LLM``: answers many prompts at once; names and meaning are those of vLLM's offline interface."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from vattn.arguments import flag, shown
+from vattn.engine.engine import Engine
+from vattn.engine.options import EngineOptions
+from vattn.engine.outputs import RequestOutput
+from vattn.engine.sampling_params import SamplingParams
+from vattn.models.load import loaded
+
+Prompt = str | Sequence[int] | dict[str, Any]
+"""A text, token ids, or a dict with ``prompt`` or ``prompt_token_ids``."""
+
+
+class LLM:
+    """Answers many prompts at once on one model.
+
+    Args:
+        model: a folder, the name of a model that is on the disk, or a model of transformers, which is not changed.
+        tokenizer: a tokenizer, a folder or a name; None takes the model's. A model object needs one for texts.
+        dtype: of the weights; ``"auto"`` is what they are stored in.
+        device: where the weights go; None is CUDA where there is a GPU.
+        trust_remote_code: whether code that comes with the model may run.
+        options: see ``EngineOptions``.
+
+    Raises:
+        TypeError, ValueError: an argument is of a wrong type or out of range, or the model is none that can be served.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> None:
+        checked = EngineOptions(**options)
+        model, self._tokenizer = loaded(
+            model, tokenizer, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
+        self._defaults = getattr(model, "generation_config", None)
+        self.engine = Engine(model, self._tokenizer, checked)
+        self._names = itertools.count()
+
+    def get_tokenizer(self) -> Any:
+        """The tokenizer, or None."""
+        return self._tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What requests without parameters get: the temperature, ``top_k`` and so on of the model's configuration."""
+        config = self._defaults
+        if config is None or not getattr(config, "do_sample", False):
+            return SamplingParams(temperature=0.0)
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        given = {name: getattr(config, name, None) for name in names}
+        return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answers prompts, and returns when all are answered.
+
+        An exception or Ctrl-C ends the requests of this call, and leaves the engine usable.
+
+        Args:
+            prompts: one prompt or several: texts, token ids, or dicts with ``prompt`` or ``prompt_token_ids``.
+            sampling_params: for all prompts, or one for each; None is ``get_default_sampling_params``.
+            use_tqdm: whether a bar shows how far it is.
+
+        Returns:
+            An output for each prompt, in their order.
+
+        Raises:
+            TypeError, ValueError: a prompt cannot be served; then none is.
+        """
+        flag("use_tqdm", use_tqdm)
+        given = _listed(prompts)
+        params = self._params(sampling_params, len(given))
+        names = [str(next(self._names)) for _ in given]
+        done: dict[str, RequestOutput] = {}
+        try:
+            for name, prompt, each in zip(names, given, params, strict=True):
+                self.engine.add(name, _content(prompt), each)
+            bar = _bar(len(given)) if use_tqdm else None
+            while len(done) < len(given):
+                for output in self.engine.step():
+                    if output.finished and output.request_id in names:
+                        done[output.request_id] = output
+                        if bar is not None:
+                            bar.update(1)
+            if bar is not None:
+                bar.close()
+        except BaseException:
+            for name in names:
+                self.engine.abort(name)
+            self.engine.drain()
+            raise
+        return [done[name] for name in names]
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers conversations.
+
+        Args:
+            messages: one conversation, a list of dicts with ``role`` and ``content``; or a list of several.
+            sampling_params: as in ``generate``.
+            use_tqdm: as in ``generate``.
+            add_generation_prompt: whether the model is asked for an answer.
+            chat_template_kwargs: other arguments of the tokenizer's ``apply_chat_template``.
+        """
+        if self._tokenizer is None:
+            raise ValueError("chat needs a tokenizer, and the engine has none")
+        several = bool(messages) and not isinstance(messages[0], dict)
+        options = {"add_generation_prompt": add_generation_prompt, "tokenize": False, **(chat_template_kwargs or {})}
+        texts = [self._tokenizer.apply_chat_template(each, **options) for each in (messages if several else [messages])]
+        # The template holds the special tokens already.
+        ids = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        return self.generate(ids, sampling_params, use_tqdm=use_tqdm)
+
+    def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+        if given is None:
+            given = self.get_default_sampling_params()
+        if isinstance(given, SamplingParams):
+            return [given] * count
+        if not isinstance(given, (list, tuple)) or not all(isinstance(each, SamplingParams) for each in given):
+            raise TypeError(f"sampling_params must be SamplingParams, or a list of them, not {shown(given)}")
+        if len(given) != count:
+            raise ValueError(f"sampling_params are {len(given)}, and there are {count} prompts")
+        return list(given)
+
+    def report(self) -> dict[str, Any]:
+        """By which means the model is computed, and why."""
+        tier = self.engine.tier
+        return {"tier": tier.name, "reason": tier.reason, "max_model_len": self.engine.max_model_len}
+
+    def close(self) -> None:
+        """Ends all requests and gives the memory of K and V back."""
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _listed(prompts: Any) -> list[Any]:
+    if isinstance(prompts, (str, dict)):
+        return [prompts]
+    if not isinstance(prompts, (list, tuple)):
+        raise TypeError(f"prompts must be a text, token ids or a list of them, not {shown(prompts)}")
+    return [prompts] if prompts and isinstance(prompts[0], int) else list(prompts)
+
+
+def _content(prompt: Any) -> str | Sequence[int]:
+    """The text or the token ids of a prompt."""
+    if not isinstance(prompt, dict):
+        return prompt  # type: ignore[no-any-return]
+    for name in ("prompt_token_ids", "prompt"):
+        if prompt.get(name) is not None:
+            return prompt[name]  # type: ignore[no-any-return]
+    raise ValueError(f"a prompt must have prompt or prompt_token_ids, not {shown(prompt)}")
+
+
+def _bar(count: int) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=count, desc="requests", dynamic_ncols=True)

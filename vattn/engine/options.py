@@ -1,0 +1,52 @@
+"""``EngineOptions``: how an engine serves. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vattn.arguments import choice, flag, integer, optional_integer
+from vattn.engine.policy import POLICIES
+from vattn.memory.layout import GRANULARITY
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How an engine serves.
+
+    Args:
+        max_model_len: positions of the longest sequence; None is what the configuration of the model allows.
+        max_num_seqs: outputs that run at the same time, at most.
+        max_num_batched_tokens: positions that an iteration computes, at most.
+        kv_budget: memory for K and V: bytes (int), or a part of what is free (float in (0, 1]).
+        policy: which request is served first, a key of ``vattn.engine.policy.POLICIES``.
+        enable_prefix_caching: whether requests begin behind rows that others have computed.
+        attention: the kernel, of ``vattn.kernels.KERNELS``, or ``"auto"``.
+        waiting_served_ratio: see ``Scheduler``.
+        depth: iterations in flight when the next one is scheduled, 0 or 1.
+        granularity: bytes of a granule.
+        seed: of requests that give none; None draws one for each.
+
+    Raises:
+        TypeError, ValueError: an argument is of a wrong type or out of range.
+    """
+
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    kv_budget: int | float = 0.5
+    policy: str = "fcfs"
+    enable_prefix_caching: bool = True
+    attention: str = "auto"
+    waiting_served_ratio: float = 0.0
+    depth: int = 1
+    granularity: int = GRANULARITY
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        optional_integer("max_model_len", self.max_model_len, 2)
+        integer("max_num_seqs", self.max_num_seqs, 1)
+        integer("max_num_batched_tokens", self.max_num_batched_tokens, 1)
+        integer("depth", self.depth, 0, 1)
+        choice("policy", self.policy, POLICIES)
+        flag("enable_prefix_caching", self.enable_prefix_caching)
+        optional_integer("seed", self.seed, -(2**63))

@@ -1,0 +1,94 @@
+"""``RowMemory``: a transformers cache for each branch, for models whose layers keep more than K and V in rows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from vattn.engine.request import Branch, Request
+
+
+class RowMemory:
+    """The memory of models that are computed row by row, as the engine asks for it; see ``Memory``.
+
+    Each branch has a cache of transformers' own. Nothing is shared or swapped: a preempted request is computed again.
+
+    Args:
+        make: makes an empty cache.
+        bytes_per_position: that a cache takes, as far as it grows with the sequence.
+        max_model_len: positions of the longest sequence.
+        budget: bytes that all caches may take.
+    """
+
+    def __init__(self, make: Callable[[], Any], bytes_per_position: int, max_model_len: int, budget: int) -> None:
+        self._make = make
+        self._bytes, self._most, self._budget = max(bytes_per_position, 1), max_model_len, budget
+        self.caches: dict[Branch, Any] = {}
+        self._positions: dict[Branch, int] = {}
+
+    @property
+    def _free(self) -> int:
+        """Positions that there is memory for."""
+        return self._budget // self._bytes - sum(self._positions.values())
+
+    def shortage(self, request: Request) -> str | None:
+        """See ``Memory.shortage``."""
+        if request.most_tokens > self._most:
+            return (
+                f"the request needs {request.most_tokens} positions ({len(request.prompt)} of its prompt and "
+                f"max_tokens={request.max_tokens}), and max_model_len is {self._most}"
+            )
+        needs = request.n * request.most_tokens * self._bytes
+        if needs <= self._budget:
+            return None
+        return f"the request may need {needs / 2**20:.1f} MiB, and the budget is {self._budget / 2**20:.1f} MiB"
+
+    def cached_positions(self, request: Request) -> int:
+        """See ``Memory.cached_positions``."""
+        return 0
+
+    def room_for(self, positions: int) -> bool:
+        """See ``Memory.room_for``."""
+        return positions <= self._free
+
+    def open(self, request: Request) -> int | None:
+        """See ``Memory.open``."""
+        self.caches[request.trunk], self._positions[request.trunk] = self._make(), 0
+        return 0
+
+    def grow(self, wanted: list[tuple[Branch, int]]) -> Branch | None:
+        """See ``Memory.grow``."""
+        free = self._free
+        for branch, positions in wanted:
+            free -= max(positions - self._positions[branch], 0)
+            if free < 0:
+                return branch
+        self._positions.update((branch, max(positions, self._positions[branch])) for branch, positions in wanted)
+        return None
+
+    def fork(self, request: Request) -> bool:
+        """See ``Memory.fork``."""
+        targets = [branch for branch in request.live if branch not in self.caches]
+        if len(targets) * len(request.prompt) > self._free:
+            return False
+        for branch in targets:
+            self.caches[branch] = copy.deepcopy(self.caches[request.trunk])
+            self._positions[branch] = len(request.prompt)
+        return True
+
+    def close(self, branch: Branch, positions: int) -> None:
+        """See ``Memory.close``."""
+        del self.caches[branch], self._positions[branch]
+
+    def prefers_swap(self, request: Request) -> bool:
+        """See ``Memory.prefers_swap``."""
+        return False
+
+    def swap_out(self, request: Request) -> bool:
+        """See ``Memory.swap_out``."""
+        return False
+
+    def swap_in(self, request: Request) -> bool:
+        """See ``Memory.swap_in``."""
+        return False

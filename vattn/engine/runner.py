@@ -1,0 +1,84 @@
+"""Runners compute the logits of an iteration: flat, all rows in one call of the model, or row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from vattn.engine.kv_memory import KVMemory
+from vattn.engine.row_memory import RowMemory
+from vattn.engine.scheduler import Row
+from vattn.models.flat import FlatContext, Segment
+from vattn.models.state import configs_of
+from vattn.models.versions import cache_keyword
+
+
+class Runner(Protocol):
+    """Computes the logits of an iteration."""
+
+    def run(self, rows: Sequence[Row], tokens: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Computes rows, whose memory is there.
+
+        Args:
+            rows: of the iteration.
+            tokens: the tokens of each row, int64 ``[count]`` on the device.
+
+        Returns:
+            The logits behind the last position of each row, ``[rows, vocabulary]``.
+        """
+
+
+class FlatRunner:
+    """Computes all rows in one call of the model, on the slots of a ``KVCache``.
+
+    Args:
+        model: a model whose attention takes an attention function.
+        memory: holds the rows.
+        attention: the name of the kernel, or ``"auto"``.
+    """
+
+    def __init__(self, model: Any, memory: KVMemory, attention: str = "auto") -> None:
+        self._model, self._memory = model, memory
+        self._keyword = cache_keyword(model)
+        self._context = FlatContext(memory.cache, configs_of(model), attention)
+
+    @torch.no_grad()
+    def run(self, rows: Sequence[Row], tokens: Sequence[torch.Tensor]) -> torch.Tensor:
+        """See ``Runner.run``."""
+        segments = [Segment(self._memory.slot(row.branch), row.start, row.count) for row in rows]
+        ids = torch.cat(list(tokens))
+        last = torch.tensor([segment.count for segment in segments]).cumsum(0).sub(1).to(ids.device)
+        output = self._context.call(self._model, self._keyword, segments, input_ids=ids[None], logits_to_keep=last)
+        logits: torch.Tensor = output.logits[0]
+        return logits if len(logits) == len(rows) else logits[last]  # some models give all logits
+
+
+class RowRunner:
+    """Computes each row by a call of its own, with a cache of transformers' own.
+
+    Args:
+        model: any causal language model.
+        memory: holds the caches.
+        recurrent: whether layers keep states. Models with such layers take several tokens at once only at the start of
+            a sequence, so later tokens are computed one by one.
+    """
+
+    def __init__(self, model: Any, memory: RowMemory, *, recurrent: bool) -> None:
+        self._model, self._memory, self._recurrent = model, memory, recurrent
+        self._keyword = cache_keyword(model)
+
+    @torch.no_grad()
+    def run(self, rows: Sequence[Row], tokens: Sequence[torch.Tensor]) -> torch.Tensor:
+        """See ``Runner.run``."""
+        logits = []
+        for row, ids in zip(rows, tokens, strict=True):
+            given = {self._keyword: self._memory.caches[row.branch], "use_cache": True}
+            end = row.start
+            for part in torch.split(ids, 1) if self._recurrent and row.start else (ids,):
+                end += len(part)
+                mask = torch.ones(1, end, dtype=torch.int64, device=ids.device)
+                output = self._model(input_ids=part[None], attention_mask=mask, **given)
+            logits.append(output.logits[0, -1])
+        return torch.stack(logits)

@@ -1,0 +1,116 @@
+"""``Tier``: by which means a model is computed: flat on the slots of a ``KVCache``, or row by row; and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vattn import _core
+from vattn.engine.kv_memory import KVMemory
+from vattn.engine.memory import Memory
+from vattn.engine.options import EngineOptions
+from vattn.engine.row_memory import RowMemory
+from vattn.engine.runner import FlatRunner, RowRunner, Runner
+from vattn.memory.device import checked_budget
+from vattn.memory.kv_cache import KVCache
+from vattn.memory.layout import KVLayout
+from vattn.models.attention import UnsupportedError
+from vattn.models.flat import FlatContext, Segment
+from vattn.models.probe import Probe
+from vattn.models.row_cache import row_caches
+from vattn.models.state import configs_of
+from vattn.models.versions import cache_keyword
+
+# What logits that are computed flat may differ by, as a part of their norm.
+_LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3}
+_LIMIT = 5e-2
+
+
+@dataclass(frozen=True)
+class Tier:
+    """By which means a model is computed.
+
+    Args:
+        name: ``"flat"`` where all rows of an iteration are computed in one call of the model, else ``"rows"``.
+        reason: why it is not ``"flat"``; None where it is.
+        memory: holds K and V.
+        runner: computes iterations.
+        cache: that holds the rows; None in ``"rows"``.
+    """
+
+    name: str
+    reason: str | None
+    memory: Memory
+    runner: Runner
+    cache: KVCache | None
+
+
+def tier_of(model: Any, probe: Probe, options: EngineOptions, max_model_len: int) -> Tier:
+    """Chooses the means, and makes the memory.
+
+    Args:
+        model: the model.
+        probe: what it is like.
+        options: how the engine serves.
+        max_model_len: positions of the longest sequence.
+    """
+    reason = _obstacle(probe)
+    if reason is None:
+        layout = KVLayout(probe.layers, max_len=max_model_len, granularity=options.granularity)
+        slots = 2 * options.max_num_seqs  # those of running sequences, and as many for prefixes
+        cache = KVCache(layout, slots=slots, device=probe.device, budget=options.kv_budget)
+        if (reason := _tried(model, cache, probe, options.attention)) is None:
+            memory = KVMemory(cache, reuse_prefixes=options.enable_prefix_caching)
+            return Tier("flat", None, memory, FlatRunner(model, memory, options.attention), cache)
+        cache.close()
+    rows = RowMemory(
+        row_caches(model),
+        sum(shape.kv_heads * (shape.head_dim + shape.v_head_dim) * shape.itemsize for shape in probe.layers if shape),
+        max_model_len,
+        _budget(options.kv_budget, probe.device),
+    )
+    return Tier("rows", reason, rows, RowRunner(model, rows, recurrent=bool(probe.others)), None)
+
+
+def _budget(budget: int | float, device: torch.device) -> int:
+    checked_budget(budget)
+    if not isinstance(budget, float):
+        return budget
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _core.host_memory()[0]
+    return int(budget * free)
+
+
+def _obstacle(probe: Probe) -> str | None:
+    """Why a model cannot be computed flat, as far as its layers tell."""
+    if probe.others:
+        return f"its layers keep more than K and V ({', '.join(sorted(probe.others))})"
+    if not any(probe.layers):
+        return "it has no layers with K and V"
+    return None
+
+
+@torch.no_grad()
+def _tried(model: Any, cache: KVCache, probe: Probe, attention: str) -> str | None:
+    """Why a model cannot be computed flat; found by computing two sequences so, and each by the model alone."""
+    chance = torch.Generator().manual_seed(0)
+    ids = [torch.randint(0, probe.vocabulary, (n,), generator=chance).to(probe.device) for n in (9, 5)]
+    expected = torch.cat([model(input_ids=each[None]).logits[0] for each in ids]).float()
+    sequences = [cache.open() for _ in ids]
+    try:
+        for sequence, each in zip(sequences, ids, strict=True):
+            sequence.grow(len(each))
+        context = FlatContext(cache, configs_of(model), attention)
+        segments = [Segment(s.slot, 0, len(each)) for s, each in zip(sequences, ids, strict=True)]
+        got = context.call(model, cache_keyword(model), segments, input_ids=torch.cat(ids)[None]).logits[0].float()
+    except UnsupportedError as reason:
+        return str(reason)
+    except Exception as error:  # whatever the model does that a flat call does not fit
+        return f"a flat call fails: {type(error).__name__}: {error}"
+    finally:
+        for sequence in sequences:
+            sequence.close()
+    difference = float(((got - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+    limit = _LIMITS.get(model.dtype, _LIMIT)
+    return None if difference <= limit else f"computed flat its logits differ by {difference:.2g} of their norm"

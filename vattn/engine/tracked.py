@@ -1,0 +1,116 @@
+"""``Tracked``: a request as its caller sees it: texts, log probabilities, reasons, and the outputs made of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vattn.engine.detokenizer import Detokenizer
+from vattn.engine.outputs import CompletionOutput, Logprob, Logprobs, RequestOutput
+from vattn.engine.request import Branch, FinishReason, Request, Status
+from vattn.engine.sampling_params import SamplingParams
+
+
+class Tracked:
+    """A request as its caller sees it.
+
+    Args:
+        request: as the scheduler sees it.
+        params: how its tokens are chosen.
+        prompt: its text, or None.
+        seed: of its random numbers.
+        ends: end tokens of the model.
+        tokenizer: of the model, or None.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        params: SamplingParams,
+        prompt: str | None,
+        seed: int,
+        ends: tuple[int, ...],
+        tokenizer: Any,
+    ) -> None:
+        self.request, self.params, self.seed = request, params, seed
+        self._prompt, self._tokenizer = prompt, tokenizer
+        self._ends = () if params.ignore_eos else ends
+        self.bad_words = [list(tokenizer.encode(word, add_special_tokens=False)) for word in params.bad_words or ()]
+        texts = params.detokenize and tokenizer is not None
+        self._texts = [self._detokenizer() for _ in range(params.n)] if texts else []
+        self._logprobs: list[list[Logprobs]] = [[] for _ in range(params.n)]
+        self._stop_reasons: list[int | str | None] = [None] * params.n
+
+    def _detokenizer(self) -> Detokenizer:
+        return Detokenizer(
+            self._tokenizer,
+            tuple(self.params.stop or ()),
+            self.params.include_stop_str_in_output,
+            skip_special_tokens=self.params.skip_special_tokens,
+            spaces_between_special_tokens=self.params.spaces_between_special_tokens,
+        )
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Tokens that end an output."""
+        return self._ends + tuple(self.params.stop_token_ids or ())
+
+    def stops(self, branch: Branch) -> FinishReason | None:
+        """Takes the last token of an output; why the output ends behind it, or None."""
+        token, stop = branch.output[-1], None
+        if token in self.stop_tokens:
+            self._stop_reasons[branch.index] = None if token in self._ends else token
+            return FinishReason.STOP
+        if self._texts:
+            stop = self._texts[branch.index].add(token)
+        if stop is not None:
+            self._stop_reasons[branch.index] = stop
+            return FinishReason.STOP
+        return None
+
+    def note_logprobs(self, branch: Branch, tokens: list[int], values: list[float], rank: int) -> None:
+        """Takes the log probabilities at an output's next token: of that token, and of the most likely ones."""
+        asked = self.params.logprobs
+        if asked is None or branch.finish_reason is not None:
+            return
+        most = len(tokens) - 1 if asked < 0 else asked
+        entries: Logprobs = {tokens[0]: Logprob(values[0], rank, self._text_of(tokens[0]))}
+        for place, (token, value) in enumerate(zip(tokens[1 : most + 1], values[1 : most + 1], strict=True), 1):
+            entries.setdefault(token, Logprob(value, place, self._text_of(token)))
+        self._logprobs[branch.index].append(entries)
+
+    def _text_of(self, token: int) -> str | None:
+        return None if self._tokenizer is None else self._tokenizer.decode([token])
+
+    def output(self) -> RequestOutput:
+        """What there is of the request so far."""
+        request = self.request
+        return RequestOutput(
+            request_id=request.id,
+            prompt=self._prompt,
+            prompt_token_ids=list(request.prompt),
+            prompt_logprobs=None,
+            outputs=[self._completion(branch) for branch in request.branches],
+            finished=request.status is Status.FINISHED,
+            num_cached_tokens=request.cached,
+            error=request.error,
+        )
+
+    def _completion(self, branch: Branch) -> CompletionOutput:
+        reason, text, logprobs, total = branch.finish_reason, "", None, None
+        if self._texts:
+            detokenizer = self._texts[branch.index]
+            if reason is not None:
+                detokenizer.finish()
+            text = detokenizer.text(finished=reason is not None)
+        if self.params.logprobs is not None:
+            logprobs = self._logprobs[branch.index][: len(branch.output)]
+            total = sum(each[token].logprob for token, each in zip(branch.output, logprobs, strict=True))
+        return CompletionOutput(
+            index=branch.index,
+            text=text,
+            token_ids=list(branch.output),
+            cumulative_logprob=total,
+            logprobs=logprobs,
+            finish_reason=None if reason is None else reason.value,
+            stop_reason=self._stop_reasons[branch.index],
+        )

@@ -1,0 +1,175 @@
+"""``FlatContext``: a call of a model that computes positions of several sequences, one after the other, on slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from vattn import kernels
+from vattn.kernels import AttentionParams, AttentionSpec, Kernel, SequenceRanges
+from vattn.memory.kv_cache import KVCache
+from vattn.models.attention import UnsupportedError, attending
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Positions of one sequence in a flat call.
+
+    Args:
+        slot: where its rows are.
+        start: the first position that is computed; earlier ones are computed already.
+        count: positions that are computed.
+    """
+
+    slot: int
+    start: int
+    count: int
+
+
+class FlatContext:
+    """Appends K and V to the slots of a ``KVCache``, and attends to them, in a flat call of a model.
+
+    A flat call has one row of tokens, ``[1, T]``, in which the segments of several sequences follow each other.
+
+    Args:
+        cache: holds the rows. Those of all segments must be mapped.
+        configs: the configurations of the model.
+        attention: the name of the kernel, or ``"auto"``.
+    """
+
+    own_attention = False  # the attention is vattn's, see ``models.attention``
+    store = None  # no ``VirtualCache`` takes part
+
+    def __init__(self, cache: KVCache, configs: list[Any], attention: str = "auto") -> None:
+        self._cache, self._configs, self._attention = cache, configs, attention
+        self._windows = [None if shape is None else shape.window for shape in cache.layout.layers]
+        self._kernels: dict[Any, Kernel] = {}
+        self._segments: list[Segment] = []
+        self._returned: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = {}
+        self._ranges: dict[int | None, SequenceRanges] = {}
+
+    def call(self, model: Any, keyword: str, segments: list[Segment], **given: Any) -> Any:
+        """Calls a model on segments.
+
+        Args:
+            model: the model.
+            keyword: the argument by which it takes a cache.
+            segments: in the order of the tokens.
+            given: other arguments of the model.
+
+        Raises:
+            UnsupportedError: the model's attention cannot be computed so.
+        """
+        device = self._cache.device
+        self._segments, self._returned, self._ranges = segments, {}, {}
+        counts = torch.tensor([segment.count for segment in segments])
+        slots = torch.tensor([segment.slot for segment in segments]).repeat_interleave(counts)
+        starts = torch.tensor([segment.start for segment in segments]).repeat_interleave(counts)
+        firsts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+        positions = starts + torch.arange(len(starts)) - firsts
+        self._slots, self._positions = slots.to(device), positions.to(device)
+        try:
+            with attending(self, self._configs):
+                cache = _FlatCache(self, self._windows)
+                return model(position_ids=self._positions[None], **{keyword: cache}, use_cache=True, **given)
+        finally:
+            self._returned = {}
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Writes K and V ``[1, kv_heads, T, dim]`` of a layer to their rows."""
+        total = len(self._slots)
+        if k.shape[0] != 1 or k.shape[2] != total:
+            raise UnsupportedError(f"layer {layer} is given {tuple(k.shape)} for {total} tokens", of_model=True)
+        for rows, states in zip(self._cache.slot_tensors(layer), (k, v), strict=True):
+            rows.index_put_((self._slots, self._positions), states[0].transpose(0, 1).to(rows.dtype))
+        self._returned[id(k)] = layer, k, v
+
+    def attend(
+        self, at: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: AttentionParams
+    ) -> torch.Tensor:
+        """Attention of q ``[1, query_heads, T, head_dim]`` on the layer that ``k`` and ``v`` were appended to.
+
+        Returns:
+            ``[1, T, query_heads, v_head_dim]``.
+        """
+        layer, keys, values = self._returned.get(id(k), (-1, None, None))
+        if keys is not k or values is not v:
+            raise UnsupportedError(
+                "an attention function is given other K and V than the cache returned", of_model=True
+            )
+        windows = [window for window in (self._windows[layer], how.window) if window is not None]
+        window = min(windows, default=None)
+        rows = self._cache.slot_tensors(layer)
+        queries = q[0].transpose(0, 1)
+        counts = [segment.count for segment in self._segments]
+        decodes = max(counts) == 1
+        kernel = self._kernel_for(layer, queries, rows, window is not None, how, "one" if decodes else "chunk")
+        if decodes:
+            out = kernel.decode(queries, *rows, self._ranges_of(window), how)
+        else:
+            scores = AttentionParams(scale=how.scale, softcap=how.softcap, sinks=how.sinks, window=window)
+            out = kernel.prefill(queries, *rows, self._ranges_of(window), counts, scores)
+        return out[None]
+
+    def _kernel_for(
+        self, layer: int, q: torch.Tensor, rows: Any, windowed: bool, how: AttentionParams, queries: str
+    ) -> Kernel:
+        options: dict[str, Any] = {
+            "window": windowed,
+            "softcap": how.softcap is not None,
+            "sinks": how.sinks is not None,
+        }
+        key = layer, q.dtype, q.shape[1], queries, *options.values()
+        if key not in self._kernels:
+            spec = AttentionSpec.of(q, *rows, queries=queries, **options)
+            try:
+                self._kernels[key] = kernels.choose(spec, name=self._attention)
+            except ValueError as error:
+                raise UnsupportedError(str(error), of_model=True) from None
+        return self._kernels[key]
+
+    def _ranges_of(self, window: int | None) -> SequenceRanges:
+        """The rows that the queries of each segment see; behind a sliding window earlier rows may not be mapped."""
+        if window not in self._ranges:
+            ranges = []
+            for segment in self._segments:
+                first = 0 if window is None else max(0, segment.start - window + 1)
+                ranges.append((segment.slot, first, segment.start + segment.count))
+            self._ranges[window] = SequenceRanges.of(ranges, self._cache.device)
+        return self._ranges[window]
+
+
+class _FlatCache(Cache):  # type: ignore[misc]
+    """The cache that a model sees in a flat call: K and V go to the context, and come back as they are."""
+
+    is_compileable = False
+
+    def __init__(self, context: FlatContext, windows: list[int | None]) -> None:
+        self.layers: list[Any] = []
+        self._context, self._windows = context, windows
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [window is not None for window in self._windows]
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False] * len(self._windows)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._context.append(layer_idx, key_states, value_states)
+        return key_states, value_states
+
+    def get_seq_length(self, *args: Any) -> int:
+        return 1  # some models take an empty cache for the first call of a prompt
+
+    def get_query_offset(self, *args: Any) -> int:
+        return 1
+
+    def get_mask_sizes(self, *args: Any) -> tuple[int, int]:
+        return 2, 0

@@ -1,0 +1,66 @@
+"""What a model's layers keep of a token, found by calling the model on two tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from vattn.memory.shape import LayerShape
+from vattn.models.versions import cache_keyword
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a model is like.
+
+    Args:
+        layers: what each layer keeps of a token; None for a layer that keeps something else than K and V of it.
+        others: the classes of cache layers that do, by name.
+        vocabulary: tokens that logits are given for.
+        device: that logits are on.
+    """
+
+    layers: list[LayerShape | None]
+    others: frozenset[str]
+    vocabulary: int
+    device: torch.device
+
+
+@torch.no_grad()
+def probed(model: Any) -> Probe:
+    """Calls a model on two tokens with a ``DynamicCache``.
+
+    Raises:
+        ValueError: the model takes no cache, or is no causal language model.
+    """
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} has an encoder: the engine serves decoders alone")
+    device = next(model.parameters()).device
+    cache = DynamicCache(config=config)
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    output = model(input_ids=ids, **{cache_keyword(model): cache}, use_cache=True)
+    if getattr(output, "logits", None) is None:
+        raise ValueError(f"{type(model).__name__} gives no logits: the engine serves causal language models")
+    shapes: list[LayerShape | None] = []
+    others = set()
+    for layer in cache.layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            others.add(type(layer).__name__)
+            shapes.append(None)
+        elif not layer.is_initialized or layer.keys is None:
+            shapes.append(None)  # it attends to the K and V of another layer
+        else:
+            shapes.append(
+                LayerShape(
+                    kv_heads=layer.keys.shape[1],
+                    head_dim=layer.keys.shape[3],
+                    v_head_dim=layer.values.shape[3],
+                    dtype=str(layer.keys.dtype).removeprefix("torch."),
+                    window=getattr(layer, "sliding_window", None),
+                )
+            )
+    return Probe(shapes, frozenset(others), output.logits.shape[-1], output.logits.device)
