@@ -25,25 +25,34 @@ class Detokenizer:
         self._tokens: list[int] = []
         self._decoded = 0  # tokens whose text is in ``_text``
         self._text = ""
+        self._passed = 0  # characters in which no stop text counts
         self.stopped_at: str | None = None
 
-    def add(self, token: int) -> str | None:
-        """Takes the next token; the stop text that the output holds now, or None."""
+    def add(self, token: int, *, may_stop: bool = True) -> str | None:
+        """Takes the next token; the stop text that the output holds now, or None.
+
+        Args:
+            token: the token.
+            may_stop: whether a stop text in what is new counts.
+        """
         self._tokens.append(token)
         before = max(self._decoded - _BEHIND, 0)
         known = self._decode(self._tokens[before : self._decoded])
         text = self._decode(self._tokens[before:])
-        if text.endswith("\\ufffd"):  # a part of a character
+        if text.endswith("\ufffd"):  # a part of a character
             return None
-        return self._extend(text[len(known) :])
+        return self._extend(text[len(known) :], may_stop)
 
-    def _extend(self, new: str) -> str | None:
+    def _extend(self, new: str, may_stop: bool) -> str | None:
         self._decoded = len(self._tokens)
         searched = len(self._text)
         self._text += new
+        if not may_stop:
+            self._passed = len(self._text)
+            return None
         found = []
         for stop in self._stop:
-            at = self._text.find(stop, max(searched - len(stop) + 1, 0))
+            at = self._text.find(stop, max(searched - len(stop) + 1, self._passed))
             if at >= 0:
                 found.append((at, stop))
         if not found:
@@ -62,7 +71,7 @@ class Detokenizer:
         if self.stopped_at is None and self._decoded < len(self._tokens):
             before = max(self._decoded - _BEHIND, 0)
             known = self._decode(self._tokens[before : self._decoded])
-            self._extend(self._decode(self._tokens[before:])[len(known) :])
+            self._extend(self._decode(self._tokens[before:])[len(known) :], may_stop=True)
 
     def text(self, *, finished: bool) -> str:
         """The text so far; while the output goes on without what may become a stop text."""

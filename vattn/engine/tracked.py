@@ -58,10 +58,12 @@ class Tracked:
         """Takes the last token of an output; why the output ends behind it, or None."""
         token, stop = branch.output[-1], None
         if token in self.stop_tokens:
+            if self._texts and self.params.include_stop_str_in_output:
+                self._texts[branch.index].add(token, may_stop=False)
             self._stop_reasons[branch.index] = None if token in self._ends else token
             return FinishReason.STOP
         if self._texts:
-            stop = self._texts[branch.index].add(token)
+            stop = self._texts[branch.index].add(token, may_stop=len(branch.output) > self.params.min_tokens)
         if stop is not None:
             self._stop_reasons[branch.index] = stop
             return FinishReason.STOP
