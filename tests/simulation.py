@@ -140,6 +140,12 @@ class CountedMemory:
                 self.shared[branch] = shared
         return True
 
+    def resize(self, budget: int) -> bool:
+        if self.used > budget:
+            return False
+        self.capacity = budget
+        return True
+
 
 class Simulation:
     """Runs a scheduler on a simulated clock: each iteration takes 10 ms, and is read after the next is launched.

@@ -18,6 +18,9 @@ from vattn.engine.llm import LLM
 from vattn.engine.options import EngineOptions
 from vattn.engine.outputs import RequestOutput
 from vattn.engine.sampling_params import SamplingParams
+from vattn.models.versions import VERSION
+
+pytestmark = pytest.mark.skipif(VERSION < (5, 17), reason="the engine needs transformers 5.17")
 
 FLAT = [
     *("llama-gqa", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2", "gpt_neox", "phi3", "gpt_oss"),
@@ -196,6 +199,42 @@ def test_under_a_budget_that_is_short():
         assert engine.scheduler.requests.counters.preemptions > 0
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("name", ["llama-gqa", "deepseek_v3"])
+def test_the_memory_is_resized_while_requests_run(name, depth):
+    model = model_of(name)
+    prompts = prompts_of((40, 40, 40, 40))
+    expected = generated(model, prompts, 40)
+    params = SamplingParams(temperature=0, max_tokens=40)
+    with engine_of(model, depth=depth) as engine:
+        flat = engine.tier.name == "flat"
+        small = 2 * (engine.tier.cache.layout.mapped_bytes(80) if flat else 80 * engine.tier.memory._bytes)
+        for number, prompt in enumerate(prompts):
+            engine.add(str(number), prompt, params)
+        done: dict[str, RequestOutput] = {}
+        for steps in range(1000):
+            done |= {output.request_id: output for output in engine.step()}
+            if steps == 10:
+                assert len(engine.scheduler.requests.running) == 4
+                engine.resize(small)
+            if steps == 14:
+                assert not engine.resizing
+                assert len(engine.scheduler.requests.running) < 4
+                assert not flat or engine.tier.cache.stats().physical <= small
+            if steps == 60:
+                assert engine.resize(64 << 20)
+            if not engine.unfinished:
+                break
+        assert tokens([done[str(number)] for number in range(4)]) == expected
+        engine.add("too long", prompts[0], SamplingParams(temperature=0, max_tokens=100))
+        for _ in range(5):
+            engine.step()
+        engine.resize(small // 2)
+        outputs = [output for _ in range(300) for output in engine.step()]
+        assert outputs[-1].outputs[0].finish_reason == "error"
+        assert "MiB" in outputs[-1].error
+
+
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral", "deepseek_v3", "Lfm2"])
 def test_seeds_give_the_same_tokens_alone_and_among_others(name):
     """E2 of sampled tokens: they follow from the seed, the index and the position."""
@@ -274,6 +313,28 @@ def test_logprobs_are_those_of_the_model():
     assert output.outputs[0].cumulative_logprob == pytest.approx(total)
 
 
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "deepseek_v3", "Qwen3Next"])
+@pytest.mark.parametrize("budget", [8, 512])
+def test_logprobs_of_the_prompt_are_those_of_the_model(name, budget):
+    model = model_of(name)
+    prompts = prompts_of((21, 1, 2))
+    with engine_of(model, max_num_batched_tokens=budget) as engine:
+        served(engine, prompts, GREEDY)  # whose rows are not read: all of the prompt is computed
+        outputs = served(engine, prompts, SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=2))
+    for prompt, output in zip(prompts, outputs, strict=True):
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([prompt])).logits[0].double().log_softmax(-1)
+        assert output.num_cached_tokens == 0
+        assert len(output.prompt_logprobs) == len(prompt)
+        assert output.prompt_logprobs[0] is None
+        for position, entries in enumerate(output.prompt_logprobs[1:], 1):
+            row, token = expected[position - 1], prompt[position]
+            assert set(entries) == {token, *row.topk(2).indices.tolist()}
+            assert entries[token].rank == int((row >= row[token]).sum())
+            for each, logprob in entries.items():
+                assert logprob.logprob == pytest.approx(float(row[each]), abs=2e-3)
+
+
 def test_what_one_request_does_wrong_ends_it_alone():
     """E5: a row whose logits are no numbers."""
     model = model_of("llama-gqa")
@@ -282,11 +343,11 @@ def test_what_one_request_does_wrong_ends_it_alone():
     with engine_of(model) as engine:
         run = engine.tier.runner.run
 
-        def broken(rows, given):
-            logits = run(rows, given)
+        def broken(rows, given, keep):
+            logits = run(rows, given, keep)
             for number, row in enumerate(rows):
                 if row.branch.request.id == "1" and row.start > 25:
-                    logits[number] = float("nan")
+                    logits[number] = torch.full_like(logits[number], float("nan"))
             return logits
 
         engine.tier.runner.run = broken
@@ -362,9 +423,9 @@ def test_an_iteration_that_fails_is_computed_again(name, depth):
     with engine_of(model, depth=depth) as engine:
         run, calls = engine.tier.runner.run, []
 
-        def failing(rows, given):
+        def failing(rows, given, keep):
             calls.append(len(rows))
-            logits = run(rows, given)
+            logits = run(rows, given, keep)
             if len(calls) % 7 == 3:
                 raise torch.OutOfMemoryError("no")
             return logits
@@ -411,11 +472,11 @@ def test_llm_is_usable_after_an_interrupt_or_a_bad_prompt():
         expected = tokens(llm.generate(prompts, GREEDY, use_tqdm=False))
         run, calls = llm.engine.tier.runner.run, []
 
-        def interrupted(rows, given):
+        def interrupted(rows, given, keep):
             calls.append(1)
             if len(calls) == 5:
                 raise KeyboardInterrupt
-            return run(rows, given)
+            return run(rows, given, keep)
 
         llm.engine.tier.runner.run = interrupted
         with pytest.raises(KeyboardInterrupt):

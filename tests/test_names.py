@@ -12,7 +12,7 @@ import vattn
 from vattn import CacheStats, DecodeStats, KVCache
 
 TEXT = (Path(__file__).parents[1] / "docs" / "names.md").read_text()
-MODULES = ("vattn", "vattn.hf", "vattn.kernels")
+MODULES = ("vattn", "vattn.engine", "vattn.hf", "vattn.kernels")
 
 
 def table(heading: str) -> list[list[str]]:

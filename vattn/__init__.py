@@ -22,15 +22,19 @@ from vattn.memory.swap_costs import SwapCosts
 from vattn.ranges import set_profiler_ranges
 
 if TYPE_CHECKING:
+    from vattn.engine import LLM, AsyncLLM, CompletionOutput, RequestOutput, SamplingParams
     from vattn.hf import CACHE_KEYWORD, DecodeStats, VirtualCache, install
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CACHE_KEYWORD",
+    "LLM",
+    "AsyncLLM",
     "BackendUnavailable",
     "BudgetExceeded",
     "CacheStats",
+    "CompletionOutput",
     "DecodeStats",
     "DriverError",
     "Error",
@@ -38,6 +42,8 @@ __all__ = [
     "KVLayout",
     "LayerShape",
     "OutOfDeviceMemory",
+    "RequestOutput",
+    "SamplingParams",
     "Sequence",
     "SequenceTooLong",
     "SwapCosts",
@@ -53,6 +59,10 @@ def __getattr__(name: str) -> Any:
         from vattn import hf
 
         return getattr(hf, name)
+    if name in ("LLM", "AsyncLLM", "CompletionOutput", "RequestOutput", "SamplingParams"):
+        from vattn import engine
+
+        return getattr(engine, name)
     return _renamed(name)
 
 

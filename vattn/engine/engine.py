@@ -21,6 +21,9 @@ from vattn.engine.scheduler import Iteration, Row, Scheduler
 from vattn.engine.tier import tier_of
 from vattn.engine.tracked import Tracked
 from vattn.models.probe import probed
+from vattn.models.versions import VERSION
+
+_SLICE = 256  # positions of a prompt whose log probabilities are computed at once
 
 
 class Engine:
@@ -31,6 +34,10 @@ class Engine:
         tokenizer: of the model; None serves token ids without text.
         options: how it serves.
 
+    Raises:
+        RuntimeError: the installed transformers is older than 5.17.
+        ValueError: the model is no causal language model.
+
     Attributes:
         max_model_len: positions of the longest sequence.
         tier: by which means the model is computed, and why.
@@ -38,6 +45,10 @@ class Engine:
     """
 
     def __init__(self, model: Any, tokenizer: Any = None, options: EngineOptions | None = None) -> None:
+        if VERSION < (5, 17):
+            raise RuntimeError(
+                f"the engine needs transformers 5.17 or newer, and {'.'.join(map(str, VERSION))} is here"
+            )
         options = options or EngineOptions()
         self._options, self._tokenizer = options, tokenizer
         probe = probed(model)
@@ -57,10 +68,10 @@ class Engine:
         )
         slots = 2 * options.max_num_seqs  # also of outputs that have ended, and are still in flight
         self._sampler = Sampler(probe.vocabulary, slots, probe.device)
-        self._last = torch.zeros(slots, dtype=torch.int64, device=probe.device)  # the last token of each output
         self._slots: dict[Branch, int] = {}  # of the sampler
         self._tracked: dict[str, Tracked] = {}
         self._flight: deque[tuple[Iteration, Sampled | None]] = deque()
+        self._target: int | None = None  # the budget that running requests keep from being set
 
     # Requests.
 
@@ -121,10 +132,40 @@ class Engine:
         """Requests that have not ended, or whose end ``step`` has not given back yet."""
         return len(self._tracked)
 
+    def resize(self, budget: int) -> bool:
+        """Sets the memory for K and V, also while requests run.
+
+        Where running requests need more they lose their memory, in the order of the policy, until they fit; that may
+        take until the iterations in flight were read, see ``resizing``. A request that cannot fit any more ends with an
+        error that says so.
+
+        Args:
+            budget: bytes.
+
+        Returns:
+            Whether it is done.
+        """
+        self._target = integer("budget", budget, 1)
+        return self._resize()
+
+    @property
+    def resizing(self) -> bool:
+        """Whether ``resize`` waits for running requests."""
+        return self._target is not None
+
+    def _resize(self) -> bool:
+        while self._target is not None:
+            if self.tier.memory.resize(self._target):
+                self._target = None
+            elif not self.scheduler.preempt_one():
+                return False
+        return True
+
     # An iteration.
 
     def step(self) -> list[RequestOutput]:
         """Computes an iteration, and returns the requests that it, or the last one, has brought forward."""
+        self._resize()
         iteration = self.scheduler.schedule()
         if iteration.rows:
             try:
@@ -145,32 +186,51 @@ class Engine:
         """Computes an iteration, whose tokens stay on the device."""
         self._free_slots()
         rows = iteration.rows
-        logits = self.tier.runner.run(rows, [self._tokens(row) for row in rows])
+        keep = [self._tracked[row.branch.request.id].wanted_of_prompt(row.start, row.count) or 1 for row in rows]
+        logits = self.tier.runner.run(rows, [self._tokens(row) for row in rows], keep)
+        for row, each in zip(rows, logits, strict=True):
+            self._note_prompt(row, each)
         into = [(number, branch) for number, row in enumerate(rows) for branch in row.into]
         if not into:
             return None
         slots = [self._slot(branch) for _, branch in into]
         lengths = [rows[number].start + rows[number].count for number, _ in into]
         made = [length - len(branch.request.prompt) for (_, branch), length in zip(into, lengths, strict=True)]
-        sampled = self._sampler.sample(logits[[number for number, _ in into]], slots, lengths, made)
-        self._last[torch.tensor(slots, device=self._last.device)] = sampled.tokens
+        last = torch.stack([logits[number][-1] for number, _ in into])
+        sampled = self._sampler.sample(last, slots, lengths, made)
         return sampled
+
+    def _note_prompt(self, row: Row, logits: torch.Tensor) -> None:
+        """Notes the log probabilities of the prompt's tokens that a row's logits tell, where they are asked for."""
+        tracked = self._tracked[row.branch.request.id]
+        if not tracked.wanted_of_prompt(row.start, row.count):
+            return
+        prompt, end = row.branch.request.prompt, row.start + row.count
+        first = end - len(logits)
+        told = prompt[first + 1 : end + 1]
+        for at in range(0, len(told), _SLICE):
+            part = told[at : at + _SLICE]
+            chosen = torch.tensor(part, device=logits.device)
+            parts = self._sampler.logprobs(
+                logits[at : at + len(part)].float(), chosen, tracked.params.prompt_logprobs or 0
+            )
+            for place, each in enumerate(zip(*(one.tolist() for one in parts), strict=True)):
+                tracked.note_prompt(first + at + place + 1, *each)
 
     def _tokens(self, row: Row) -> torch.Tensor:
         """The tokens of a row; one that was not read yet is on the device."""
         branch = row.branch
         known = [*branch.request.prompt, *branch.output][row.start : row.start + row.count]
-        tokens = torch.tensor(known, dtype=torch.int64, device=self._last.device)
+        tokens = torch.tensor(known, dtype=torch.int64, device=self._sampler.device)
         if len(known) < row.count:
-            last = self._last[self._slots[branch], None]
-            tokens = torch.cat([tokens, last.clamp_min(0)])  # -1 where logits were no numbers
+            tokens = torch.cat([tokens, self._sampler.last_token(self._slots[branch])])
         return tokens
 
     def _slot(self, branch: Branch) -> int:
         """The sampler's slot of an output."""
         if branch not in self._slots:
             tracked, taken = self._tracked[branch.request.id], set(self._slots.values())
-            slot = next(slot for slot in range(len(self._last)) if slot not in taken)
+            slot = next(slot for slot in range(self._sampler.slots) if slot not in taken)
             self._sampler.begin(
                 slot,
                 tracked.params,

@@ -140,5 +140,14 @@ class KVMemory:
             return False
         return True
 
+    def resize(self, budget: int) -> bool:
+        """See ``Memory.resize``."""
+        self._close_all()
+        try:
+            self.cache.set_budget(budget)
+        except Error:
+            return False
+        return True
+
     def _of(self, request: Request) -> list[Sequence]:
         return [self._sequences[branch] for branch in request.branches if branch in self._sequences]

@@ -39,3 +39,6 @@ class Memory(Protocol):
 
     def swap_in(self, request: Request) -> bool:
         """Moves them back."""
+
+    def resize(self, budget: int) -> bool:
+        """Sets how many bytes there are; False where running requests need more."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Logprobs = dict[int, "Logprob"]
 """By token id: the chosen token, and the most likely ones."""
@@ -74,3 +74,21 @@ class RequestOutput:
     finished: bool
     num_cached_tokens: int = 0
     error: str | None = None
+
+
+def since(before: RequestOutput | None, now: RequestOutput) -> RequestOutput:
+    """What is new in an output since an earlier one: texts, tokens and log probabilities."""
+    if before is None:
+        return now
+    outputs = []
+    for was, each in zip(before.outputs, now.outputs, strict=True):
+        tokens = len(was.token_ids)
+        outputs.append(
+            replace(
+                each,
+                text=each.text[len(was.text) :],
+                token_ids=each.token_ids[tokens:],
+                logprobs=None if each.logprobs is None else each.logprobs[tokens:],
+            )
+        )
+    return replace(now, outputs=outputs)

@@ -92,3 +92,10 @@ class RowMemory:
     def swap_in(self, request: Request) -> bool:
         """See ``Memory.swap_in``."""
         return False
+
+    def resize(self, budget: int) -> bool:
+        """See ``Memory.resize``."""
+        if sum(self._positions.values()) * self._bytes > budget:
+            return False
+        self._budget = budget
+        return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -18,15 +19,16 @@ from vattn.models.versions import cache_keyword
 class Runner(Protocol):
     """Computes the logits of an iteration."""
 
-    def run(self, rows: Sequence[Row], tokens: Sequence[torch.Tensor]) -> torch.Tensor:
+    def run(self, rows: Sequence[Row], tokens: Sequence[torch.Tensor], keep: Sequence[int]) -> list[torch.Tensor]:
         """Computes rows, whose memory is there.
 
         Args:
             rows: of the iteration.
             tokens: the tokens of each row, int64 ``[count]`` on the device.
+            keep: of how many last positions of each row logits are wanted, at least one.
 
         Returns:
-            The logits behind the last position of each row, ``[rows, vocabulary]``.
+            For each row logits ``[keep, vocabulary]``.
         """
 
 
@@ -45,14 +47,17 @@ class FlatRunner:
         self._context = FlatContext(memory.cache, configs_of(model), attention)
 
     @torch.no_grad()
-    def run(self, rows: Sequence[Row], tokens: Sequence[torch.Tensor]) -> torch.Tensor:
+    def run(self, rows: Sequence[Row], tokens: Sequence[torch.Tensor], keep: Sequence[int]) -> list[torch.Tensor]:
         """See ``Runner.run``."""
         segments = [Segment(self._memory.slot(row.branch), row.start, row.count) for row in rows]
         ids = torch.cat(list(tokens))
-        last = torch.tensor([segment.count for segment in segments]).cumsum(0).sub(1).to(ids.device)
-        output = self._context.call(self._model, self._keyword, segments, input_ids=ids[None], logits_to_keep=last)
-        logits: torch.Tensor = output.logits[0]
-        return logits if len(logits) == len(rows) else logits[last]  # some models give all logits
+        ends = itertools.accumulate(segment.count for segment in segments)
+        kept = torch.tensor([end - k + at for end, k in zip(ends, keep, strict=True) for at in range(k)]).to(ids.device)
+        output = self._context.call(self._model, self._keyword, segments, input_ids=ids[None], logits_to_keep=kept)
+        logits = output.logits[0]
+        if len(logits) != len(kept):  # some models give all logits
+            logits = logits[kept]
+        return list(torch.split(logits, list(keep)))
 
 
 class RowRunner:
@@ -70,15 +75,16 @@ class RowRunner:
         self._keyword = cache_keyword(model)
 
     @torch.no_grad()
-    def run(self, rows: Sequence[Row], tokens: Sequence[torch.Tensor]) -> torch.Tensor:
+    def run(self, rows: Sequence[Row], tokens: Sequence[torch.Tensor], keep: Sequence[int]) -> list[torch.Tensor]:
         """See ``Runner.run``."""
-        logits = []
-        for row, ids in zip(rows, tokens, strict=True):
+        found = []
+        for row, ids, wanted in zip(rows, tokens, keep, strict=True):
             given = {self._keyword: self._memory.caches[row.branch], "use_cache": True}
-            end = row.start
+            end, logits = row.start, []
             for part in torch.split(ids, 1) if self._recurrent and row.start else (ids,):
                 end += len(part)
                 mask = torch.ones(1, end, dtype=torch.int64, device=ids.device)
                 output = self._model(input_ids=part[None], attention_mask=mask, **given)
-            logits.append(output.logits[0, -1])
-        return torch.stack(logits)
+                logits.append(output.logits[0, -wanted:])
+            found.append(torch.cat(logits)[-wanted:])
+        return found

@@ -71,7 +71,7 @@ class Sampler:
     """
 
     def __init__(self, vocabulary: int, slots: int, device: torch.device) -> None:
-        self._vocabulary, self._device = vocabulary, device
+        self._vocabulary, self.device, self.slots = vocabulary, device, slots
         self._slots: dict[int, _Slot] = {}
         self._numbers = torch.zeros(len(_NUMBERS), slots, dtype=torch.float32, device=device)
         self._seeds = torch.zeros(2, slots, dtype=torch.int64, device=device)  # the seed, and the index in the request
@@ -104,7 +104,7 @@ class Sampler:
             stops: end tokens and ``stop_token_ids``.
             bad_words: the token ids of ``params.bad_words``.
         """
-        device, vocabulary = self._device, self._vocabulary
+        device, vocabulary = self.device, self._vocabulary
         bias = allowed = words = None
         if params.logit_bias:
             tokens = torch.tensor(list(params.logit_bias), device=device)
@@ -130,6 +130,10 @@ class Sampler:
             self._counts[slot] = _counted(output, vocabulary, device)
             self._in_prompt[slot] = _counted(prompt, vocabulary, device) > 0
 
+    def last_token(self, slot: int) -> torch.Tensor:
+        """The last token of the output in a slot, int64 ``[1]`` on the device; 0 where its logits were no numbers."""
+        return self._history[slot, -1:].clamp_min(0)
+
     def end(self, slot: int) -> None:
         """Lets the output in a slot go."""
         for of_slot in (self._slots, self._counts, self._in_prompt):
@@ -152,9 +156,9 @@ class Sampler:
         tokens = changed.argmax(-1)
         chance = [row for row, state in enumerate(states) if not state.params.greedy]
         if chance:
-            rows = torch.tensor(chance, device=self._device)
-            at = torch.tensor([slots[row] for row in chance], device=self._device)
-            positions = torch.tensor([lengths[row] for row in chance], device=self._device)
+            rows = torch.tensor(chance, device=self.device)
+            at = torch.tensor([slots[row] for row in chance], device=self.device)
+            positions = torch.tensor([lengths[row] for row in chance], device=self.device)
             considered = self._considered(changed[rows], at, [states[row].params for row in chance])
             noise = gumbel(self._seeds[0, at], self._seeds[1, at], positions, self._vocabulary)
             tokens[rows] = (considered + noise).argmax(-1)
@@ -202,13 +206,13 @@ class Sampler:
             logits = logits.masked_fill(logits < least, -math.inf)
         limited = [row for row, each in enumerate(params) if each.top_k > 0 or each.top_p < 1]
         if limited:  # only these are sorted
-            rows = torch.tensor(limited, device=self._device)
+            rows = torch.tensor(limited, device=self.device)
             logits[rows] = _limited(logits[rows], numbers["top_k"][rows], numbers["top_p"][rows])
         return logits
 
     def _note(self, slots: Sequence[int], tokens: torch.Tensor) -> None:
         """Notes the tokens in the state of their slots."""
-        at = torch.tensor(list(slots), device=self._device)
+        at = torch.tensor(list(slots), device=self.device)
         self._history[at] = torch.cat([self._history[at, 1:], tokens[:, None]], 1)
         for row, slot in enumerate(slots):
             if (counts := self._counts.get(slot)) is not None:
@@ -218,12 +222,28 @@ class Sampler:
         asked = [state.params.logprobs for state in states if state.params.logprobs is not None]
         if not asked:
             return Sampled(tokens)
-        most = self._vocabulary if -1 in asked else min(max(asked), self._vocabulary)
-        logprobs = raw.log_softmax(-1)
+        ids, values, ranks = self.logprobs(raw, tokens, -1 if -1 in asked else max(asked))
+        return Sampled(tokens, values, ids, ranks)
+
+    def logprobs(
+        self, logits: torch.Tensor, tokens: torch.Tensor, most: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The log probabilities of tokens, and of the most likely ones.
+
+        Args:
+            logits: float32 ``[n, vocabulary]``.
+            tokens: int64 ``[n]``.
+            most: how many of the most likely tokens; -1 is all.
+
+        Returns:
+            The token itself and the most likely ones, int64 ``[n, 1 + most]``; their log probabilities; and how many
+            tokens are at least as likely as the token itself, int64 ``[n]``.
+        """
+        logprobs = logits.log_softmax(-1)
         chosen = logprobs.gather(1, tokens.clamp_min(0)[:, None])
-        values, ids = logprobs.topk(most, -1)
+        values, ids = logprobs.topk(self._vocabulary if most < 0 else min(most, self._vocabulary), -1)
         ranks = (logprobs >= chosen).sum(-1)
-        return Sampled(tokens, torch.cat([chosen, values], 1), torch.cat([tokens[:, None], ids], 1), ranks)
+        return torch.cat([tokens[:, None], ids], 1), torch.cat([chosen, values], 1), ranks
 
 
 _NUMBERS = ("temperature", "top_k", "top_p", "min_p")

@@ -38,6 +38,7 @@ class Tracked:
         texts = params.detokenize and tokenizer is not None
         self._texts = [self._detokenizer() for _ in range(params.n)] if texts else []
         self._logprobs: list[list[Logprobs]] = [[] for _ in range(params.n)]
+        self._prompt_logprobs: dict[int, Logprobs] = {}
         self._stop_reasons: list[int | str | None] = [None] * params.n
 
     def _detokenizer(self) -> Detokenizer:
@@ -71,14 +72,27 @@ class Tracked:
 
     def note_logprobs(self, branch: Branch, tokens: list[int], values: list[float], rank: int) -> None:
         """Takes the log probabilities at an output's next token: of that token, and of the most likely ones."""
-        asked = self.params.logprobs
-        if asked is None or branch.finish_reason is not None:
-            return
+        if self.params.logprobs is not None and branch.finish_reason is None:
+            self._logprobs[branch.index].append(self._entries(tokens, values, rank, self.params.logprobs))
+
+    def wanted_of_prompt(self, start: int, count: int) -> int:
+        """Of how many last positions of a row the logits tell a token of the prompt that is asked for."""
+        if self.params.prompt_logprobs is None or start >= len(self.request.prompt) - 1:
+            return 0
+        return count
+
+    def note_prompt(self, position: int, tokens: list[int], values: list[float], rank: int) -> None:
+        """Takes the log probabilities at a position of the prompt."""
+        asked = self.params.prompt_logprobs
+        assert asked is not None
+        self._prompt_logprobs[position] = self._entries(tokens, values, rank, asked)
+
+    def _entries(self, tokens: list[int], values: list[float], rank: int, asked: int) -> Logprobs:
         most = len(tokens) - 1 if asked < 0 else asked
         entries: Logprobs = {tokens[0]: Logprob(values[0], rank, self._text_of(tokens[0]))}
         for place, (token, value) in enumerate(zip(tokens[1 : most + 1], values[1 : most + 1], strict=True), 1):
             entries.setdefault(token, Logprob(value, place, self._text_of(token)))
-        self._logprobs[branch.index].append(entries)
+        return entries
 
     def _text_of(self, token: int) -> str | None:
         return None if self._tokenizer is None else self._tokenizer.decode([token])
@@ -90,12 +104,17 @@ class Tracked:
             request_id=request.id,
             prompt=self._prompt,
             prompt_token_ids=list(request.prompt),
-            prompt_logprobs=None,
+            prompt_logprobs=self._prompt_entries(),
             outputs=[self._completion(branch) for branch in request.branches],
             finished=request.status is Status.FINISHED,
             num_cached_tokens=request.cached,
             error=request.error,
         )
+
+    def _prompt_entries(self) -> list[Logprobs | None] | None:
+        if self.params.prompt_logprobs is None:
+            return None
+        return [self._prompt_logprobs.get(position) for position in range(len(self.request.prompt))]
 
     def _completion(self, branch: Branch) -> CompletionOutput:
         reason, text, logprobs, total = branch.finish_reason, "", None, None

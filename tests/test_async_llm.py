@@ -1,0 +1,184 @@
+"""Requests that come and go while others run, each streamed to its caller."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+import torch
+from test_engine import GREEDY, NEW, generated, model_of, prompts_of
+
+from vattn.engine.async_llm import AsyncLLM
+from vattn.engine.sampling_params import RequestOutputKind, SamplingParams
+from vattn.models.versions import VERSION
+
+pytestmark = pytest.mark.skipif(VERSION < (5, 17), reason="the engine needs transformers 5.17")
+
+
+def engine_of(model: Any, **options: Any) -> AsyncLLM:
+    given = {"max_model_len": 160, "max_num_seqs": 8, "granularity": 4096, "kv_budget": 64 << 20, **options}
+    return AsyncLLM(model, **given)
+
+
+async def last(stream: Any) -> Any:
+    return [output async for output in stream][-1]
+
+
+@pytest.fixture
+def llm():
+    with engine_of(model_of("llama-gqa")) as engine:
+        yield engine
+        assert not engine.errored
+    assert engine.engine.unfinished == 0
+
+
+def test_requests_at_once_are_answered_each_to_its_caller(llm):
+    prompts = prompts_of((20, 3, 31, 8, 40))
+    expected = generated(model_of("llama-gqa"), prompts)
+
+    async def main():
+        return await asyncio.gather(*(last(llm.generate(prompt, GREEDY)) for prompt in prompts))
+
+    assert [output.outputs[0].token_ids for output in asyncio.run(main())] == expected
+
+
+@pytest.mark.parametrize("kind", list(RequestOutputKind))
+def test_what_a_stream_holds(kind, llm):
+    [prompt] = prompts_of((20,))
+    [expected] = generated(model_of("llama-gqa"), [prompt])
+    params = SamplingParams(temperature=0, max_tokens=NEW, output_kind=kind, logprobs=1)
+
+    async def main():
+        return [output async for output in llm.generate(prompt, params)]
+
+    outputs = asyncio.run(main())
+    assert outputs[-1].finished
+    assert not any(output.finished for output in outputs[:-1])
+    tokens = [output.outputs[0].token_ids for output in outputs]
+    if kind is RequestOutputKind.FINAL_ONLY:
+        assert tokens == [expected]
+    elif kind is RequestOutputKind.DELTA:
+        assert [token for each in tokens for token in each] == expected
+        assert all(len(output.outputs[0].logprobs) == len(output.outputs[0].token_ids) for output in outputs)
+    else:
+        assert tokens[-1] == expected
+        assert [len(each) for each in tokens] == sorted(len(each) for each in tokens)
+        assert len(tokens) >= NEW - 1
+
+
+def test_a_caller_that_stops_to_read_ends_its_request(llm):
+    [prompt] = prompts_of((20,))
+
+    async def main():
+        stream = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=130))
+        async for output in stream:
+            if len(output.outputs[0].token_ids) > 2:
+                break
+        await stream.aclose()
+        other = await last(llm.generate(prompt, GREEDY))
+        for _ in range(500):
+            if llm.engine.scheduler.requests.counters.aborted:
+                break
+            await asyncio.sleep(0.01)
+        return other
+
+    assert len(asyncio.run(main()).outputs[0].token_ids) == NEW
+    assert llm.engine.scheduler.requests.counters.aborted == 1
+
+
+def test_an_aborted_request_gets_its_last_output(llm):
+    [prompt] = prompts_of((20,))
+
+    async def main():
+        output = None
+        async for output in llm.generate(prompt, SamplingParams(temperature=0, max_tokens=130), "mine"):
+            if len(output.outputs[0].token_ids) == 3:
+                await llm.abort("mine")
+        return output
+
+    output = asyncio.run(main())
+    assert output.finished
+    assert output.outputs[0].finish_reason == "abort"
+    assert 3 <= len(output.outputs[0].token_ids) < 130
+
+
+def test_bad_requests_are_told_to_their_caller_alone(llm):
+    prompts = prompts_of((20, 9))
+
+    async def main():
+        good = asyncio.create_task(last(llm.generate(prompts[0], GREEDY, "same")))
+        with pytest.raises(ValueError, match="a token of prompt must be at most 100"):
+            await last(llm.generate([1000], GREEDY))
+        with pytest.raises(ValueError, match="need a tokenizer"):
+            await last(llm.generate("text", GREEDY))
+        return await good
+
+    assert len(asyncio.run(main()).outputs[0].token_ids) == NEW
+
+
+def test_iterations_that_fail_are_computed_again_or_end_what_runs(llm, caplog):
+    """E9: once is no harm; again and again ends the requests with the error, and the engine goes on."""
+    [prompt] = prompts_of((20,))
+    [expected] = generated(model_of("llama-gqa"), [prompt])
+    run, broken, calls = llm.engine.tier.runner.run, threading.Event(), []
+
+    def failing(rows, tokens, keep):
+        calls.append(1)
+        if broken.is_set() or len(calls) == 4:
+            raise torch.OutOfMemoryError("the device is full")
+        return run(rows, tokens, keep)
+
+    llm.engine.tier.runner.run = failing
+
+    async def main():
+        once = await last(llm.generate(prompt, GREEDY))
+        broken.set()
+        always = await last(llm.generate(prompt, GREEDY))
+        broken.clear()
+        return once, always, await last(llm.generate(prompt, GREEDY))
+
+    once, always, after = asyncio.run(main())
+    assert once.outputs[0].token_ids == after.outputs[0].token_ids == expected
+    assert always.outputs[0].finish_reason == "error"
+    assert always.error == "OutOfMemoryError: the device is full"
+    llm.check_health()
+
+
+def test_an_engine_that_dies_says_so():
+    engine = engine_of(model_of("llama-gqa"))
+
+    def dies(rows, tokens, keep):
+        raise SystemExit("gone")
+
+    engine.engine.tier.runner.run = dies
+
+    async def main():
+        with pytest.raises(RuntimeError, match="the engine has stopped: gone"):
+            await last(engine.generate([3, 4], GREEDY))
+        with pytest.raises(RuntimeError, match="the engine has stopped"):
+            await last(engine.generate([3, 4], GREEDY))
+
+    asyncio.run(main())
+    assert engine.errored
+    with pytest.raises(RuntimeError, match="the engine has stopped: gone"):
+        engine.check_health()
+    engine.shutdown()
+
+
+def test_a_shutdown_ends_what_runs():
+    engine = engine_of(model_of("llama-gqa"))
+
+    async def main():
+        stream = engine.generate(prompts_of((20,))[0], SamplingParams(temperature=0, max_tokens=130), "mine")
+        await anext(stream)
+        await asyncio.get_running_loop().run_in_executor(None, engine.shutdown)
+        with pytest.raises(RuntimeError, match="the engine was shut down while 'mine' ran"):
+            async for _ in stream:
+                pass
+        with pytest.raises(RuntimeError, match="the engine is shut down"):
+            await anext(engine.generate([3], GREEDY))
+
+    asyncio.run(main())
+    engine.shutdown()

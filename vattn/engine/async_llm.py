@@ -1,0 +1,226 @@
+"""``AsyncLLM``: answers requests as they come, and streams their outputs; names and meaning are vLLM's."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vattn.engine.engine import Engine
+from vattn.engine.options import EngineOptions
+from vattn.engine.outputs import RequestOutput, since
+from vattn.engine.sampling_params import RequestOutputKind, SamplingParams
+from vattn.models.load import loaded
+
+_LOG = logging.getLogger("vattn")
+_MOST_FAILURES = 3  # iterations that fail one after the other before the requests that run are ended
+
+
+@dataclass
+class _Stream:
+    """Where the outputs of a request go.
+
+    Args:
+        loop: of the caller.
+        outputs: outputs, or the error that ended it.
+        kind: what outputs hold.
+    """
+
+    loop: asyncio.AbstractEventLoop
+    outputs: asyncio.Queue[RequestOutput | BaseException]
+    kind: RequestOutputKind
+
+    def put(self, output: RequestOutput | BaseException) -> None:
+        """Hands an output over from the engine's thread."""
+        try:
+            self.loop.call_soon_threadsafe(self.outputs.put_nowait, output)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            _LOG.debug("an output has no receiver")
+
+
+class AsyncLLM:
+    """Answers requests as they come, in a thread of its own, and streams their outputs.
+
+    Args:
+        model, tokenizer, dtype, device, trust_remote_code, options: see ``LLM``.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> None:
+        checked = EngineOptions(**options)
+        model, self._tokenizer = loaded(
+            model, tokenizer, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
+        self.engine = Engine(model, self._tokenizer, checked)
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._streams: dict[str, _Stream] = {}  # by the id of the request; used in the engine's thread alone
+        self._names = itertools.count()
+        self._stopping = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._serve, name="vattn engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def errored(self) -> bool:
+        """Whether the engine has stopped because of an error, and serves nothing any more."""
+        return self._failure is not None
+
+    def check_health(self) -> None:
+        """Raises RuntimeError where the engine serves nothing any more."""
+        if self._failure is not None:
+            raise RuntimeError(f"the engine has stopped: {self._failure}") from self._failure
+        if self._stopping or not self._thread.is_alive():
+            raise RuntimeError("the engine is shut down")
+
+    def get_tokenizer(self) -> Any:
+        """The tokenizer, or None."""
+        return self._tokenizer
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        sampling_params: SamplingParams,
+        request_id: str | None = None,
+        *,
+        namespace: Hashable = None,
+        tenant: str = "",
+    ) -> AsyncIterator[RequestOutput]:
+        """Answers a prompt. A caller that stops to iterate ends the request.
+
+        Args:
+            prompt: a text, or token ids.
+            sampling_params: how tokens are chosen; ``output_kind`` says what outputs hold.
+            request_id: names the request; None takes a new name.
+            namespace: prefixes are shared with requests of the same namespace only.
+            tenant: on whose behalf, for the policy ``"fair"``.
+
+        Yields:
+            What there is of the outputs, as it comes; the last one is ``finished``.
+
+        Raises:
+            TypeError, ValueError: the request cannot be served.
+            RuntimeError: the engine has stopped.
+        """
+        self.check_health()
+        name = f"request-{next(self._names)}" if request_id is None else request_id
+        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue(), sampling_params.output_kind)
+
+        def begin() -> None:
+            try:
+                self.engine.add(name, prompt, sampling_params, namespace=namespace, tenant=tenant)
+            except Exception as error:
+                stream.put(error)
+            else:
+                self._streams[name] = stream
+
+        self._commands.put(begin)
+        before: RequestOutput | None = None
+        finished = False
+        try:
+            while not finished:
+                output = await stream.outputs.get()
+                if isinstance(output, BaseException):
+                    finished = True
+                    raise output
+                finished = output.finished
+                if stream.kind is RequestOutputKind.DELTA:
+                    yield since(before, output)
+                elif finished or stream.kind is RequestOutputKind.CUMULATIVE:
+                    yield output
+                before = output
+        finally:
+            if not finished:
+                self._commands.put(lambda: self._end(name))
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request; its stream gets a last output with the reason ``"abort"``."""
+        self._commands.put(lambda: self._abort(request_id))
+
+    def _abort(self, request_id: str) -> None:
+        self.engine.abort(request_id)
+
+    def _end(self, request_id: str) -> None:
+        """Ends a request that nobody reads any more."""
+        self._streams.pop(request_id, None)
+        self.engine.abort(request_id)
+
+    def shutdown(self) -> None:
+        """Ends all requests, and gives the memory of K and V back."""
+        if self._stopping:
+            return
+        self._stopping = True
+        self._commands.put(lambda: None)
+        self._thread.join()
+        for name, stream in self._streams.items():
+            stream.put(RuntimeError(f"the engine was shut down while {name!r} ran"))
+        self._streams.clear()
+        self.engine.close()
+
+    def __enter__(self) -> AsyncLLM:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.shutdown()
+
+    # The engine's thread.
+
+    def _serve(self) -> None:
+        try:
+            failures = 0
+            while not self._stopping:
+                self._obey(wait=not self.engine.unfinished)
+                if self._stopping or not self.engine.unfinished:
+                    continue
+                try:
+                    self._deliver(self.engine.step())
+                    failures = 0
+                except Exception as error:
+                    failures += 1
+                    self._recover(error, failures)
+        except BaseException as error:
+            _LOG.exception("the engine has stopped")
+            self._failure = error
+            for stream in self._streams.values():
+                stream.put(RuntimeError(f"the engine has stopped: {error}"))
+            self._streams.clear()
+
+    def _obey(self, *, wait: bool) -> None:
+        """Does what callers have asked for; with ``wait`` until there is something."""
+        if wait:
+            self._commands.get()()
+        while not self._commands.empty():
+            self._commands.get()()
+
+    def _recover(self, error: Exception, failures: int) -> None:
+        """After an iteration that failed, and will be computed again: makes room, or ends what runs."""
+        _LOG.warning("an iteration failed: %s", error)
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+            self.engine.scheduler.preempt_one()
+        if failures >= _MOST_FAILURES:
+            requests = self.engine.scheduler.requests
+            for request in [*requests.running.values()] or [*requests.waiting.values()][:1]:
+                self.engine.scheduler.fail(request.id, f"{type(error).__name__}: {error}")
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                stream.put(output)
+            if output.finished:
+                self._streams.pop(output.request_id, None)
