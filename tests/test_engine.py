@@ -18,6 +18,7 @@ from vattn.engine.llm import LLM
 from vattn.engine.options import EngineOptions
 from vattn.engine.outputs import RequestOutput
 from vattn.engine.sampling_params import SamplingParams
+from vattn.engine.scheduler import Scheduler
 from vattn.models.versions import VERSION
 
 pytestmark = pytest.mark.skipif(VERSION < (5, 17), reason="the engine needs transformers 5.17")
@@ -365,7 +366,7 @@ def test_bad_requests_are_refused_and_lose_nothing():
             ([], SamplingParams(), "prompt must have at least one token"),
             ([101], SamplingParams(), "a token of prompt must be at most 100"),
             ([3], SamplingParams(logit_bias={101: 1.0}), "a token of logit_bias must be at most 100"),
-            ([3] * 150, SamplingParams(max_tokens=30), "the request needs 180 positions"),
+            ([3] * 160, SamplingParams(max_tokens=30), "prompt has 160 tokens, and max_model_len is 160"),
             ([3], SamplingParams(stop="x"), "need a tokenizer"),
             ("text", SamplingParams(), "need a tokenizer"),
             ([3] * 100, SamplingParams(n=8, max_tokens=50, temperature=1), "MiB of K and V, and the budget is 0.4 MiB"),
@@ -515,3 +516,134 @@ def test_other_models_are_refused():
         llm_of(build("t5", "eager", "cpu"))
     with pytest.raises(TypeError, match="model must be a folder, a name or a model"):
         LLM(3)
+
+
+def test_an_interrupt_while_tokens_are_read(monkeypatch):
+    """What was in flight is computed again, and the engine serves others."""
+    model = model_of("llama-gqa")
+    prompts = prompts_of((20, 3, 31))
+    with llm_of(model) as llm:
+        expected = tokens(llm.generate(prompts, GREEDY, use_tqdm=False))
+        read, calls = Scheduler.read, []
+
+        def interrupted(self, iteration, sampled):
+            calls.append(1)
+            if len(calls) % 5 == 4:
+                raise KeyboardInterrupt
+            return read(self, iteration, sampled)
+
+        monkeypatch.setattr(Scheduler, "read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert llm.engine.unfinished == 0
+        for number, prompt in enumerate(prompts):
+            llm.engine.add(str(number), prompt, GREEDY)
+        done: dict[str, RequestOutput] = {}
+        while llm.engine.unfinished:
+            with contextlib.suppress(KeyboardInterrupt):
+                done |= {output.request_id: output for output in llm.engine.step()}
+        assert tokens([done[str(number)] for number in range(3)]) == expected
+
+
+def test_a_text_that_cannot_be_decoded_ends_its_request_alone():
+    """E5."""
+    model = model_of("llama-gqa")
+    prompts = prompts_of((20, 3))
+    expected = generated(model, prompts)
+
+    class Tokenizer:
+        def decode(self, given, **options):
+            if len(given) and given[-1] == expected[0][4]:
+                raise ValueError("no text")
+            return "".join(chr(97 + token % 26) for token in given)
+
+    with engine_of(model, Tokenizer()) as engine:
+        outputs = served(engine, prompts, GREEDY)
+        assert outputs[0].outputs[0].finish_reason == "error"
+        assert outputs[0].error == "ValueError: no text"
+        assert outputs[1].outputs[0].token_ids == expected[1] or expected[0][4] in expected[1]
+
+
+def test_a_close_that_the_driver_refuses_blocks_nobody():
+    model = model_of("llama-gqa")
+    prompts = prompts_of((40, 40))
+    with engine_of(model) as engine:
+        budget = 2 * engine.tier.cache.layout.mapped_bytes(80)
+    with engine_of(model, kv_budget=budget) as engine:
+        for number, prompt in enumerate(prompts):
+            engine.add(str(number), prompt, SamplingParams(temperature=0, max_tokens=60))
+        for _ in range(5):
+            engine.step()
+        engine.abort("0")
+        engine.tier.cache.driver.fail_at(1, times=4)
+        for _ in range(3):
+            engine.step()
+        engine.tier.cache.driver.fail_at(0)
+        for _ in range(200):
+            engine.step()
+        assert engine.unfinished == 0
+
+
+def test_a_request_alone_that_finds_no_memory_ends():
+    """E7, where what a request needs was estimated too low."""
+    model = model_of("llama-gqa")
+    with engine_of(model, kv_budget=100_000) as engine:
+        engine.tier.memory.shortage = lambda request: None
+        engine.add("alone", prompts_of((60,))[0], SamplingParams(temperature=0, max_tokens=99))
+        outputs = [output for _ in range(600) for output in engine.step()]
+        assert engine.unfinished == 0
+        assert outputs[-1].outputs[0].finish_reason == "error"
+        assert "no memory was found for it" in outputs[-1].error
+
+
+def test_rows_of_a_request_that_failed_are_nobodys_prefix():
+    model = model_of("llama-gqa")
+    [prompt] = prompts_of((30,))
+    with engine_of(model) as engine:
+        expected = served(engine, [prompt], GREEDY, namespace="other")
+        run = engine.tier.runner.run
+        engine.tier.runner.run = lambda rows, given, keep: [each * float("nan") for each in run(rows, given, keep)]
+        [failed] = served(engine, [prompt], GREEDY)
+        assert failed.outputs[0].finish_reason == "error"
+        engine.tier.runner.run = run
+        [after] = served(engine, [prompt], GREEDY)
+        assert after.num_cached_tokens == 0
+        assert tokens([after]) == tokens(expected)
+
+
+def test_more_bad_requests():
+    model = model_of("llama-gqa")
+    with engine_of(model) as engine:
+        engine.add("a", [3, 4], GREEDY)
+        for options, error in [
+            ({"request_id": "a"}, "there is a request 'a' already"),
+            ({"request_id": 3}, "request_id must be a text"),
+            ({"request_id": "b", "namespace": ["x"]}, "namespace must be hashable"),
+        ]:
+            with pytest.raises((TypeError, ValueError), match=error):
+                engine.add(**{"prompt": [3], "params": GREEDY, **options})
+        engine.abort("a")
+        with pytest.raises(ValueError, match="there is a request 'a' already"):
+            engine.add("a", [3, 4], GREEDY)
+        assert [output.finished for output in engine.step()] == [True]
+        engine.add("a", [3, 4], GREEDY)
+        assert not engine.scheduler.fail("nobody", "x")
+        assert engine.scheduler.fail("a", "broken")
+        assert not engine.scheduler.abort("a")
+        [output] = engine.step()
+        assert (output.outputs[0].finish_reason, output.error) == ("error", "broken")
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        engine.add("b", [3, 4], GREEDY)
+
+
+def test_outputs_end_where_the_model_does():
+    """vLLM's way: ``max_tokens`` beyond the longest sequence is cut."""
+    model = model_of("llama-gqa")
+    with engine_of(model, max_model_len=30) as engine:
+        for max_tokens in (None, 500):
+            [output] = served(engine, prompts_of((20,)), SamplingParams(temperature=0, max_tokens=max_tokens))
+            assert (len(output.outputs[0].token_ids), output.outputs[0].finish_reason) == (10, "length")
+    with pytest.raises(ValueError, match="max_model_len is 300, and the model is made for 256 positions"):
+        llm_of(model, max_model_len=300)
+    with pytest.raises(ValueError, match=r"call model\.eval"):
+        llm_of(model.train())

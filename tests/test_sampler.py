@@ -215,9 +215,3 @@ def test_a_row_of_no_numbers_spoils_no_other(device):
         for slot in range(3):
             sampler.begin(slot, SamplingParams(frequency_penalty=1, top_k=5), seed=slot, index=0, prompt=[1])
         assert sampler.sample(logits, [0, 1, 2], [1, 1, 1], [0, 0, 0]).tokens.tolist() == [expected[0], -1, expected[2]]
-
-
-def test_a_bad_word_that_is_too_long_is_an_error():
-    sampler = Sampler(VOCABULARY, 1, torch.device("cpu"))
-    with pytest.raises(ValueError, match="bad_words has a text of 40 tokens"):
-        sampler.begin(0, SamplingParams(), seed=0, index=0, prompt=[1], bad_words=[[1] * 40])

@@ -243,7 +243,8 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data(), fails=st.booleans())
     def end(self, data, fails):
         name = str(data.draw(st.integers(1, self.number)))
-        there = name in self.simulation.requests and name not in self.simulation.done
+        request = self.simulation.requests.get(name)
+        there = request is not None and bool(request.live)
         scheduler = self.simulation.scheduler
         assert (scheduler.fail(name, "broken") if fails else scheduler.abort(name)) == there
         self.simulation.check()

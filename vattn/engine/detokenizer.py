@@ -28,6 +28,11 @@ class Detokenizer:
         self._passed = 0  # characters in which no stop text counts
         self.stopped_at: str | None = None
 
+    @property
+    def count(self) -> int:
+        """Tokens that it has taken."""
+        return len(self._tokens)
+
     def add(self, token: int, *, may_stop: bool = True) -> str | None:
         """Takes the next token; the stop text that the output holds now, or None.
 

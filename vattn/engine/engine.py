@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from vattn.arguments import integer, token_ids
+from vattn import kernels
+from vattn.arguments import integer, shown, token_ids
 from vattn.engine.options import EngineOptions
 from vattn.engine.outputs import RequestOutput
 from vattn.engine.policy import policy_named
 from vattn.engine.request import Branch, FinishReason, Request, Status
-from vattn.engine.sampler import Sampled, Sampler
+from vattn.engine.sampler import MOST_BAD_TOKENS, Sampled, Sampler
 from vattn.engine.sampling_params import SamplingParams
 from vattn.engine.scheduler import Iteration, Row, Scheduler
 from vattn.engine.tier import tier_of
@@ -39,7 +40,6 @@ class Engine:
         ValueError: the model is no causal language model.
 
     Attributes:
-        max_model_len: positions of the longest sequence.
         tier: by which means the model is computed, and why.
         scheduler: decides what is computed next.
     """
@@ -53,15 +53,21 @@ class Engine:
         self._options, self._tokenizer = options, tokenizer
         probe = probed(model)
         allowed = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        self.max_model_len = options.max_model_len or (allowed if isinstance(allowed, int) and allowed > 1 else 2048)
+        allowed = allowed if isinstance(allowed, int) and allowed > 1 else None
+        longest = options.max_model_len or allowed or 2048
+        if allowed is not None and longest > allowed:
+            raise ValueError(f"max_model_len is {longest}, and the model is made for {allowed} positions")
+        if model.training:
+            raise ValueError("model must be in eval mode: call model.eval()")
+        kernels.named(options.attention)
         self._vocabulary = probe.vocabulary
         self._ends = tuple(token for token in _end_tokens(model) if 0 <= token < probe.vocabulary)
-        self.tier = tier_of(model, probe, options, self.max_model_len)
+        self.tier = tier_of(model, probe, options, longest)
         self.scheduler = Scheduler(
             self.tier.memory,
             policy_named(options.policy, self.tier.memory.cached_positions),
             clock=time.monotonic,
-            stops=lambda branch: self._tracked[branch.request.id].stops(branch),
+            stops=self._stops,
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             waiting_served_ratio=options.waiting_served_ratio,
@@ -71,7 +77,13 @@ class Engine:
         self._slots: dict[Branch, int] = {}  # of the sampler
         self._tracked: dict[str, Tracked] = {}
         self._flight: deque[tuple[Iteration, Sampled | None]] = deque()
+        self._closed = False
         self._target: int | None = None  # the budget that running requests keep from being set
+
+    @property
+    def max_model_len(self) -> int:
+        """Positions of the longest sequence."""
+        return self.tier.max_model_len
 
     # Requests.
 
@@ -97,6 +109,16 @@ class Engine:
             TypeError, ValueError: it cannot be served; the message says why. Nothing has changed.
         """
         text = prompt if isinstance(prompt, str) else None
+        if not isinstance(request_id, str):
+            raise TypeError(f"request_id must be a text, not {shown(request_id)}")
+        if request_id in self._tracked:
+            raise ValueError(f"there is a request {request_id!r} already")
+        if self._closed:
+            raise RuntimeError("the engine is closed")
+        try:
+            hash(namespace)
+        except TypeError:
+            raise TypeError(f"namespace must be hashable, not {shown(namespace)}") from None
         if self._tokenizer is None and (text is not None or params.stop or params.bad_words):
             raise ValueError("a text as prompt, stop and bad_words need a tokenizer, and the engine has none")
         ids = token_ids("prompt", prompt if text is None else self._tokenizer(text)["input_ids"])
@@ -104,11 +126,14 @@ class Engine:
         for name, tokens in {**given, "allowed_token_ids": params.allowed_token_ids or ()}.items():
             for token in tokens:
                 integer(f"a token of {name}", token, 0, self._vocabulary - 1)
+        if len(ids) >= self.max_model_len:
+            raise ValueError(f"prompt has {len(ids)} tokens, and max_model_len is {self.max_model_len}")
+        most = self.max_model_len - len(ids)
         now = time.monotonic()
         request = Request(
             request_id,
             ids,
-            params.max_tokens or max(self.max_model_len - len(ids), 1),
+            most if params.max_tokens is None else min(params.max_tokens, most),
             n=params.n,
             priority=params.priority,
             tenant=tenant,
@@ -120,6 +145,11 @@ class Engine:
         seed = self._options.seed if params.seed is None else params.seed
         seed = secrets.randbits(62) if seed is None else seed
         tracked = Tracked(request, params, text, seed, self._ends, self._tokenizer)
+        for word in tracked.bad_words:
+            if len(word) > MOST_BAD_TOKENS or not all(0 <= token < self._vocabulary for token in word):
+                raise ValueError(
+                    f"bad_words has a text of the tokens {word}: at most {MOST_BAD_TOKENS}, all the model's"
+                )
         self.scheduler.add(request)
         self._tracked[request_id] = tracked
 
@@ -165,26 +195,46 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Computes an iteration, and returns the requests that it, or the last one, has brought forward."""
-        self._resize()
-        iteration = self.scheduler.schedule()
-        if iteration.rows:
-            try:
-                sampled = self._launch(iteration)
-            except BaseException:
-                self.scheduler.cancel(iteration)
-                raise
-            self._flight.append((iteration, sampled))
-        progressed: list[Branch] = []
-        while len(self._flight) > self._options.depth or (self._flight and not iteration.rows):
-            progressed += self._read(*self._flight.popleft())
+        try:
+            progressed = self._iterate()
+        except BaseException:
+            self.recover()
+            raise
         ended = [request.id for request in self.scheduler.requests.ended]
         self.scheduler.requests.ended.clear()
         goes_on = {branch.request.id: None for branch in progressed if branch.request.status is not Status.FINISHED}
         return [self._tracked[each].output() for each in goes_on] + [self._tracked.pop(each).output() for each in ended]
 
+    def _iterate(self) -> list[Branch]:
+        """Computes an iteration, and reads the one before it; the outputs that have got a token."""
+        self._resize()
+        self._free_slots()
+        iteration = self.scheduler.schedule()
+        if iteration.rows:
+            self._flight.append((iteration, self._launch(iteration)))
+        progressed: list[Branch] = []
+        while len(self._flight) > self._options.depth or (self._flight and not iteration.rows):
+            progressed += self._read(*self._flight[0])
+            self._flight.popleft()
+        return progressed
+
+    def recover(self) -> None:
+        """Makes the engine usable after an error in ``step``: what was in flight is computed again."""
+        self._flight.clear()
+        self.scheduler.recover()
+        self._free_slots(everything=True)
+
+    def _stops(self, branch: Branch) -> FinishReason | None:
+        """Why an output ends behind its last token. What goes wrong with a request's text ends that request alone."""
+        request = branch.request
+        try:
+            return self._tracked[request.id].stops(branch)
+        except Exception as error:
+            request.error = f"{type(error).__name__}: {error}"
+            return FinishReason.ERROR
+
     def _launch(self, iteration: Iteration) -> Sampled | None:
         """Computes an iteration, whose tokens stay on the device."""
-        self._free_slots()
         rows = iteration.rows
         keep = [self._tracked[row.branch.request.id].wanted_of_prompt(row.start, row.count) or 1 for row in rows]
         logits = self.tier.runner.run(rows, [self._tokens(row) for row in rows], keep)
@@ -197,8 +247,7 @@ class Engine:
         lengths = [rows[number].start + rows[number].count for number, _ in into]
         made = [length - len(branch.request.prompt) for (_, branch), length in zip(into, lengths, strict=True)]
         last = torch.stack([logits[number][-1] for number, _ in into])
-        sampled = self._sampler.sample(last, slots, lengths, made)
-        return sampled
+        return self._sampler.sample(last, slots, lengths, made)
 
     def _note_prompt(self, row: Row, logits: torch.Tensor) -> None:
         """Notes the log probabilities of the prompt's tokens that a row's logits tell, where they are asked for."""
@@ -244,11 +293,11 @@ class Engine:
             self._slots[branch] = slot
         return self._slots[branch]
 
-    def _free_slots(self) -> None:
-        """Lets the sampler forget outputs that have ended, or that lost their memory."""
+    def _free_slots(self, *, everything: bool = False) -> None:
+        """Lets the sampler forget outputs that have ended, or that lost their memory; or all."""
         for branch in list(self._slots):
             ended = branch.finish_reason is not None and not branch.in_flight
-            if ended or branch.request.status is not Status.RUNNING:
+            if everything or ended or branch.request.status is not Status.RUNNING:
                 self._sampler.end(self._slots.pop(branch))
 
     def _read(self, iteration: Iteration, sampled: Sampled | None) -> list[Branch]:
@@ -269,13 +318,15 @@ class Engine:
     def drain(self) -> None:
         """Reads what is in flight, and forgets the requests that have ended."""
         while self._flight:
-            self._read(*self._flight.popleft())
+            self._read(*self._flight[0])
+            self._flight.popleft()
         for request in self.scheduler.requests.ended:
             self._tracked.pop(request.id, None)
         self.scheduler.requests.ended.clear()
 
     def close(self) -> None:
         """Ends all requests and gives all memory back."""
+        self._closed = True
         for request in list(self.scheduler.requests):
             self.scheduler.requests.end(request, FinishReason.ABORT)
         self.drain()

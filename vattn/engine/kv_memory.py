@@ -42,10 +42,14 @@ class KVMemory:
                 f"the request needs {request.most_tokens} positions ({len(request.prompt)} of its prompt and "
                 f"max_tokens={request.max_tokens}), and max_model_len is {layout.max_len}"
             )
-        # Outputs share the whole granules of their prompt.
-        needs = layout.mapped_bytes(request.most_tokens)
-        each = layout.mapped_bytes(request.most_tokens) - layout.mapped_bytes(len(request.prompt))
-        needs += (request.n - 1) * (each + layout.growth_step_bytes)
+        # Outputs share the whole granules of their prompt in the planes that keep all of it.
+        shared = sum(
+            len(request.prompt) * plane.row_bytes // layout.granularity * layout.granularity
+            for plane in layout.planes
+            if plane.window is None
+        )
+        each = layout.mapped_bytes(request.most_tokens) + layout.growth_step_bytes
+        needs = each if request.n == 1 else request.n * (each - shared) + shared + layout.growth_step_bytes
         if budget is None or needs <= budget:
             return None
         return f"the request may need {needs / 2**20:.1f} MiB of K and V, and the budget is {budget / 2**20:.1f} MiB"
@@ -73,11 +77,14 @@ class KVMemory:
             sequence = self.cache.open(tokens=tokens, namespace=request.namespace, expected=len(request.prompt))
         except (Error, ValueError):
             return None
+        if (left := self._sequences.pop(request.trunk, None)) is not None:  # by a call that was interrupted
+            self._unclosed.append(left)
         self._sequences[request.trunk] = sequence
         return sequence.length
 
     def grow(self, wanted: list[tuple[Branch, int]]) -> Branch | None:
         """See ``Memory.grow``."""
+        self._close_all()
         sequences = [self._sequences[branch] for branch, _ in wanted]
         try:
             self.cache.grow_all(
@@ -91,6 +98,7 @@ class KVMemory:
 
     def fork(self, request: Request) -> bool:
         """See ``Memory.fork``."""
+        self._close_all()
         targets = [branch for branch in request.live if branch not in self._sequences]
         try:
             forks = self._sequences[request.trunk].fork(len(request.prompt), len(targets))
@@ -132,11 +140,17 @@ class KVMemory:
 
     def swap_in(self, request: Request) -> bool:
         """See ``Memory.swap_in``."""
+        self._close_all()
+        back = []
         try:
             for sequence in self._of(request):
                 if sequence.swapped:
                     sequence.swap_in()
+                    back.append(sequence)
         except (Error, ValueError):
+            for sequence in back:
+                with contextlib.suppress(Error):
+                    sequence.swap_out()
             return False
         return True
 

@@ -90,7 +90,7 @@ class LLM:
         flag("use_tqdm", use_tqdm)
         given = _listed(prompts)
         params = self._params(sampling_params, len(given))
-        names = [str(next(self._names)) for _ in given]
+        names = [f"llm-{next(self._names)}" for _ in given]
         done: dict[str, RequestOutput] = {}
         try:
             for name, prompt, each in zip(names, given, params, strict=True):
@@ -105,6 +105,7 @@ class LLM:
             if bar is not None:
                 bar.close()
         except BaseException:
+            self.engine.recover()
             for name in names:
                 self.engine.abort(name)
             self.engine.drain()
@@ -170,7 +171,7 @@ def _listed(prompts: Any) -> list[Any]:
         return [prompts]
     if not isinstance(prompts, (list, tuple)):
         raise TypeError(f"prompts must be a text, token ids or a list of them, not {shown(prompts)}")
-    return [prompts] if prompts and isinstance(prompts[0], int) else list(prompts)
+    return [prompts] if prompts and hasattr(prompts[0], "__index__") else list(prompts)
 
 
 def _content(prompt: Any) -> str | Sequence[int]:

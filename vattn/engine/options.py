@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from vattn.arguments import choice, flag, integer, optional_integer
+from vattn.arguments import choice, flag, integer, optional_integer, shown
 from vattn.engine.policy import POLICIES
 from vattn.memory.layout import GRANULARITY
 
@@ -49,4 +50,10 @@ class EngineOptions:
         integer("depth", self.depth, 0, 1)
         choice("policy", self.policy, POLICIES)
         flag("enable_prefix_caching", self.enable_prefix_caching)
+        numbers = {"kv_budget": self.kv_budget, "waiting_served_ratio": self.waiting_served_ratio}
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a number that is not negative, not {shown(value)}")
+        if self.kv_budget == 0 or (isinstance(self.kv_budget, float) and self.kv_budget > 1):
+            raise ValueError(f"kv_budget must be bytes, or a part of what is free in (0, 1], not {self.kv_budget}")
         optional_integer("seed", self.seed, -(2**63))

@@ -92,7 +92,9 @@ class Request:
         status: where it is.
         branches: its outputs.
         cached: positions of the prompt that it found computed when it began.
-        enqueued: the iteration at which it last began to wait.
+        enqueued: the iteration at which it came.
+        overdue: whether it has waited for so long that it is served first from now on.
+        refusals: iterations one after the other in which it found no memory.
         preemptions: how often it lost its memory to others.
         error: what went wrong, if something did.
     """
@@ -112,6 +114,8 @@ class Request:
     branches: list[Branch] = field(default_factory=list)
     cached: int = 0
     enqueued: int = 0
+    overdue: bool = False
+    refusals: int = 0
     preemptions: int = 0
     error: str | None = None
 

@@ -17,6 +17,7 @@ from vattn.engine.philox import gumbel
 from vattn.engine.sampling_params import SamplingParams
 
 _HISTORY = 32  # tokens of an output that are kept on the device, for bad words
+MOST_BAD_TOKENS = _HISTORY + 1  # of one of ``bad_words``
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Sampler:
             prompt: tokens of the prompt.
             output: tokens that it has already.
             stops: end tokens and ``stop_token_ids``.
-            bad_words: the token ids of ``params.bad_words``.
+            bad_words: the token ids of ``params.bad_words``, at most ``MOST_BAD_TOKENS`` each.
         """
         device, vocabulary = self.device, self._vocabulary
         bias = allowed = words = None
@@ -113,8 +114,7 @@ class Sampler:
             allowed = torch.zeros(vocabulary, dtype=torch.bool, device=device)
             allowed[torch.tensor(params.allowed_token_ids, device=device)] = True
         if bad_words:
-            if (longest := max(map(len, bad_words))) > _HISTORY + 1:
-                raise ValueError(f"bad_words has a text of {longest} tokens, and at most {_HISTORY + 1} are looked at")
+            longest = max(map(len, bad_words))
             rows = [[-1] * (longest - len(word)) + list(word) for word in bad_words]
             words = torch.tensor(rows, device=device)
         state = _Slot(params, torch.tensor(list(stops), dtype=torch.int64, device=device), bias, allowed, words)

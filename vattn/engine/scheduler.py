@@ -16,11 +16,12 @@ from typing import Any
 
 from vattn.engine.memory import Memory
 from vattn.engine.policy import Policy
-from vattn.engine.request import Branch, FinishReason, Request
+from vattn.engine.request import Branch, FinishReason, Request, Status
 from vattn.engine.table import RequestTable
 
 _PATIENCE = 1000  # iterations after which a request is served first under every policy
 _MOST_WAITED = 20  # iterations after which a request begins whatever ``waiting_served_ratio`` says
+_MOST_REFUSALS = 200  # iterations in which a request that runs alone may find no memory
 _SOON = 16  # tokens that an output is always expected to sample yet
 
 
@@ -144,22 +145,21 @@ class Scheduler:
             self.requests.after_read(request)
         return progressed
 
-    def cancel(self, iteration: Iteration) -> None:
-        """Takes an iteration back that failed: its requests are computed from the start, with the tokens they have.
+    def recover(self) -> None:
+        """Forgets all iterations in flight after an error, wherever it was raised.
 
-        Args:
-            iteration: the last one that was scheduled. What it has written cannot be relied on.
+        The requests that run are computed again from the start, with the tokens that they have.
         """
-        for row in iteration.rows:
-            row.branch.launched -= row.count
-            for branch in {row.branch, *row.into}:
-                branch.in_flight -= 1
-            for branch in row.into:
-                branch.pending -= 1
-        for request in {row.branch.request for row in iteration.rows}:
-            if request.id not in self.requests.leaving:
-                self.requests.restart(request)
-            self.requests.after_read(request)
+        for request in list(self.requests):
+            for branch in request.branches:
+                branch.pending = branch.in_flight = 0
+                if branch.finish_reason is None and branch.output:
+                    self._end_where_it_stops(branch)  # the error may have come in between
+        for request in list(self.requests.running.values()):
+            if request.id not in self.requests.leaving and request.live:
+                self.requests.wait(request)
+            else:
+                self.requests.after_read(request)
 
     def _end_where_it_stops(self, branch: Branch) -> None:
         branch.finish_reason = self._stops(branch)
@@ -210,6 +210,7 @@ class Scheduler:
 
     def _launch(self, row: Row) -> None:
         row.branch.launched += row.count
+        row.branch.request.refusals = 0
         for branch in {row.branch, *row.into}:
             branch.in_flight += 1
         for branch in row.into:
@@ -266,7 +267,9 @@ class Scheduler:
             if (cached := self._memory.open(request)) is None:
                 self._require_possible(request)
                 return
-            trunk.opened, trunk.launched, request.cached = True, cached, cached
+            trunk.opened, trunk.launched = True, cached
+            if not request.preemptions:
+                request.cached = cached
             row = self._row(trunk, budget)
             assert row is not None  # a prefix leaves at least one token
             if self._memory.grow([(trunk, row.start + row.count)]) is not None:
@@ -293,15 +296,20 @@ class Scheduler:
 
     def _require_possible(self, request: Request) -> None:
         """Ends a request for which there will never be memory, so that it does not wait for ever."""
-        alone = all(each is request for each in self.requests.running.values())
-        if alone and (reason := self._memory.shortage(request)) is not None:
+        if any(each is not request for each in self.requests.running.values()):
+            return
+        request.refusals += 1
+        reason = self._memory.shortage(request)
+        if reason is None and request.refusals > _MOST_REFUSALS:
+            reason = f"no memory was found for it in {_MOST_REFUSALS} iterations, though no other request ran"
+        if reason is not None:
             self.requests.end(request, FinishReason.ERROR, reason)
 
     def _key(self, request: Request) -> Any:
         """What requests are ordered by: one that has waited for very long comes first, whatever the policy."""
-        if self._number - request.enqueued > _PATIENCE:
-            return 0, request.enqueued
-        return 1, self._policy.key(request)
+        waits = request.status is not Status.RUNNING
+        request.overdue = request.overdue or (waits and self._number - request.enqueued > _PATIENCE)
+        return (0, request.enqueued) if request.overdue else (1, self._policy.key(request))
 
     # Requests that come and end.
 
@@ -325,7 +333,7 @@ class Scheduler:
         self.requests.add(request)
 
     def abort(self, request_id: str) -> bool:
-        """Ends a request; False where there is none of that id."""
+        """Ends a request; False where there is none of that id, or it has ended."""
         return self._end(request_id, FinishReason.ABORT, None)
 
     def fail(self, request_id: str, error: str) -> bool:
@@ -333,7 +341,7 @@ class Scheduler:
         return self._end(request_id, FinishReason.ERROR, error)
 
     def _end(self, request_id: str, reason: FinishReason, error: str | None) -> bool:
-        if (request := self.requests.find(request_id)) is None:
+        if (request := self.requests.find(request_id)) is None or not request.live:
             return False
         self.requests.end(request, reason, error)
         return True

@@ -101,12 +101,10 @@ class RequestTable:
 
         self._when_idle(request, preempt)
 
-    def restart(self, request: Request) -> None:
-        """Takes the memory of a running request, to be computed again."""
-        self._when_idle(request, self.wait)
-
     def end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
-        """Ends all outputs of a request that go on."""
+        """Ends all outputs of a request that go on; nothing where all have ended."""
+        if not request.live:
+            return
         request.error = error
         for branch in request.live:
             branch.finish_reason = reason
@@ -150,7 +148,8 @@ class RequestTable:
     def _close(self, branch: Branch) -> None:
         if branch.opened:
             branch.opened = False
-            self._memory.close(branch, branch.confirmed)
+            trusted = branch.finish_reason is not FinishReason.ERROR  # else others must not go on from its rows
+            self._memory.close(branch, branch.confirmed if trusted else 0)
 
     def _move(self, request: Request, status: Status, to: dict[str, Request] | None) -> None:
         for where in (self.waiting, self.running, self.swapped):

@@ -13,6 +13,7 @@ from vattn.engine.memory import Memory
 from vattn.engine.options import EngineOptions
 from vattn.engine.row_memory import RowMemory
 from vattn.engine.runner import FlatRunner, RowRunner, Runner
+from vattn.errors import BudgetExceeded
 from vattn.memory.device import checked_budget
 from vattn.memory.kv_cache import KVCache
 from vattn.memory.layout import KVLayout
@@ -38,6 +39,7 @@ class Tier:
         memory: holds K and V.
         runner: computes iterations.
         cache: that holds the rows; None in ``"rows"``.
+        max_model_len: positions of the longest sequence.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Tier:
     memory: Memory
     runner: Runner
     cache: KVCache | None
+    max_model_len: int
 
 
 def tier_of(model: Any, probe: Probe, options: EngineOptions, max_model_len: int) -> Tier:
@@ -63,7 +66,7 @@ def tier_of(model: Any, probe: Probe, options: EngineOptions, max_model_len: int
         cache = KVCache(layout, slots=slots, device=probe.device, budget=options.kv_budget)
         if (reason := _tried(model, cache, probe, options.attention)) is None:
             memory = KVMemory(cache, reuse_prefixes=options.enable_prefix_caching)
-            return Tier("flat", None, memory, FlatRunner(model, memory, options.attention), cache)
+            return Tier("flat", None, memory, FlatRunner(model, memory, options.attention), cache, max_model_len)
         cache.close()
     rows = RowMemory(
         row_caches(model),
@@ -71,7 +74,7 @@ def tier_of(model: Any, probe: Probe, options: EngineOptions, max_model_len: int
         max_model_len,
         _budget(options.kv_budget, probe.device),
     )
-    return Tier("rows", reason, rows, RowRunner(model, rows, recurrent=bool(probe.others)), None)
+    return Tier("rows", reason, rows, RowRunner(model, rows, recurrent=bool(probe.others)), None, max_model_len)
 
 
 def _budget(budget: int | float, device: torch.device) -> int:
@@ -95,7 +98,8 @@ def _obstacle(probe: Probe) -> str | None:
 def _tried(model: Any, cache: KVCache, probe: Probe, attention: str) -> str | None:
     """Why a model cannot be computed flat; found by computing two sequences so, and each by the model alone."""
     chance = torch.Generator().manual_seed(0)
-    ids = [torch.randint(0, probe.vocabulary, (n,), generator=chance).to(probe.device) for n in (9, 5)]
+    lengths = [min(n, cache.layout.max_len) for n in (9, 5)]
+    ids = [torch.randint(0, probe.vocabulary, (n,), generator=chance).to(probe.device) for n in lengths]
     expected = torch.cat([model(input_ids=each[None]).logits[0] for each in ids]).float()
     sequences = [cache.open() for _ in ids]
     try:
@@ -103,7 +107,12 @@ def _tried(model: Any, cache: KVCache, probe: Probe, attention: str) -> str | No
             sequence.grow(len(each))
         context = FlatContext(cache, configs_of(model), attention)
         segments = [Segment(s.slot, 0, len(each)) for s, each in zip(sequences, ids, strict=True)]
-        got = context.call(model, cache_keyword(model), segments, input_ids=torch.cat(ids)[None]).logits[0].float()
+        tokens = torch.cat(ids)
+        every = torch.arange(len(tokens), device=tokens.device)
+        given = {"input_ids": tokens[None], "logits_to_keep": every}
+        got = context.call(model, cache_keyword(model), segments, **given).logits[0].float()
+    except BudgetExceeded as error:
+        raise ValueError(f"kv_budget is too small for two short sequences: {error}") from error
     except UnsupportedError as reason:
         return str(reason)
     except Exception as error:  # whatever the model does that a flat call does not fit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from vattn.engine.detokenizer import Detokenizer
@@ -34,7 +35,7 @@ class Tracked:
         self.request, self.params, self.seed = request, params, seed
         self._prompt, self._tokenizer = prompt, tokenizer
         self._ends = () if params.ignore_eos else ends
-        self.bad_words = [list(tokenizer.encode(word, add_special_tokens=False)) for word in params.bad_words or ()]
+        self.bad_words = _encoded(tokenizer, params.bad_words or ())
         texts = params.detokenize and tokenizer is not None
         self._texts = [self._detokenizer() for _ in range(params.n)] if texts else []
         self._logprobs: list[list[Logprobs]] = [[] for _ in range(params.n)]
@@ -57,23 +58,27 @@ class Tracked:
 
     def stops(self, branch: Branch) -> FinishReason | None:
         """Takes the last token of an output; why the output ends behind it, or None."""
-        token, stop = branch.output[-1], None
-        if token in self.stop_tokens:
-            if self._texts and self.params.include_stop_str_in_output:
-                self._texts[branch.index].add(token, may_stop=False)
+        token = branch.output[-1]
+        ends = token in self.stop_tokens
+        texts = self._texts[branch.index] if self._texts else None
+        if texts is not None:
+            shown = len(branch.output) - (ends and not self.params.include_stop_str_in_output)
+            for place in range(texts.count, shown):  # more than one where an error came in between
+                texts.add(branch.output[place], may_stop=not ends and place >= self.params.min_tokens)
+        if ends:
             self._stop_reasons[branch.index] = None if token in self._ends else token
-            return FinishReason.STOP
-        if self._texts:
-            stop = self._texts[branch.index].add(token, may_stop=len(branch.output) > self.params.min_tokens)
-        if stop is not None:
-            self._stop_reasons[branch.index] = stop
-            return FinishReason.STOP
-        return None
+        elif texts is None or texts.stopped_at is None:
+            return None
+        else:
+            self._stop_reasons[branch.index] = texts.stopped_at
+        return FinishReason.STOP
 
     def note_logprobs(self, branch: Branch, tokens: list[int], values: list[float], rank: int) -> None:
         """Takes the log probabilities at an output's next token: of that token, and of the most likely ones."""
         if self.params.logprobs is not None and branch.finish_reason is None:
-            self._logprobs[branch.index].append(self._entries(tokens, values, rank, self.params.logprobs))
+            entries = self._logprobs[branch.index]
+            del entries[len(branch.output) :]  # of a token that an error has taken back
+            entries.append(self._entries(tokens, values, rank, self.params.logprobs))
 
     def wanted_of_prompt(self, start: int, count: int) -> int:
         """Of how many last positions of a row the logits tell a token of the prompt that is asked for."""
@@ -95,7 +100,13 @@ class Tracked:
         return entries
 
     def _text_of(self, token: int) -> str | None:
-        return None if self._tokenizer is None else self._tokenizer.decode([token])
+        if self._tokenizer is None:
+            return None
+        try:
+            text: str = self._tokenizer.decode([token])
+        except Exception:  # a token without a text
+            return None
+        return text
 
     def output(self) -> RequestOutput:
         """What there is of the request so far."""
@@ -120,7 +131,7 @@ class Tracked:
         reason, text, logprobs, total = branch.finish_reason, "", None, None
         if self._texts:
             detokenizer = self._texts[branch.index]
-            if reason is not None:
+            if reason is not None and reason is not FinishReason.ERROR:  # which may be the text's
                 detokenizer.finish()
             text = detokenizer.text(finished=reason is not None)
         if self.params.logprobs is not None:
@@ -135,3 +146,22 @@ class Tracked:
             finish_reason=None if reason is None else reason.value,
             stop_reason=self._stop_reasons[branch.index],
         )
+
+
+def _encoded(tokenizer: Any, words: Iterable[str]) -> list[list[int]]:
+    """The token ids of words, at the start of a text and behind a space, where that is one more word of as many tokens.
+
+    Raises:
+        ValueError: a word has no tokens.
+    """
+    found: list[list[int]] = []
+    for word in words:
+        plain, spaced = (
+            list(tokenizer.encode(prefix + word.lstrip(), add_special_tokens=False)) for prefix in ("", " ")
+        )
+        if not plain:
+            raise ValueError(f"bad_words has {word!r}, which has no tokens")
+        found.append(plain)
+        if spaced and spaced[0] != plain[0] and len(spaced) == len(plain):
+            found.append(spaced)
+    return found

@@ -18,7 +18,7 @@ def loaded(
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """Returns a model in eval mode and its tokenizer.
+    """Returns a model and its tokenizer.
 
     Args:
         model: a folder, the name of a model that is on the disk, or a model of transformers, which stays as it is.
@@ -36,9 +36,10 @@ def loaded(
         if tokenizer is None:
             tokenizer = name
         where = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code).to(where)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = model.eval().to(where)
     elif not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
         raise TypeError(f"model must be a folder, a name or a model of transformers, not {shown(model)}")
     if isinstance(tokenizer, str):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
-    return model.eval(), tokenizer
+    return model, tokenizer
