@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
+import transformers
 from models import build, prompt
 from transformers import DynamicCache, LlamaConfig
 
-from vattn import CACHE_KEYWORD, BudgetExceeded, VirtualCache
+from vattn import CACHE_KEYWORD, BudgetExceeded, DriverError, VirtualCache
 from vattn.hf import layer_views, placement
 from vattn.hf.layers import CROP_POSITIVE_KEEPS
 
@@ -367,3 +368,70 @@ def test_a_closed_cache_leaves_its_memory_to_its_copy():
     same(other, like)
     other.close()
     assert kv_cache.stats().physical == 0
+
+
+SLIDING = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"] * 2, "head_dim": 16}
+
+
+@pytest.mark.parametrize("how", ["reset", "crop", "late"])
+def test_a_layer_behind_a_window_that_has_moved_on_is_an_error(how):
+    """Layers of one group share a window: its rows were given back for the longest of them."""
+    config = transformers.Gemma3TextConfig(
+        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, hidden_size=64, **SLIDING
+    )
+    cache = VirtualCache(config, max_len=600, mapper=False, lookahead=0)
+    layers = range(1 if how == "late" else 0, 4)
+    for n in (200, 1, 1, 1):
+        for layer in layers:
+            cache.update(*kv(n, 1), layer)
+    if how == "crop":
+        with pytest.raises(ValueError, match="the window of 12 has moved on"):
+            cache.layers[0].crop(-100)
+    else:
+        if how == "reset":
+            cache.layers[0].reset()
+        cache.trim()
+        with pytest.raises(ValueError, match="layer 0 holds 0 positions, and the window of 12 of longer layers"):
+            cache.update(*kv(1, 1), 0)
+    cache.reset()
+    like = DynamicCache(config=config)
+    for layer in range(4):
+        pair = kv(20, 1)
+        cache.update(*pair, layer)
+        like.update(*pair, layer)
+    same(cache, like)
+    cache.check()
+
+
+def test_rows_that_part_in_a_layer_that_comes_late():
+    """What rows have in common in the layers so far says nothing of one that is added."""
+    cache, like = VirtualCache(None, max_len=300), DynamicCache()
+    for layer, alike in ((0, True), (1, False), (2, False)):
+        pair = kv(40, 1 if alike else 2)
+        pair = [t.expand(2, -1, -1, -1).clone() for t in pair] if alike else pair
+        for one in (cache, like):
+            one.update(*pair, layer)
+        if layer == 0:
+            assert cache.layers[0].keys is not None
+            cache._store.rows.materialize()
+    for one in (cache, like):
+        one.reorder_cache(torch.tensor([1, 0]))
+    same(cache, like)
+
+
+def test_a_close_that_the_driver_refuses_leaves_nothing_to_read():
+    cache = VirtualCache(CONFIG, max_len=300, mapper=False, lookahead=0)
+    append(cache, 40, batch=2)
+    cache.kv_caches[0].driver.fail_at(5)
+    with pytest.raises(DriverError, match="injected fault"):
+        cache.close()
+    assert cache.layers[0].keys is None
+    cache.close()
+
+
+def test_a_torn_cache_without_rows_is_whole():
+    cache = VirtualCache(CONFIG, max_len=300)
+    append(cache, 40, batch=2)
+    cache._store.guard.torn = "a call has ended halfway"
+    cache.batch_select_indices(torch.tensor([], dtype=torch.int64))
+    append(cache, 10, like=DynamicCache(config=CONFIG))

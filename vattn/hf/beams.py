@@ -35,6 +35,10 @@ class SharedPrompts:
         self.size = 1
         self.common = [[0] * batch for _ in range(batch)]
 
+    def forget(self) -> None:
+        """Forgets how many positions rows have in common."""
+        self.common = [[0] * len(self.common) for _ in self.common]
+
     def find(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Sets ``size`` to the largest number of neighbouring rows that are the same in all of a prompt's K and V."""
         batch, same = len(k), _same_as_last(k, v)

@@ -9,6 +9,7 @@ import torch
 
 from vattn.errors import Error
 from vattn.hf.beams import SharedPrompts
+from vattn.hf.call_guard import CallGuard
 from vattn.hf.device_rows import DeviceKey, DeviceRows
 from vattn.hf.padding import Padding
 from vattn.hf.placement import Placement
@@ -29,6 +30,7 @@ class Rows:
         placement: as given.
         format: ``row_format``.
         lengths: positions that each layer holds, padding included. The list object never changes.
+        guard: checks that calls of the model are complete.
         prompts: which rows hold the same prompt.
         floor: the length at the last crop, or at ``activate_past_recording``. Sliding windows keep the rows that a
             query there sees, so that rows can still be cut to it. None where windows keep nothing for that.
@@ -39,6 +41,7 @@ class Rows:
         self.format = row_format
         self.lengths = [0] * len(placement.windows)
         self.prompts = SharedPrompts()
+        self.guard = CallGuard()
         self.floor: int | None = None
 
     @property
@@ -99,6 +102,18 @@ class Rows:
         rows.cache.grow_all(
             sequences, stored, min_truncate_length=self.format.stored(min_truncate_length, len(sequences))
         )
+
+    def require_held(self, rows: DeviceRows, layer: int) -> None:
+        """Raises ValueError where rows that the next update of a layer needs were given back.
+
+        That happens where layers of a group with a sliding window differ in length: the window of the longest moves.
+        """
+        window, length = self.placement.windows[layer], self.lengths[layer]
+        if window is not None and rows.first_positions()[layer] > max(length - window + 1, 0):
+            raise ValueError(
+                f"layer {layer} holds {length} positions, and the window of {window} of longer layers has moved past "
+                "them: reset the cache"
+            )
 
     def grow_speculatively(self, length: int) -> bool:
         """Gets memory for a speculative step at this length; returns False where there is none."""
@@ -260,7 +275,7 @@ class Rows:
             self.restore_padding()
         self.format.padding = None
         for rows in self._every():
-            for layer, first in rows.copied_from.items():
+            for layer, first in rows.first_positions().items():
                 window, length = self.placement.windows[layer] or 0, lengths[layer]
                 if length and max(length - window + 1, 0) < first:
                     raise ValueError(
@@ -289,13 +304,14 @@ class Rows:
 
     def reset(self) -> None:
         """Closes every row. Their memory is parked for the next batch, and the shapes of layers are forgotten."""
+        for rows in self._every():
+            rows.close(0)
+            rows.copied_from.clear()
+        self.guard.reset()
         self.prompts.size = 1
         self.format.forget()
         for layer in list(self.placement.seen):
             self.placement.forget(layer)
-        for rows in self._every():
-            rows.copied_from.clear()
-            rows.close(0)
         self.lengths[:] = [0] * len(self.lengths)
         if self.floor is not None:
             self.floor = 0
@@ -349,9 +365,9 @@ class Rows:
                 rows.close(before)
             raise
         # From here on nothing takes memory from a ``KVCache``. Positions that rows have in common are not copied.
+        for rows in every if changed else ():
+            rows.move(chosen, changed, before, alike, self.lengths)
         for rows in every:
-            if changed:
-                rows.move(chosen, changed, before, alike, self.lengths)
             rows.close(batch)
         self.format.select(chosen)
         self.prompts.select(chosen, min(self.lengths[layer] for layer in self.placement.expected))

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from vattn.hf.call_guard import CallGuard
 from vattn.hf.device_rows import DeviceKey, DeviceRows
 from vattn.hf.layer_views import Ready
 from vattn.hf.options import Options
@@ -40,7 +39,7 @@ class Store:
         self.rows = rows
         self.lengths = rows.lengths
         self.stateful = stateful
-        self.guard = CallGuard()
+        self.guard = rows.guard
         self.ready: dict[int, Ready] = {}
         self.speculative: Callable[[], None] | None = None
         self.closed = False
@@ -63,6 +62,7 @@ class Store:
         self.placement.add_layer()
         self.stateful.append(False)
         self.lengths.append(0)
+        self.rows.prompts.forget()  # what rows have in common in other layers they may not have in this one
         return len(self.lengths) - 1
 
     # Calls of a model.
@@ -158,6 +158,8 @@ class Store:
         with self._undoing(layer):
             rows = self._open_batch(key, batch)
             self.rows.find_shared_prompts(rows, k, v, start)
+            if not in_step:
+                self.rows.require_held(rows, layer)
             steady = in_step and self.rows.floor is None
             shortest = self.rows.room_before(rows, start) if steady else self.rows.min_truncate_length(rows)
             self.rows.grow(rows, start + n, min_truncate_length=shortest)
@@ -213,6 +215,7 @@ class Store:
             if form.plain:
                 return None
             rows = self._open_batch(key, batch)
+            self.rows.require_held(rows, layer)
             stored = form.stored(start + n, batch)
             if any(row.length < length for row, length in zip(rows.sequences, stored, strict=True)):
                 self.rows.grow(rows, start + n, min_truncate_length=self.rows.min_truncate_length(rows))
@@ -308,7 +311,7 @@ class Store:
         """
         self.cancel_speculative()
         self.rows.restore_padding()
-        views = self.placement.views_of(layer)
+        views = None if self.closed else self.placement.views_of(layer)
         if views is None or not (rows := self.placement.rows_of(layer)).sequences:
             return None
         batch = len(rows.sequences)
@@ -333,7 +336,6 @@ class Store:
     def reset(self) -> None:
         """Closes every row, see ``Rows.reset``."""
         self._require_open()
-        self.guard.reset()
         self.ready.clear()
         self.rows.reset()
 
