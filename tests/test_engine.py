@@ -12,20 +12,19 @@ import torch
 from models import build, hybrid
 from transformers import DynamicCache
 
-from vattn import CACHE_KEYWORD
 from vattn.engine.engine import Engine
 from vattn.engine.llm import LLM
 from vattn.engine.options import EngineOptions
 from vattn.engine.outputs import RequestOutput
 from vattn.engine.sampling_params import SamplingParams
 from vattn.engine.scheduler import Scheduler
-from vattn.models.versions import VERSION
+from vattn.models.versions import VERSION, cache_keyword
 
 pytestmark = pytest.mark.skipif(VERSION < (5, 17), reason="the engine needs transformers 5.17")
 
 FLAT = [
     *("llama-gqa", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2", "gpt_neox", "phi3", "gpt_oss"),
-    *("qwen3_moe", "mixtral", "olmo2", "cohere2", "opt", "gptj"),
+    *("qwen3_moe", "mixtral", "olmo2", "cohere2", "opt"),
 ]
 ROWS = ["deepseek_v3", "falcon", "bloom"]
 HYBRIDS = ["Qwen3Next", "Lfm2", "Mamba2"]
@@ -76,7 +75,7 @@ def generated(model: Any, prompts: list[list[int]], new: int = NEW) -> list[list
     found = []
     for prompt in prompts:
         cache = DynamicCache(config=model.config)
-        options = {"max_new_tokens": new, "do_sample": False, CACHE_KEYWORD: cache}
+        options = {"max_new_tokens": new, "do_sample": False, cache_keyword(model): cache}
         ids = torch.tensor([prompt])
         found.append(model.generate(input_ids=ids, **options)[0, len(prompt) :].tolist())
     return found
