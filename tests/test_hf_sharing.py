@@ -435,3 +435,36 @@ def test_a_torn_cache_without_rows_is_whole():
     cache._store.guard.torn = "a call has ended halfway"
     cache.batch_select_indices(torch.tensor([], dtype=torch.int64))
     append(cache, 10, like=DynamicCache(config=CONFIG))
+
+
+@pytest.mark.frees  # destructors report what the driver refuses
+@pytest.mark.parametrize("out_of_memory", [False, True])
+def test_a_driver_that_keeps_failing_while_rows_change_places(out_of_memory):
+    """The rows are as they were, or the cache says that they are lost; nothing without memory is read."""
+    lost = 0
+    for k in range(1, 40):
+        cache, like = both(lookahead=0)
+        append(cache, 51, repeats=3, like=like)
+        append(cache, 9, batch=3, like=like)
+        other = copy.deepcopy(cache)
+        driver = cache.kv_caches[0].driver
+        driver.fail_at(k, times=100, out_of_memory=out_of_memory)
+        try:
+            cache.reorder_cache(torch.tensor([1, 0, 2]))
+        except DriverError:
+            pass
+        else:
+            like.reorder_cache(torch.tensor([1, 0, 2]))
+        driver.fail_at(0)
+        try:
+            same(cache, like)
+        except ValueError as error:
+            assert "rows were lost" in str(error)
+            with pytest.raises(ValueError, match="rows were lost"):
+                append(cache, 1, batch=3)
+            cache.reset()
+            append(cache, 20, like=DynamicCache(config=CONFIG))
+            lost += 1
+        other.close()
+        cache.check()
+    assert lost < 30

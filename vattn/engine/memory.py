@@ -23,7 +23,7 @@ class Memory(Protocol):
         """Opens the trunk of a request, behind a computed prefix where there is one; the positions of that, or None."""
 
     def grow(self, wanted: list[tuple[Branch, int]]) -> Branch | None:
-        """Brings branches to so many positions each: all of them, or none; the first that does not fit, or None."""
+        """Brings branches to so many positions each: all of them, or none. None, or a branch that had no memory."""
 
     def fork(self, request: Request) -> bool:
         """Lets the other branches of a request go on behind the prompt that its trunk has computed."""

@@ -77,8 +77,8 @@ class Scheduler:
         stops: why an output ends behind its last token, or None where it goes on.
         max_num_seqs: outputs that run at the same time, at most.
         max_num_batched_tokens: positions that an iteration computes, at most.
-        waiting_served_ratio: waiting requests begin once there are so many for each running one, or have waited for 20
-            iterations. 0 lets them begin at once.
+        waiting_served_ratio: with r, waiting requests begin once there are r of them for each request that runs, or
+            once the first has waited for 20 iterations. 0 lets them begin at once.
 
     Attributes:
         requests: where each request is.

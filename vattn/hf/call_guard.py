@@ -16,10 +16,12 @@ class CallGuard:
 
     Attributes:
         torn: why the cache is torn, or None.
+        lost: whether rows have no memory any more, so that they must not even be read.
     """
 
     def __init__(self) -> None:
         self.torn: str | None = None
+        self.lost = False
         self._claim = threading.RLock()  # owned by the thread that the cache belongs to, see ``claimed``
         self._thread: int | None = None  # the thread that appended last
         self._even = -1  # the length of all layers when the last call of the model began; -1 where they differed
@@ -71,9 +73,13 @@ class CallGuard:
         """Forgets where the last call of the model began, since layers were cut."""
         self._even = -1
 
+    def lose(self, reason: str) -> None:
+        """Notes that rows have lost their memory, and why."""
+        self.torn, self.lost = reason, True
+
     def reset(self) -> None:
         """Notes that all layers are empty."""
-        self.torn, self._even = None, -1
+        self.torn, self.lost, self._even = None, False, -1
 
 
 def _in_use() -> RuntimeError:

@@ -14,6 +14,7 @@ from vattn.hf.device_rows import DeviceKey, DeviceRows
 from vattn.hf.padding import Padding
 from vattn.hf.placement import Placement
 from vattn.hf.row_format import Blocks, RowFormat
+from vattn.memory.sequence import Sequence
 from vattn.memory.slots import Share
 
 
@@ -99,9 +100,12 @@ class Rows:
         """
         sequences = self.prompts.leaders(rows.sequences)
         stored = self.format.stored(length, len(sequences))
-        rows.cache.grow_all(
-            sequences, stored, min_truncate_length=self.format.stored(min_truncate_length, len(sequences))
-        )
+        shortest = self.format.stored(min_truncate_length, len(sequences))
+        try:
+            rows.cache.grow_all(sequences, stored, min_truncate_length=shortest)
+        except BaseException:
+            self._note_losses()
+            raise
 
     def require_held(self, rows: DeviceRows, layer: int) -> None:
         """Raises ValueError where rows that the next update of a layer needs were given back.
@@ -148,6 +152,23 @@ class Rows:
             for sequence, held in zip(rows.sequences, stored, strict=True):
                 if sequence.length > held:
                     sequence.truncate(held)
+
+    def _copy_on_write(self, rows: DeviceRows, sequences: list[Sequence], length: int) -> None:
+        """Copies what sequences share behind ``length``."""
+        try:
+            rows.cache.copy_on_write(sequences, length)
+        except BaseException:
+            self._note_losses()
+            raise
+
+    def _note_losses(self) -> None:
+        """Tears the cache where rows were lost: a driver that keeps failing may refuse to map what it has unmapped."""
+        for rows in self._every():
+            length = max((self.lengths[layer] for layer in rows.views), default=0)
+            sequences = self.prompts.leaders(rows.sequences)
+            stored = self.format.stored(length, len(sequences))
+            if any(sequence.length < held for sequence, held in zip(sequences, stored, strict=True)):
+                self.guard.lose("rows were lost, since the driver refused to map them again")
 
     def rebuild(self, slots: dict[DeviceKey, int]) -> None:
         """Makes the ``KVCache`` of each key anew, with the number of slots given, and copies what the old one holds."""
@@ -204,7 +225,11 @@ class Rows:
             share = "copy"
         # Where copies are made, rows differ or may differ in layers that are still to come: nothing counts as common.
         alike = 0 if share == "copy" else min((length for length in self.lengths if length), default=0)
-        self.prompts.separate(self._every(), alike, share)
+        try:
+            self.prompts.separate(self._every(), alike, share)
+        except BaseException:
+            self._note_losses()
+            raise
 
     # Padding.
 
@@ -247,7 +272,7 @@ class Rows:
                 shortest = padding.stored(self.min_truncate_length(rows))
                 rows.cache.grow_all(rows.sequences, length, min_truncate_length=shortest)
                 if rows.cache.shares(rows.sequences, 0):
-                    rows.cache.copy_on_write(rows.sequences, 0)
+                    self._copy_on_write(rows, rows.sequences, 0)
                 self.format.allocate_blocks(rows, self.lengths, blocks)
         except BaseException:
             self.shorten()
@@ -293,7 +318,7 @@ class Rows:
             shortest = min((lengths[layer] for layer in rows.views if layer in seen), default=0)
             if rows.sequences and shortest < longest and rows.cache.shares(rows.sequences, shortest):
                 # The shorter layers will write at positions where the longer ones hold rows that are shared.
-                rows.cache.copy_on_write(rows.sequences, shortest)
+                self._copy_on_write(rows, rows.sequences, shortest)
         self.lengths[:] = lengths
         longest = max(lengths, default=0)
         self.format.crop(longest)
@@ -361,8 +386,11 @@ class Rows:
                 if changed and rows.cache.shares(targets, alike):
                     rows.cache.copy_on_write(targets, alike)
         except BaseException:
-            for rows in every:
-                rows.close(before)
+            try:
+                for rows in every:
+                    rows.close(before)
+            finally:
+                self._note_losses()
             raise
         # From here on nothing takes memory from a ``KVCache``. Positions that rows have in common are not copied.
         for rows in every if changed else ():
@@ -396,7 +424,10 @@ class Rows:
                     share: Share = "copy" if self._uneven() else "auto"
                     mine.cache.fork_all(source, [target], source.length, share=share)
         except BaseException:
-            other.leave(keep_caches=True)
+            try:
+                other.leave(keep_caches=True)
+            finally:
+                self._note_losses()
             raise
         return other
 

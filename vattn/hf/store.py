@@ -314,6 +314,8 @@ class Store:
         views = None if self.closed else self.placement.views_of(layer)
         if views is None or not (rows := self.placement.rows_of(layer)).sequences:
             return None
+        if self.guard.lost:
+            self.guard.require_whole()
         batch = len(rows.sequences)
         alone = self.rows.prompts.size == batch  # all rows share a prompt, which row 0 holds
         if not alone:
