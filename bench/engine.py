@@ -51,19 +51,14 @@ def preempted(engine: Any, prompts: list[list[int]]) -> list[list[int]]:
     return trials.preempting(engine, prompts, GREEDY)
 
 
-def swapped(engine: Any, prompts: list[list[int]]) -> list[list[int]]:
-    engine.tier.memory._swap_is_faster = lambda positions: True
-    return trials.preempting(engine, prompts, GREEDY)
-
-
 # By name: what computes the tokens, and the options of the engine. Models with states have no prefixes and no swap.
 MODES: dict[str, tuple[Any, dict[str, Any]]] = {
     "alone": (alone, {}),
     "batched": (at_once, {}),
     "chunked": (at_once, {"max_num_batched_tokens": 16}),
     "behind a prefix": (behind_a_prefix, {}),
-    "computed again": (preempted, {}),
-    "swapped": (swapped, {}),
+    "computed again": (preempted, {"preemption": "recompute"}),
+    "swapped": (preempted, {"preemption": "swap"}),
 }
 FOR_ALL = ("alone", "batched", "chunked", "computed again")
 

@@ -12,12 +12,15 @@ import torch
 from models import build, hybrid
 from transformers import DynamicCache
 
+from vattn import SwapCosts
+from vattn.engine import tier
 from vattn.engine.engine import Engine
 from vattn.engine.llm import LLM
 from vattn.engine.options import EngineOptions
 from vattn.engine.outputs import RequestOutput
 from vattn.engine.sampling_params import SamplingParams
 from vattn.engine.scheduler import Scheduler
+from vattn.errors import BudgetExceeded
 from vattn.models.versions import VERSION, cache_keyword
 
 pytestmark = pytest.mark.skipif(VERSION < (5, 17), reason="the engine needs transformers 5.17")
@@ -37,10 +40,18 @@ def model_of(name: str) -> Any:
     return model
 
 
+OPTIONS: dict[str, Any] = {
+    "max_model_len": 160,
+    "max_num_seqs": 8,
+    "granularity": 4096,
+    "kv_budget": 64 << 20,
+    "preemption": "recompute",  # the other way is chosen by a measurement, which differs from run to run
+}
+
+
 @contextlib.contextmanager
 def engine_of(model: Any, tokenizer: Any = None, **options: Any) -> Iterator[Engine]:
-    given = {"max_model_len": 160, "max_num_seqs": 8, "granularity": 4096, "kv_budget": 64 << 20, **options}
-    engine = Engine(model, tokenizer, EngineOptions(**given))
+    engine = Engine(model, tokenizer, EngineOptions(**{**OPTIONS, **options}))
     yield engine
     if engine.tier.cache is not None:
         engine.tier.cache.check()
@@ -157,10 +168,43 @@ def test_preempted_and_swapped(name, depth):
     model = model_of(name)
     prompts = prompts_of((40, 12, 30))
     expected = generated(model, prompts, 30)
-    with engine_of(model, depth=depth) as engine:
-        engine.tier.memory._swap_is_faster = lambda positions: True
+    with engine_of(model, depth=depth, preemption="swap") as engine:
         assert preempting(engine, prompts, SamplingParams(temperature=0, max_tokens=30)) == expected
         assert engine.tier.cache.stats().driver_calls["create_host"] > 0
+
+
+@pytest.mark.parametrize(
+    ("out_bytes", "swap_space", "swaps"), [(1e15, 4, True), (1e3, 4, False), (1e15, 0, False), (1e15, 1e-6, False)]
+)
+def test_requests_are_swapped_where_that_is_faster_and_there_is_room(monkeypatch, out_bytes, swap_space, swaps):
+    costs = SwapCosts(out_bytes=out_bytes, in_bytes=1e15, flops=1e9)
+    monkeypatch.setattr(tier, "_costs", lambda device, dtype: costs)
+    model = model_of("llama-gqa")
+    prompts = prompts_of((40, 12, 30))
+    with engine_of(model, preemption="auto", swap_space=swap_space) as engine:
+        found = preempting(engine, prompts, SamplingParams(temperature=0, max_tokens=30))
+        assert found == generated(model, prompts, 30)
+        assert (engine.tier.cache.stats().driver_calls["create_host"] > 0) == swaps
+
+
+def test_the_cost_of_a_swap_is_measured_once(monkeypatch):
+    measured = []
+
+    def measure(*given, **options):
+        measured.append(given)
+        raise BudgetExceeded("none")
+
+    monkeypatch.setattr(SwapCosts, "measure", measure)
+    tier._costs.cache_clear()
+    with engine_of(model_of("llama-gqa"), preemption="auto") as engine:  # computes again what it cannot compare
+        assert preempting(engine, prompts_of((40, 12, 30)), SamplingParams(temperature=0, max_tokens=30))
+        assert engine.tier.cache.stats().driver_calls["create_host"] == 0
+    assert len(measured) == 1
+    monkeypatch.undo()
+    for _ in range(2):
+        with engine_of(model_of("llama-gqa"), preemption="auto"):
+            assert tier._costs.cache_info().misses == 2
+    tier._costs.cache_clear()
 
 
 @pytest.mark.parametrize("swaps", [False, True])
@@ -171,8 +215,7 @@ def test_samples_that_are_preempted_are_the_same(swaps):
     prompts = prompts_of((40, 20))
     with engine_of(model) as engine:
         expected = [[each.token_ids for each in output.outputs] for output in served(engine, prompts, params)]
-    with engine_of(model) as engine:
-        engine.tier.memory._swap_is_faster = lambda positions: swaps
+    with engine_of(model, preemption="swap" if swaps else "recompute") as engine:
         for number, prompt in enumerate(prompts):
             engine.add(str(number), prompt, params)
         done: dict[str, RequestOutput] = {}
@@ -368,6 +411,7 @@ def test_bad_requests_are_refused_and_lose_nothing():
             ([3] * 160, SamplingParams(max_tokens=30), "prompt has 160 tokens, and max_model_len is 160"),
             ([3], SamplingParams(stop="x"), "need a tokenizer"),
             ("text", SamplingParams(), "need a tokenizer"),
+            ([3], SamplingParams(max_tokens=160, truncate_prompt_tokens=-1), "leaves nothing of the prompt"),
             ([3] * 100, SamplingParams(n=8, max_tokens=50, temperature=1), "MiB of K and V, and the budget is 0.4 MiB"),
         ]:
             with pytest.raises((TypeError, ValueError), match=error):
@@ -376,12 +420,28 @@ def test_bad_requests_are_refused_and_lose_nothing():
         assert len(served(engine, [[3, 4]], GREEDY)) == 1
 
 
+def test_the_beginning_of_a_prompt_that_is_too_long_is_left_out():
+    model = model_of("llama-gqa")
+    [prompt] = prompts_of((200,))
+    with engine_of(model) as engine:
+        for count, used in ((7, 7), (-1, 160 - 12)):
+            params = SamplingParams(temperature=0, max_tokens=12, truncate_prompt_tokens=count)
+            outputs = served(engine, [prompt], params)
+            assert outputs[0].prompt_token_ids == prompt[-used:]
+            assert tokens(outputs) == generated(model, [prompt[-used:]], 12)
+        for count in (None, 180):
+            with pytest.raises(ValueError, match=f"prompt has {count or 200} tokens, and max_model_len is 160"):
+                engine.add("0", prompt, SamplingParams(truncate_prompt_tokens=count))
+
+
+@pytest.mark.parametrize("preemption", ["swap", "recompute"])
 @pytest.mark.parametrize("depth", [0, 1])
-def test_under_pressure_with_aborts_and_refusals(depth):
+def test_under_pressure_with_aborts_and_refusals(depth, preemption):
     """E1 to E9 on a budget far below the demand: all end once, and all memory comes back."""
     model = model_of("llama-gqa")
     chance = random.Random(depth)
-    with engine_of(model, depth=depth, kv_budget=600_000, max_num_batched_tokens=64) as engine:
+    options = {"depth": depth, "preemption": preemption, "kv_budget": 600_000, "max_num_batched_tokens": 64}
+    with engine_of(model, **options) as engine:
         cache = engine.tier.cache
         done: dict[str, RequestOutput] = {}
         names = [str(number) for number in range(150)]
@@ -445,9 +505,7 @@ def test_an_iteration_that_fails_is_computed_again(name, depth):
 
 
 def llm_of(model: Any, **options: Any) -> LLM:
-    return LLM(
-        model, **{"max_model_len": 160, "max_num_seqs": 8, "granularity": 4096, "kv_budget": 64 << 20, **options}
-    )
+    return LLM(model, **{**OPTIONS, **options})
 
 
 def test_llm_answers_in_the_order_of_the_prompts():
@@ -502,6 +560,9 @@ def test_llm_is_usable_after_an_interrupt_or_a_bad_prompt():
         ({"policy": "best"}, "policy must be"),
         ({"kv_budget": 2.0}, "budget"),
         ({"depth": 2}, "depth"),
+        ({"preemption": "never"}, "preemption must be"),
+        ({"swap_space": -1}, "swap_space"),
+        ({"swap_space": "4"}, "swap_space"),
         ({"nothing": 1}, "nothing"),
     ],
 )

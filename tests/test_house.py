@@ -33,6 +33,7 @@ LARGE = {
     "vattn/hf/cache.py VirtualCache": "most are those of transformers' Cache",
     "vattn/engine/request.py Request": "a record",
     "vattn/engine/sampling_params.py SamplingParams": "a record",
+    "vattn/engine/options.py EngineOptions": "a record",
     "vattn/kernels/base.py AttentionSpec": "a record of what kernels differ in",
     "vattn/memory/kv_cache.py KVCache": "one line each: what a cache can do",
     "vattn/memory/stats.py CacheStats": "a record",

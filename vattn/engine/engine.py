@@ -122,6 +122,7 @@ class Engine:
         if self._tokenizer is None and (text is not None or params.stop or params.bad_words):
             raise ValueError("a text as prompt, stop and bad_words need a tokenizer, and the engine has none")
         ids = token_ids("prompt", prompt if text is None else self._tokenizer(text)["input_ids"])
+        ids = self._truncated(ids, params)
         given = {"prompt": ids, "logit_bias": params.logit_bias or (), "stop_token_ids": params.stop_token_ids or ()}
         for name, tokens in {**given, "allowed_token_ids": params.allowed_token_ids or ()}.items():
             for token in tokens:
@@ -152,6 +153,18 @@ class Engine:
                 )
         self.scheduler.add(request)
         self._tracked[request_id] = tracked
+
+    def _truncated(self, ids: tuple[int, ...], params: SamplingParams) -> tuple[int, ...]:
+        """The tokens of a prompt that ``truncate_prompt_tokens`` leaves."""
+        count = params.truncate_prompt_tokens
+        if count == -1:
+            count = self.max_model_len - (params.max_tokens or 1)
+            if count < 1:
+                raise ValueError(
+                    f"truncate_prompt_tokens leaves nothing of the prompt: max_tokens is {params.max_tokens}, and "
+                    f"max_model_len is {self.max_model_len}"
+                )
+        return ids if count is None else ids[-count:]
 
     def abort(self, request_id: str) -> bool:
         """Ends a request; False where there is none of that id."""

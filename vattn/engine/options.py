@@ -9,6 +9,8 @@ from vattn.arguments import choice, flag, integer, optional_integer, shown
 from vattn.engine.policy import POLICIES
 from vattn.memory.layout import GRANULARITY
 
+PREEMPTIONS = ("auto", "swap", "recompute")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
@@ -19,6 +21,10 @@ class EngineOptions:
         max_num_seqs: outputs that run at the same time, at most.
         max_num_batched_tokens: positions that an iteration computes, at most.
         kv_budget: memory for K and V: bytes (int), or a part of what is free (float in (0, 1]).
+        preemption: what a request does that loses its memory to others: ``"swap"`` keeps it in host memory as long as
+            ``swap_space`` lasts, ``"recompute"`` computes it again, ``"auto"`` does what takes less time, as
+            ``vattn.SwapCosts`` estimates it.
+        swap_space: GiB of host memory for requests that are swapped out.
         policy: which request is served first, a key of ``vattn.engine.policy.POLICIES``.
         enable_prefix_caching: whether requests begin behind rows that others have computed.
         attention: the kernel, of ``vattn.kernels.KERNELS``, or ``"auto"``.
@@ -35,6 +41,8 @@ class EngineOptions:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     kv_budget: int | float = 0.5
+    preemption: str = "auto"
+    swap_space: float = 4.0
     policy: str = "fcfs"
     enable_prefix_caching: bool = True
     attention: str = "auto"
@@ -49,8 +57,9 @@ class EngineOptions:
         integer("max_num_batched_tokens", self.max_num_batched_tokens, 1)
         integer("depth", self.depth, 0, 1)
         choice("policy", self.policy, POLICIES)
+        choice("preemption", self.preemption, PREEMPTIONS)
         flag("enable_prefix_caching", self.enable_prefix_caching)
-        numbers = {"kv_budget": self.kv_budget, "waiting_served_ratio": self.waiting_served_ratio}
+        numbers = {name: getattr(self, name) for name in ("kv_budget", "swap_space", "waiting_served_ratio")}
         for name, value in numbers.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a number that is not negative, not {shown(value)}")

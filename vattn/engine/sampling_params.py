@@ -52,6 +52,9 @@ class SamplingParams:
         logprobs: how many of the most likely tokens are given with their log probability, beside the chosen one; -1 is
             all; None gives none.
         prompt_logprobs: the same for the tokens of the prompt.
+        truncate_prompt_tokens: only so many tokens at the end of the prompt are used; -1 is as many as the longest
+            sequence of the model leaves beside ``max_tokens``. None uses all of them, and refuses a prompt that is too
+            long.
         logit_bias: is added to the logits of tokens, by token id; each is limited to [-100, 100].
         allowed_token_ids: only these tokens are considered.
         bad_words: texts that are not generated: the last token of each is not chosen behind the others.
@@ -85,6 +88,7 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = None
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Iterable[int] | None = None
     bad_words: Iterable[str] | None = None
@@ -146,6 +150,13 @@ def _optional_count(least: int) -> Callable[[str, Any], int | None]:
 
 def _top_k(name: str, value: Any) -> int:
     return max(integer(name, value, -1), 0)
+
+
+def _truncation(name: str, value: Any) -> int | None:
+    count = optional_integer(name, value, -1)
+    if count == 0:
+        raise ValueError(f"{name} must be -1 or at least 1, not 0: a prompt has at least one token")
+    return count
 
 
 def _seed(name: str, value: Any) -> int | None:
@@ -232,6 +243,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "min_tokens": _count(0),
     "logprobs": _logprobs,
     "prompt_logprobs": _logprobs,
+    "truncate_prompt_tokens": _truncation,
     "logit_bias": _bias,
     "allowed_token_ids": _allowed,
     "bad_words": _texts,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +16,11 @@ from vattn.engine.memory import Memory
 from vattn.engine.options import EngineOptions
 from vattn.engine.row_memory import RowMemory
 from vattn.engine.runner import FlatRunner, RowRunner, Runner
-from vattn.errors import BudgetExceeded
+from vattn.errors import BudgetExceeded, Error
 from vattn.memory.device import checked_budget
 from vattn.memory.kv_cache import KVCache
 from vattn.memory.layout import KVLayout
+from vattn.memory.swap_costs import SwapCosts
 from vattn.models.attention import UnsupportedError
 from vattn.models.flat import FlatContext, Segment
 from vattn.models.probe import Probe
@@ -24,6 +28,8 @@ from vattn.models.row_cache import row_caches
 from vattn.models.state import configs_of
 from vattn.models.versions import cache_keyword
 
+_LOG = logging.getLogger("vattn")
+_SWAPPED_BYTES = 64 << 20  # that are swapped to measure how fast it is
 # What logits that are computed flat may differ by, as a part of their norm.
 _LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3}
 _LIMIT = 5e-2
@@ -63,9 +69,19 @@ def tier_of(model: Any, probe: Probe, options: EngineOptions, max_model_len: int
     if reason is None:
         layout = KVLayout(probe.layers, max_len=max_model_len, granularity=options.granularity)
         slots = 2 * options.max_num_seqs  # those of running sequences, and as many for prefixes
-        cache = KVCache(layout, slots=slots, device=probe.device, budget=options.kv_budget)
+        cache = KVCache(
+            layout,
+            slots=slots,
+            device=probe.device,
+            budget=options.kv_budget,
+            host_budget=int(options.swap_space * 2**30),
+        )
         if (reason := _tried(model, cache, probe, options.attention)) is None:
-            memory = KVMemory(cache, reuse_prefixes=options.enable_prefix_caching)
+            memory = KVMemory(
+                cache,
+                swap_is_faster=_swap_is_faster(model, layout, probe.device, options.preemption),
+                reuse_prefixes=options.enable_prefix_caching,
+            )
             return Tier("flat", None, memory, FlatRunner(model, memory, options.attention), cache, max_model_len)
         cache.close()
     rows = RowMemory(
@@ -83,6 +99,33 @@ def _budget(budget: int | float, device: torch.device) -> int:
         return budget
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _core.host_memory()[0]
     return int(budget * free)
+
+
+def _swap_is_faster(
+    model: Any, layout: KVLayout, device: torch.device, preemption: str
+) -> Callable[[int], bool] | None:
+    """Whether a sequence of so many positions is to be swapped rather than computed again; None where none is."""
+    if preemption != "auto":
+        return None if preemption == "recompute" else lambda positions: True
+    try:
+        costs = _costs(device, model.dtype)
+    except Error as error:  # there is no memory to measure with
+        _LOG.warning("preempted requests are computed again: the cost of a swap cannot be measured: %s", error)
+        return None
+    # All parameters count, also the experts of a mixture that a token does not use.
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    heads = model.config.get_text_config(decoder=True).num_attention_heads
+
+    def faster(positions: int) -> bool:
+        return costs.better(layout, positions, parameters=parameters, query_heads=heads) == "swap"
+
+    return faster
+
+
+@functools.cache
+def _costs(device: torch.device, dtype: torch.dtype) -> SwapCosts:
+    """What swapping and computing cost, measured once in a process."""
+    return SwapCosts.measure(device, dtype=dtype, nbytes=_SWAPPED_BYTES)
 
 
 def _obstacle(probe: Probe) -> str | None:
