@@ -135,6 +135,29 @@ def test_behind_a_prefix(name):
         assert apart[0].num_cached_tokens == 0
 
 
+@pytest.mark.parametrize("name", ["llama-gqa", "Mamba2"])
+def test_prefixes_are_forgotten_on_demand(name):
+    """What was computed with other weights is never used again."""
+    model = model_of(name)
+    prompts = prompts_of((40, 9))
+    with llm_of(model) as llm:
+        for _ in range(2):
+            before = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert before[0].num_cached_tokens == (39 if name == "llama-gqa" else 0)
+        llm.engine.add("runs", prompts[1], GREEDY)
+        for _ in range(3):
+            llm.engine.step()
+            assert not llm.reset_prefix_cache()
+        llm.engine.abort("runs")
+        while llm.engine.unfinished:
+            llm.engine.step()
+        model.load_state_dict({key: 1.1 * value for key, value in model.state_dict().items()})
+        assert llm.reset_prefix_cache()
+        after = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert [output.num_cached_tokens for output in after] == [0, 0]
+        assert tokens(after) == generated(model, prompts) != tokens(before)
+
+
 def preempting(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> list[list[int]]:
     """The tokens of requests, of which the last one loses its memory after every fifth iteration."""
     for number, prompt in enumerate(prompts):

@@ -204,6 +204,14 @@ class Engine:
                 return False
         return True
 
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all that requests have computed, so that none begins behind a prefix: after weights have changed.
+
+        Returns:
+            Whether it is done; False where a request has not ended, and nothing has changed.
+        """
+        return not self.unfinished and self.tier.memory.reset_prefixes()
+
     # An iteration.
 
     def step(self) -> list[RequestOutput]:

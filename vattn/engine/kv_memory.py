@@ -163,5 +163,13 @@ class KVMemory:
             return False
         return True
 
+    def reset_prefixes(self) -> bool:
+        """See ``Memory.reset_prefixes``."""
+        self._close_all()
+        if self._sequences or self._unclosed:
+            return False
+        self.cache.trim()
+        return True
+
     def _of(self, request: Request) -> list[Sequence]:
         return [self._sequences[branch] for branch in request.branches if branch in self._sequences]

@@ -150,6 +150,10 @@ class LLM:
             raise ValueError(f"sampling_params are {len(given)}, and there are {count} prompts")
         return list(given)
 
+    def reset_prefix_cache(self) -> bool:
+        """See ``Engine.reset_prefix_cache``."""
+        return self.engine.reset_prefix_cache()
+
     def report(self) -> dict[str, Any]:
         """By which means the model is computed, and why."""
         tier = self.engine.tier

@@ -42,3 +42,6 @@ class Memory(Protocol):
 
     def resize(self, budget: int) -> bool:
         """Sets how many bytes there are; False where running requests need more."""
+
+    def reset_prefixes(self) -> bool:
+        """Forgets the rows of requests that have ended; False where there are requests that have not."""

@@ -99,3 +99,7 @@ class RowMemory:
             return False
         self._budget = budget
         return True
+
+    def reset_prefixes(self) -> bool:
+        """See ``Memory.reset_prefixes``."""
+        return not self.caches
