@@ -88,7 +88,24 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--concurrency", type=_positive, default=32, help="sequences at once (default 32)")
     bench.set_defaults(run=_bench)
 
-    for command in (demo, info, plan, bench):
+    generate = commands.add_parser("generate", help="answer a file of prompts, several at once")
+    generate.add_argument("model", help="a folder, or the name of a model that is on the disk")
+    generate.add_argument("prompts", type=Path, help="a prompt in each line, or .jsonl with prompt or messages")
+    generate.add_argument("--out", type=Path, required=True, help="JSON lines; a call that was stopped goes on there")
+    generate.add_argument("--max-tokens", type=_positive, default=256, help="of an answer (default 256)")
+    generate.add_argument("--temperature", type=float, help="default: the model's; 0 takes the most likely token")
+    generate.add_argument("--top-p", type=float, help="default: the model's")
+    generate.add_argument("--seed", type=int, help="makes samples the same in each call")
+    generate.add_argument("--n", type=_positive, default=1, help="answers to a prompt (default 1)")
+    generate.add_argument("--device", help="default: cuda where there is a GPU")
+    generate.add_argument("--dtype", default="auto", help="of the weights (default: as they are stored)")
+    generate.add_argument("--max-model-len", type=_positive, help="default: the model's")
+    generate.add_argument("--max-num-seqs", type=_positive, default=64, help="answers at once (default 64)")
+    generate.add_argument("--kv-budget", type=_size, help="memory for K and V (default: half of what is free)")
+    generate.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    generate.set_defaults(run=_generate)
+
+    for command in (demo, info, plan, bench, generate):
         command.add_argument("--json", action="store_true", help="print JSON")
         command.add_argument("-v", "--verbose", action="count", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
@@ -151,6 +168,28 @@ def default_folder() -> Path:
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     line = (_version("transformers") or "").split(".")[0]
     return cache_home / "vattn" / f"SmolLM2-135M-Instruct-transformers{line}"
+
+
+def _generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from dataclasses import replace
+
+    from tqdm.auto import tqdm
+
+    from vattn.cli.prompt_file import PromptFile, summary
+    from vattn.engine.llm import LLM
+
+    file = PromptFile(options.prompts, options.out)
+    names = ("device", "dtype", "max_model_len", "max_num_seqs", "trust_remote_code", "kv_budget")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    with LLM(options.model, **given) as llm:
+        sampling = ("temperature", "top_p", "seed", "n", "max_tokens")
+        wanted = {name: getattr(options, name) for name in sampling if getattr(options, name) is not None}
+        params = replace(llm.get_default_sampling_params(), **wanted)
+        with tqdm(total=len(file.prompts), desc="prompts", disable=not sys.stderr.isatty()) as bar:
+            result = file.answer(
+                llm, params, at_once=4 * options.max_num_seqs, progress=lambda count: bar.update(count - bar.n)
+            )
+    return summary(result)
 
 
 def _info(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -130,13 +130,9 @@ class LLM:
             add_generation_prompt: whether the model is asked for an answer.
             chat_template_kwargs: other arguments of the tokenizer's ``apply_chat_template``.
         """
-        if self._tokenizer is None:
-            raise ValueError("chat needs a tokenizer, and the engine has none")
         several = bool(messages) and not isinstance(messages[0], dict)
-        options = {"add_generation_prompt": add_generation_prompt, "tokenize": False, **(chat_template_kwargs or {})}
-        texts = [self._tokenizer.apply_chat_template(each, **options) for each in (messages if several else [messages])]
-        # The template holds the special tokens already.
-        ids = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        options = {"add_generation_prompt": add_generation_prompt, **(chat_template_kwargs or {})}
+        ids = [chat_token_ids(self._tokenizer, each, **options) for each in (messages if several else [messages])]
         return self.generate(ids, sampling_params, use_tqdm=use_tqdm)
 
     def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
@@ -168,6 +164,27 @@ class LLM:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def chat_token_ids(tokenizer: Any, messages: Any, *, add_generation_prompt: bool = True, **options: Any) -> list[int]:
+    """The token ids of a conversation, as the tokenizer's chat template writes it.
+
+    Args:
+        tokenizer: has a chat template.
+        messages: a list of dicts with ``role`` and ``content``.
+        add_generation_prompt: whether the model is asked for an answer.
+        options: other arguments of the template.
+
+    Raises:
+        ValueError: there is no tokenizer, or it has no template.
+        jinja2.TemplateError: the template refuses the messages.
+    """
+    if tokenizer is None:
+        raise ValueError("chat needs a tokenizer, and the engine has none")
+    options = {"add_generation_prompt": add_generation_prompt, **options, "tokenize": False}
+    text = tokenizer.apply_chat_template(messages, **options)
+    # The template has written the special tokens already.
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[no-any-return]
 
 
 def _listed(prompts: Any) -> list[Any]:
