@@ -594,6 +594,14 @@ def test_bad_options_are_named(options, error):
         llm_of(model_of("llama-gqa"), **options)
 
 
+@pytest.mark.parametrize("name", ["/nowhere", "nobody/has-this-model", "../x y"])
+def test_a_model_that_is_not_on_the_disk_is_named(name):
+    with pytest.raises(FileNotFoundError, match=r"model .* is not on this machine"):
+        LLM(name)
+    with pytest.raises(FileNotFoundError, match=r"tokenizer .* is not on this machine"):
+        LLM(model_of("llama-gqa"), name)
+
+
 def test_other_models_are_refused():
     with pytest.raises(ValueError, match="has an encoder"):
         llm_of(build("t5", "eager", "cpu"))
