@@ -11,7 +11,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,8 +171,6 @@ def default_folder() -> Path:
 
 
 def _generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from dataclasses import replace
-
     from tqdm.auto import tqdm
 
     from vattn.cli.prompt_file import PromptFile, summary

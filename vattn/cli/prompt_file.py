@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vattn.engine.llm import LLM, chat_token_ids
+from vattn.engine.llm import LLM, chat_token_ids, content_of
 from vattn.engine.outputs import RequestOutput
 from vattn.engine.sampling_params import SamplingParams
 
@@ -145,11 +145,9 @@ def _read_prompts(path: Path) -> Iterator[Any]:
 
 def _content(llm: LLM, prompt: Any) -> Any:
     """The text or the token ids of a prompt."""
-    if isinstance(prompt, str):
-        return prompt
-    if "messages" in prompt:
+    if isinstance(prompt, dict) and "messages" in prompt:
         return chat_token_ids(llm.get_tokenizer(), prompt["messages"])
-    return prompt.get("prompt", prompt.get("prompt_token_ids"))
+    return content_of(prompt)
 
 
 def _result(output: RequestOutput) -> dict[str, Any]:

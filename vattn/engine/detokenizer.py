@@ -41,12 +41,15 @@ class Detokenizer:
             may_stop: whether a stop text in what is new counts.
         """
         self._tokens.append(token)
-        before = max(self._decoded - _BEHIND, 0)
-        known = self._decode(self._tokens[before : self._decoded])
-        text = self._decode(self._tokens[before:])
+        known, text = self._decode_last()
         if text.endswith("\ufffd"):  # a part of a character
             return None
         return self._extend(text[len(known) :], may_stop)
+
+    def _decode_last(self) -> tuple[str, str]:
+        """The text of the last tokens that are decoded, and of these with all that are not decoded yet."""
+        before = max(self._decoded - _BEHIND, 0)
+        return self._decode(self._tokens[before : self._decoded]), self._decode(self._tokens[before:])
 
     def _extend(self, new: str, may_stop: bool) -> str | None:
         self._decoded = len(self._tokens)
@@ -74,9 +77,8 @@ class Detokenizer:
     def finish(self) -> None:
         """Takes what is left when the output has ended: also a part of a character."""
         if self.stopped_at is None and self._decoded < len(self._tokens):
-            before = max(self._decoded - _BEHIND, 0)
-            known = self._decode(self._tokens[before : self._decoded])
-            self._extend(self._decode(self._tokens[before:])[len(known) :], may_stop=True)
+            known, text = self._decode_last()
+            self._extend(text[len(known) :], may_stop=True)
 
     def text(self, *, finished: bool) -> str:
         """The text so far; while the output goes on without what may become a stop text."""

@@ -290,7 +290,7 @@ class Engine:
     def _tokens(self, row: Row) -> torch.Tensor:
         """The tokens of a row; one that was not read yet is on the device."""
         branch = row.branch
-        known = [*branch.request.prompt, *branch.output][row.start : row.start + row.count]
+        known = branch.tokens(row.start, row.start + row.count)
         tokens = torch.tensor(known, dtype=torch.int64, device=self._sampler.device)
         if len(known) < row.count:
             tokens = torch.cat([tokens, self._sampler.last_token(self._slots[branch])])

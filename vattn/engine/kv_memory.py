@@ -110,7 +110,7 @@ class KVMemory:
     def close(self, branch: Branch, positions: int) -> None:
         """See ``Memory.close``."""
         sequence = self._sequences.pop(branch)
-        tokens = [*branch.request.prompt, *branch.output][:positions]
+        tokens = branch.tokens(0, positions)
         with contextlib.suppress(Error):
             if self._reuse and tokens and not sequence.swapped:
                 sequence.remember(tokens)

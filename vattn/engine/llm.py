@@ -94,7 +94,7 @@ class LLM:
         done: dict[str, RequestOutput] = {}
         try:
             for name, prompt, each in zip(names, given, params, strict=True):
-                self.engine.add(name, _content(prompt), each)
+                self.engine.add(name, content_of(prompt), each)
             bar = _bar(len(given)) if use_tqdm else None
             while len(done) < len(given):
                 for output in self.engine.step():
@@ -195,7 +195,7 @@ def _listed(prompts: Any) -> list[Any]:
     return [prompts] if prompts and hasattr(prompts[0], "__index__") else list(prompts)
 
 
-def _content(prompt: Any) -> str | Sequence[int]:
+def content_of(prompt: Any) -> str | Sequence[int]:
     """The text or the token ids of a prompt."""
     if not isinstance(prompt, dict):
         return prompt  # type: ignore[no-any-return]

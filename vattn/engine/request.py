@@ -59,6 +59,12 @@ class Branch:
         """Tokens that it has, those included that are sampled by iterations in flight."""
         return len(self.request.prompt) + len(self.output) + self.pending
 
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Its tokens from position ``start`` up to ``end``, as far as they were read; no others are copied."""
+        prompt = self.request.prompt
+        behind = slice(max(start - len(prompt), 0), max(end - len(prompt), 0))
+        return [*prompt[start:end], *self.output[behind]]
+
     @property
     def missing(self) -> int:
         """Positions that are still to be computed before the next token can be sampled."""

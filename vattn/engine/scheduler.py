@@ -228,16 +228,19 @@ class Scheduler:
         if len(self.requests.running) == 1:
             self._require_possible(request)
             return [request]
-        victim = max(self.requests.running.values(), key=self._key)
+        victim = self._served_last()
         left_out = [victim, request] if victim.in_flight else [victim]
         self.requests.preempt(victim)
         return left_out
+
+    def _served_last(self) -> Request:
+        return max(self.requests.running.values(), key=self._key)
 
     def preempt_one(self) -> bool:
         """Takes the memory of the running request that is served last; False where none runs or one leaves already."""
         if self.requests.leaving or not self.requests.running:
             return False
-        self.requests.preempt(max(self.requests.running.values(), key=self._key))
+        self.requests.preempt(self._served_last())
         return True
 
     # Requests that begin, and those that come back.
