@@ -3,8 +3,8 @@
 # Usage: bench/gpu.sh [OUT_FOLDER [map | serve | share | decode | kernels | generate | endure | all]]. After the folder,
 # another job instead, for as long again: `map` measures the mapper; `serve` serves a trace on one GPU and on all of
 # them; `share` tests and measures sharing; `decode` tests kernels and decode steps; `kernels` and `generate` measure
-# these; `endure` long generations and many calls. `all` runs every test at once, on a machine of four GPUs. Jobs that
-# SKIP names are left out.
+# these; `endure` long generations and many calls. `all` runs every test at once, on a machine of two or four GPUs.
+# Jobs that SKIP names are left out.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
@@ -26,8 +26,9 @@ pytest="python3 -m pytest -q -p no:benchmark -m 'not model'"
 gpu="python3 -m pytest -q -p no:benchmark -m 'gpu and not model'"
 host="python3 -m pytest -q -p no:benchmark -m 'not gpu and not model'"
 steps=(tests/test_{decode,capture,idle,ahead,compiled,halves,padding,prompt,scales,verify}.py)
+engine=(tests/test_{engine,sampler}.py)
 run build python3 setup.py build_ext --inplace
-others=$(printf -- '--ignore %s ' tests/test_hf_exact.py tests/test_kernels.py tests/test_architectures.py "${steps[@]}")
+others=$(printf -- '--ignore %s ' tests/test_hf_exact.py tests/test_kernels.py tests/test_architectures.py "${steps[@]}" "${engine[@]}")
 # The contract provokes refusals on purpose, and one test a fault in a process of its own.
 memcheck() { # a name, and the tests
   run "$1" timeout 280 compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 \
@@ -35,22 +36,25 @@ memcheck() { # a name, and the tests
 }
 of_models="llama-gqa-sdpa-greedy or mistral-sdpa-beams"
 if [ "${2:-}" = all ]; then
-  # What watches a device's memory has one for itself: all but the second.
+  # What watches a device's memory has one for itself: all but the second, where there are four.
+  last=$(($(nvidia-smi -L | wc -l) - 1))
+  third=$((last > 2 ? 2 : last))
   on() { # the devices that are seen, then what to run
     CUDA_VISIBLE_DEVICES=$1 "${@:2}" &
   }
-  on 0 run core timeout 400 bash -c "$gpu tests $others"
+  on 0 run core timeout 540 bash -c "$gpu tests $others"
   on 1 run trials timeout 400 python3 bench/verification.py --device cuda --only trials --workers 8 --out "$out"
-  on 1 run flex timeout 400 bash -c "$gpu tests/test_kernels.py -k flex -n 6"
-  on 1 run flashinfer timeout 400 bash -c "$gpu tests/test_kernels.py -k flashinfer -n 12"
-  on 1 run kernels timeout 400 bash -c "$gpu tests/test_kernels.py -k 'not flex and not flashinfer' -n 4"
-  on 1 run exact timeout 400 bash -c "$gpu tests/test_hf_exact.py -n 6"
-  on 1 run decode timeout 400 bash -c "$gpu ${steps[*]} -n 16"
+  on 1 run flex timeout 540 bash -c "$gpu tests/test_kernels.py -k flex -n 6"
+  on 1 run flashinfer timeout 540 bash -c "$gpu tests/test_kernels.py -k flashinfer -n 12"
+  on 1 run kernels timeout 540 bash -c "$gpu tests/test_kernels.py -k 'not flex and not flashinfer' -n 4"
+  on 1 run exact timeout 540 bash -c "$gpu tests/test_hf_exact.py -n 6"
+  on 1 run decode timeout 540 bash -c "$gpu ${steps[*]} -n 16"
+  on 1 run engine timeout 540 bash -c "$gpu ${engine[*]} -n 6"
   on 1 run architectures timeout 120 bash -c "$gpu tests/test_architectures.py --tables $out"
-  on 3 memcheck sanitizer test_arena
+  on $last memcheck sanitizer test_arena
   {
-    CUDA_VISIBLE_DEVICES=1,2 run devices timeout 200 bash -c "$pytest tests -k two_devices"
-    CUDA_VISIBLE_DEVICES=2 memcheck sanitizer_of_models "test_cache or contract or swap or $of_models"
+    CUDA_VISIBLE_DEVICES=$((last > 2)),$third run devices timeout 200 bash -c "$pytest tests -k two_devices"
+    CUDA_VISIBLE_DEVICES=$third memcheck sanitizer_of_models "test_cache or contract or swap or $of_models"
     exit $failed
   } &
   on "" run host timeout 400 bash -c "$host tests $others -n 12"

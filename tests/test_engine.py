@@ -34,8 +34,9 @@ HYBRIDS = ["Qwen3Next", "Lfm2", "Mamba2"]
 NEW = 18
 
 
-def model_of(name: str) -> Any:
-    model = hybrid(name) if name in HYBRIDS else build(name, "eager", "cpu")
+def model_of(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    model = hybrid(name) if name in HYBRIDS else build(name, "eager", device)
+    model = model.to(device, dtype)
     model.generation_config.eos_token_id = None
     return model
 
@@ -49,9 +50,14 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+# A granule of a GPU holds more than the longest sequence.
+CUDA: dict[str, Any] = {"granularity": 2 << 20, "kv_budget": 1 << 30}
+
+
 @contextlib.contextmanager
 def engine_of(model: Any, tokenizer: Any = None, **options: Any) -> Iterator[Engine]:
-    engine = Engine(model, tokenizer, EngineOptions(**{**OPTIONS, **options}))
+    placed = CUDA if model.device.type == "cuda" else {}
+    engine = Engine(model, tokenizer, EngineOptions(**{**OPTIONS, **placed, **options}))
     yield engine
     if engine.tier.cache is not None:
         engine.tier.cache.check()
@@ -87,7 +93,7 @@ def generated(model: Any, prompts: list[list[int]], new: int = NEW) -> list[list
     for prompt in prompts:
         cache = DynamicCache(config=model.config)
         options = {"max_new_tokens": new, "do_sample": False, cache_keyword(model): cache}
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=model.device)
         found.append(model.generate(input_ids=ids, **options)[0, len(prompt) :].tolist())
     return found
 
@@ -103,8 +109,8 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", [*FLAT, *ROWS, *HYBRIDS])
-def test_the_tokens_are_those_of_generate(name):
-    model = model_of(name)
+def test_the_tokens_are_those_of_generate(name, device):
+    model = model_of(name, device)
     prompts = prompts_of(LENGTHS)
     expected = generated(model, prompts)
     for mode, options in MODES.items():
@@ -118,9 +124,26 @@ def test_the_tokens_are_those_of_generate(name):
                 assert tokens(served(engine, [prompt], GREEDY)) == [tokens_of_prompt], mode
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FLAT)
+def test_halves_are_served_flat(name):
+    """What they round differently is within what verification allows, and the tokens are the model's at first."""
+    model = model_of(name, "cuda", torch.bfloat16)
+    prompts = prompts_of(LENGTHS)
+    expected = generated(model, prompts, 1)
+    with engine_of(model) as engine:
+        assert engine.tier.name == "flat", engine.tier.reason
+        found = tokens(served(engine, prompts, GREEDY))
+    assert [len(each) for each in found] == [NEW] * len(prompts)
+    with torch.no_grad():
+        for prompt, [first], [got, *_] in zip(prompts, expected, found, strict=True):
+            logits = model(input_ids=torch.tensor([prompt], device="cuda")).logits[0, -1].float()
+            assert logits[got] >= logits[first] - 0.05 * logits.norm() / logits.shape[0] ** 0.5
+
+
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral", "gemma3", "gpt_oss"])
-def test_behind_a_prefix(name):
-    model = model_of(name)
+def test_behind_a_prefix(name, device):
+    model = model_of(name, device)
     [system] = prompts_of((40,))
     prompts = [[*system, *more] for more in prompts_of((9, 1, 20))]
     expected = generated(model, prompts)
@@ -177,8 +200,8 @@ def preempting(engine: Engine, prompts: list[list[int]], params: SamplingParams)
 
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("name", ["llama-gqa", "gemma3", "gpt_oss", "deepseek_v3", "Qwen3Next", "Mamba2"])
-def test_preempted_and_computed_again(name, depth):
-    model = model_of(name)
+def test_preempted_and_computed_again(name, depth, device):
+    model = model_of(name, device)
     prompts = prompts_of((40, 12, 30))
     expected = generated(model, prompts, 30)
     with engine_of(model, depth=depth) as engine:
@@ -187,8 +210,8 @@ def test_preempted_and_computed_again(name, depth):
 
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("name", ["llama-gqa", "gemma3", "gpt_oss"])
-def test_preempted_and_swapped(name, depth):
-    model = model_of(name)
+def test_preempted_and_swapped(name, depth, device):
+    model = model_of(name, device)
     prompts = prompts_of((40, 12, 30))
     expected = generated(model, prompts, 30)
     with engine_of(model, depth=depth, preemption="swap") as engine:
@@ -231,9 +254,9 @@ def test_the_cost_of_a_swap_is_measured_once(monkeypatch):
 
 
 @pytest.mark.parametrize("swaps", [False, True])
-def test_samples_that_are_preempted_are_the_same(swaps):
+def test_samples_that_are_preempted_are_the_same(swaps, device):
     """Outputs of one request leave and come back together."""
-    model = model_of("llama-gqa")
+    model = model_of("llama-gqa", device)
     params = SamplingParams(n=3, temperature=1.0, seed=5, max_tokens=25)
     prompts = prompts_of((40, 20))
     with engine_of(model) as engine:
@@ -252,9 +275,9 @@ def test_samples_that_are_preempted_are_the_same(swaps):
         assert [[each.token_ids for each in done[name].outputs] for name in ("0", "1")] == expected
 
 
-def test_under_a_budget_that_is_short():
+def test_under_a_budget_that_is_short(device):
     """Requests are preempted because there is no memory."""
-    model = model_of("llama-gqa")
+    model = model_of("llama-gqa", device)
     prompts = prompts_of((40, 40, 40, 40, 40))
     expected = generated(model, prompts, 60)
     with engine_of(model) as engine:
@@ -267,8 +290,8 @@ def test_under_a_budget_that_is_short():
 
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("name", ["llama-gqa", "deepseek_v3"])
-def test_the_memory_is_resized_while_requests_run(name, depth):
-    model = model_of(name)
+def test_the_memory_is_resized_while_requests_run(name, depth, device):
+    model = model_of(name, device)
     prompts = prompts_of((40, 40, 40, 40))
     expected = generated(model, prompts, 40)
     params = SamplingParams(temperature=0, max_tokens=40)
@@ -302,9 +325,9 @@ def test_the_memory_is_resized_while_requests_run(name, depth):
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral", "deepseek_v3", "Lfm2"])
-def test_seeds_give_the_same_tokens_alone_and_among_others(name):
+def test_seeds_give_the_same_tokens_alone_and_among_others(name, device):
     """E2 of sampled tokens: they follow from the seed, the index and the position."""
-    model = model_of(name)
+    model = model_of(name, device)
     [prompt] = prompts_of((25,))
     params = SamplingParams(n=3, temperature=0.9, top_k=40, top_p=0.95, seed=11, max_tokens=NEW)
     others = [SamplingParams(temperature=1.2, seed=number, max_tokens=NEW, n=1 + number % 2) for number in range(30)]
@@ -360,14 +383,14 @@ def test_the_end_token_and_others_end_an_output():
         assert end not in late.outputs[0].token_ids[: firsts[0] + 3]
 
 
-def test_logprobs_are_those_of_the_model():
-    model = model_of("llama-gqa")
+def test_logprobs_are_those_of_the_model(device):
+    model = model_of("llama-gqa", device)
     [prompt] = prompts_of((12,))
     with engine_of(model) as engine:
         [output] = served(engine, [prompt], SamplingParams(temperature=0, max_tokens=5, logprobs=3))
     ids = [*prompt, *output.outputs[0].token_ids]
     with torch.no_grad():
-        expected = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        expected = model(input_ids=torch.tensor([ids], device=device)).logits[0].double().log_softmax(-1)
     for place, (token, entries) in enumerate(zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)):
         row = expected[len(prompt) - 1 + place]
         assert set(entries) == set(row.topk(3).indices.tolist())
@@ -381,15 +404,15 @@ def test_logprobs_are_those_of_the_model():
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "deepseek_v3", "Qwen3Next"])
 @pytest.mark.parametrize("budget", [8, 512])
-def test_logprobs_of_the_prompt_are_those_of_the_model(name, budget):
-    model = model_of(name)
+def test_logprobs_of_the_prompt_are_those_of_the_model(name, budget, device):
+    model = model_of(name, device)
     prompts = prompts_of((21, 1, 2))
     with engine_of(model, max_num_batched_tokens=budget) as engine:
         served(engine, prompts, GREEDY)  # whose rows are not read: all of the prompt is computed
         outputs = served(engine, prompts, SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=2))
     for prompt, output in zip(prompts, outputs, strict=True):
         with torch.no_grad():
-            expected = model(input_ids=torch.tensor([prompt])).logits[0].double().log_softmax(-1)
+            expected = model(input_ids=torch.tensor([prompt], device=device)).logits[0].double().log_softmax(-1)
         assert output.num_cached_tokens == 0
         assert len(output.prompt_logprobs) == len(prompt)
         assert output.prompt_logprobs[0] is None
@@ -401,9 +424,9 @@ def test_logprobs_of_the_prompt_are_those_of_the_model(name, budget):
                 assert logprob.logprob == pytest.approx(float(row[each]), abs=2e-3)
 
 
-def test_what_one_request_does_wrong_ends_it_alone():
+def test_what_one_request_does_wrong_ends_it_alone(device):
     """E5: a row whose logits are no numbers."""
-    model = model_of("llama-gqa")
+    model = model_of("llama-gqa", device)
     prompts = prompts_of((20, 21, 22))
     expected = generated(model, prompts)
     with engine_of(model) as engine:
@@ -459,11 +482,12 @@ def test_the_beginning_of_a_prompt_that_is_too_long_is_left_out():
 
 @pytest.mark.parametrize("preemption", ["swap", "recompute"])
 @pytest.mark.parametrize("depth", [0, 1])
-def test_under_pressure_with_aborts_and_refusals(depth, preemption):
+def test_under_pressure_with_aborts_and_refusals(depth, preemption, device):
     """E1 to E9 on a budget far below the demand: all end once, and all memory comes back."""
-    model = model_of("llama-gqa")
+    model = model_of("llama-gqa", device)
     chance = random.Random(depth)
-    options = {"depth": depth, "preemption": preemption, "kv_budget": 600_000, "max_num_batched_tokens": 64}
+    budget = 600_000 if device == "cpu" else 7 * 16 * (1 << 20)  # a sequence takes 16 MiB
+    options = {"depth": depth, "preemption": preemption, "kv_budget": budget, "max_num_batched_tokens": 64}
     with engine_of(model, **options) as engine:
         cache = engine.tier.cache
         done: dict[str, RequestOutput] = {}
@@ -498,9 +522,9 @@ def test_under_pressure_with_aborts_and_refusals(depth, preemption):
 
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("name", ["llama-gqa", "Qwen3Next"])
-def test_an_iteration_that_fails_is_computed_again(name, depth):
+def test_an_iteration_that_fails_is_computed_again(name, depth, device):
     """E9: what the device refuses once ends nobody's request, and changes no token."""
-    model = model_of(name)
+    model = model_of(name, device)
     prompts = prompts_of((20, 31, 7))
     expected = generated(model, prompts)
     with engine_of(model, depth=depth) as engine:
