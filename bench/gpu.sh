@@ -51,7 +51,7 @@ if [ "${2:-}" = all ]; then
   on 1 run decode timeout 540 bash -c "$gpu ${steps[*]} -n 16"
   on 1 run engine timeout 540 bash -c "$gpu ${engine[*]} -n 6"
   on 1 run architectures timeout 120 bash -c "$gpu tests/test_architectures.py --tables $out"
-  on $last memcheck sanitizer test_arena
+  on $last memcheck sanitizer "test_arena$( ((last > 2)) || echo ' and not alone')"
   {
     CUDA_VISIBLE_DEVICES=$((last > 2)),$third run devices timeout 200 bash -c "$pytest tests -k two_devices"
     CUDA_VISIBLE_DEVICES=$third memcheck sanitizer_of_models "test_cache or contract or swap or $of_models"

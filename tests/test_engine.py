@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from vattn.engine.outputs import RequestOutput
 from vattn.engine.sampling_params import SamplingParams
 from vattn.engine.scheduler import Scheduler
 from vattn.errors import BudgetExceeded
+from vattn.kernels import KERNELS, Reference
 from vattn.models.versions import VERSION, cache_keyword
 
 pytestmark = pytest.mark.skipif(VERSION < (5, 17), reason="the engine needs transformers 5.17")
@@ -273,6 +275,63 @@ def test_samples_that_are_preempted_are_the_same(swaps, device):
                 engine.scheduler.preempt_one()
         assert engine.scheduler.requests.counters.preemptions > 2
         assert [[each.token_ids for each in done[name].outputs] for name in ("0", "1")] == expected
+
+
+class Greedy(Reference):
+    """A kernel that loads rows around those that its queries see."""
+
+    name = "greedy"
+    head_rows, tail_rows = 20, 70
+
+    def __init__(self):
+        self.cache, self.calls, self.unmapped = None, 0, []
+
+    def decode(self, q, k, v, spans, scores):
+        if self.cache is not None:
+            self.calls += 1
+            self.unmapped += self.missing_rows(spans.tolist())
+        return super().decode(q, k, v, spans, scores)
+
+    def missing_rows(self, spans):
+        found, planes = self.cache.map(), self.cache.layout.planes
+        for slot, start, end in spans:
+            for plane, run in zip(planes, found[slot]["runs"], strict=True):
+                if run["head"] > max(0, start - self.head_rows) * plane.row_bytes:
+                    yield "before", slot, start, end
+                if run["tail"] < (end + self.tail_rows) * plane.row_bytes:
+                    yield "behind", slot, start, end
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral"])
+def test_rows_that_a_kernel_loads_are_mapped(name, monkeypatch):
+    """E3, also of the rows that a kernel loads without using them."""
+    greedy = Greedy()
+    monkeypatch.setitem(KERNELS, "greedy", greedy)
+    model = model_of(name)
+    prompts = prompts_of(LENGTHS)
+    with engine_of(model, attention="greedy") as engine:
+        assert engine.tier.name == "flat", engine.tier.reason
+        greedy.cache = engine.tier.cache
+        assert tokens(served(engine, prompts, GREEDY)) == generated(model, prompts)
+        assert (greedy.calls > 0, greedy.unmapped) == (True, [])
+
+
+def test_a_kernel_that_is_wrong_serves_nobody(monkeypatch):
+    """Flat calls are compared with the model's own when an engine is made."""
+
+    class Wrong(Reference):
+        name = "wrong"
+
+        def decode(self, q, k, v, spans, scores):
+            return super().decode(q, k, v, spans, replace(scores, scale=1.25 * scores.scale))
+
+    monkeypatch.setitem(KERNELS, "wrong", Wrong())
+    model = model_of("llama-gqa")
+    prompts = prompts_of(LENGTHS)
+    with engine_of(model, attention="wrong") as engine:
+        assert engine.tier.name == "rows"
+        assert "wrong in layer 0 differs from its definition" in engine.tier.reason
+        assert tokens(served(engine, prompts, GREEDY)) == generated(model, prompts)
 
 
 def test_under_a_budget_that_is_short(device):

@@ -45,7 +45,7 @@ class Filled:
             device=task.device,
             lookahead=0,
             mapper=False,
-            tail_rows=kernel.tail(task.head_dim),
+            tail_rows=kernel.tail(task.head_dim, task.kv_dtype),
         )
         self.sequences = [self.cache.open(slot=slot) for slot in range(len(lengths))]
         for sequence, length in zip(self.sequences, lengths, strict=True):

@@ -24,7 +24,7 @@ LAYOUT = vattn.KVLayout([vattn.LayerShape(kv_heads=1, head_dim=8, dtype="float32
 
 
 def profiled():
-    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True)
 
 
 def functions():

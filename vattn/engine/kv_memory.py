@@ -16,15 +16,22 @@ class KVMemory:
 
     Args:
         cache: holds the rows. Its budget is that of the engine.
+        head_rows: rows before a sliding window that kernels may load.
         swap_is_faster: whether a sequence of so many positions is swapped out and in faster than it is computed; None
             never swaps.
         reuse_prefixes: whether requests begin behind rows that others have computed.
     """
 
     def __init__(
-        self, cache: KVCache, *, swap_is_faster: Callable[[int], bool] | None = None, reuse_prefixes: bool = True
+        self,
+        cache: KVCache,
+        *,
+        head_rows: int = 0,
+        swap_is_faster: Callable[[int], bool] | None = None,
+        reuse_prefixes: bool = True,
     ) -> None:
         self.cache = cache
+        self._head_rows = head_rows
         self._swap_is_faster = swap_is_faster
         self._reuse = reuse_prefixes and not cache.layout.recurrent
         self._sequences: dict[Branch, Sequence] = {}
@@ -90,7 +97,7 @@ class KVMemory:
             self.cache.grow_all(
                 sequences,
                 [positions for _, positions in wanted],
-                min_truncate_length=[branch.confirmed for branch, _ in wanted],
+                min_truncate_length=[max(0, branch.confirmed - self._head_rows) for branch, _ in wanted],
             )
         except Error:
             return wanted[-1][0]

@@ -12,7 +12,6 @@ from vattn.engine.kv_memory import KVMemory
 from vattn.engine.row_memory import RowMemory
 from vattn.engine.scheduler import Row
 from vattn.models.flat import FlatContext, Segment
-from vattn.models.state import configs_of
 from vattn.models.versions import cache_keyword
 
 
@@ -38,13 +37,12 @@ class FlatRunner:
     Args:
         model: a model whose attention takes an attention function.
         memory: holds the rows.
-        attention: the name of the kernel, or ``"auto"``.
+        context: appends to them, and attends to them.
     """
 
-    def __init__(self, model: Any, memory: KVMemory, attention: str = "auto") -> None:
-        self._model, self._memory = model, memory
+    def __init__(self, model: Any, memory: KVMemory, context: FlatContext) -> None:
+        self._model, self._memory, self._context = model, memory, context
         self._keyword = cache_keyword(model)
-        self._context = FlatContext(memory.cache, configs_of(model), attention)
 
     @torch.no_grad()
     def run(self, rows: Sequence[Row], tokens: Sequence[torch.Tensor], keep: Sequence[int]) -> list[torch.Tensor]:

@@ -10,29 +10,26 @@ from typing import Any
 
 import torch
 
-from vattn import _core
+from vattn import _core, kernels
 from vattn.engine.kv_memory import KVMemory
 from vattn.engine.memory import Memory
 from vattn.engine.options import EngineOptions
 from vattn.engine.row_memory import RowMemory
 from vattn.engine.runner import FlatRunner, RowRunner, Runner
-from vattn.errors import BudgetExceeded, Error
+from vattn.errors import Error
+from vattn.kernels import AttentionSpec
 from vattn.memory.device import checked_budget
 from vattn.memory.kv_cache import KVCache
 from vattn.memory.layout import KVLayout
 from vattn.memory.swap_costs import SwapCosts
-from vattn.models.attention import UnsupportedError
-from vattn.models.flat import FlatContext, Segment
+from vattn.models.flat import FlatContext
+from vattn.models.flat_verify import verified
 from vattn.models.probe import Probe
 from vattn.models.row_cache import row_caches
 from vattn.models.state import configs_of
-from vattn.models.versions import cache_keyword
 
 _LOG = logging.getLogger("vattn")
 _SWAPPED_BYTES = 64 << 20  # that are swapped to measure how fast it is
-# What logits that are computed flat may differ by, as a part of their norm.
-_LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3}
-_LIMIT = 5e-2
 
 
 @dataclass(frozen=True)
@@ -68,21 +65,24 @@ def tier_of(model: Any, probe: Probe, options: EngineOptions, max_model_len: int
     reason = _obstacle(probe)
     if reason is None:
         layout = KVLayout(probe.layers, max_len=max_model_len, granularity=options.granularity)
-        slots = 2 * options.max_num_seqs  # those of running sequences, and as many for prefixes
+        head, tail = _margins(model, probe, options.attention)
         cache = KVCache(
             layout,
-            slots=slots,
+            slots=2 * options.max_num_seqs,  # those of running sequences, and as many for prefixes
             device=probe.device,
             budget=options.kv_budget,
+            tail_rows=tail,
             host_budget=int(options.swap_space * 2**30),
         )
-        if (reason := _tried(model, cache, probe, options.attention)) is None:
+        context = FlatContext(cache, configs_of(model), options.attention, tail)
+        if (reason := verified(model, context, cache, probe.vocabulary)) is None:
             memory = KVMemory(
                 cache,
+                head_rows=head,
                 swap_is_faster=_swap_is_faster(model, layout, probe.device, options.preemption),
                 reuse_prefixes=options.enable_prefix_caching,
             )
-            return Tier("flat", None, memory, FlatRunner(model, memory, options.attention), cache, max_model_len)
+            return Tier("flat", None, memory, FlatRunner(model, memory, context), cache, max_model_len)
         cache.close()
     rows = RowMemory(
         row_caches(model),
@@ -137,32 +137,19 @@ def _obstacle(probe: Probe) -> str | None:
     return None
 
 
-@torch.no_grad()
-def _tried(model: Any, cache: KVCache, probe: Probe, attention: str) -> str | None:
-    """Why a model cannot be computed flat; found by computing two sequences so, and each by the model alone."""
-    chance = torch.Generator().manual_seed(0)
-    lengths = [min(n, cache.layout.max_len) for n in (9, 5)]
-    ids = [torch.randint(0, probe.vocabulary, (n,), generator=chance).to(probe.device) for n in lengths]
-    expected = torch.cat([model(input_ids=each[None]).logits[0] for each in ids]).float()
-    sequences = [cache.open() for _ in ids]
-    try:
-        for sequence, each in zip(sequences, ids, strict=True):
-            sequence.grow(len(each))
-        context = FlatContext(cache, configs_of(model), attention)
-        segments = [Segment(s.slot, 0, len(each)) for s, each in zip(sequences, ids, strict=True)]
-        tokens = torch.cat(ids)
-        every = torch.arange(len(tokens), device=tokens.device)
-        given = {"input_ids": tokens[None], "logits_to_keep": every}
-        got = context.call(model, cache_keyword(model), segments, **given).logits[0].float()
-    except BudgetExceeded as error:
-        raise ValueError(f"kv_budget is too small for two short sequences: {error}") from error
-    except UnsupportedError as reason:
-        return str(reason)
-    except Exception as error:  # whatever the model does that a flat call does not fit
-        return f"a flat call fails: {type(error).__name__}: {error}"
-    finally:
-        for sequence in sequences:
-            sequence.close()
-    difference = float(((got - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
-    limit = _LIMITS.get(model.dtype, _LIMIT)
-    return None if difference <= limit else f"computed flat its logits differ by {difference:.2g} of their norm"
+def _margins(model: Any, probe: Probe, attention: str) -> tuple[int, int]:
+    """How many rows before and behind those that a query sees kernels may load."""
+    heads = model.config.get_text_config(decoder=True).num_attention_heads
+    found = [(0, 0)]
+    for shape in filter(None, probe.layers):
+        spec = AttentionSpec(
+            device=probe.device.type,
+            dtype=getattr(torch, shape.dtype),
+            query_heads=heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            v_head_dim=shape.v_head_dim,
+            adjacent=False,
+        )
+        found.append(kernels.margins(spec, attention))
+    return max(head for head, _ in found), max(tail for _, tail in found)

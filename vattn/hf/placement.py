@@ -216,7 +216,8 @@ class Placement:
             granularity=self.granularity,
         )
         slots = max(self.options.slots or 1, min(slots, _SPARE_ADDRESSES // layout.slot_bytes))
-        tails = (kernel.tail(shape.head_dim) for kernel in self.options.kernels for shape in layers.values())
+        stored = None if self.options.scales is None else self.options.scales.dtype
+        tails = (kernel.tail(shape.head_dim, stored) for kernel in self.options.kernels for shape in layers.values())
         cache = KVCache(
             layout,
             slots=slots,

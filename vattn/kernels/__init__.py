@@ -3,7 +3,7 @@
 from vattn.aliases import renamed
 from vattn.kernels.base import AttentionParams, AttentionSpec, Kernel, SequenceRanges, alike, many_shapes, reach_of
 from vattn.kernels.reference import Reference, plain_attention
-from vattn.kernels.registry import KERNELS, choose, named, refused_kv
+from vattn.kernels.registry import KERNELS, choose, margins, named, refused_kv
 
 __all__ = [
     "KERNELS",
@@ -15,6 +15,7 @@ __all__ = [
     "alike",
     "choose",
     "many_shapes",
+    "margins",
     "named",
     "plain_attention",
     "reach_of",

@@ -95,6 +95,7 @@ class AttentionSpec:
             tensor can then be addressed as one sequence of rows.
         reach: elements from the first to the last one of a slot tensor, the larger number of K and V.
         rows: rows from the first to the last one of all slots, where ``whole_slots`` holds.
+        adjacent: whether the sequences of a batch are in the slots 0, 1, 2 and so on.
     """
 
     device: str
@@ -111,6 +112,7 @@ class AttentionSpec:
     whole_slots: bool = True
     reach: int = 0
     rows: int = 0
+    adjacent: bool = True
 
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **more: Any) -> AttentionSpec:
@@ -172,7 +174,7 @@ class Kernel:
         name: the name by which ``choose`` finds it.
         source: the library that it comes from.
         head_rows: how many rows before a range the kernel loads at most, without using them.
-        tail_rows: the same behind a range, for any head dim; see ``tail``.
+        tail_rows: the same behind a range, for any head dim and dtype; see ``tail``.
         capturable: whether a decode step can be captured into a CUDA graph and replayed while the ranges grow.
         kv_dtypes: dtypes of K and V that ``decode`` takes besides that of the queries.
         narrows: whether the kernel rounds queries and attention weights to such a dtype, too.
@@ -186,8 +188,13 @@ class Kernel:
     kv_dtypes: ClassVar[tuple[torch.dtype, ...]] = ()
     narrows: ClassVar[bool] = False
 
-    def tail(self, head_dim: int) -> int:
-        """How many rows behind a range the kernel loads at most for this head dim; never more than ``tail_rows``."""
+    def tail(self, head_dim: int, kv_dtype: torch.dtype | None = None) -> int:
+        """How many rows behind a range the kernel loads at most; never more than ``tail_rows``.
+
+        Args:
+            head_dim: of K.
+            kv_dtype: of K and V, or None where it is that of the queries.
+        """
         return self.tail_rows
 
     def missing(self) -> str | None:

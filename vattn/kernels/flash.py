@@ -82,7 +82,7 @@ class Flash3(Kernel):
     _TILES: ClassVar[dict[int, int]] = {64: 192, 96: 144, 128: 176, 192: 128, 256: 80}
     tail_rows = max(_TILES.values()) - 1
 
-    def tail(self, head_dim: int) -> int:
+    def tail(self, head_dim: int, kv_dtype: torch.dtype | None = None) -> int:
         return next((rows for dim, rows in self._TILES.items() if head_dim <= dim), self.tail_rows + 1) - 1
 
     def missing(self) -> str | None:

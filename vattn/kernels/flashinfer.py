@@ -33,6 +33,11 @@ class FlashInfer(Kernel):
     kv_dtypes = (torch.float8_e4m3fn,)
     narrows = True  # as XQA does on Hopper
     _PAGE = 64
+    tail_rows = _PAGE - 1
+
+    def tail(self, head_dim: int, kv_dtype: torch.dtype | None = None) -> int:
+        # XQA loads whole pages of fp8, and of other dtypes only the rows of the range.
+        return 0 if kv_dtype is None or kv_dtype.itemsize > 1 else self.tail_rows
 
     def missing(self) -> str | None:
         if not torch.cuda.is_available():

@@ -26,6 +26,8 @@ class Flex(Kernel):
             return "it runs on cuda only"
         if task.queries != "one":
             return "it is used for decoding only"
+        if not task.adjacent:
+            return "it reads slots side by side from the first on"
         if min(task.head_dim, task.v_head_dim) < 16:
             return "it takes head dims from 16 on"
         return None if task.reach < 2**31 else "it reaches 2**31 elements only"  # beyond that it does not compile

@@ -45,7 +45,7 @@ def _probed_decode(
     batch: int, heads: int, dim: int, kv_heads: int, v_dim: int, live: int, softcap: bool, sinks: bool,
 ) -> str | None:  # fmt: skip
     """See ``probe_decode``. The kernel's method ``function`` is a part of the cache's key, in case it is replaced."""
-    longest, before, behind = max(_TRIED), max(kernel.head_rows, 8), kernel.tail(dim) + 8
+    longest, before, behind = max(_TRIED), max(kernel.head_rows, 8), kernel.tail(dim, kv_dtype) + 8
     with torch.inference_mode(False), torch.no_grad():
         q = torch.ones(batch, heads, dim, dtype=dtype, device=device)
         rows = 64 * (-(-(before + longest + 8 + behind) // 64))

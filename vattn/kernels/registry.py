@@ -47,6 +47,25 @@ def refused_kv(kernel: Kernel, task: AttentionSpec) -> str | None:
     return f"it takes no {str(task.kv_dtype).removeprefix('torch.')} K and V"
 
 
+def margins(task: AttentionSpec, name: str = "auto") -> tuple[int, int]:
+    """How many rows before and behind a range are loaded at most by kernels that may be chosen to decode.
+
+    Args:
+        task: the attention, without window, soft cap and sinks where these are not known.
+        name: a key of ``KERNELS``, or ``"auto"``.
+
+    Raises:
+        ValueError: no kernel has this name.
+    """
+    usable = [
+        kernel for kernel in named(name) if not (kernel.missing() or refused_kv(kernel, task) or kernel.refuses(task))
+    ]
+    return (
+        max((kernel.head_rows for kernel in usable), default=0),
+        max((kernel.tail(task.head_dim, task.kv_dtype) for kernel in usable), default=0),
+    )
+
+
 def choose(task: AttentionSpec, *, name: str = "auto", capturable: bool = False) -> Kernel:
     """Chooses a kernel: the named one, or the first that runs on this machine and can compute the attention.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from vattn import kernels
 from vattn.kernels import AttentionParams, AttentionSpec, Kernel, SequenceRanges
 from vattn.memory.kv_cache import KVCache
 from vattn.models.attention import UnsupportedError, attending
+from vattn.models.flat_watch import FlatWatch
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,21 @@ class FlatContext:
     A flat call has one row of tokens, ``[1, T]``, in which the segments of several sequences follow each other.
 
     Args:
-        cache: holds the rows. Those of all segments must be mapped.
+        cache: holds the rows. Those of all segments must be mapped, and the ``margin`` rows behind them.
         configs: the configurations of the model.
         attention: the name of the kernel, or ``"auto"``.
+        margin: rows behind those of a sequence that kernels may load.
+
+    Attributes:
+        watch: checks calls; None where these are not verified.
     """
 
     own_attention = False  # the attention is vattn's, see ``models.attention``
     store = None  # no ``VirtualCache`` takes part
 
-    def __init__(self, cache: KVCache, configs: list[Any], attention: str = "auto") -> None:
-        self._cache, self._configs, self._attention = cache, configs, attention
+    def __init__(self, cache: KVCache, configs: list[Any], attention: str = "auto", margin: int = 0) -> None:
+        self._cache, self._configs, self._attention, self._margin = cache, configs, attention, margin
+        self.watch: FlatWatch | None = None
         self._windows = [None if shape is None else shape.window for shape in cache.layout.layers]
         self._kernels: dict[Any, Kernel] = {}
         self._segments: list[Segment] = []
@@ -107,11 +113,13 @@ class FlatContext:
         counts = [segment.count for segment in self._segments]
         decodes = max(counts) == 1
         kernel = self._kernel_for(layer, queries, rows, window is not None, how, "one" if decodes else "chunk")
+        how = replace(how, window=window)
         if decodes:
             out = kernel.decode(queries, *rows, self._ranges_of(window), how)
         else:
-            scores = AttentionParams(scale=how.scale, softcap=how.softcap, sinks=how.sinks, window=window)
-            out = kernel.prefill(queries, *rows, self._ranges_of(window), counts, scores)
+            out = kernel.prefill(queries, *rows, self._ranges_of(window), counts, how)
+        if self.watch is not None:
+            self.watch.attended(layer, kernel, self._segments, queries, rows, (k, v), out, how)
         return out[None]
 
     def _kernel_for(
@@ -124,11 +132,14 @@ class FlatContext:
         }
         key = layer, q.dtype, q.shape[1], queries, *options.values()
         if key not in self._kernels:
-            spec = AttentionSpec.of(q, *rows, queries=queries, **options)
+            spec = AttentionSpec.of(q, *rows, queries=queries, adjacent=False, **options)
             try:
-                self._kernels[key] = kernels.choose(spec, name=self._attention)
+                kernel = kernels.choose(spec, name=self._attention)
             except ValueError as error:
                 raise UnsupportedError(str(error), of_model=True) from None
+            if queries == "one" and (tail := kernel.tail(spec.head_dim, spec.kv_dtype)) > self._margin:
+                raise UnsupportedError(f"{kernel.name} loads {tail} rows behind a sequence, of {self._margin} mapped")
+            self._kernels[key] = kernel
         return self._kernels[key]
 
     def _ranges_of(self, window: int | None) -> SequenceRanges:
