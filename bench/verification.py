@@ -4,8 +4,9 @@
 kernels, the part that was refused within two steps.
 ``honest_runs`` and ``honest_runs_refused``: how many runs of correct kernels there were, and how many were refused.
 ``verified_step_cost_ratio``: the median step time at 1 x 1024 tokens, over that of an earlier commit. It is measured
-with ``--before``, a checkout of that commit with its extension built, as is the same ratio for ``Sequence.grow`` and
-``VirtualCache.update``. Both commits run in turns.
+with ``--before``, a checkout of that commit with its extension built, as are the same ratios for ``Sequence.grow`` and
+``VirtualCache.update``. All commits run in turns. Ratios to further checkouts have the names of their folders. The
+time of ``grow`` is the least of all rounds, since processes differ by up to two times in it; the others are medians.
 """
 
 from __future__ import annotations
@@ -58,10 +59,10 @@ STEP = """
 import sys
 sys.path.insert(0, "bench")
 import json, generate, latency
-device = sys.argv[1]
+device, steps = sys.argv[1:]
 ours, theirs = latency.update_us(device, 1)
 took = {"grow_us": latency.grow_us_python(device), "update_us": ours, "update_us_dynamic": theirs}
-if device == "cuda":
+if steps == "steps":
     import statistics, torch, vattn
     try:
         from vattn.bench.decode import Clock
@@ -81,53 +82,68 @@ print(json.dumps(took))
 """
 
 
-def measured(folder: Path, device: str) -> dict[str, float]:
+def measured(folder: Path, device: str, steps: bool) -> dict[str, float]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-c", STEP, device]
+    command = [sys.executable, "-c", STEP, device, "steps" if steps else "calls"]
     done = subprocess.run(command, check=True, env=environment, cwd=folder, stdout=subprocess.PIPE, text=True)
     took: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return took
 
 
-def beside(before: Path, device: str, rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Measures both commits in turns; returns the rows, and the ratios of this commit to the other."""
+def beside(folders: dict[str, Path], device: str, turn: int, steps: bool) -> list[dict[str, Any]]:
+    """Measures this commit and others, one after the other; returns the rows.
+
+    Args:
+        folders: checkouts of the other commits, by name.
+        device: the device.
+        turn: number of the round.
+        steps: whether decode steps are measured, too.
+    """
     rows = []
-    for turn in range(rounds):
-        for commit, folder in (("before", before), ("now", ROOT)):
-            rows.append({"round": turn, "commit": commit, **measured(folder.resolve(), device)})
-            print(rows[-1], flush=True)
-    return rows, ratios(rows)
+    for commit, folder in {**folders, "now": ROOT}.items():
+        rows.append({"round": turn, "commit": commit, **measured(folder.resolve(), device, steps)})
+        print(rows[-1], flush=True)
+    return rows
 
 
-def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The median times of this commit over those of the other.
+def ratios(rows: list[dict[str, Any]], before: str) -> dict[str, float]:
+    """The times of this commit over those of another.
 
     The time of an update is first divided by that of DynamicCache's update in the same process.
     """
 
     def took(commit: str, key: str) -> float:
-        over = f"{key}_dynamic"
-        return statistics.median(row[key] / row.get(over, 1) for row in rows if row["commit"] == commit)
+        over, summary = f"{key}_dynamic", min if key == "grow_us" else statistics.median
+        return summary(row[key] / row.get(over, 1) for row in rows if row["commit"] == commit)
 
     names = {"grow_ratio": "grow_us", "update_ratio": "update_us"}
     if "step_ms" in rows[0]:
         names["verified_step_cost_ratio"] = "step_ms"
-    return {name: took("now", key) / took("before", key) for name, key in names.items()}
+    return {name: took("now", key) / took(before, key) for name, key in names.items()}
 
 
 def main() -> None:
     parser = report.options(__doc__.splitlines()[0])
-    parser.add_argument("--before", type=Path, help="a checkout of an earlier commit, its extension built in place")
+    parser.add_argument(
+        "--before", type=Path, nargs="+", help="checkouts of earlier commits, their extensions built in place"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=["trials", "cost"], help="a part of it")
+    parser.add_argument("--only", choices=["trials", "cost", "calls"], help="a part of it; calls: cost without steps")
     parser.add_argument("--workers", type=int, default=max(2, (os.cpu_count() or 2) * 3 // 4))
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     bars: dict[str, float] = {}
     if options.before is not None and options.only != "trials":
-        rows, bars = beside(options.before, options.device, options.rounds)
-        report.write("verification_cost", options.device, rows, bars, options.out)
-    if options.only == "cost":
+        steps = options.only != "calls" and options.device != "cpu"
+        folders = {folder.name.strip("."): folder for folder in options.before}
+        for turn in range(options.rounds):
+            rows += beside(folders, options.device, turn, steps)
+            first, *others = folders
+            bars = ratios(rows, first)
+            for other in others:
+                bars |= {f"{name}_since_{other}": ratio for name, ratio in ratios(rows, other).items()}
+            report.write("verification_cost", options.device, rows, bars, options.out)
+    if options.only in ("cost", "calls"):
         return
     faults, runs = try_all(options.device, options.workers)
     counting = [row for row in faults if row["counts"]]
