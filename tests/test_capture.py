@@ -131,6 +131,31 @@ def test_a_step_that_cannot_be_captured_runs_eagerly(factor, caplog):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("cleared", ["by a graph that ends", "by torch.compile"])
+def test_a_graph_has_workspaces_of_its_own(cleared):
+    """torch frees those that cuBLAS has for a stream, although graphs that were captured there may use them."""
+    model = build("llama-gqa", "sdpa", "cuda", hidden_size=2048, intermediate_size=8192).bfloat16()
+    model.generation_config.eos_token_id = None
+    with virtual_of(model) as cache:
+        other = VirtualCache(model, max_len=160, attention="auto")
+        expected = generated(model, cache, batch=1, max_new_tokens=40)
+        generated(model, other, batch=1)
+        other.close()
+        del other
+        gc.collect()
+        if cleared == "by torch.compile":
+            torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+        filled = [torch.full((1 << 20,), 7, dtype=torch.uint8, device="cuda") for _ in range(256)]
+        cache.reset()
+        before = cache.decode_stats()
+        assert torch.equal(generated(model, cache, batch=1, max_new_tokens=40), expected)
+        stats = cache.decode_stats()
+        assert (stats.captures, stats.replayed) == (before.captures, before.replayed + 39)
+        assert all(bool((each == 7).all()) for each in filled)
+
+
+@pytest.mark.gpu
 def test_garbage_waits_for_a_capture_to_end():
     """A cache that is collected during a capture would wait for the device, which invalidates the capture."""
     model = build("llama-gqa", "sdpa", "cuda")

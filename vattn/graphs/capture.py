@@ -44,12 +44,30 @@ def record(run: Callable[[], Any], pool: Any, stream: Any) -> tuple[Any, Any]:
     # capture fails, since that leaves its own stream the current one.
     with _capturing, _garbage_kept(), torch.cuda.stream(torch.cuda.current_stream()):
         try:
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"), _workspaces():
                 output = run()
         except BaseException:
             _end_capture(graph, pool, stream)
             raise
     return graph, output
+
+
+@contextlib.contextmanager
+def _workspaces() -> Iterator[None]:
+    """Lets what is captured in this context have workspaces of cuBLAS in the graph's own pool.
+
+    torch keeps a workspace for each stream, and frees it when a graph that was captured on that stream is destroyed, or
+    when torch.compile captures graphs of its own. A graph that was captured with such a workspace would then write to
+    memory that belongs to others, or to nobody. (https://github.com/pytorch/pytorch/issues/193402)
+    """
+    # The context begins after the capture has, which empties torch's cache: to other threads that are about to use
+    # their workspaces the memory stays mapped. torch has no such function where it was built without CUDA.
+    forget = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
+    forget()
+    try:
+        yield
+    finally:
+        forget()
 
 
 @contextlib.contextmanager
