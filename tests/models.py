@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from transformers import DynamicCache, StoppingCriteria
@@ -292,6 +294,22 @@ def generated(
     options = {"max_new_tokens": 12, "do_sample": False, **options}
     inputs = prompt(batch, length, model.device.type, padded=padded)
     return model.generate(**inputs, **{CACHE_KEYWORD: cache}, **options)
+
+
+_TEMPLATE = """{% for m in messages %}{% if m.role == 'nobody' %}{{ raise_exception('who?') }}{% endif %}w1
+ {{ m.content }} {% endfor %}{% if add_generation_prompt %}w2{% endif %}"""
+
+
+def saved(folder: Path) -> Path:
+    """Saves a small model in a folder, with a tokenizer whose tokens are the words from w0 to w100; the folder."""
+    model = build("llama-gqa", "eager", "cpu")
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(101)}, unk_token="w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", chat_template=_TEMPLATE)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def adaptable(model: Any) -> Any:

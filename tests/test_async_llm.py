@@ -146,6 +146,71 @@ def test_iterations_that_fail_are_computed_again_or_end_what_runs(llm, caplog):
     llm.check_health()
 
 
+def test_a_request_that_is_refused_ends_no_other_of_its_id(llm):
+    [prompt] = prompts_of((20,))
+    [expected] = generated(model_of("llama-gqa"), [prompt])
+
+    async def main():
+        first = llm.generate(prompt, GREEDY, "same")
+        begun = await anext(first)
+        with pytest.raises(ValueError, match="there is a request 'same' already"):
+            await last(llm.generate(prompt, GREEDY, "same"))
+        return begun, await last(first)
+
+    begun, output = asyncio.run(main())
+    assert not begun.finished
+    assert output.outputs[0].token_ids == expected
+
+
+def test_weights_change_while_requests_run():
+    """What runs is computed again with the new weights, and the tokens before stay."""
+    model = model_of("llama-gqa")
+    [prompt, other] = prompts_of((20, 9))
+    [before] = generated(model, [prompt])
+    weights = {name: 1.1 * value for name, value in model.state_dict().items()}
+    llm = engine_of(model)
+
+    async def main():
+        stream = llm.generate(prompt, GREEDY)
+        for _ in range(5):
+            output = await anext(stream)
+        assert not await llm.reset_prefix_cache()
+        await llm.update_weights(weights)
+        kept = len(output.outputs[0].token_ids)
+        changed = (await last(stream)).outputs[0].token_ids
+        with pytest.raises(ValueError, match="weights has 'nothing'"):
+            await llm.update_weights({"nothing": torch.zeros(1)})
+        assert await llm.reset_prefix_cache()
+        await llm.sleep()
+        assert await llm.is_sleeping()
+        with pytest.raises(RuntimeError, match="the engine sleeps"):
+            await last(llm.generate(prompt, GREEDY))
+        await llm.wake_up()
+        return kept, changed, (await last(llm.generate(other, GREEDY))).outputs[0].token_ids
+
+    kept, changed, after = asyncio.run(main())
+    assert changed[:kept] == before[:kept]
+    same = next((at for at, (a, b) in enumerate(zip(changed, before, strict=True)) if a != b), None)
+    assert same is not None
+    assert same >= kept
+    assert changed[same:] == generated(model, [[*prompt, *changed[:same]]], NEW - same)[0]
+    assert after == generated(model, [other])[0]
+    llm.shutdown()
+
+
+def test_what_is_asked_of_an_engine_that_ends_is_refused():
+    llm = engine_of(model_of("llama-gqa"))
+
+    async def main():
+        asked = [asyncio.ensure_future(llm.reset_prefix_cache()) for _ in range(50)]
+        await asyncio.sleep(0)
+        await asyncio.get_running_loop().run_in_executor(None, llm.shutdown)
+        return await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 20)
+
+    for answer in asyncio.run(main()):
+        assert answer is True or "shut down" in str(answer)
+
+
 def test_an_engine_that_dies_says_so():
     engine = engine_of(model_of("llama-gqa"))
 

@@ -17,12 +17,13 @@ from vattn import SwapCosts
 from vattn.engine import tier
 from vattn.engine.engine import Engine
 from vattn.engine.llm import LLM
-from vattn.engine.options import EngineOptions
+from vattn.engine.options import KV_DTYPES, EngineOptions
 from vattn.engine.outputs import RequestOutput
 from vattn.engine.sampling_params import SamplingParams
 from vattn.engine.scheduler import Scheduler
 from vattn.errors import BudgetExceeded
 from vattn.kernels import KERNELS, Reference
+from vattn.models.flat_verify import RoundingCache
 from vattn.models.versions import VERSION, cache_keyword
 
 pytestmark = pytest.mark.skipif(VERSION < (5, 17), reason="the engine needs transformers 5.17")
@@ -89,12 +90,12 @@ def prompts_of(lengths: tuple[int, ...]) -> list[list[int]]:
     return [[chance.randrange(3, 99) for _ in range(length)] for length in lengths]
 
 
-def generated(model: Any, prompts: list[list[int]], new: int = NEW) -> list[list[int]]:
+def generated(model: Any, prompts: list[list[int]], new: int = NEW, cache: Any = None) -> list[list[int]]:
     """What ``model.generate`` gives for each prompt alone."""
     found = []
     for prompt in prompts:
-        cache = DynamicCache(config=model.config)
-        options = {"max_new_tokens": new, "do_sample": False, cache_keyword(model): cache}
+        own = DynamicCache(config=model.config) if cache is None else cache()
+        options = {"max_new_tokens": new, "do_sample": False, cache_keyword(model): own}
         ids = torch.tensor([prompt], device=model.device)
         found.append(model.generate(input_ids=ids, **options)[0, len(prompt) :].tolist())
     return found
@@ -181,6 +182,117 @@ def test_prefixes_are_forgotten_on_demand(name):
         after = llm.generate(prompts, GREEDY, use_tqdm=False)
         assert [output.num_cached_tokens for output in after] == [0, 0]
         assert tokens(after) == generated(model, prompts) != tokens(before)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["fp8", "fp8_e5m2"])
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral", "gemma2", "gpt2", "qwen3_moe"])
+def test_k_and_v_in_8_bits(name, kv_cache_dtype, device):
+    """The tokens are those of a model that rounds K and V, however they are computed."""
+    model = model_of(name, device)
+    prompts = prompts_of(LENGTHS)
+    stored = getattr(torch, KV_DTYPES[kv_cache_dtype])
+    expected = generated(model, prompts, cache=lambda: RoundingCache(model.config, stored))
+    assert expected != generated(model, prompts)
+    for mode, options in MODES.items():
+        with engine_of(model, kv_cache_dtype=kv_cache_dtype, preemption="swap", **options) as engine:
+            assert {shape.dtype for shape in engine.tier.cache.layout.layers} == {str(stored).removeprefix("torch.")}
+            assert tokens(served(engine, prompts, GREEDY)) == expected, mode
+            assert tokens(served(engine, prompts, GREEDY)) == expected, mode
+            assert preempting(engine, prompts, GREEDY) == expected, mode
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "Mamba2"])
+def test_weights_change_between_requests(name, tmp_path):
+    model = model_of(name)
+    prompts = prompts_of((40, 9))
+    before = generated(model, prompts)
+    values = {key: value.clone() for key, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "before")
+    with llm_of(model) as llm:
+        assert tokens(llm.generate(prompts, GREEDY, use_tqdm=False)) == before
+        llm.update_weights((key, 1.1 * value) for key, value in values.items())
+        changed = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert tokens(changed) == generated(model, prompts) != before
+        assert [output.num_cached_tokens for output in changed] == [0, 0]
+        llm.update_weights(tmp_path / "before")
+        assert tokens(llm.generate(prompts, GREEDY, use_tqdm=False)) == before
+        key = next(iter(values))
+        for bad, error in [
+            ({"nothing": torch.zeros(1)}, "weights has 'nothing', which the model does not have"),
+            ({key: torch.zeros(3)}, f"weights has '{key}' of the shape .3., and the model of"),
+            ({key: 3}, f"weights has 3 as '{key}', which must be a tensor"),
+            (3, "weights must be tensors by name, pairs of both or a folder, not 3"),
+            ([3], "weights must be tensors by name, pairs of both or a folder"),
+        ]:
+            with pytest.raises((TypeError, ValueError), match=error):
+                llm.update_weights(bad)
+        assert tokens(llm.generate(prompts, GREEDY, use_tqdm=False)) == before
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_an_engine_that_sleeps_holds_no_memory(level, device):
+    model = model_of("llama-gqa", device)
+    prompts = prompts_of((40, 9))
+    expected = generated(model, prompts)
+    values = {key: value.clone() for key, value in model.state_dict().items()}
+    parameters = list(model.parameters())
+    with llm_of(model) as llm:
+        llm.engine.add("runs", prompts[0], GREEDY)
+        with pytest.raises(RuntimeError, match="1 requests have not ended"):
+            llm.sleep()
+        llm.engine.abort("runs")
+        assert tokens(llm.generate(prompts, GREEDY, use_tqdm=False)) == expected
+        for _ in range(2):
+            llm.sleep(level)
+        assert llm.engine.tier.cache.stats().physical == 0
+        held = sum(parameter.untyped_storage().nbytes() for parameter in parameters)
+        assert (held > 0) == (level == 1 and device == "cpu")
+        with pytest.raises(RuntimeError, match="the engine sleeps"):
+            llm.generate(prompts, GREEDY, use_tqdm=False)
+        with pytest.raises(RuntimeError, match="the engine sleeps"):
+            llm.update_weights(values)
+        llm.wake_up()
+        if level == 2:
+            some, *others = values
+            llm.update_weights({some: values[some]})
+            with pytest.raises(RuntimeError, match="weights were discarded: call update_weights"):
+                llm.generate(prompts, GREEDY, use_tqdm=False)
+            llm.update_weights({name: values[name] for name in others})
+        assert list(model.parameters()) == parameters
+        assert tokens(llm.generate(prompts, GREEDY, use_tqdm=False)) == expected
+        with pytest.raises(ValueError, match="level must be"):
+            llm.sleep(3)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "deepseek_v3"])
+def test_prefixes_are_forgotten_while_requests_run(name):
+    """Requests that run or are in host memory are computed again, with the weights that the model has now."""
+    model = model_of(name)
+    prompts = prompts_of((40, 12, 30))
+    params = SamplingParams(temperature=0, max_tokens=30)
+    with engine_of(model, preemption="swap") as engine:
+        for number, prompt in enumerate(prompts):
+            engine.add(str(number), prompt, params)
+        for _ in range(6):
+            engine.step()
+        engine.scheduler.preempt_one()
+        for _ in range(3):
+            engine.step()
+            if engine.scheduler.requests.swapped:
+                break
+        assert bool(engine.scheduler.requests.swapped) == (name == "llama-gqa")
+        model.load_state_dict({key: 1.1 * value for key, value in model.state_dict().items()})
+        assert engine.reset_prefix_cache(reset_running_requests=True)
+        assert not engine.scheduler.requests.swapped
+        had = {request.id: list(request.trunk.output) for request in engine.scheduler.requests}
+        assert any(had.values())
+        done: dict[str, RequestOutput] = {}
+        while engine.unfinished:
+            done |= {output.request_id: output for output in engine.step()}
+    for number, prompt in enumerate(prompts):
+        kept = had[str(number)]
+        goes_on = generated(model, [[*prompt, *kept]], 30 - len(kept))[0]
+        assert done[str(number)].outputs[0].token_ids == [*kept, *goes_on]
 
 
 def preempting(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> list[list[int]]:
@@ -611,7 +723,8 @@ def test_an_iteration_that_fails_is_computed_again(name, depth, device):
 
 
 def llm_of(model: Any, **options: Any) -> LLM:
-    return LLM(model, **{**OPTIONS, **options})
+    placed = CUDA if model.device.type == "cuda" else {}
+    return LLM(model, **{**OPTIONS, **placed, **options})
 
 
 def test_llm_answers_in_the_order_of_the_prompts():
@@ -670,6 +783,14 @@ def test_llm_is_usable_after_an_interrupt_or_a_bad_prompt():
         ({"swap_space": -1}, "swap_space"),
         ({"swap_space": "4"}, "swap_space"),
         ({"nothing": 1}, "nothing"),
+        ({"kv_cache_dtype": "int4"}, "kv_cache_dtype must be"),
+        ({"gpu_memory_utilization": 0.0, "kv_budget": None}, "gpu_memory_utilization must be in"),
+        ({"gpu_memory_utilization": 1e-9, "kv_budget": None}, "gpu_memory_utilization is 1e-09, and 0.* is in use"),
+        ({"gpu_memory_utilization": 0.5}, "kv_budget and gpu_memory_utilization say the same"),
+        ({"enable_chunked_prefill": False}, "enable_chunked_prefill must be True"),
+        ({"tensor_parallel_size": 2}, "one GPU is all"),
+        ({"quantization": "awq"}, "quantization is 'awq', and the model's is None"),
+        ({"generation_config": "mine"}, "generation_config must be"),
     ],
 )
 def test_bad_options_are_named(options, error):

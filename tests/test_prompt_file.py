@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
-from models import build
-from transformers import PreTrainedTokenizerFast
+from models import saved
 
 from vattn import LLM, SamplingParams
 from vattn.cli import command
@@ -19,21 +17,12 @@ from vattn.models.versions import VERSION
 pytestmark = pytest.mark.skipif(VERSION < (5, 17), reason="the engine needs transformers 5.17")
 
 PROMPTS = ["w5 w17 w33", "w80", "w9 w9 w4 w7", "w11 w12", "w50 w51 w52 w53 w54"]
-TEMPLATE = """{% for m in messages %}{% if m.role == 'nobody' %}{{ raise_exception('who?') }}{% endif %}w1
- {{ m.content }} {% endfor %}{% if add_generation_prompt %}w2{% endif %}"""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A folder with a small model and its tokenizer."""
-    path = tmp_path_factory.mktemp("model")
-    model = build("llama-gqa", "eager", "cpu")
-    model.generation_config.eos_token_id = None
-    model.save_pretrained(path)
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(101)}, unk_token="w0"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", chat_template=TEMPLATE).save_pretrained(path)
-    return path
+    return saved(tmp_path_factory.mktemp("model"))
 
 
 def expected(folder: Path, prompts: list[Any]) -> list[str]:

@@ -22,7 +22,15 @@ from vattn.memory.swap_costs import SwapCosts
 from vattn.ranges import set_profiler_ranges
 
 if TYPE_CHECKING:
-    from vattn.engine import LLM, AsyncLLM, CompletionOutput, RequestOutput, SamplingParams
+    from vattn.engine import (
+        LLM,
+        AsyncLLM,
+        CompletionOutput,
+        EngineArgs,
+        RequestOutput,
+        RequestOutputKind,
+        SamplingParams,
+    )
     from vattn.hf import CACHE_KEYWORD, DecodeStats, VirtualCache, install
 
 __version__ = "0.1.0"
@@ -37,12 +45,14 @@ __all__ = [
     "CompletionOutput",
     "DecodeStats",
     "DriverError",
+    "EngineArgs",
     "Error",
     "KVCache",
     "KVLayout",
     "LayerShape",
     "OutOfDeviceMemory",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
     "Sequence",
     "SequenceTooLong",
@@ -59,11 +69,20 @@ def __getattr__(name: str) -> Any:
         from vattn import hf
 
         return getattr(hf, name)
-    if name in ("LLM", "AsyncLLM", "CompletionOutput", "RequestOutput", "SamplingParams"):
+    if name in _OF_ENGINE:
         from vattn import engine
 
         return getattr(engine, name)
     return _renamed(name)
 
 
+_OF_ENGINE = (
+    "LLM",
+    "AsyncLLM",
+    "CompletionOutput",
+    "EngineArgs",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+)
 _renamed = renamed(__name__, {"OutOfPages": "BudgetExceeded"})

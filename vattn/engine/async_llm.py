@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
-from vattn.engine.engine import Engine
-from vattn.engine.options import EngineOptions
+from vattn.arguments import shown
+from vattn.engine.commands import Commands
+from vattn.engine.engine_args import EngineArgs
 from vattn.engine.outputs import RequestOutput, since
 from vattn.engine.sampling_params import RequestOutputKind, SamplingParams
-from vattn.models.load import loaded
 
 _LOG = logging.getLogger("vattn")
 _MOST_FAILURES = 3  # iterations that fail one after the other before the requests that run are ended
@@ -49,31 +48,25 @@ class AsyncLLM:
     """Answers requests as they come, in a thread of its own, and streams their outputs.
 
     Args:
-        model, tokenizer, dtype, device, trust_remote_code, options: see ``LLM``.
+        model, tokenizer, options: see ``EngineArgs``.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any = None,
-        *,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device | None = None,
-        trust_remote_code: bool = False,
-        **options: Any,
-    ) -> None:
-        checked = EngineOptions(**options)
-        model, self._tokenizer = loaded(
-            model, tokenizer, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-        )
-        self.engine = Engine(model, self._tokenizer, checked)
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+    def __init__(self, model: Any, tokenizer: Any = None, **options: Any) -> None:
+        self.engine = EngineArgs(model=model, tokenizer=tokenizer, **options).engine()
+        self._commands = Commands()
         self._streams: dict[str, _Stream] = {}  # by the id of the request; used in the engine's thread alone
         self._names = itertools.count()
         self._stopping = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._serve, name="vattn engine", daemon=True)
         self._thread.start()
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs) -> AsyncLLM:
+        """Makes an engine from its arguments."""
+        if not isinstance(engine_args, EngineArgs):
+            raise TypeError(f"engine_args must be EngineArgs, not {shown(engine_args)}")
+        return cls(**{field.name: getattr(engine_args, field.name) for field in fields(engine_args)})
 
     @property
     def errored(self) -> bool:
@@ -89,7 +82,7 @@ class AsyncLLM:
 
     def get_tokenizer(self) -> Any:
         """The tokenizer, or None."""
-        return self._tokenizer
+        return self.engine.tokenizer
 
     async def generate(
         self,
@@ -121,17 +114,14 @@ class AsyncLLM:
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue(), sampling_params.output_kind)
 
         def begin() -> None:
-            try:
-                self.engine.add(name, prompt, sampling_params, namespace=namespace, tenant=tenant)
-            except Exception as error:
-                stream.put(error)
-            else:
-                self._streams[name] = stream
+            self.engine.add(name, prompt, sampling_params, namespace=namespace, tenant=tenant)
+            self._streams[name] = stream
 
-        self._commands.put(begin)
         before: RequestOutput | None = None
         finished = False
+        begun = self._commands.put(begin)
         try:
+            await asyncio.wrap_future(begun)
             while not finished:
                 output = await stream.outputs.get()
                 if isinstance(output, BaseException):
@@ -145,19 +135,45 @@ class AsyncLLM:
                 before = output
         finally:
             if not finished:
-                self._commands.put(lambda: self._end(name))
+                self._commands.put(lambda: self._end(name, stream))
+
+    async def reset_prefix_cache(self, *, reset_running_requests: bool = False) -> bool:
+        """See ``Engine.reset_prefix_cache``."""
+        done: bool = await self._do(
+            lambda: self.engine.reset_prefix_cache(reset_running_requests=reset_running_requests)
+        )
+        return done
+
+    async def update_weights(self, weights: Any) -> None:
+        """See ``Engine.update_weights``."""
+        await self._do(lambda: self.engine.update_weights(weights))
+
+    async def sleep(self, level: int = 1) -> None:
+        """See ``Engine.sleep``."""
+        await self._do(lambda: self.engine.sleep(level))
+
+    async def wake_up(self) -> None:
+        """See ``Engine.wake_up``."""
+        await self._do(self.engine.wake_up)
+
+    async def is_sleeping(self) -> bool:
+        """Whether the engine sleeps."""
+        return self.engine.sleeping
+
+    async def _do(self, action: Callable[[], Any]) -> Any:
+        """What an action returns, or raises, in the engine's thread between two iterations."""
+        self.check_health()
+        return await asyncio.wrap_future(self._commands.put(action))
 
     async def abort(self, request_id: str) -> None:
         """Ends a request; its stream gets a last output with the reason ``"abort"``."""
-        self._commands.put(lambda: self._abort(request_id))
+        await self._do(lambda: self.engine.abort(request_id))
 
-    def _abort(self, request_id: str) -> None:
-        self.engine.abort(request_id)
-
-    def _end(self, request_id: str) -> None:
-        """Ends a request that nobody reads any more."""
-        self._streams.pop(request_id, None)
-        self.engine.abort(request_id)
+    def _end(self, request_id: str, stream: _Stream) -> None:
+        """Ends a request that nobody reads any more; not another one of that id."""
+        if self._streams.get(request_id) is stream:
+            del self._streams[request_id]
+            self.engine.abort(request_id)
 
     def shutdown(self) -> None:
         """Ends all requests, and gives the memory of K and V back."""
@@ -166,9 +182,6 @@ class AsyncLLM:
         self._stopping = True
         self._commands.put(lambda: None)
         self._thread.join()
-        for name, stream in self._streams.items():
-            stream.put(RuntimeError(f"the engine was shut down while {name!r} ran"))
-        self._streams.clear()
         self.engine.close()
 
     def __enter__(self) -> AsyncLLM:
@@ -183,7 +196,7 @@ class AsyncLLM:
         try:
             failures = 0
             while not self._stopping:
-                self._obey(wait=not self.engine.unfinished)
+                self._commands.obey(wait=not self.engine.unfinished)
                 if self._stopping or not self.engine.unfinished:
                     continue
                 try:
@@ -195,16 +208,12 @@ class AsyncLLM:
         except BaseException as error:
             _LOG.exception("the engine has stopped")
             self._failure = error
-            for stream in self._streams.values():
-                stream.put(RuntimeError(f"the engine has stopped: {error}"))
+        finally:
+            why = "the engine was shut down" if self._failure is None else f"the engine has stopped: {self._failure}"
+            self._commands.end(RuntimeError(why))
+            for name, stream in self._streams.items():
+                stream.put(RuntimeError(f"{why} while {name!r} ran"))
             self._streams.clear()
-
-    def _obey(self, *, wait: bool) -> None:
-        """Does what callers have asked for; with ``wait`` until there is something."""
-        if wait:
-            self._commands.get()()
-        while not self._commands.empty():
-            self._commands.get()()
 
     def _recover(self, error: Exception, failures: int) -> None:
         """After an iteration that failed, and will be computed again: makes room, or ends what runs."""

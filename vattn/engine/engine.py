@@ -6,6 +6,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from vattn.engine.tier import tier_of
 from vattn.engine.tracked import Tracked
 from vattn.models.probe import probed
 from vattn.models.versions import VERSION
+from vattn.models.weights import Weights
 
 _SLICE = 256  # positions of a prompt whose log probabilities are computed at once
 
@@ -40,7 +42,11 @@ class Engine:
         ValueError: the model is no causal language model.
 
     Attributes:
+        tokenizer: as given.
+        generation_config: of the model, or None.
         tier: by which means the model is computed, and why.
+        weights: of the model.
+        sleeping: whether ``sleep`` has put them away.
         scheduler: decides what is computed next.
     """
 
@@ -50,7 +56,8 @@ class Engine:
                 f"the engine needs transformers 5.17 or newer, and {'.'.join(map(str, VERSION))} is here"
             )
         options = options or EngineOptions()
-        self._options, self._tokenizer = options, tokenizer
+        self._options, self.tokenizer = options, tokenizer
+        self.generation_config = getattr(model, "generation_config", None)
         probe = probed(model)
         allowed = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         allowed = allowed if isinstance(allowed, int) and allowed > 1 else None
@@ -77,6 +84,7 @@ class Engine:
         self._slots: dict[Branch, int] = {}  # of the sampler
         self._tracked: dict[str, Tracked] = {}
         self._flight: deque[tuple[Iteration, Sampled | None]] = deque()
+        self.weights, self.sleeping = Weights(model), False
         self._closed = False
         self._target: int | None = None  # the budget that running requests keep from being set
 
@@ -108,6 +116,7 @@ class Engine:
         Raises:
             TypeError, ValueError: it cannot be served; the message says why. Nothing has changed.
         """
+        params = replace(params)  # checks it again: it may have been changed, and may be changed later
         text = prompt if isinstance(prompt, str) else None
         if not isinstance(request_id, str):
             raise TypeError(f"request_id must be a text, not {shown(request_id)}")
@@ -115,13 +124,16 @@ class Engine:
             raise ValueError(f"there is a request {request_id!r} already")
         if self._closed:
             raise RuntimeError("the engine is closed")
+        self._require_awake()
+        if self.weights.missing:
+            raise RuntimeError(f"{len(self.weights.missing)} weights were discarded: call update_weights()")
         try:
             hash(namespace)
         except TypeError:
             raise TypeError(f"namespace must be hashable, not {shown(namespace)}") from None
-        if self._tokenizer is None and (text is not None or params.stop or params.bad_words):
+        if self.tokenizer is None and (text is not None or params.stop or params.bad_words):
             raise ValueError("a text as prompt, stop and bad_words need a tokenizer, and the engine has none")
-        ids = token_ids("prompt", prompt if text is None else self._tokenizer(text)["input_ids"])
+        ids = token_ids("prompt", prompt if text is None else self.tokenizer(text)["input_ids"])
         ids = self._truncated(ids, params)
         given = {"prompt": ids, "logit_bias": params.logit_bias or (), "stop_token_ids": params.stop_token_ids or ()}
         for name, tokens in {**given, "allowed_token_ids": params.allowed_token_ids or ()}.items():
@@ -139,13 +151,13 @@ class Engine:
             priority=params.priority,
             tenant=tenant,
             namespace=namespace,
-            reuse_prefix=not params.skip_reading_prefix_cache,
+            reuse_prefix=params.reads_prefixes,
             arrival=now,
             deadline=None if params.deadline is None else now + params.deadline,
         )
         seed = self._options.seed if params.seed is None else params.seed
         seed = secrets.randbits(62) if seed is None else seed
-        tracked = Tracked(request, params, text, seed, self._ends, self._tokenizer)
+        tracked = Tracked(request, params, text, seed, self._ends, self.tokenizer)
         for word in tracked.bad_words:
             if len(word) > MOST_BAD_TOKENS or not all(0 <= token < self._vocabulary for token in word):
                 raise ValueError(
@@ -204,13 +216,68 @@ class Engine:
                 return False
         return True
 
-    def reset_prefix_cache(self) -> bool:
+    # Weights.
+
+    def reset_prefix_cache(self, *, reset_running_requests: bool = False) -> bool:
         """Forgets all that requests have computed, so that none begins behind a prefix: after weights have changed.
+
+        Args:
+            reset_running_requests: computes requests that run again from the start, with the tokens that they have.
 
         Returns:
             Whether it is done; False where a request has not ended, and nothing has changed.
         """
-        return not self.unfinished and self.tier.memory.reset_prefixes()
+        if reset_running_requests:
+            self._flight.clear()
+            self.scheduler.recover(everything=True)
+            self._free_slots(everything=True)
+        elif self.unfinished:
+            return False
+        return self.tier.memory.reset_prefixes()
+
+    def update_weights(self, weights: Any) -> None:
+        """Gives weights of the model other values. Requests that run are computed again, with the tokens they have.
+
+        Args:
+            weights: see ``Weights.load``.
+
+        Raises:
+            TypeError, ValueError: they are not the model's. Nothing has changed.
+            RuntimeError: the engine sleeps.
+        """
+        self._require_awake()
+        self.weights.load(weights)
+        self.reset_prefix_cache(reset_running_requests=True)
+
+    def sleep(self, level: int = 1) -> None:
+        """Gives the memory of K and V and of the weights to others, until ``wake_up``. Prefixes are forgotten.
+
+        Args:
+            level: 1 keeps the weights in host memory, 2 discards them: ``update_weights`` has to give others.
+
+        Raises:
+            RuntimeError: there are requests that have not ended.
+        """
+        integer("level", level, 1, 2)
+        if self.unfinished:
+            raise RuntimeError(f"{self.unfinished} requests have not ended: the engine cannot sleep")
+        if not self.sleeping:
+            self.reset_prefix_cache()
+            self.sleeping = True
+            self.weights.put_away(discard=level == 2)
+
+    def wake_up(self) -> None:
+        """Brings back what ``sleep`` has put away.
+
+        Raises:
+            torch.OutOfMemoryError: there is no memory for the weights; the engine still sleeps.
+        """
+        self.weights.bring_back()
+        self.sleeping = False
+
+    def _require_awake(self) -> None:
+        if self.sleeping:
+            raise RuntimeError("the engine sleeps: call wake_up()")
 
     # An iteration.
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
-
 from vattn.arguments import flag, shown
-from vattn.engine.engine import Engine
-from vattn.engine.options import EngineOptions
+from vattn.engine.engine_args import EngineArgs
 from vattn.engine.outputs import RequestOutput
 from vattn.engine.sampling_params import SamplingParams
-from vattn.models.load import loaded
 
 Prompt = str | Sequence[int] | dict[str, Any]
 """A text, token ids, or a dict with ``prompt`` or ``prompt_token_ids``."""
@@ -23,47 +20,24 @@ class LLM:
     """Answers many prompts at once on one model.
 
     Args:
-        model: a folder, the name of a model that is on the disk, or a model of transformers, which is not changed.
-        tokenizer: a tokenizer, a folder or a name; None takes the model's. A model object needs one for texts.
-        dtype: of the weights; ``"auto"`` is what they are stored in.
-        device: where the weights go; None is CUDA where there is a GPU.
-        trust_remote_code: whether code that comes with the model may run.
-        options: see ``EngineOptions``.
+        model, tokenizer, options: see ``EngineArgs``.
 
     Raises:
         TypeError, ValueError: an argument is of a wrong type or out of range, or the model is none that can be served.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any = None,
-        *,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device | None = None,
-        trust_remote_code: bool = False,
-        **options: Any,
-    ) -> None:
-        checked = EngineOptions(**options)
-        model, self._tokenizer = loaded(
-            model, tokenizer, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-        )
-        self._defaults = getattr(model, "generation_config", None)
-        self.engine = Engine(model, self._tokenizer, checked)
+    def __init__(self, model: Any, tokenizer: Any = None, **options: Any) -> None:
+        self._args = EngineArgs(model=model, tokenizer=tokenizer, **options)
+        self.engine = self._args.engine()
         self._names = itertools.count()
 
     def get_tokenizer(self) -> Any:
         """The tokenizer, or None."""
-        return self._tokenizer
+        return self.engine.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What requests without parameters get: the temperature, ``top_k`` and so on of the model's configuration."""
-        config = self._defaults
-        if config is None or not getattr(config, "do_sample", False):
-            return SamplingParams(temperature=0.0)
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        given = {name: getattr(config, name, None) for name in names}
-        return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+        return self._args.default_sampling_params(self.engine.generation_config)
 
     def generate(
         self,
@@ -71,6 +45,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Answers prompts, and returns when all are answered.
 
@@ -80,6 +55,7 @@ class LLM:
             prompts: one prompt or several: texts, token ids, or dicts with ``prompt`` or ``prompt_token_ids``.
             sampling_params: for all prompts, or one for each; None is ``get_default_sampling_params``.
             use_tqdm: whether a bar shows how far it is.
+            priority: of each prompt, for the policy ``"priority"``; None is that of its parameters.
 
         Returns:
             An output for each prompt, in their order.
@@ -90,6 +66,10 @@ class LLM:
         flag("use_tqdm", use_tqdm)
         given = _listed(prompts)
         params = self._params(sampling_params, len(given))
+        if priority is not None:
+            if len(priority) != len(given):
+                raise ValueError(f"priority are {len(priority)}, and there are {len(given)} prompts")
+            params = [replace(each, priority=rank) for each, rank in zip(params, priority, strict=True)]
         names = [f"llm-{next(self._names)}" for _ in given]
         done: dict[str, RequestOutput] = {}
         try:
@@ -118,7 +98,10 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        chat_template: str | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answers conversations.
@@ -127,12 +110,20 @@ class LLM:
             messages: one conversation, a list of dicts with ``role`` and ``content``; or a list of several.
             sampling_params: as in ``generate``.
             use_tqdm: as in ``generate``.
+            chat_template: a template in the place of the tokenizer's.
             add_generation_prompt: whether the model is asked for an answer.
+            continue_final_message: whether the answer goes on with the last message; without ``add_generation_prompt``.
+            tools: descriptions of functions that the model may ask for, where its template knows them.
             chat_template_kwargs: other arguments of the tokenizer's ``apply_chat_template``.
         """
         several = bool(messages) and not isinstance(messages[0], dict)
-        options = {"add_generation_prompt": add_generation_prompt, **(chat_template_kwargs or {})}
-        ids = [chat_token_ids(self._tokenizer, each, **options) for each in (messages if several else [messages])]
+        options = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            **{name: value for name, value in {"chat_template": chat_template, "tools": tools}.items() if value},
+            **(chat_template_kwargs or {}),
+        }
+        ids = [chat_token_ids(self.get_tokenizer(), each, **options) for each in (messages if several else [messages])]
         return self.generate(ids, sampling_params, use_tqdm=use_tqdm)
 
     def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
@@ -146,9 +137,21 @@ class LLM:
             raise ValueError(f"sampling_params are {len(given)}, and there are {count} prompts")
         return list(given)
 
-    def reset_prefix_cache(self) -> bool:
+    def reset_prefix_cache(self, *, reset_running_requests: bool = False) -> bool:
         """See ``Engine.reset_prefix_cache``."""
-        return self.engine.reset_prefix_cache()
+        return self.engine.reset_prefix_cache(reset_running_requests=reset_running_requests)
+
+    def update_weights(self, weights: Any) -> None:
+        """See ``Engine.update_weights``."""
+        self.engine.update_weights(weights)
+
+    def sleep(self, level: int = 1) -> None:
+        """See ``Engine.sleep``."""
+        self.engine.sleep(level)
+
+    def wake_up(self) -> None:
+        """See ``Engine.wake_up``."""
+        self.engine.wake_up()
 
     def report(self) -> dict[str, Any]:
         """By which means the model is computed, and why."""

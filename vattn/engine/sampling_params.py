@@ -28,7 +28,7 @@ class RequestOutputKind(Enum):
     FINAL_ONLY = 2  # one output, when the request has ended
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class SamplingParams:
     """How the tokens of a request are chosen, and when its outputs end.
 
@@ -102,7 +102,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
-            object.__setattr__(self, name, check(name, getattr(self, name)))
+            setattr(self, name, check(name, getattr(self, name)))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens must be at most max_tokens={self.max_tokens}, not {self.min_tokens}")
         if self.stop and not self.detokenize:
@@ -110,12 +110,16 @@ class SamplingParams:
         if self.greedy:
             if self.n > 1:
                 raise ValueError(f"n must be 1 where temperature is 0, since all outputs were the same, not {self.n}")
-            object.__setattr__(self, "temperature", 0.0)
+            self.temperature = 0.0
         elif self.temperature < _LOWEST_TEMPERATURE:
             _LOG.warning("temperature %g is taken for %g: it would overflow", self.temperature, _LOWEST_TEMPERATURE)
-            object.__setattr__(self, "temperature", _LOWEST_TEMPERATURE)
-        if self.skip_reading_prefix_cache is None:
-            object.__setattr__(self, "skip_reading_prefix_cache", self.prompt_logprobs is not None)
+            self.temperature = _LOWEST_TEMPERATURE
+
+    @property
+    def reads_prefixes(self) -> bool:
+        """Whether a request may begin behind rows that others have computed."""
+        skips = self.skip_reading_prefix_cache
+        return self.prompt_logprobs is None if skips is None else not skips
 
     @property
     def greedy(self) -> bool:

@@ -145,10 +145,13 @@ class Scheduler:
             self.requests.after_read(request)
         return progressed
 
-    def recover(self) -> None:
+    def recover(self, *, everything: bool = False) -> None:
         """Forgets all iterations in flight after an error, wherever it was raised.
 
         The requests that run are computed again from the start, with the tokens that they have.
+
+        Args:
+            everything: whether requests in host memory are, too.
         """
         for request in list(self.requests):
             for branch in request.branches:
@@ -160,6 +163,8 @@ class Scheduler:
                 self.requests.wait(request)
             else:
                 self.requests.after_read(request)
+        for request in list(self.requests.swapped.values()) if everything else ():
+            self.requests.wait(request)
 
     def _end_where_it_stops(self, branch: Branch) -> None:
         branch.finish_reason = self._stops(branch)

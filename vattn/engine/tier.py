@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from vattn import _core, kernels
 from vattn.engine.kv_memory import KVMemory
 from vattn.engine.memory import Memory
-from vattn.engine.options import EngineOptions
+from vattn.engine.options import KV_DTYPES, EngineOptions
 from vattn.engine.row_memory import RowMemory
 from vattn.engine.runner import FlatRunner, RowRunner, Runner
 from vattn.errors import Error
@@ -21,6 +21,7 @@ from vattn.kernels import AttentionSpec
 from vattn.memory.device import checked_budget
 from vattn.memory.kv_cache import KVCache
 from vattn.memory.layout import KVLayout
+from vattn.memory.shape import LayerShape
 from vattn.memory.swap_costs import SwapCosts
 from vattn.models.flat import FlatContext
 from vattn.models.flat_verify import verified
@@ -64,13 +65,13 @@ def tier_of(model: Any, probe: Probe, options: EngineOptions, max_model_len: int
     """
     reason = _obstacle(probe)
     if reason is None:
-        layout = KVLayout(probe.layers, max_len=max_model_len, granularity=options.granularity)
-        head, tail = _margins(model, probe, options.attention)
+        layout = KVLayout(_stored(probe, options), max_len=max_model_len, granularity=options.granularity)
+        head, tail = _margins(model, probe, options)
         cache = KVCache(
             layout,
             slots=2 * options.max_num_seqs,  # those of running sequences, and as many for prefixes
             device=probe.device,
-            budget=options.kv_budget,
+            budget=_budget(options, probe.device),
             tail_rows=tail,
             host_budget=int(options.swap_space * 2**30),
         )
@@ -84,21 +85,35 @@ def tier_of(model: Any, probe: Probe, options: EngineOptions, max_model_len: int
             )
             return Tier("flat", None, memory, FlatRunner(model, memory, context), cache, max_model_len)
         cache.close()
+    if options.kv_cache_dtype != "auto":
+        raise ValueError(f"kv_cache_dtype must be 'auto' for this model, which is computed row by row: {reason}")
     rows = RowMemory(
         row_caches(model),
         sum(shape.kv_heads * (shape.head_dim + shape.v_head_dim) * shape.itemsize for shape in probe.layers if shape),
         max_model_len,
-        _budget(options.kv_budget, probe.device),
+        _budget(options, probe.device),
     )
     return Tier("rows", reason, rows, RowRunner(model, rows, recurrent=bool(probe.others)), None, max_model_len)
 
 
-def _budget(budget: int | float, device: torch.device) -> int:
+def _budget(options: EngineOptions, device: torch.device) -> int:
+    """The bytes for K and V."""
+    budget = 0.5 if options.kv_budget is None else options.kv_budget
     checked_budget(budget)
-    if not isinstance(budget, float):
-        return budget
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _core.host_memory()[0]
-    return int(budget * free)
+    free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else _core.host_memory()
+    if (part := options.gpu_memory_utilization) is None:
+        return int(budget * free) if isinstance(budget, float) else budget
+    if (left := int(part * total) - (total - free)) <= 0:
+        raise ValueError(
+            f"gpu_memory_utilization is {part}, and {(total - free) / total:.2f} of the memory of {device} is in use"
+        )
+    return left
+
+
+def _stored(probe: Probe, options: EngineOptions) -> list[LayerShape | None]:
+    """What each layer keeps of a token, in the dtype in which it is stored."""
+    dtype = KV_DTYPES[options.kv_cache_dtype]
+    return [shape if shape is None or dtype is None else replace(shape, dtype=dtype) for shape in probe.layers]
 
 
 def _swap_is_faster(
@@ -137,10 +152,10 @@ def _obstacle(probe: Probe) -> str | None:
     return None
 
 
-def _margins(model: Any, probe: Probe, attention: str) -> tuple[int, int]:
+def _margins(model: Any, probe: Probe, options: EngineOptions) -> tuple[int, int]:
     """How many rows before and behind those that a query sees kernels may load."""
     heads = model.config.get_text_config(decoder=True).num_attention_heads
-    found = [(0, 0)]
+    found, stored = [(0, 0)], KV_DTYPES[options.kv_cache_dtype]
     for shape in filter(None, probe.layers):
         spec = AttentionSpec(
             device=probe.device.type,
@@ -149,7 +164,8 @@ def _margins(model: Any, probe: Probe, attention: str) -> tuple[int, int]:
             kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
             v_head_dim=shape.v_head_dim,
+            kv_dtype=None if stored is None else getattr(torch, stored),
             adjacent=False,
         )
-        found.append(kernels.margins(spec, attention))
+        found.append(kernels.margins(spec, options.attention))
     return max(head for head, _ in found), max(tail for _, tail in found)

@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 
 from vattn import kernels
 from vattn.kernels import AttentionParams, AttentionSpec, Kernel, SequenceRanges
+from vattn.kernels.quantize import rounded
 from vattn.memory.kv_cache import KVCache
 from vattn.models.attention import UnsupportedError, attending
 from vattn.models.flat_watch import FlatWatch
@@ -28,6 +29,40 @@ class Segment:
     slot: int
     start: int
     count: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Segments of a flat call whose attention one kernel computes: those of one token each, or the others.
+
+    Args:
+        segments: in the order of the tokens.
+        tokens: the indices of their tokens in the call, int64; a slice where these are all tokens.
+        decodes: whether each segment has one token.
+    """
+
+    segments: list[Segment]
+    tokens: torch.Tensor | slice
+    decodes: bool
+
+
+def parts_of(segments: list[Segment], device: torch.device) -> list[Part]:
+    """Parts a flat call's segments by whether they have one token."""
+    if len({segment.count == 1 for segment in segments}) == 1:
+        return [Part(segments, slice(None), segments[0].count == 1)]
+    parts, at = [], 0
+    places: list[tuple[Segment, range]] = []
+    for segment in segments:
+        places.append((segment, range(at, at + segment.count)))
+        at += segment.count
+    for decodes in (True, False):
+        mine = [(segment, tokens) for segment, tokens in places if (segment.count == 1) == decodes]
+        tokens = torch.tensor([each for _, tokens in mine for each in tokens]).to(device)
+        parts.append(Part([segment for segment, _ in mine], tokens, decodes))
+    return parts
+
+
+_Rows = tuple[torch.Tensor, torch.Tensor]  # slot tensors of K and V
 
 
 class FlatContext:
@@ -53,9 +88,9 @@ class FlatContext:
         self.watch: FlatWatch | None = None
         self._windows = [None if shape is None else shape.window for shape in cache.layout.layers]
         self._kernels: dict[Any, Kernel] = {}
-        self._segments: list[Segment] = []
+        self._parts: list[Part] = []
         self._returned: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = {}
-        self._ranges: dict[int | None, SequenceRanges] = {}
+        self._ranges: dict[tuple[bool, int | None], SequenceRanges] = {}
 
     def call(self, model: Any, keyword: str, segments: list[Segment], **given: Any) -> Any:
         """Calls a model on segments.
@@ -70,7 +105,7 @@ class FlatContext:
             UnsupportedError: the model's attention cannot be computed so.
         """
         device = self._cache.device
-        self._segments, self._returned, self._ranges = segments, {}, {}
+        self._parts, self._returned, self._ranges = parts_of(segments, device), {}, {}
         counts = torch.tensor([segment.count for segment in segments])
         slots = torch.tensor([segment.slot for segment in segments]).repeat_interleave(counts)
         starts = torch.tensor([segment.start for segment in segments]).repeat_interleave(counts)
@@ -90,7 +125,10 @@ class FlatContext:
         if k.shape[0] != 1 or k.shape[2] != total:
             raise UnsupportedError(f"layer {layer} is given {tuple(k.shape)} for {total} tokens", of_model=True)
         for rows, states in zip(self._cache.slot_tensors(layer), (k, v), strict=True):
-            rows.index_put_((self._slots, self._positions), states[0].transpose(0, 1).to(rows.dtype))
+            new = states[0]
+            if rows.dtype.itemsize == 1:  # torch cannot index fp8
+                rows, new = rows.view(torch.uint8), rounded(new, None, rows.dtype).view(torch.uint8)
+            rows.index_put_((self._slots, self._positions), new.transpose(0, 1).to(rows.dtype))
         self._returned[id(k)] = layer, k, v
 
     def attend(
@@ -107,26 +145,48 @@ class FlatContext:
                 "an attention function is given other K and V than the cache returned", of_model=True
             )
         windows = [window for window in (self._windows[layer], how.window) if window is not None]
-        window = min(windows, default=None)
-        rows = self._cache.slot_tensors(layer)
-        queries = q[0].transpose(0, 1)
-        counts = [segment.count for segment in self._segments]
-        decodes = max(counts) == 1
-        kernel = self._kernel_for(layer, queries, rows, window is not None, how, "one" if decodes else "chunk")
-        how = replace(how, window=window)
-        if decodes:
-            out = kernel.decode(queries, *rows, self._ranges_of(window), how)
-        else:
-            out = kernel.prefill(queries, *rows, self._ranges_of(window), counts, how)
-        if self.watch is not None:
-            self.watch.attended(layer, kernel, self._segments, queries, rows, (k, v), out, how)
+        how = replace(how, window=min(windows, default=None))
+        rows, queries = self._cache.slot_tensors(layer), q[0].transpose(0, 1)
+        out = queries.new_empty(*queries.shape[:2], rows[1].shape[3])
+        for part in self._parts:
+            got = (self._decoded if part.decodes else self._prefilled)(layer, queries[part.tokens], rows, part, how)
+            if self.watch is not None:
+                self.watch.attended(layer, *got, part, queries, rows, (k, v), how)
+            out[part.tokens] = got[1]
         return out[None]
 
-    def _kernel_for(
-        self, layer: int, q: torch.Tensor, rows: Any, windowed: bool, how: AttentionParams, queries: str
-    ) -> Kernel:
+    def _decoded(
+        self, layer: int, q: torch.Tensor, rows: _Rows, part: Part, how: AttentionParams
+    ) -> tuple[Kernel, torch.Tensor]:
+        """The kernel that computes one query for each segment, and what it computes."""
+        kernel = self._kernel_for(layer, q, rows, how, "one")
+        return kernel, kernel.decode(q, *rows, self._ranges_of(part, how.window), how)
+
+    def _prefilled(
+        self, layer: int, q: torch.Tensor, rows: _Rows, part: Part, how: AttentionParams
+    ) -> tuple[Kernel, torch.Tensor]:
+        """The same for several queries of each segment."""
+        ranges = self._ranges_of(part, how.window)
+        if rows[0].dtype.itemsize == 1:  # kernels read fp8 in decode steps only
+            rows, ranges = self._widened(rows, ranges, q.dtype)
+        kernel = self._kernel_for(layer, q, rows, how, "chunk")
+        return kernel, kernel.prefill(q, *rows, ranges, [segment.count for segment in part.segments], how)
+
+    def _widened(self, rows: _Rows, ranges: SequenceRanges, dtype: torch.dtype) -> tuple[_Rows, SequenceRanges]:
+        """Copies of rows in another dtype, and where they are in the copies."""
+        spans = ranges.tolist()
+        made = []
+        for each in rows:
+            copies = torch.zeros(len(spans), ranges.longest, *each.shape[2:], dtype=dtype, device=each.device)
+            for copy, (slot, start, end) in zip(copies, spans, strict=True):
+                copy[: end - start] = each[slot, start:end].to(dtype)
+            made.append(copies)
+        moved = SequenceRanges.of([(at, 0, end - start) for at, (_, start, end) in enumerate(spans)], made[0].device)
+        return (made[0], made[1]), moved
+
+    def _kernel_for(self, layer: int, q: torch.Tensor, rows: _Rows, how: AttentionParams, queries: str) -> Kernel:
         options: dict[str, Any] = {
-            "window": windowed,
+            "window": how.window is not None,
             "softcap": how.softcap is not None,
             "sinks": how.sinks is not None,
         }
@@ -142,15 +202,15 @@ class FlatContext:
             self._kernels[key] = kernel
         return self._kernels[key]
 
-    def _ranges_of(self, window: int | None) -> SequenceRanges:
+    def _ranges_of(self, part: Part, window: int | None) -> SequenceRanges:
         """The rows that the queries of each segment see; behind a sliding window earlier rows may not be mapped."""
-        if window not in self._ranges:
+        if (part.decodes, window) not in self._ranges:
             ranges = []
-            for segment in self._segments:
+            for segment in part.segments:
                 first = 0 if window is None else max(0, segment.start - window + 1)
                 ranges.append((segment.slot, first, segment.start + segment.count))
-            self._ranges[window] = SequenceRanges.of(ranges, self._cache.device)
-        return self._ranges[window]
+            self._ranges[part.decodes, window] = SequenceRanges.of(ranges, self._cache.device)
+        return self._ranges[part.decodes, window]
 
 
 class _FlatCache(Cache):  # type: ignore[misc]

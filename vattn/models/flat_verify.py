@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicCache
 
 from vattn.errors import BudgetExceeded
+from vattn.kernels.quantize import rounded
 from vattn.memory.kv_cache import KVCache
 from vattn.models.attention import UnsupportedError
 from vattn.models.expected import Expected
@@ -58,15 +60,47 @@ def verified(model: Any, context: FlatContext, cache: KVCache, vocabulary: int) 
             sequence.close()
 
     def compute() -> tuple[torch.Tensor]:
-        return (torch.cat([model(input_ids=each[None]).logits[0] for each in ids])[:, None],)
+        logits = [model(input_ids=each[None], **_own_cache(model, cache)).logits[0] for each in ids]
+        return (torch.cat(logits)[:, None],)
 
-    expected = Expected(compute, configs_of(model), watch.spread, rounded=False)
+    expected = Expected(compute, configs_of(model), watch.spread, rounded=_fewer_bits(cache) is not None)
     if not expected.tells():
         return "its logits are no numbers"
     if watch.fault:
         return watch.fault
     difference = expected.difference(got[:, None])
     return None if difference is None else f"computed flat its logits differ {difference}"
+
+
+def _fewer_bits(cache: KVCache) -> torch.dtype | None:
+    """The dtype in which K and V are stored where it has 8 bits, or None."""
+    [dtype] = {getattr(torch, shape.dtype) for shape in cache.layout.layers if shape is not None}
+    return dtype if dtype.itemsize == 1 else None
+
+
+def _own_cache(model: Any, cache: KVCache) -> dict[str, Any]:
+    """Arguments with which a model rounds K and V as ``cache`` does."""
+    if (dtype := _fewer_bits(cache)) is None:
+        return {}
+    return {cache_keyword(model): RoundingCache(model.config, dtype), "use_cache": True}
+
+
+class RoundingCache(DynamicCache):  # type: ignore[misc]
+    """A cache of transformers' own that rounds K and V.
+
+    Args:
+        config: of the model.
+        dtype: to which they are rounded.
+    """
+
+    def __init__(self, config: Any, dtype: torch.dtype) -> None:
+        super().__init__(config=config)
+        self._dtype = dtype
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Rounds K and V, and appends them."""
+        k, v = (rounded(states, None, self._dtype).to(states.dtype) for states in (key_states, value_states))
+        return super().update(k, v, *args, **kwargs)
 
 
 def _computed(model: Any, context: FlatContext, slots: list[int], ids: list[torch.Tensor]) -> torch.Tensor:

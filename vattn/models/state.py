@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -103,19 +105,17 @@ def configs_of(model: Any) -> list[Any]:
 
 def _weights(model: Any) -> list[torch.Tensor]:
     """The tensors that hold a model's parameters and buffers; of a tensor subclass the tensors that it consists of."""
-    found: list[torch.Tensor] = []
+    every = itertools.chain(model.parameters(), model.buffers())
+    return [plain for tensor in every for plain in plain_tensors(tensor)]
 
-    def add(tensor: torch.Tensor) -> None:
-        if hasattr(tensor, "__tensor_flatten__"):
-            for name in tensor.__tensor_flatten__()[0]:
-                add(getattr(tensor, name))
-        else:
-            found.append(tensor)
 
-    for tensors in (model.parameters(), model.buffers()):
-        for tensor in tensors:
-            add(tensor)
-    return found
+def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that a tensor subclass, e.g. of quantized weights, consists of; another tensor is itself."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from plain_tensors(getattr(tensor, name))
 
 
 def _addresses(tensors: list[torch.Tensor]) -> list[int]:
