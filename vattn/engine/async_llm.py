@@ -139,35 +139,35 @@ class AsyncLLM:
 
     async def reset_prefix_cache(self, *, reset_running_requests: bool = False) -> bool:
         """See ``Engine.reset_prefix_cache``."""
-        done: bool = await self._do(
+        done: bool = await self._ask(
             lambda: self.engine.reset_prefix_cache(reset_running_requests=reset_running_requests)
         )
         return done
 
     async def update_weights(self, weights: Any) -> None:
         """See ``Engine.update_weights``."""
-        await self._do(lambda: self.engine.update_weights(weights))
+        await self._ask(lambda: self.engine.update_weights(weights))
 
     async def sleep(self, level: int = 1) -> None:
         """See ``Engine.sleep``."""
-        await self._do(lambda: self.engine.sleep(level))
+        await self._ask(lambda: self.engine.sleep(level))
 
     async def wake_up(self) -> None:
         """See ``Engine.wake_up``."""
-        await self._do(self.engine.wake_up)
+        await self._ask(self.engine.wake_up)
 
     async def is_sleeping(self) -> bool:
         """Whether the engine sleeps."""
         return self.engine.sleeping
 
-    async def _do(self, action: Callable[[], Any]) -> Any:
+    async def _ask(self, action: Callable[[], Any]) -> Any:
         """What an action returns, or raises, in the engine's thread between two iterations."""
         self.check_health()
         return await asyncio.wrap_future(self._commands.put(action))
 
     async def abort(self, request_id: str) -> None:
         """Ends a request; its stream gets a last output with the reason ``"abort"``."""
-        await self._do(lambda: self.engine.abort(request_id))
+        await self._ask(lambda: self.engine.abort(request_id))
 
     def _end(self, request_id: str, stream: _Stream) -> None:
         """Ends a request that nobody reads any more; not another one of that id."""

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections import deque
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from vattn import kernels
-from vattn.arguments import integer, shown, token_ids
+from vattn.arguments import integer
+from vattn.engine.intake import Intake
 from vattn.engine.options import EngineOptions
 from vattn.engine.outputs import RequestOutput
 from vattn.engine.policy import policy_named
-from vattn.engine.request import Branch, FinishReason, Request, Status
-from vattn.engine.sampler import MOST_BAD_TOKENS, Sampled, Sampler
+from vattn.engine.request import Branch, FinishReason, Status
+from vattn.engine.sampler import Sampled, Sampler
+from vattn.engine.sampler_slots import SamplerSlots
 from vattn.engine.sampling_params import SamplingParams
 from vattn.engine.scheduler import Iteration, Row, Scheduler
 from vattn.engine.tier import tier_of
@@ -42,11 +42,8 @@ class Engine:
         ValueError: the model is no causal language model.
 
     Attributes:
-        tokenizer: as given.
-        generation_config: of the model, or None.
         tier: by which means the model is computed, and why.
         weights: of the model.
-        sleeping: whether ``sleep`` has put them away.
         scheduler: decides what is computed next.
     """
 
@@ -56,8 +53,7 @@ class Engine:
                 f"the engine needs transformers 5.17 or newer, and {'.'.join(map(str, VERSION))} is here"
             )
         options = options or EngineOptions()
-        self._options, self.tokenizer = options, tokenizer
-        self.generation_config = getattr(model, "generation_config", None)
+        self._options, self._model = options, model
         probe = probed(model)
         allowed = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         allowed = allowed if isinstance(allowed, int) and allowed > 1 else None
@@ -67,8 +63,7 @@ class Engine:
         if model.training:
             raise ValueError("model must be in eval mode: call model.eval()")
         kernels.named(options.attention)
-        self._vocabulary = probe.vocabulary
-        self._ends = tuple(token for token in _end_tokens(model) if 0 <= token < probe.vocabulary)
+        self._intake = Intake(tokenizer, probe.vocabulary, _end_tokens(model), longest, options.seed)
         self.tier = tier_of(model, probe, options, longest)
         self.scheduler = Scheduler(
             self.tier.memory,
@@ -81,10 +76,10 @@ class Engine:
         )
         slots = 2 * options.max_num_seqs  # also of outputs that have ended, and are still in flight
         self._sampler = Sampler(probe.vocabulary, slots, probe.device)
-        self._slots: dict[Branch, int] = {}  # of the sampler
+        self._slots = SamplerSlots(self._sampler)
         self._tracked: dict[str, Tracked] = {}
         self._flight: deque[tuple[Iteration, Sampled | None]] = deque()
-        self.weights, self.sleeping = Weights(model), False
+        self.weights = Weights(model)
         self._closed = False
         self._target: int | None = None  # the budget that running requests keep from being set
 
@@ -92,6 +87,21 @@ class Engine:
     def max_model_len(self) -> int:
         """Positions of the longest sequence."""
         return self.tier.max_model_len
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, or None."""
+        return self._intake.tokenizer
+
+    @property
+    def generation_config(self) -> Any:
+        """The model's generation configuration, or None."""
+        return getattr(self._model, "generation_config", None)
+
+    @property
+    def sleeping(self) -> bool:
+        """Whether ``sleep`` has put memory and weights away."""
+        return self.weights.away
 
     # Requests.
 
@@ -116,67 +126,14 @@ class Engine:
         Raises:
             TypeError, ValueError: it cannot be served; the message says why. Nothing has changed.
         """
-        params = replace(params)  # checks it again: it may have been changed, and may be changed later
-        text = prompt if isinstance(prompt, str) else None
-        if not isinstance(request_id, str):
-            raise TypeError(f"request_id must be a text, not {shown(request_id)}")
+        tracked = self._intake.request(request_id, prompt, params, namespace=namespace, tenant=tenant)
         if request_id in self._tracked:
             raise ValueError(f"there is a request {request_id!r} already")
         if self._closed:
             raise RuntimeError("the engine is closed")
-        self._require_awake()
-        if self.weights.missing:
-            raise RuntimeError(f"{len(self.weights.missing)} weights were discarded: call update_weights()")
-        try:
-            hash(namespace)
-        except TypeError:
-            raise TypeError(f"namespace must be hashable, not {shown(namespace)}") from None
-        if self.tokenizer is None and (text is not None or params.stop or params.bad_words):
-            raise ValueError("a text as prompt, stop and bad_words need a tokenizer, and the engine has none")
-        ids = token_ids("prompt", prompt if text is None else self.tokenizer(text)["input_ids"])
-        ids = self._truncated(ids, params)
-        given = {"prompt": ids, "logit_bias": params.logit_bias or (), "stop_token_ids": params.stop_token_ids or ()}
-        for name, tokens in {**given, "allowed_token_ids": params.allowed_token_ids or ()}.items():
-            for token in tokens:
-                integer(f"a token of {name}", token, 0, self._vocabulary - 1)
-        if len(ids) >= self.max_model_len:
-            raise ValueError(f"prompt has {len(ids)} tokens, and max_model_len is {self.max_model_len}")
-        most = self.max_model_len - len(ids)
-        now = time.monotonic()
-        request = Request(
-            request_id,
-            ids,
-            most if params.max_tokens is None else min(params.max_tokens, most),
-            n=params.n,
-            priority=params.priority,
-            tenant=tenant,
-            namespace=namespace,
-            reuse_prefix=params.reads_prefixes,
-            arrival=now,
-            deadline=None if params.deadline is None else now + params.deadline,
-        )
-        seed = self._options.seed if params.seed is None else params.seed
-        seed = secrets.randbits(62) if seed is None else seed
-        tracked = Tracked(request, params, text, seed, self._ends, self.tokenizer)
-        for word in tracked.bad_words:
-            if len(word) > MOST_BAD_TOKENS or not all(0 <= token < self._vocabulary for token in word):
-                raise ValueError(
-                    f"bad_words has a text of the tokens {word}: at most {MOST_BAD_TOKENS}, all the model's"
-                )
-        self.scheduler.add(request)
+        self.weights.require_there()
+        self.scheduler.add(tracked.request)
         self._tracked[request_id] = tracked
-
-    def _truncated(self, ids: tuple[int, ...], params: SamplingParams) -> tuple[int, ...]:
-        """The tokens of a prompt that ``truncate_prompt_tokens`` leaves."""
-        count = params.truncate_prompt_tokens
-        if count == -1:
-            count = self.max_model_len - (params.max_tokens or 1)
-            if count < 1:
-                raise ValueError(
-                    f"truncate_prompt_tokens leaves nothing of the prompt: max_tokens is {params.max_tokens}, and "
-                    f"max_model_len is {self.max_model_len}"
-                )
-        return ids if count is None else ids[-count:]
 
     def abort(self, request_id: str) -> bool:
         """Ends a request; False where there is none of that id."""
@@ -230,7 +187,7 @@ class Engine:
         if reset_running_requests:
             self._flight.clear()
             self.scheduler.recover(everything=True)
-            self._free_slots(everything=True)
+            self._slots.free(everything=True)
         elif self.unfinished:
             return False
         return self.tier.memory.reset_prefixes()
@@ -245,7 +202,6 @@ class Engine:
             TypeError, ValueError: they are not the model's. Nothing has changed.
             RuntimeError: the engine sleeps.
         """
-        self._require_awake()
         self.weights.load(weights)
         self.reset_prefix_cache(reset_running_requests=True)
 
@@ -263,7 +219,6 @@ class Engine:
             raise RuntimeError(f"{self.unfinished} requests have not ended: the engine cannot sleep")
         if not self.sleeping:
             self.reset_prefix_cache()
-            self.sleeping = True
             self.weights.put_away(discard=level == 2)
 
     def wake_up(self) -> None:
@@ -273,11 +228,6 @@ class Engine:
             torch.OutOfMemoryError: there is no memory for the weights; the engine still sleeps.
         """
         self.weights.bring_back()
-        self.sleeping = False
-
-    def _require_awake(self) -> None:
-        if self.sleeping:
-            raise RuntimeError("the engine sleeps: call wake_up()")
 
     # An iteration.
 
@@ -296,7 +246,7 @@ class Engine:
     def _iterate(self) -> list[Branch]:
         """Computes an iteration, and reads the one before it; the outputs that have got a token."""
         self._resize()
-        self._free_slots()
+        self._slots.free()
         iteration = self.scheduler.schedule()
         if iteration.rows:
             self._flight.append((iteration, self._launch(iteration)))
@@ -310,7 +260,7 @@ class Engine:
         """Makes the engine usable after an error in ``step``: what was in flight is computed again."""
         self._flight.clear()
         self.scheduler.recover()
-        self._free_slots(everything=True)
+        self._slots.free(everything=True)
 
     def _stops(self, branch: Branch) -> FinishReason | None:
         """Why an output ends behind its last token. What goes wrong with a request's text ends that request alone."""
@@ -331,7 +281,7 @@ class Engine:
         into = [(number, branch) for number, row in enumerate(rows) for branch in row.into]
         if not into:
             return None
-        slots = [self._slot(branch) for _, branch in into]
+        slots = [self._slots.of(branch, self._tracked[branch.request.id]) for _, branch in into]
         lengths = [rows[number].start + rows[number].count for number, _ in into]
         made = [length - len(branch.request.prompt) for (_, branch), length in zip(into, lengths, strict=True)]
         last = torch.stack([logits[number][-1] for number, _ in into])
@@ -360,33 +310,10 @@ class Engine:
         known = branch.tokens(row.start, row.start + row.count)
         tokens = torch.tensor(known, dtype=torch.int64, device=self._sampler.device)
         if len(known) < row.count:
-            tokens = torch.cat([tokens, self._sampler.last_token(self._slots[branch])])
-        return tokens
-
-    def _slot(self, branch: Branch) -> int:
-        """The sampler's slot of an output."""
-        if branch not in self._slots:
-            tracked, taken = self._tracked[branch.request.id], set(self._slots.values())
-            slot = next(slot for slot in range(self._sampler.slots) if slot not in taken)
-            self._sampler.begin(
-                slot,
-                tracked.params,
-                seed=tracked.seed,
-                index=branch.index,
-                prompt=branch.request.prompt,
-                output=branch.output,
-                stops=tracked.stop_tokens,
-                bad_words=tracked.bad_words,
+            tokens = torch.cat(
+                [tokens, self._sampler.last_token(self._slots.of(branch, self._tracked[branch.request.id]))]
             )
-            self._slots[branch] = slot
-        return self._slots[branch]
-
-    def _free_slots(self, *, everything: bool = False) -> None:
-        """Lets the sampler forget outputs that have ended, or that lost their memory; or all."""
-        for branch in list(self._slots):
-            ended = branch.finish_reason is not None and not branch.in_flight
-            if everything or ended or branch.request.status is not Status.RUNNING:
-                self._sampler.end(self._slots.pop(branch))
+        return tokens
 
     def _read(self, iteration: Iteration, sampled: Sampled | None) -> list[Branch]:
         """Takes the tokens that an iteration has sampled."""

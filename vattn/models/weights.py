@@ -19,11 +19,13 @@ class Weights:
         model: a model of transformers.
 
     Attributes:
+        away: whether ``put_away`` was called, and ``bring_back`` has not brought all back.
         missing: names of parameters that were discarded and have got no values yet.
     """
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        self.away = False
         self.missing: set[str] = set()
         self._away: list[tuple[torch.UntypedStorage, int, torch.UntypedStorage | None]] = []
 
@@ -42,6 +44,7 @@ class Weights:
                 if storage.nbytes() and storage.resizable() and (discard or storage.device.type != "cpu"):
                     storages[storage.data_ptr()] = storage
                     names.setdefault(storage.data_ptr(), []).append(name)
+        self.away = True
         for address, storage in storages.items():
             self._away.append((storage, storage.nbytes(), None if discard else storage.cpu()))  # type: ignore[no-untyped-call]
             storage.resize_(0)
@@ -62,6 +65,14 @@ class Weights:
             if values is not None:
                 storage.copy_(values)
             self._away.pop()
+        self.away = False
+
+    def require_there(self) -> None:
+        """Raises RuntimeError where the parameters are away, or some have no values."""
+        if self.away:
+            raise RuntimeError("the engine sleeps: call wake_up()")
+        if self.missing:
+            raise RuntimeError(f"{len(self.missing)} weights were discarded: call update_weights()")
 
     def load(self, weights: Any) -> None:
         """Gives parameters and buffers other values.
@@ -72,7 +83,10 @@ class Weights:
 
         Raises:
             TypeError, ValueError: a name or a shape is not the model's. Nothing has changed.
+            RuntimeError: the parameters are away.
         """
+        if self.away:
+            raise RuntimeError("the engine sleeps: call wake_up()")
         given = self._given(weights)
         mine = self._model.state_dict(keep_vars=True)
         for name, tensor in given.items():
