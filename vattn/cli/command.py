@@ -10,8 +10,9 @@ import os
 import platform
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"vattn {options.command}: interrupted", file=sys.stderr)
         return 130
-    print(json.dumps(result, indent=2) if options.json else text)
+    if options.json or text:
+        print(json.dumps(result, indent=2) if options.json else text)
     return 0
 
 
@@ -92,20 +94,26 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("model", help="a folder, or the name of a model that is on the disk")
     generate.add_argument("prompts", type=Path, help="a prompt in each line, or .jsonl with prompt or messages")
     generate.add_argument("--out", type=Path, required=True, help="JSON lines; a call that was stopped goes on there")
-    generate.add_argument("--max-tokens", type=_positive, default=256, help="of an answer (default 256)")
-    generate.add_argument("--temperature", type=float, help="default: the model's; 0 takes the most likely token")
-    generate.add_argument("--top-p", type=float, help="default: the model's")
-    generate.add_argument("--seed", type=int, help="makes samples the same in each call")
     generate.add_argument("--n", type=_positive, default=1, help="answers to a prompt (default 1)")
-    generate.add_argument("--device", help="default: cuda where there is a GPU")
-    generate.add_argument("--dtype", default="auto", help="of the weights (default: as they are stored)")
-    generate.add_argument("--max-model-len", type=_positive, help="default: the model's")
     generate.add_argument("--max-num-seqs", type=_positive, default=64, help="answers at once (default 64)")
-    generate.add_argument("--kv-budget", type=_size, help="memory for K and V (default: half of what is free)")
-    generate.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     generate.set_defaults(run=_generate)
 
-    for command in (demo, info, plan, bench, generate):
+    chat = commands.add_parser("chat", help="talk with a model")
+    chat.add_argument("model", nargs="?", help="a folder, or the name of a model on the disk (default: the demo's)")
+    chat.add_argument("--system", help="tells the model how to answer")
+    chat.set_defaults(run=_chat, max_num_seqs=1, n=1)
+
+    for command in (generate, chat):
+        command.add_argument("--max-tokens", type=_positive, default=256, help="of an answer (default 256)")
+        command.add_argument("--temperature", type=float, help="default: the model's; 0 takes the most likely token")
+        command.add_argument("--top-p", type=float, help="default: the model's")
+        command.add_argument("--seed", type=int, help="makes samples the same in each call")
+        command.add_argument("--device", help="default: cuda where there is a GPU")
+        command.add_argument("--dtype", default="auto", help="of the weights (default: as they are stored)")
+        command.add_argument("--max-model-len", type=_positive, help="default: the model's")
+        command.add_argument("--kv-budget", type=_size, help="memory for K and V (default: half of what is free)")
+        command.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    for command in (demo, info, plan, bench, generate, chat):
         command.add_argument("--json", action="store_true", help="print JSON")
         command.add_argument("-v", "--verbose", action="count", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
@@ -116,48 +124,74 @@ def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from vattn.cli import demo
     from vattn.memory.device import resolve_device
+    from vattn.models.versions import VERSION
 
     resolve_device(options.device)
     folder = options.folder or default_folder()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    result = demo.run(
-        folder,
-        options.question,
-        max_new_tokens=options.max_new_tokens,
-        max_len=options.max_len,
-        device=options.device,
-        progress=sys.stderr.isatty(),
-    )
+    progress = sys.stderr.isatty()
+    model, tokenizer = demo.load(folder, progress=progress)
+    model = model.to(options.device)
+    lengths = {"max_new_tokens": options.max_new_tokens, "max_len": options.max_len}
+    result = demo.run(model, tokenizer, options.question, progress=progress, **lengths)
     calls = ", ".join(f"{name} {count}" for name, count in result.driver_calls.items() if count)
-    text = "\n".join(
-        [
-            f"Q: {options.question}",
-            f"A: {result.answer}",
-            "",
-            f"{result.new_tokens} tokens at {result.tokens_per_second:.1f} tokens/s through vattn, "
-            f"{result.dynamic_tokens_per_second:.1f} through DynamicCache; "
-            f"the tokens are {'the same' if result.same_tokens else 'DIFFERENT'}.",
-            "",
-            _table(
-                [
-                    ("KV cache of one sequence", "bytes", "of what the tokens need"),
-                    *(
-                        (name, _human(nbytes), f"{nbytes / result.used:.2f} x")
-                        for name, nbytes in (
-                            (f"the rows of {result.tokens - 1} cached tokens", result.used),
-                            ("vattn: addresses reserved (cost nothing)", result.reserved),
-                            ("vattn: memory mapped", result.mapped),
-                            ("DynamicCache, while it copies a layer", result.dynamic),
-                            (f"StaticCache of {options.max_len}", result.static),
-                        )
-                    ),
-                ]
-            ),
-            "",
-            f"Driver calls in all: {calls}",
-        ]
-    )
-    return asdict(result), text
+    parts = [
+        f"Q: {options.question}",
+        f"A: {result.answer}",
+        "",
+        f"{result.new_tokens} tokens at {result.tokens_per_second:.1f} tokens/s through vattn, "
+        f"{result.dynamic_tokens_per_second:.1f} through DynamicCache; "
+        f"the tokens are {_same(result.same_tokens)}.",
+        "",
+        _sizes(
+            "KV cache of one sequence",
+            result.used,
+            {
+                f"the rows of {result.tokens - 1} cached tokens": result.used,
+                "vattn: addresses reserved (cost nothing)": result.reserved,
+                "vattn: memory mapped": result.mapped,
+                "DynamicCache, while it copies a layer": result.dynamic,
+                f"StaticCache of {options.max_len}": result.static,
+            },
+        ),
+        "",
+        f"Driver calls in all: {calls}",
+        "",
+    ]
+    if VERSION < (5, 17):
+        return asdict(result), "\n".join([*parts, "Serving needs transformers 5.17 or newer."])
+    from vattn.cli import demo_serving
+
+    served = demo_serving.run(model, tokenizer, progress=progress, **lengths)
+    parts += ["Eight questions at once:", ""]
+    for question, answer in zip(demo_serving.QUESTIONS, served.answers, strict=True):
+        parts += [f"Q: {question}", f"A: {textwrap.shorten(answer, 110, placeholder=' ...')}"]
+    parts += [
+        "",
+        f"{served.tokens_per_second:.1f} tokens/s at once, {served.one_by_one_tokens_per_second:.1f} one by one; "
+        f"the tokens are {_same(served.same_tokens)}.",
+        "",
+        _sizes(
+            "K and V of eight sequences",
+            served.used,
+            {
+                f"the rows of {served.tokens} tokens": served.used,
+                "vattn: memory mapped, at its peak": served.mapped,
+                f"eight reservations of {options.max_len}": served.reservations,
+            },
+        ),
+    ]
+    return {**asdict(result), "serving": asdict(served)}, "\n".join(parts)
+
+
+def _same(same: bool) -> str:
+    return "the same" if same else "DIFFERENT"
+
+
+def _sizes(title: str, used: int, sizes: dict[str, int]) -> str:
+    """A table of sizes, also as multiples of ``used`` bytes."""
+    rows = [(name, _human(nbytes), f"{nbytes / used:.2f} x") for name, nbytes in sizes.items()]
+    return _table([(title, "bytes", "of what the tokens need"), *rows])
 
 
 def default_folder() -> Path:
@@ -171,23 +205,19 @@ def default_folder() -> Path:
 
 
 def _generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from tqdm.auto import tqdm
+    from vattn.cli import prompt_file
 
-    from vattn.cli.prompt_file import PromptFile, summary
-    from vattn.engine.llm import LLM
+    return prompt_file.run(options)
 
-    file = PromptFile(options.prompts, options.out)
-    names = ("device", "dtype", "max_model_len", "max_num_seqs", "trust_remote_code", "kv_budget")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    with LLM(options.model, **given) as llm:
-        sampling = ("temperature", "top_p", "seed", "n", "max_tokens")
-        wanted = {name: getattr(options, name) for name in sampling if getattr(options, name) is not None}
-        params = replace(llm.get_default_sampling_params(), **wanted)
-        with tqdm(total=len(file.prompts), desc="prompts", disable=not sys.stderr.isatty()) as bar:
-            result = file.answer(
-                llm, params, at_once=4 * options.max_num_seqs, progress=lambda count: bar.update(count - bar.n)
-            )
-    return summary(result)
+
+def _chat(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from vattn.cli import chat, demo
+
+    if options.model is None:
+        options.model = default_folder()
+        options.model.parent.mkdir(parents=True, exist_ok=True)
+        demo.load(options.model, progress=False)  # unpacks it
+    return chat.run(options)
 
 
 def _info(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -61,12 +61,18 @@ class DemoResult:
     driver_calls: dict[str, int]
 
 
-def load(folder: Path) -> tuple[Any, Any]:
+def load(folder: Path, *, progress: bool = True) -> tuple[Any, Any]:
     """Loads the model and its tokenizer; the first call dequantizes the model into ``folder``.
+
+    Args:
+        folder: where the unpacked model is kept.
+        progress: whether transformers shows progress bars.
 
     Raises:
         FileNotFoundError: the package with the model is not installed; the message says how to install it.
     """
+    if not progress:
+        disable_progress_bar()
     if not (folder / "config.json").exists():
         _convert(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -116,25 +122,21 @@ class _Bar(BaseStreamer):  # type: ignore[misc]
 
 
 def run(
-    folder: Path, question: str, *, max_new_tokens: int, max_len: int, device: str, progress: bool = True
+    model: Any, tokenizer: Any, question: str, *, max_new_tokens: int, max_len: int, progress: bool = True
 ) -> DemoResult:
     """Answers ``question`` greedily through vattn, then through DynamicCache, and compares.
 
     Args:
-        folder: the folder of the unpacked model; the model is unpacked there if it is missing.
+        model: as ``load`` returns it, on the device.
+        tokenizer: as ``load`` returns it.
         question: the question of the user.
         max_new_tokens: the most tokens of the answer.
         max_len: positions that vattn reserves, and that StaticCache would allocate.
-        device: ``"cpu"`` or a CUDA device.
         progress: whether to show progress bars.
     """
-    if not progress:
-        disable_progress_bar()
-    model, tokenizer = load(folder)
-    model = model.to(device)
     chat = [{"role": "user", "content": question}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True).to(
-        device
+        model.device
     )
 
     def generate(cache: DynamicCache, name: str) -> tuple[torch.Tensor, float]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
+from vattn.cli.served import llm_of, params_of
 from vattn.engine.llm import LLM, chat_token_ids, content_of
 from vattn.engine.outputs import RequestOutput
 from vattn.engine.sampling_params import SamplingParams
@@ -79,6 +84,16 @@ class PromptFile:
                 file.truncate(len(whole))
         return done
 
+    @property
+    def left(self) -> list[int]:
+        """The indices of prompts that are not answered yet."""
+        return [index for index in range(len(self.prompts)) if index not in self._done]
+
+    def nothing_left(self) -> Answered:
+        """What a call has done that had nothing to do."""
+        count = len(self.prompts)
+        return Answered(prompts=count, before=count, answered=0, failed=0, output_tokens=0, seconds=0.0)
+
     def answer(
         self, llm: LLM, params: SamplingParams, *, at_once: int, progress: Callable[[int], object] = lambda count: None
     ) -> Answered:
@@ -91,7 +106,7 @@ class PromptFile:
             progress: is told after each answer how many there are now.
         """
         start, engine = time.perf_counter(), llm.engine
-        waiting = [index for index in range(len(self.prompts)) if index not in self._done]
+        waiting = self.left
         before, failed, tokens = len(self._done), 0, 0
         left = iter(waiting)
         with self._answers.open("a", encoding="utf-8") as file:
@@ -163,9 +178,24 @@ def _result(output: RequestOutput) -> dict[str, Any]:
 
 def summary(result: Answered) -> tuple[dict[str, Any], str]:
     """The result as JSON and as text."""
-    speed = result.output_tokens / result.seconds
+    speed = result.output_tokens / result.seconds if result.seconds else 0.0
     text = f"{result.answered} of {result.prompts} prompts answered"
     text += f", {result.before} by an earlier call" if result.before else ""
     text += f", {result.failed} failed" if result.failed else ""
     text += f": {result.output_tokens} tokens in {result.seconds:.1f} s, {speed:.1f} tokens/s"
     return {**asdict(result), "tokens_per_second": speed}, text
+
+
+def run(options: Namespace) -> tuple[dict[str, Any], str]:
+    """``vattn generate``; see ``vattn.cli.command``."""
+    file = PromptFile(options.prompts, options.out)
+    if not file.left:
+        return summary(file.nothing_left())
+    with llm_of(options) as llm, tqdm(total=len(file.prompts), desc="prompts", disable=not sys.stderr.isatty()) as bar:
+        result = file.answer(
+            llm,
+            params_of(options, llm),
+            at_once=4 * options.max_num_seqs,
+            progress=lambda count: bar.update(count - bar.n),
+        )
+    return summary(result)
