@@ -206,10 +206,16 @@ class Simulation:
             memory.rows[branch] += tokens[row.start : row.start + row.count]
             assert len(memory.rows[branch]) == row.start + row.count
             at = row.start + row.count
+            if self.limits.get("whole_prompts"):
+                assert at in (len(branch.request.prompt), len(tokens) - len(row.into[:1]))
             sampled.append([token(branch.request.id, each.index, at) for each in row.into])
         if iteration.rows:
             self.computed += sum(row.count for row in iteration.rows)
-            assert sum(row.count for row in iteration.rows) <= self.limits["max_num_batched_tokens"]
+            total, most = sum(row.count for row in iteration.rows), self.limits["max_num_batched_tokens"]
+            if self.limits.get("whole_prompts"):
+                assert total <= most or len(iteration.rows) == 1
+            else:
+                assert total <= most
             self.flight.append((iteration, sampled))
 
     def _tokens(self, branch: Branch) -> list[int]:

@@ -20,11 +20,14 @@ from vattn.engine.engine import Engine
 from vattn.engine.llm import LLM
 from vattn.engine.options import KV_DTYPES, EngineOptions
 from vattn.engine.outputs import RequestOutput
+from vattn.engine.request import Request
 from vattn.engine.sampling_params import SamplingParams
 from vattn.engine.scheduler import Scheduler
 from vattn.errors import BudgetExceeded
 from vattn.kernels import KERNELS, Reference
+from vattn.models import rope
 from vattn.models.flat_verify import RoundingCache
+from vattn.models.probe import tensors_in
 from vattn.models.versions import VERSION, cache_keyword
 
 pytestmark = pytest.mark.skipif(VERSION < (5, 17), reason="the engine needs transformers 5.17")
@@ -183,6 +186,51 @@ def test_prefixes_are_forgotten_on_demand(name):
         after = llm.generate(prompts, GREEDY, use_tqdm=False)
         assert [output.num_cached_tokens for output in after] == [0, 0]
         assert tokens(after) == generated(model, prompts) != tokens(before)
+
+
+ROPES = {
+    "dynamic": ("llama-gqa", {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 10000.0}),
+    "longrope": (
+        "phi3",
+        {
+            "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 24,
+            "short_factor": [1.0] * 8, "long_factor": [1.0 + 3 * i for i in range(8)],
+        },
+    ),
+}  # fmt: skip
+
+
+def model_of_rope(kind: str) -> Any:
+    """A model whose rotary embeddings change beyond 24 positions."""
+    name, parameters = ROPES[kind]
+    most = 24 if kind == "dynamic" else 256
+    more = {} if kind == "dynamic" else {"original_max_position_embeddings": 24}
+    model = build(name, "eager", "cpu", rope_parameters=parameters, max_position_embeddings=most, **more)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_rotary_embeddings_that_depend_on_the_call(kind):
+    """Sequences that are longer or shorter than others, and that grow beyond the length at which frequencies change."""
+    model = model_of_rope(kind)
+    prompts = prompts_of((30, 7, 1, 45, 16, 33, 22))
+    params = SamplingParams(temperature=0, max_tokens=20)
+    expected = []
+    for prompt in prompts:
+        rope.reset(model)
+        expected += generated(model, [prompt], 20)
+    for options in MODES.values():
+        with engine_of(model, **options) as engine:
+            assert engine.tier.name == "rows"
+            assert f"its rotary embeddings ({kind}) depend on the longest position" in engine.tier.reason
+            for _ in range(2):
+                assert tokens(served(engine, prompts, params)) == expected
+    with engine_of(model) as engine:
+        assert preempting(engine, prompts, params) == expected
+    with engine_of(model, max_model_len=24) as engine:  # which never comes that far
+        assert engine.tier.name == "flat", engine.tier.reason
+        assert tokens(served(engine, prompts[1:2], SamplingParams(temperature=0, max_tokens=9))) == [expected[1][:9]]
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["fp8", "fp8_e5m2"])
@@ -346,6 +394,21 @@ def test_requests_are_swapped_where_that_is_faster_and_there_is_room(monkeypatch
         found = preempting(engine, prompts, SamplingParams(temperature=0, max_tokens=30))
         assert found == generated(model, prompts, 30)
         assert (engine.tier.cache.stats().driver_calls["create_host"] > 0) == swaps
+
+
+def test_a_model_with_quantized_weights(device):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = model_of("llama-gqa", device)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    assert type(model.model.layers[0].self_attn.q_proj.weight) is not torch.nn.Parameter
+    prompts = prompts_of(LENGTHS)
+    expected = generated(model, prompts)
+    with llm_of(model) as llm:
+        assert llm.report()["tier"] == "flat"
+        assert tokens(llm.generate(prompts, GREEDY, use_tqdm=False)) == expected
+        llm.sleep()
+        llm.wake_up()
+        assert tokens(llm.generate(prompts, GREEDY, use_tqdm=False)) == expected
 
 
 def test_the_cost_of_a_swap_is_measured_once(monkeypatch):
@@ -518,6 +581,30 @@ def test_the_real_model_in_every_mode(folder):
     for preemption in ("swap", "recompute"):
         with engine_of(model, preemption=preemption, **options) as engine:
             assert preempting(engine, prompts, params) == expected
+
+
+@pytest.mark.parametrize("name", [*ROWS, *HYBRIDS])
+def test_what_caches_take_is_counted(name):
+    """E4, where the caches are transformers' own."""
+    model = model_of(name)
+    with engine_of(model, max_num_batched_tokens=512) as engine:
+        memory = engine.tier.memory
+        for number, prompt in enumerate(prompts_of((40, 9))):
+            engine.add(str(number), prompt, SamplingParams(n=2, temperature=1.0, seed=1, max_tokens=20))
+        most = 0
+        while engine.unfinished:
+            engine.step()
+            layers = [layer for cache in memory.caches.values() for layer in cache.layers]
+            held = sum(tensor.nbytes for layer in layers for tensor in tensors_in(vars(layer)))
+            assert held <= memory.used
+            if held > most:
+                most, told = held, memory.used
+        assert told <= 1.2 * most
+        assert memory.used == 0
+        request = Request("x", (1, 2), 3)
+        memory.open(request)
+        assert (memory.used > 0) == (name in HYBRIDS)
+        memory.close(request.trunk, 0)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral", "deepseek_v3", "Lfm2"])

@@ -36,11 +36,12 @@ def outputs(simulation: Simulation) -> None:
                 assert branch.output == expected(request, branch.index)[: len(branch.output)]
 
 
+@pytest.mark.parametrize("whole_prompts", [False, True])
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("policy", list(POLICIES))
-def test_a_mix_under_pressure(policy, depth):
+def test_a_mix_under_pressure(policy, depth, whole_prompts):
     chance = random.Random(policy)
-    simulation = Simulation(400, policy=policy, depth=depth, refuses=0.02)
+    simulation = Simulation(400, policy=policy, depth=depth, refuses=0.02, whole_prompts=whole_prompts)
     for number in range(120):
         prompt = tuple(chance.choices(range(3), k=chance.randrange(1, 150)))
         options = {"n": chance.choice([1, 1, 1, 2, 4]), "priority": chance.randrange(3), "tenant": chance.choice("abc")}

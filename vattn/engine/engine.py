@@ -23,6 +23,7 @@ from vattn.engine.scheduler import Iteration, Row, Scheduler
 from vattn.engine.tier import tier_of
 from vattn.engine.tracked import Tracked
 from vattn.models.probe import probed
+from vattn.models.rope import most_positions
 from vattn.models.versions import VERSION
 from vattn.models.weights import Weights
 
@@ -55,8 +56,7 @@ class Engine:
         options = options or EngineOptions()
         self._options, self._model = options, model
         probe = probed(model)
-        allowed = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        allowed = allowed if isinstance(allowed, int) and allowed > 1 else None
+        allowed = most_positions(model.config.get_text_config(decoder=True))
         longest = options.max_model_len or allowed or 2048
         if allowed is not None and longest > allowed:
             raise ValueError(f"max_model_len is {longest}, and the model is made for {allowed} positions")
@@ -73,6 +73,7 @@ class Engine:
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             waiting_served_ratio=options.waiting_served_ratio,
+            whole_prompts=self.tier.whole_prompts,
         )
         slots = 2 * options.max_num_seqs  # also of outputs that have ended, and are still in flight
         self._sampler = Sampler(probe.vocabulary, slots, probe.device)

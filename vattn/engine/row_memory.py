@@ -17,20 +17,34 @@ class RowMemory:
     Args:
         make: makes an empty cache.
         bytes_per_position: that a cache takes, as far as it grows with the sequence.
+        bytes_per_sequence: that it takes besides.
         max_model_len: positions of the longest sequence.
         budget: bytes that all caches may take.
     """
 
-    def __init__(self, make: Callable[[], Any], bytes_per_position: int, max_model_len: int, budget: int) -> None:
+    def __init__(
+        self,
+        make: Callable[[], Any],
+        bytes_per_position: int,
+        bytes_per_sequence: int,
+        max_model_len: int,
+        budget: int,
+    ) -> None:
         self._make = make
-        self._bytes, self._most, self._budget = max(bytes_per_position, 1), max_model_len, budget
+        self._bytes, self._fixed = max(bytes_per_position, 1), bytes_per_sequence
+        self._most, self._budget = max_model_len, budget
         self.caches: dict[Branch, Any] = {}
         self._positions: dict[Branch, int] = {}
 
     @property
+    def used(self) -> int:
+        """Bytes that all caches take."""
+        return sum(self._positions.values()) * self._bytes + len(self._positions) * self._fixed
+
+    @property
     def _free(self) -> int:
         """Positions that there is memory for."""
-        return self._budget // self._bytes - sum(self._positions.values())
+        return (self._budget - self.used) // self._bytes
 
     def shortage(self, request: Request) -> str | None:
         """See ``Memory.shortage``."""
@@ -39,7 +53,7 @@ class RowMemory:
                 f"the request needs {request.most_tokens} positions ({len(request.prompt)} of its prompt and "
                 f"max_tokens={request.max_tokens}), and max_model_len is {self._most}"
             )
-        needs = request.n * request.most_tokens * self._bytes
+        needs = request.n * (request.most_tokens * self._bytes + self._fixed)
         if needs <= self._budget:
             return None
         return f"the request may need {needs / 2**20:.1f} MiB, and the budget is {self._budget / 2**20:.1f} MiB"
@@ -50,12 +64,18 @@ class RowMemory:
 
     def room_for(self, positions: int) -> bool:
         """See ``Memory.room_for``."""
-        return positions <= self._free
+        return positions + -(-self._fixed // self._bytes) <= self._free
 
     def open(self, request: Request) -> int | None:
         """See ``Memory.open``."""
+        if self._free * self._bytes < self._fixed:
+            return None
         self.caches[request.trunk], self._positions[request.trunk] = self._make(), 0
         return 0
+
+    def empty(self, branch: Branch) -> None:
+        """Gives a branch an empty cache; its positions stay its own."""
+        self.caches[branch] = self._make()
 
     def grow(self, wanted: list[tuple[Branch, int]]) -> Branch | None:
         """See ``Memory.grow``."""
@@ -70,7 +90,7 @@ class RowMemory:
     def fork(self, request: Request) -> bool:
         """See ``Memory.fork``."""
         targets = [branch for branch in request.live if branch not in self.caches]
-        if len(targets) * len(request.prompt) > self._free:
+        if len(targets) * (len(request.prompt) * self._bytes + self._fixed) > self._budget - self.used:
             return False
         for branch in targets:
             self.caches[branch] = copy.deepcopy(self.caches[request.trunk])
@@ -95,7 +115,7 @@ class RowMemory:
 
     def resize(self, budget: int) -> bool:
         """See ``Memory.resize``."""
-        if sum(self._positions.values()) * self._bytes > budget:
+        if self.used > budget:
             return False
         self._budget = budget
         return True

@@ -11,6 +11,7 @@ import torch
 from vattn.engine.kv_memory import KVMemory
 from vattn.engine.row_memory import RowMemory
 from vattn.engine.scheduler import Row
+from vattn.models import rope
 from vattn.models.flat import FlatContext, Segment
 from vattn.models.versions import cache_keyword
 
@@ -66,10 +67,12 @@ class RowRunner:
         memory: holds the caches.
         recurrent: whether layers keep states. Models with such layers take several tokens at once only at the start of
             a sequence, so later tokens are computed one by one.
+        as_generate: whether the model has to be called as ``generate`` calls it, see ``models.rope``: with the prompt
+            at once, and with one token after the other.
     """
 
-    def __init__(self, model: Any, memory: RowMemory, *, recurrent: bool) -> None:
-        self._model, self._memory, self._recurrent = model, memory, recurrent
+    def __init__(self, model: Any, memory: RowMemory, *, recurrent: bool, as_generate: bool = False) -> None:
+        self._model, self._memory, self._recurrent, self._as_generate = model, memory, recurrent, as_generate
         self._keyword = cache_keyword(model)
 
     @torch.no_grad()
@@ -77,12 +80,34 @@ class RowRunner:
         """See ``Runner.run``."""
         found = []
         for row, ids, wanted in zip(rows, tokens, keep, strict=True):
-            given = {self._keyword: self._memory.caches[row.branch], "use_cache": True}
             end, logits = row.start, []
-            for part in torch.split(ids, 1) if self._recurrent and row.start else (ids,):
+            for part in self._parts(row, ids):
                 end += len(part)
+                if self._as_generate:
+                    part = self._from_the_start(row, ids, part, end)
                 mask = torch.ones(1, end, dtype=torch.int64, device=ids.device)
+                given = {self._keyword: self._memory.caches[row.branch], "use_cache": True}
                 output = self._model(input_ids=part[None], attention_mask=mask, **given)
                 logits.append(output.logits[0, -wanted:])
             found.append(torch.cat(logits)[-wanted:])
         return found
+
+    def _parts(self, row: Row, ids: torch.Tensor) -> Sequence[torch.Tensor]:
+        """The tokens of a row, as the model takes them."""
+        if self._as_generate and not row.start:
+            first = len(row.branch.request.prompt)
+            return [ids[:first], *torch.split(ids[first:], 1)] if len(ids) > first else [ids]
+        return torch.split(ids, 1) if (self._recurrent or self._as_generate) and row.start else [ids]
+
+    def _from_the_start(self, row: Row, ids: torch.Tensor, part: torch.Tensor, end: int) -> torch.Tensor:
+        """The tokens that a model is called with for ``part``: all before them, too, where it wants to begin anew."""
+        rope.reset(self._model)
+        if end == len(part):
+            return part
+        before = torch.tensor(row.branch.tokens(0, row.start), dtype=torch.int64, device=ids.device)
+        everything = torch.cat([before, ids[: end - row.start]])
+        cache = self._memory.caches[row.branch]
+        if not rope.begins_anew(self._model, self._keyword, everything[None], cache):
+            return part
+        self._memory.empty(row.branch)
+        return everything

@@ -79,6 +79,8 @@ class Scheduler:
         max_num_batched_tokens: positions that an iteration computes, at most.
         waiting_served_ratio: with r, waiting requests begin once there are r of them for each request that runs, or
             once the first has waited for 20 iterations. 0 lets them begin at once.
+        whole_prompts: whether all that is missing of an output is computed at once, and not in chunks. An iteration
+            then computes more than ``max_num_batched_tokens`` where one output alone misses more.
 
     Attributes:
         requests: where each request is.
@@ -94,10 +96,11 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         waiting_served_ratio: float = 0.0,
+        whole_prompts: bool = False,
     ) -> None:
         self._memory, self._policy, self._clock, self._stops = memory, policy, clock, stops
         self._max_num_seqs, self._max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
-        self._waiting_served_ratio = waiting_served_ratio
+        self._waiting_served_ratio, self._whole_prompts = waiting_served_ratio, whole_prompts
         self.requests = RequestTable(memory)
         self._estimate = OutputEstimate()
         self._number = 0
@@ -208,6 +211,10 @@ class Scheduler:
         request = branch.request
         shared = request.shared
         missing = min(branch.missing, len(request.prompt) - branch.launched) if shared else branch.missing
+        if self._whole_prompts and (missing <= budget or budget == self._max_num_batched_tokens):
+            budget = missing  # as many as there are, which are too many where nothing else is computed
+        elif self._whole_prompts:
+            return None
         if (count := min(missing, budget)) <= 0:
             return None
         ends = branch.launched + count == branch.length
@@ -279,7 +286,9 @@ class Scheduler:
             if not request.preemptions:
                 request.cached = cached
             row = self._row(trunk, budget)
-            assert row is not None  # a prefix leaves at least one token
+            if row is None:  # all of it has to fit
+                self.requests.wait(request)
+                return
             if self._memory.grow([(trunk, row.start + row.count)]) is not None:
                 self.requests.wait(request)
                 self._require_possible(request)

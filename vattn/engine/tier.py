@@ -23,6 +23,7 @@ from vattn.memory.kv_cache import KVCache
 from vattn.memory.layout import KVLayout
 from vattn.memory.shape import LayerShape
 from vattn.memory.swap_costs import SwapCosts
+from vattn.models import rope
 from vattn.models.flat import FlatContext
 from vattn.models.flat_verify import verified
 from vattn.models.probe import Probe
@@ -44,6 +45,7 @@ class Tier:
         runner: computes iterations.
         cache: that holds the rows; None in ``"rows"``.
         max_model_len: positions of the longest sequence.
+        whole_prompts: whether a prompt has to be computed at once.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Tier:
     runner: Runner
     cache: KVCache | None
     max_model_len: int
+    whole_prompts: bool = False
 
 
 def tier_of(model: Any, probe: Probe, options: EngineOptions, max_model_len: int) -> Tier:
@@ -63,7 +66,9 @@ def tier_of(model: Any, probe: Probe, options: EngineOptions, max_model_len: int
         options: how the engine serves.
         max_model_len: positions of the longest sequence.
     """
-    reason = _obstacle(probe)
+    config = model.config.get_text_config(decoder=True)
+    as_generate = rope.depends_on_call(config, max_model_len)
+    reason = _obstacle(probe) or as_generate
     if reason is None:
         layout = KVLayout(_stored(probe, options), max_len=max_model_len, granularity=options.granularity)
         head, tail = _margins(model, probe, options)
@@ -90,10 +95,12 @@ def tier_of(model: Any, probe: Probe, options: EngineOptions, max_model_len: int
     rows = RowMemory(
         row_caches(model),
         sum(shape.kv_heads * (shape.head_dim + shape.v_head_dim) * shape.itemsize for shape in probe.layers if shape),
+        probe.state_bytes,
         max_model_len,
         _budget(options, probe.device),
     )
-    return Tier("rows", reason, rows, RowRunner(model, rows, recurrent=bool(probe.others)), None, max_model_len)
+    runner = RowRunner(model, rows, recurrent=bool(probe.others), as_generate=as_generate is not None)
+    return Tier("rows", reason, rows, runner, None, max_model_len, whole_prompts=as_generate is not None)
 
 
 def _budget(options: EngineOptions, device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,14 @@ class Probe:
     Args:
         layers: what each layer keeps of a token; None for a layer that keeps something else than K and V of it.
         others: the classes of cache layers that do, by name.
+        state_bytes: what these layers take for a sequence.
         vocabulary: tokens that logits are given for.
         device: that logits are on.
     """
 
     layers: list[LayerShape | None]
     others: frozenset[str]
+    state_bytes: int
     vocabulary: int
     device: torch.device
 
@@ -46,10 +49,11 @@ def probed(model: Any) -> Probe:
     if getattr(output, "logits", None) is None:
         raise ValueError(f"{type(model).__name__} gives no logits: the engine serves causal language models")
     shapes: list[LayerShape | None] = []
-    others = set()
+    others, state_bytes = set(), 0
     for layer in cache.layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             others.add(type(layer).__name__)
+            state_bytes += sum(tensor.nbytes for tensor in tensors_in(vars(layer)))
             shapes.append(None)
         elif not layer.is_initialized or layer.keys is None:
             shapes.append(None)  # it attends to the K and V of another layer
@@ -63,4 +67,16 @@ def probed(model: Any) -> Probe:
                     window=getattr(layer, "sliding_window", None),
                 )
             )
-    return Probe(shapes, frozenset(others), output.logits.shape[-1], output.logits.device)
+    return Probe(shapes, frozenset(others), state_bytes, output.logits.shape[-1], output.logits.device)
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in a value, its lists and its dicts."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from tensors_in(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from tensors_in(each)
