@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(report.ROOT / "tests"))
 
-import test_engine as trials
+import serving as trials
 
 from vattn.cli import command, demo
 from vattn.engine import LLM, SamplingParams

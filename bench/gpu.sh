@@ -26,7 +26,7 @@ pytest="python3 -m pytest -q -p no:benchmark -m 'not model'"
 gpu="python3 -m pytest -q -p no:benchmark -m 'gpu and not model'"
 host="python3 -m pytest -q -p no:benchmark -m 'not gpu and not model'"
 steps=(tests/test_{decode,capture,idle,ahead,compiled,halves,padding,prompt,scales,verify}.py)
-engine=(tests/test_{engine,sampler}.py)
+engine=(tests/test_{engine,engine_exact,preemption,llm,sampler}.py)
 run build python3 setup.py build_ext --inplace
 others=$(printf -- '--ignore %s ' tests/test_hf_exact.py tests/test_kernels.py tests/test_architectures.py "${steps[@]}" "${engine[@]}")
 # The contract provokes refusals on purpose, and one test a fault in a process of its own.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import GREEDY, NEW, generated, model_of, prompts_of
+from serving import GREEDY, NEW, generated, model_of, prompts_of
 
 from vattn.engine.async_llm import AsyncLLM
 from vattn.engine.sampling_params import RequestOutputKind, SamplingParams

@@ -1,0 +1,323 @@
+"""The engine beside ``model.generate``: the same tokens alone, batched, chunked, behind a prefix, forked, in 8 bits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from models import build
+from serving import (
+    FLAT,
+    GREEDY,
+    HYBRIDS,
+    LENGTHS,
+    MODES,
+    NEW,
+    ROWS,
+    engine_of,
+    generated,
+    llm_of,
+    model_of,
+    preempting,
+    prompts_of,
+    served,
+    tokens,
+)
+
+from vattn.cli import demo
+from vattn.engine.options import KV_DTYPES
+from vattn.engine.sampling_params import SamplingParams
+from vattn.kernels import KERNELS, Reference
+from vattn.models import rope
+from vattn.models.flat_verify import RoundingCache
+from vattn.models.versions import VERSION
+
+pytestmark = pytest.mark.skipif(VERSION < (5, 17), reason="the engine needs transformers 5.17")
+
+
+@pytest.mark.parametrize("name", [*FLAT, *ROWS, *HYBRIDS])
+def test_the_tokens_are_those_of_generate(name, device):
+    model = model_of(name, device)
+    prompts = prompts_of(LENGTHS)
+    expected = generated(model, prompts)
+    for mode, options in MODES.items():
+        with engine_of(model, **options) as engine:
+            assert engine.tier.name == ("flat" if name in FLAT else "rows"), engine.tier.reason
+            assert tokens(served(engine, prompts, GREEDY)) == expected, mode
+            if engine.tier.cache is not None:
+                assert engine.tier.cache.stats().running_slots == 0
+            # One after the other, behind what the first round has left.
+            for prompt, tokens_of_prompt in zip(prompts, expected, strict=True):
+                assert tokens(served(engine, [prompt], GREEDY)) == [tokens_of_prompt], mode
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FLAT)
+def test_halves_are_served_flat(name):
+    """What they round differently is within what verification allows, and the tokens are the model's at first."""
+    model = model_of(name, "cuda", torch.bfloat16)
+    prompts = prompts_of(LENGTHS)
+    expected = generated(model, prompts, 1)
+    with engine_of(model) as engine:
+        assert engine.tier.name == "flat", engine.tier.reason
+        found = tokens(served(engine, prompts, GREEDY))
+    assert [len(each) for each in found] == [NEW] * len(prompts)
+    with torch.no_grad():
+        for prompt, [first], [got, *_] in zip(prompts, expected, found, strict=True):
+            logits = model(input_ids=torch.tensor([prompt], device="cuda")).logits[0, -1].float()
+            assert logits[got] >= logits[first] - 0.05 * logits.norm() / logits.shape[0] ** 0.5
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral", "gemma3", "gpt_oss"])
+def test_behind_a_prefix(name, device):
+    model = model_of(name, device)
+    [system] = prompts_of((40,))
+    prompts = [[*system, *more] for more in prompts_of((9, 1, 20))]
+    expected = generated(model, prompts)
+    with engine_of(model) as engine:
+        served(engine, [[*system, 5]], GREEDY)
+        outputs = served(engine, prompts, GREEDY)
+        assert tokens(outputs) == expected
+        if name == "llama-gqa":  # a sliding window may have given back the rows
+            assert all(output.num_cached_tokens >= len(system) for output in outputs)
+        apart = served(engine, prompts, GREEDY, namespace="another tenant")
+        assert tokens(apart) == expected
+        assert apart[0].num_cached_tokens == 0
+
+
+ROPES = {
+    "dynamic": ("llama-gqa", {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 10000.0}),
+    "longrope": (
+        "phi3",
+        {
+            "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 24,
+            "short_factor": [1.0] * 8, "long_factor": [1.0 + 3 * i for i in range(8)],
+        },
+    ),
+}  # fmt: skip
+
+
+def model_of_rope(kind: str) -> Any:
+    """A model whose rotary embeddings change beyond 24 positions."""
+    name, parameters = ROPES[kind]
+    most = 24 if kind == "dynamic" else 256
+    more = {} if kind == "dynamic" else {"original_max_position_embeddings": 24}
+    model = build(name, "eager", "cpu", rope_parameters=parameters, max_position_embeddings=most, **more)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_rotary_embeddings_that_depend_on_the_call(kind):
+    """Sequences that are longer or shorter than others, and that grow beyond the length at which frequencies change."""
+    model = model_of_rope(kind)
+    prompts = prompts_of((30, 7, 1, 45, 16, 33, 22))
+    params = SamplingParams(temperature=0, max_tokens=20)
+    expected = []
+    for prompt in prompts:
+        rope.reset(model)
+        expected += generated(model, [prompt], 20)
+    for options in MODES.values():
+        with engine_of(model, **options) as engine:
+            assert engine.tier.name == "rows"
+            assert f"its rotary embeddings ({kind}) depend on the longest position" in engine.tier.reason
+            for _ in range(2):
+                assert tokens(served(engine, prompts, params)) == expected
+    with engine_of(model) as engine:
+        assert preempting(engine, prompts, params) == expected
+    with engine_of(model, max_model_len=24) as engine:  # which never comes that far
+        assert engine.tier.name == "flat", engine.tier.reason
+        assert tokens(served(engine, prompts[1:2], SamplingParams(temperature=0, max_tokens=9))) == [expected[1][:9]]
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["fp8", "fp8_e5m2"])
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral", "gemma2", "gpt2", "qwen3_moe"])
+def test_k_and_v_in_8_bits(name, kv_cache_dtype, device):
+    """The tokens are those of a model that rounds K and V, however they are computed."""
+    model = model_of(name, device)
+    prompts = prompts_of(LENGTHS)
+    stored = getattr(torch, KV_DTYPES[kv_cache_dtype])
+    expected = generated(model, prompts, cache=lambda: RoundingCache(model.config, stored))
+    assert expected != generated(model, prompts)
+    for mode, options in MODES.items():
+        with engine_of(model, kv_cache_dtype=kv_cache_dtype, preemption="swap", **options) as engine:
+            assert {shape.dtype for shape in engine.tier.cache.layout.layers} == {str(stored).removeprefix("torch.")}
+            assert tokens(served(engine, prompts, GREEDY)) == expected, mode
+            assert tokens(served(engine, prompts, GREEDY)) == expected, mode
+            assert preempting(engine, prompts, GREEDY) == expected, mode
+
+
+def test_a_model_with_quantized_weights(device):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = model_of("llama-gqa", device)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    assert type(model.model.layers[0].self_attn.q_proj.weight) is not torch.nn.Parameter
+    prompts = prompts_of(LENGTHS)
+    expected = generated(model, prompts)
+    with llm_of(model) as llm:
+        assert llm.report()["tier"] == "flat"
+        assert tokens(llm.generate(prompts, GREEDY, use_tqdm=False)) == expected
+        llm.sleep()
+        llm.wake_up()
+        assert tokens(llm.generate(prompts, GREEDY, use_tqdm=False)) == expected
+
+
+class Greedy(Reference):
+    """A kernel that loads rows around those that its queries see."""
+
+    name = "greedy"
+    head_rows, tail_rows = 20, 70
+
+    def __init__(self):
+        self.cache, self.calls, self.unmapped = None, 0, []
+
+    def decode(self, q, k, v, spans, scores):
+        if self.cache is not None:
+            self.calls += 1
+            self.unmapped += self.missing_rows(spans.tolist())
+        return super().decode(q, k, v, spans, scores)
+
+    def missing_rows(self, spans):
+        found, planes = self.cache.map(), self.cache.layout.planes
+        for slot, start, end in spans:
+            for plane, run in zip(planes, found[slot]["runs"], strict=True):
+                if run["head"] > max(0, start - self.head_rows) * plane.row_bytes:
+                    yield "before", slot, start, end
+                if run["tail"] < (end + self.tail_rows) * plane.row_bytes:
+                    yield "behind", slot, start, end
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral"])
+def test_rows_that_a_kernel_loads_are_mapped(name, monkeypatch):
+    """E3, also of the rows that a kernel loads without using them."""
+    greedy = Greedy()
+    monkeypatch.setitem(KERNELS, "greedy", greedy)
+    model = model_of(name)
+    prompts = prompts_of(LENGTHS)
+    with engine_of(model, attention="greedy") as engine:
+        assert engine.tier.name == "flat", engine.tier.reason
+        greedy.cache = engine.tier.cache
+        assert tokens(served(engine, prompts, GREEDY)) == generated(model, prompts)
+        assert (greedy.calls > 0, greedy.unmapped) == (True, [])
+
+
+def test_a_kernel_that_is_wrong_serves_nobody(monkeypatch):
+    """Flat calls are compared with the model's own when an engine is made."""
+
+    class Wrong(Reference):
+        name = "wrong"
+
+        def decode(self, q, k, v, spans, scores):
+            return super().decode(q, k, v, spans, replace(scores, scale=1.25 * scores.scale))
+
+    monkeypatch.setitem(KERNELS, "wrong", Wrong())
+    model = model_of("llama-gqa")
+    prompts = prompts_of(LENGTHS)
+    with engine_of(model, attention="wrong") as engine:
+        assert engine.tier.name == "rows"
+        assert "wrong in layer 0 differs from its definition" in engine.tier.reason
+        assert tokens(served(engine, prompts, GREEDY)) == generated(model, prompts)
+
+
+@pytest.mark.model
+def test_the_real_model_in_every_mode(folder):
+    model, tokenizer = demo.load(folder)
+    model.generation_config.eos_token_id = None
+    texts = ["The capital of France is Paris, and that of Italy is", "Once upon a time"]
+    prompts = [tokenizer(text)["input_ids"] for text in texts]
+    expected = generated(model, prompts, 12)
+    params = SamplingParams(temperature=0, max_tokens=12)
+    sampled = SamplingParams(n=3, temperature=0.8, seed=3, max_tokens=8)
+    options = {"kv_budget": 512 << 20, "granularity": 65536}
+    samples = []
+    for mode, others in {**MODES, "chunked": {"max_num_batched_tokens": 5}}.items():
+        with engine_of(model, **options, **others) as engine:
+            assert engine.tier.name == "flat", engine.tier.reason
+            assert tokens(served(engine, prompts, params)) == expected, mode
+            assert tokens(served(engine, prompts[:1], params)) == expected[:1], mode  # alone, behind a prefix
+            [output] = served(engine, prompts[:1], sampled)
+            samples.append([each.token_ids for each in output.outputs])
+    assert samples == samples[:1] * len(MODES)
+    for preemption in ("swap", "recompute"):
+        with engine_of(model, preemption=preemption, **options) as engine:
+            assert preempting(engine, prompts, params) == expected
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral", "deepseek_v3", "Lfm2"])
+def test_seeds_give_the_same_tokens_alone_and_among_others(name, device):
+    """E2 of sampled tokens: they follow from the seed, the index and the position."""
+    model = model_of(name, device)
+    [prompt] = prompts_of((25,))
+    params = SamplingParams(n=3, temperature=0.9, top_k=40, top_p=0.95, seed=11, max_tokens=NEW)
+    others = [SamplingParams(temperature=1.2, seed=number, max_tokens=NEW, n=1 + number % 2) for number in range(30)]
+    with engine_of(model, max_num_seqs=40) as engine:
+        [alone] = served(engine, [prompt], params)
+        assert len({tuple(output.token_ids) for output in alone.outputs}) == 3
+        for number, other in enumerate(others):
+            engine.add(f"other {number}", prompts_of((3 + number,))[0], other)
+        for _ in range(3):
+            engine.step()
+        engine.add("again", prompt, params)
+        again = None
+        while engine.unfinished:
+            for output in engine.step():
+                if output.request_id == "again" and output.finished:
+                    again = output
+        assert again is not None
+        assert [output.token_ids for output in again.outputs] == [output.token_ids for output in alone.outputs]
+
+
+def test_samples_of_one_prompt_share_it():
+    model = model_of("llama-gqa")
+    [prompt] = prompts_of((100,))
+    with engine_of(model) as engine:
+        engine.add("four", prompt, SamplingParams(n=4, temperature=1.0, seed=1, max_tokens=4))
+        while not any(len(request.branches[0].output) > 1 for request in engine.scheduler.requests):
+            engine.step()
+        stats = engine.tier.cache.stats()
+        assert stats.shared > 2 * 100 * engine.tier.cache.layout.bytes_per_token
+        while engine.unfinished:
+            engine.step()
+
+
+def test_logprobs_are_those_of_the_model(device):
+    model = model_of("llama-gqa", device)
+    [prompt] = prompts_of((12,))
+    with engine_of(model) as engine:
+        [output] = served(engine, [prompt], SamplingParams(temperature=0, max_tokens=5, logprobs=3))
+    ids = [*prompt, *output.outputs[0].token_ids]
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([ids], device=device)).logits[0].double().log_softmax(-1)
+    for place, (token, entries) in enumerate(zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)):
+        row = expected[len(prompt) - 1 + place]
+        assert set(entries) == set(row.topk(3).indices.tolist())
+        assert entries[token].rank == 1
+        for each, logprob in entries.items():
+            assert logprob.logprob == pytest.approx(float(row[each]), abs=1e-3)
+    pairs = zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)
+    total = sum(entries[token].logprob for token, entries in pairs)
+    assert output.outputs[0].cumulative_logprob == pytest.approx(total)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "deepseek_v3", "Qwen3Next"])
+@pytest.mark.parametrize("budget", [8, 512])
+def test_logprobs_of_the_prompt_are_those_of_the_model(name, budget, device):
+    model = model_of(name, device)
+    prompts = prompts_of((21, 1, 2))
+    with engine_of(model, max_num_batched_tokens=budget) as engine:
+        served(engine, prompts, GREEDY)  # whose rows are not read: all of the prompt is computed
+        outputs = served(engine, prompts, SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=2))
+    for prompt, output in zip(prompts, outputs, strict=True):
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([prompt], device=device)).logits[0].double().log_softmax(-1)
+        assert output.num_cached_tokens == 0
+        assert len(output.prompt_logprobs) == len(prompt)
+        assert output.prompt_logprobs[0] is None
+        for position, entries in enumerate(output.prompt_logprobs[1:], 1):
+            row, token = expected[position - 1], prompt[position]
+            assert set(entries) == {token, *row.topk(2).indices.tolist()}
+            assert entries[token].rank == int((row >= row[token]).sum())
+            for each, logprob in entries.items():
+                assert logprob.logprob == pytest.approx(float(row[each]), abs=2e-3)
