@@ -56,6 +56,12 @@ MODELS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
 
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
+# The last two layers attend to the K and V of the first two.
+_SHARED_KV = {
+    "head_dim": 16, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16,
+}  # fmt: skip
+
 # Further models, of which only the decode steps are tested.
 MORE: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "mixtral": ("Mixtral", None, {"num_local_experts": 4, "num_experts_per_tok": 2}),
@@ -78,8 +84,33 @@ MORE: dict[str, tuple[str, str | None, dict[str, Any]]] = {
 }
 
 
+# Models with layers that attend to the K and V of others; only the engine is tested with them.
+SHARING: dict[str, tuple[str, str | None, dict[str, Any]]] = {
+    "gemma3n": (
+        "Gemma3n",
+        "Gemma3nTextConfig",
+        {
+            **_SHARED_KV,
+            "intermediate_size": [96] * 4,
+            "activation_sparsity_pattern": [0.0] * 4,
+            "laurel_rank": 8,
+            "vocab_size_per_layer_input": 101,
+        },
+    ),
+    "gemma4": (
+        "Gemma4",
+        "Gemma4TextConfig",
+        {
+            **_SHARED_KV,
+            "global_head_dim": 16,
+            "vocab_size_per_layer_input": 101,
+        },
+    ),
+}  # fmt: skip
+
+
 def _class(name: str) -> Any:
-    prefix = {**MODELS, **MORE}[name][0]
+    prefix = {**MODELS, **MORE, **SHARING}[name][0]
     kind = {"t5": "ForConditionalGeneration", "gpt2": "LMHeadModel"}.get(name, "ForCausalLM")
     return getattr(transformers, prefix + kind)
 
@@ -90,7 +121,9 @@ def attentions(name: str) -> list[str]:
 
 
 def build(name: str, attention: str, device: str, **more: Any) -> Any:
-    prefix, config_class, changes = {**MODELS, **MORE}[name]
+    prefix, config_class, changes = {**MODELS, **MORE, **SHARING}[name]
+    if not hasattr(transformers, config_class or f"{prefix}Config"):
+        pytest.skip("this transformers does not have it")
     config = getattr(transformers, config_class or f"{prefix}Config")(**{**_SHAPE, **changes, **more})
     return _random(_class(name), config, attention, device, end=100)
 

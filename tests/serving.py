@@ -20,7 +20,7 @@ from vattn.models.versions import cache_keyword
 
 FLAT = [
     *("llama-gqa", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2", "gpt_neox", "phi3", "gpt_oss"),
-    *("qwen3_moe", "mixtral", "olmo2", "cohere2", "opt"),
+    *("qwen3_moe", "mixtral", "olmo2", "cohere2", "opt", "gemma3n", "gemma4"),
 ]
 
 ROWS = ["deepseek_v3", "falcon", "bloom"]

@@ -201,6 +201,14 @@ def test_rows_that_a_kernel_loads_are_mapped(name, monkeypatch):
         greedy.cache = engine.tier.cache
         assert tokens(served(engine, prompts, GREEDY)) == generated(model, prompts)
         assert (greedy.calls > 0, greedy.unmapped) == (True, [])
+        layout = engine.tier.cache.layout
+    if name != "llama-gqa":
+        return
+    budget = layout.mapped_bytes(159) + 2 * layout.growth_step_bytes  # enough without rows behind the longest sequence
+    with engine_of(model, attention="greedy", kv_budget=budget) as engine:
+        with pytest.raises(ValueError, match="MiB of K and V, and the budget is"):
+            engine.add("long", prompts[0], SamplingParams(temperature=0, max_tokens=150))
+        assert tokens(served(engine, prompts[:1], GREEDY)) == generated(model, prompts[:1])
 
 
 def test_a_kernel_that_is_wrong_serves_nobody(monkeypatch):

@@ -17,6 +17,7 @@ class KVMemory:
     Args:
         cache: holds the rows. Its budget is that of the engine.
         head_rows: rows before a sliding window that kernels may load.
+        tail_rows: rows behind a sequence that they may load, for which the cache takes memory.
         swap_is_faster: whether a sequence of so many positions is swapped out and in faster than it is computed; None
             never swaps.
         reuse_prefixes: whether requests begin behind rows that others have computed.
@@ -27,11 +28,12 @@ class KVMemory:
         cache: KVCache,
         *,
         head_rows: int = 0,
+        tail_rows: int = 0,
         swap_is_faster: Callable[[int], bool] | None = None,
         reuse_prefixes: bool = True,
     ) -> None:
         self.cache = cache
-        self._head_rows = head_rows
+        self._head_rows, self._tail_rows = head_rows, tail_rows
         self._swap_is_faster = swap_is_faster
         self._reuse = reuse_prefixes and not cache.layout.recurrent
         self._sequences: dict[Branch, Sequence] = {}
@@ -55,7 +57,7 @@ class KVMemory:
             for plane in layout.planes
             if plane.window is None
         )
-        each = layout.mapped_bytes(request.most_tokens) + layout.growth_step_bytes
+        each = layout.mapped_bytes(request.most_tokens + self._tail_rows) + layout.growth_step_bytes
         needs = each if request.n == 1 else request.n * (each - shared) + shared + layout.growth_step_bytes
         if budget is None or needs <= budget:
             return None
@@ -70,8 +72,10 @@ class KVMemory:
     def room_for(self, positions: int) -> bool:
         """See ``Memory.room_for``."""
         stats = self.cache.stats()
-        free = None if stats.budget is None else stats.budget - stats.rows
-        return free is None or positions * self.cache.layout.bytes_per_token <= free
+        if stats.budget is None:
+            return True
+        tails = (stats.running_slots + 1) * self._tail_rows
+        return (positions + tails) * self.cache.layout.bytes_per_token <= stats.budget - stats.rows
 
     def open(self, request: Request) -> int | None:
         """See ``Memory.open``."""

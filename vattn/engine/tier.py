@@ -85,6 +85,7 @@ def tier_of(model: Any, probe: Probe, options: EngineOptions, max_model_len: int
             memory = KVMemory(
                 cache,
                 head_rows=head,
+                tail_rows=tail,
                 swap_is_faster=_swap_is_faster(model, layout, probe.device, options.preemption),
                 reuse_prefixes=options.enable_prefix_caching,
             )

@@ -74,8 +74,8 @@ def verified(model: Any, context: FlatContext, cache: KVCache, vocabulary: int) 
 
 def _fewer_bits(cache: KVCache) -> torch.dtype | None:
     """The dtype in which K and V are stored where it has 8 bits, or None."""
-    [dtype] = {getattr(torch, shape.dtype) for shape in cache.layout.layers if shape is not None}
-    return dtype if dtype.itemsize == 1 else None
+    dtypes = {getattr(torch, shape.dtype) for shape in cache.layout.layers if shape is not None}
+    return next((dtype for dtype in dtypes if dtype.itemsize == 1), None)
 
 
 def _own_cache(model: Any, cache: KVCache) -> dict[str, Any]:

@@ -51,12 +51,13 @@ def probed(model: Any) -> Probe:
     shapes: list[LayerShape | None] = []
     others, state_bytes = set(), 0
     for layer in cache.layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        held = list(tensors_in(vars(layer)))
+        if not held:
+            shapes.append(None)  # it attends to the K and V of another layer, or not at all
+        elif type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             others.add(type(layer).__name__)
-            state_bytes += sum(tensor.nbytes for tensor in tensors_in(vars(layer)))
+            state_bytes += sum(tensor.nbytes for tensor in held)
             shapes.append(None)
-        elif not layer.is_initialized or layer.keys is None:
-            shapes.append(None)  # it attends to the K and V of another layer
         else:
             shapes.append(
                 LayerShape(
