@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from typing import Any
 
@@ -209,6 +210,102 @@ def test_what_is_asked_of_an_engine_that_ends_is_refused():
 
     for answer in asyncio.run(main()):
         assert answer is True or "shut down" in str(answer)
+
+
+def test_what_fails_again_and_again_ends_alone():
+    """E5: a request whose iterations fail, and others that wait behind it."""
+    model = model_of("llama-gqa")
+    prompts = prompts_of((20, 9, 12))
+    expected = generated(model, prompts)
+    llm = engine_of(model, max_num_seqs=1)
+    run = llm.engine.tier.runner.run
+
+    def failing(rows, tokens, keep):
+        if rows[0].branch.request.prompt == tuple(prompts[0]):
+            raise RuntimeError("bad one")
+        return run(rows, tokens, keep)
+
+    llm.engine.tier.runner.run = failing
+
+    async def main():
+        return await asyncio.gather(*(last(llm.generate(prompt, GREEDY)) for prompt in prompts))
+
+    bad, *others = asyncio.run(main())
+    assert bad.error == "RuntimeError: bad one"
+    assert [output.outputs[0].token_ids for output in others] == expected[1:]
+    llm.shutdown()
+
+
+class Panic(BaseException):
+    """What tokenizers raise that are written in Rust."""
+
+
+def test_a_text_that_no_tokenizer_takes_is_refused(llm, monkeypatch):
+    def panics(text):
+        raise Panic("no")
+
+    monkeypatch.setattr(llm.engine._intake, "tokenizer", panics)
+
+    async def main():
+        with pytest.raises(ValueError, match="prompt cannot be encoded: no"):
+            await asyncio.wait_for(last(llm.generate("text", GREEDY)), 20)
+        for params in (None, {"n": 1}):
+            with pytest.raises(TypeError, match="sampling_params must be SamplingParams, not"):
+                await last(llm.generate([3], params))
+
+    asyncio.run(main())
+
+
+def test_a_command_that_ends_the_thread_answers_its_caller():
+    llm = engine_of(model_of("llama-gqa"))
+
+    def dies():
+        raise SystemExit("gone")
+
+    llm.engine.wake_up = dies
+
+    async def main():
+        with pytest.raises(SystemExit):
+            await asyncio.wait_for(llm.wake_up(), 20)
+        with pytest.raises(RuntimeError, match="the engine has stopped: gone"):
+            await llm.sleep()
+
+    with contextlib.suppress(SystemExit):  # asyncio lets it through
+        asyncio.run(main())
+    assert llm.errored
+    llm.shutdown()
+
+
+def test_parameters_are_those_of_the_call(llm):
+    params = SamplingParams(temperature=0, max_tokens=3)
+    prompt = [5, 6, 7]
+
+    async def main():
+        stream = llm.generate(prompt, params)
+        begun = asyncio.ensure_future(last(stream))
+        await asyncio.sleep(0)
+        params.max_tokens = 9
+        prompt.append(101)
+        return await begun
+
+    output = asyncio.run(main())
+    assert (len(output.outputs[0].token_ids), output.prompt_token_ids) == (3, [5, 6, 7])
+
+
+def test_a_shutdown_that_is_interrupted_goes_on(monkeypatch):
+    llm = engine_of(model_of("llama-gqa"))
+
+    def interrupted(timeout=None):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(llm._thread, "join", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.shutdown()
+    assert not llm.engine.tier.cache.closed
+    for _ in range(2):
+        llm.shutdown()
+    assert llm.engine.tier.cache.closed
 
 
 def test_an_engine_that_dies_says_so():

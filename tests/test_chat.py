@@ -80,15 +80,38 @@ def test_ctrl_c_ends_an_answer_alone(llm, monkeypatch):
         return step(self)
 
     monkeypatch.setattr(Engine, "step", interrupted)
-    converse(chat, iter(["w5", "w6"]), written.append)
+    converse(chat, iter(["w5", "w6"]), written.append, pytest.fail)
     first, second = "".join(written).splitlines()
     assert 0 < len(first.split()) < 12
     assert [message["content"] for message in chat.messages] == ["w5", first, "w6", second]
     assert second == expected(llm, chat.messages[:3])
 
 
+def test_ctrl_c_while_a_turn_is_added_answers_no_other(llm, monkeypatch):
+    chat = Chat(llm, PARAMS)
+    add = Engine.add
+
+    def interrupted(self, *given, **options):
+        add(self, *given, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(chat.answer("w5"))
+    chat.reset()
+    assert "".join(chat.answer("w9")) == expected(llm, [{"role": "user", "content": "w9"}])
+
+
+def test_a_template_that_fails_is_told(llm):
+    told = []
+    llm.get_tokenizer().chat_template = "{{ raise_exception('no system') }}"
+    converse(Chat(llm, PARAMS, "x"), iter(["w5"]), lambda part: None, told.append)
+    assert told[0].startswith("[the chat template refuses the messages: no system")
+
+
 def test_what_cannot_be_answered_is_told_and_left_out(llm, monkeypatch):
-    chat, written = Chat(llm, PARAMS), []
+    chat, written, told = Chat(llm, PARAMS), [], []
     step, steps = Engine.step, []
 
     def failing(self):
@@ -101,10 +124,10 @@ def test_what_cannot_be_answered_is_told_and_left_out(llm, monkeypatch):
 
     monkeypatch.setattr(Engine, "step", failing)
     lines = ["w5", "  ", " ".join(["w3"] * 300), "w6", "/reset", "w7", "/exit", "w8"]
-    converse(chat, iter(lines), written.append)
-    text = "".join(written)
-    assert "[no; /reset begins" in text
-    assert "[prompt has 302 tokens, and max_model_len is 256; /reset begins" in text
+    converse(chat, iter(lines), written.append, told.append)
+    assert "[no; /reset begins" in told[0]
+    assert "[prompt has 302 tokens, and max_model_len is 256; /reset begins" in told[1]
+    assert len(told) == 2
     assert [message["content"] for message in chat.messages][:1] == ["w7"]
     assert llm.engine.unfinished == 0
 

@@ -18,8 +18,10 @@ from serving import (
 )
 
 from vattn.engine.outputs import RequestOutput
+from vattn.engine.request import Status
 from vattn.engine.sampling_params import SamplingParams
 from vattn.engine.scheduler import Scheduler
+from vattn.engine.tracked import Tracked
 from vattn.models.versions import VERSION
 
 pytestmark = pytest.mark.skipif(VERSION < (5, 17), reason="the engine needs transformers 5.17")
@@ -249,3 +251,74 @@ def test_more_bad_requests():
         assert (output.outputs[0].finish_reason, output.error) == ("error", "broken")
     with pytest.raises(RuntimeError, match="the engine is closed"):
         engine.add("b", [3, 4], GREEDY)
+
+
+def test_an_interrupt_while_outputs_are_made_loses_none(monkeypatch):
+    model = model_of("llama-gqa")
+    prompts = prompts_of((20, 9))
+    expected = generated(model, prompts)
+    with engine_of(model) as engine:
+        for number, prompt in enumerate(prompts):
+            engine.add(str(number), prompt, GREEDY)
+        output, calls = Tracked.output, []
+
+        def interrupted(self):
+            calls.append(self.request.status)
+            if calls.count(Status.FINISHED) == 2:
+                raise KeyboardInterrupt
+            return output(self)
+
+        monkeypatch.setattr(Tracked, "output", interrupted)
+        done: dict[str, RequestOutput] = {}
+        interrupts = 0
+        while engine.unfinished:
+            try:
+                done |= {each.request_id: each for each in engine.step()}
+            except KeyboardInterrupt:
+                interrupts += 1
+        assert interrupts == 1
+        assert tokens([done["0"], done["1"]]) == expected
+
+
+def test_an_interrupt_while_a_request_is_added(monkeypatch):
+    model = model_of("llama-gqa")
+    with engine_of(model) as engine:
+        add = Scheduler.add
+
+        def interrupted(self, request):
+            if request.id == "behind":
+                add(self, request)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Scheduler, "add", interrupted)
+            for name in ("before", "behind"):
+                with pytest.raises(KeyboardInterrupt):
+                    engine.add(name, [3, 4], GREEDY)
+        assert engine.unfinished == 1
+        engine.abort("behind")
+        assert [output.request_id for output in engine.step()] == ["behind"]
+        assert engine.unfinished == 0
+
+
+def test_a_text_whose_end_cannot_be_decoded():
+    """E5."""
+    model = model_of("llama-gqa")
+
+    class Tokenizer:
+        def decode(self, given, **options):
+            return "".join(chr(97 + token % 26) for token in given)
+
+    with engine_of(model, Tokenizer()) as engine:
+        engine.add("bad", [3, 4], SamplingParams(temperature=0, max_tokens=3))
+        engine.add("good", [3, 4], SamplingParams(temperature=0, max_tokens=3))
+
+        def finish():
+            raise ValueError("no end")
+
+        engine._tracked["bad"]._texts[0].finish = finish
+        done: dict[str, RequestOutput] = {}
+        while engine.unfinished:
+            done |= {output.request_id: output for output in engine.step()}
+        assert (done["bad"].error, done["bad"].outputs[0].finish_reason) == ("ValueError: no end", "error")
+        assert len(done["good"].outputs[0].text) == 3

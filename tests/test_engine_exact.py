@@ -15,6 +15,7 @@ from serving import (
     LENGTHS,
     MODES,
     NEW,
+    OPTIONS,
     ROWS,
     engine_of,
     generated,
@@ -27,9 +28,11 @@ from serving import (
 )
 
 from vattn.cli import demo
-from vattn.engine.options import KV_DTYPES
+from vattn.engine.engine import Engine
+from vattn.engine.options import KV_DTYPES, EngineOptions
 from vattn.engine.sampling_params import SamplingParams
 from vattn.kernels import KERNELS, Reference
+from vattn.kernels.sdpa import Sdpa
 from vattn.models import rope
 from vattn.models.flat_verify import RoundingCache
 from vattn.models.versions import VERSION
@@ -125,8 +128,18 @@ def test_rotary_embeddings_that_depend_on_the_call(kind):
             assert f"its rotary embeddings ({kind}) depend on the longest position" in engine.tier.reason
             for _ in range(2):
                 assert tokens(served(engine, prompts, params)) == expected
+    told = []
+    asked = SamplingParams(temperature=0, max_tokens=20, prompt_logprobs=1)
     with engine_of(model) as engine:
         assert preempting(engine, prompts, params) == expected
+        for preempts in (False, True):  # behind the prompt, which a model that begins anew computes again
+            engine.add("told", prompts[6], asked)
+            while engine.unfinished:
+                outputs = engine.step()
+                if preempts and outputs and len(outputs[0].outputs[0].token_ids) == 8:
+                    engine.scheduler.preempt_one()
+            told.append([max(p.logprob for p in each.values()) for each in outputs[0].prompt_logprobs[1:]])
+    assert told[0] == pytest.approx(told[1], abs=1e-5)
     with engine_of(model, max_model_len=24) as engine:  # which never comes that far
         assert engine.tier.name == "flat", engine.tier.reason
         assert tokens(served(engine, prompts[1:2], SamplingParams(temperature=0, max_tokens=9))) == [expected[1][:9]]
@@ -213,20 +226,21 @@ def test_rows_that_a_kernel_loads_are_mapped(name, monkeypatch):
 
 def test_a_kernel_that_is_wrong_serves_nobody(monkeypatch):
     """Flat calls are compared with the model's own when an engine is made."""
+    decode = Sdpa.decode
 
-    class Wrong(Reference):
-        name = "wrong"
+    def wrong(self, q, k, v, spans, scores):
+        return decode(self, q, k, v, spans, replace(scores, scale=1.25 * scores.scale))
 
-        def decode(self, q, k, v, spans, scores):
-            return super().decode(q, k, v, spans, replace(scores, scale=1.25 * scores.scale))
-
-    monkeypatch.setitem(KERNELS, "wrong", Wrong())
+    monkeypatch.setattr(Sdpa, "decode", wrong)
     model = model_of("llama-gqa")
     prompts = prompts_of(LENGTHS)
-    with engine_of(model, attention="wrong") as engine:
+    with engine_of(model) as engine:
         assert engine.tier.name == "rows"
-        assert "wrong in layer 0 differs from its definition" in engine.tier.reason
+        assert "sdpa in layer 0 differs from its definition" in engine.tier.reason
         assert tokens(served(engine, prompts, GREEDY)) == generated(model, prompts)
+    for name, error in (("sdpa", "sdpa in layer 0 differs"), ("fa2", "fa2: it")):
+        with pytest.raises(ValueError, match=f"attention must be 'auto': .*{error}"):
+            Engine(model, None, EngineOptions(**OPTIONS, attention=name))
 
 
 @pytest.mark.model

@@ -7,6 +7,7 @@ import torch
 from models import build
 from serving import (
     GREEDY,
+    NEW,
     engine_of,
     generated,
     llm_of,
@@ -107,6 +108,8 @@ def test_an_engine_that_sleeps_holds_no_memory(level, device):
         assert tokens(llm.generate(prompts, GREEDY, use_tqdm=False)) == expected
         with pytest.raises(ValueError, match="level must be"):
             llm.sleep(3)
+    with pytest.raises(ValueError, match="dtype must be 'auto' or the name of a floating-point dtype, not 'nope'"):
+        LLM("/nowhere", dtype="nope")
 
 
 def test_llm_answers_in_the_order_of_the_prompts():
@@ -172,6 +175,10 @@ def test_llm_is_usable_after_an_interrupt_or_a_bad_prompt():
         ({"enable_chunked_prefill": False}, "enable_chunked_prefill must be True"),
         ({"tensor_parallel_size": 2}, "one GPU is all"),
         ({"quantization": "awq"}, "quantization is 'awq', and the model's is None"),
+        ({"quantization": 5}, "quantization must be the name"),
+        ({"dtype": torch.bfloat16}, "dtype is of a model that is loaded"),
+        ({"device": "cuda:7"}, "device is of a model that is loaded"),
+        ({"skip_tokenizer_init": True, "tokenizer": "/nope"}, "skip_tokenizer_init leaves out the tokenizer"),
         ({"generation_config": "mine"}, "generation_config must be"),
     ],
 )
@@ -206,3 +213,124 @@ def test_outputs_end_where_the_model_does():
         llm_of(model, max_model_len=300)
     with pytest.raises(ValueError, match=r"call model\.eval"):
         llm_of(model.train())
+
+
+def test_weights_that_fail_halfway_leave_no_old_prefix(monkeypatch):
+    model = model_of("llama-gqa")
+    prompts = prompts_of((60,))
+    with llm_of(model) as llm:
+        llm.generate(prompts, GREEDY, use_tqdm=False)
+        values = {key: 1.1 * value for key, value in model.state_dict().items()}
+        last = list(values)[-1]
+
+        class Broken(torch.Tensor):
+            @classmethod
+            def __torch_function__(cls, function, types, args=(), kwargs=None):
+                if function is torch.Tensor.copy_:
+                    raise MemoryError("no")
+                return super().__torch_function__(function, types, args, kwargs or {})
+
+        with pytest.raises(MemoryError):
+            llm.update_weights({**values, last: values[last].as_subclass(Broken)})
+        [output] = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert output.num_cached_tokens == 0
+        assert tokens([output]) == generated(model, prompts)
+
+
+def test_a_close_that_is_refused_leaves_no_old_prefix():
+    model = model_of("llama-gqa")
+    prompts = prompts_of((60,))
+    with llm_of(model) as llm:
+        for number in range(2):
+            llm.engine.add(str(number), prompts[0], GREEDY)
+        for _ in range(4):
+            llm.engine.step()
+        llm.engine.tier.cache.driver.fail_at(1, times=8)
+        llm.update_weights({key: 1.1 * value for key, value in model.state_dict().items()})
+        llm.engine.tier.cache.driver.fail_at(0)
+        while llm.engine.unfinished:
+            llm.engine.step()
+        [output] = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert tokens([output]) == generated(model, prompts)
+
+
+def test_a_folder_that_lacks_a_weight_leaves_it_alone(tmp_path):
+    model = model_of("llama-gqa")
+    [name] = [name for name in model.state_dict() if "layers.1.mlp.up_proj" in name]
+    before = model.state_dict()[name].clone()
+    lacking = {key: value for key, value in model.state_dict().items() if key != name}
+    model.save_pretrained(tmp_path, state_dict=lacking)
+    with llm_of(model) as llm:
+        llm.update_weights(str(tmp_path))
+        assert torch.equal(model.state_dict()[name], before)
+        with pytest.raises(FileNotFoundError, match="weights is '/nowhere/x', and there is no such folder"):
+            llm.update_weights("/nowhere/x")
+
+
+def test_weights_that_are_not_there_are_refused():
+    model = model_of("llama-gqa")
+    name, value = next(iter(model.state_dict().items()))
+
+    def truncated():
+        yield name, value
+        raise OSError("the file is truncated")
+
+    with llm_of(model) as llm:
+        for weights, kind, error in [
+            ({name: value.to("meta")}, TypeError, "must be a tensor with values"),
+            ({name: value.long()}, TypeError, "in torch.int64, and the model in torch.float32"),
+            (truncated(), OSError, "truncated"),
+        ]:
+            with pytest.raises(kind, match=error):
+                llm.update_weights(weights)
+
+
+def test_weights_of_several_tensors_go_and_come_back():
+    quantization = pytest.importorskip("torchao.quantization")
+    model = model_of("llama-gqa")
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    prompts = prompts_of((20,))
+    expected = generated(model, prompts)
+    values = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    with llm_of(model) as llm:
+        llm.sleep()
+        llm.sleep(level=2)
+        llm.wake_up()
+        with pytest.raises(RuntimeError, match="weights were discarded"):
+            llm.generate(prompts, GREEDY, use_tqdm=False)
+        llm.update_weights(values)
+        assert tokens(llm.generate(prompts, GREEDY, use_tqdm=False)) == expected
+
+
+def test_an_engine_that_is_closed_while_it_sleeps_gives_the_weights_back(device):
+    model = model_of("llama-gqa", device)
+    prompts = prompts_of((20,))
+    expected = generated(model, prompts)
+    with llm_of(model) as llm:
+        llm.sleep()
+    assert generated(model, prompts) == expected
+
+
+def test_defaults_of_a_greedy_model_are_those_of_generate():
+    model = model_of("llama-gqa")
+    model.generation_config.repetition_penalty = 3.0
+    prompts = prompts_of((20,))
+    with llm_of(model) as llm:
+        assert llm.get_default_sampling_params().repetition_penalty == 3.0
+        params = llm.get_default_sampling_params()
+        params.max_tokens = NEW
+        assert tokens(llm.generate(prompts, params, use_tqdm=False)) == generated(model, prompts)
+    with llm_of(model, generation_config="vllm") as llm:
+        assert llm.get_default_sampling_params() == SamplingParams()
+
+
+def test_prompts_may_be_tensors():
+    model = model_of("llama-gqa")
+    prompts = prompts_of((20, 9))
+    with llm_of(model) as llm:
+        given = [torch.tensor(prompt) for prompt in prompts]
+        assert tokens(llm.generate(given, GREEDY, use_tqdm=False)) == generated(model, prompts)
+        with pytest.raises(TypeError, match="priority must be a list of numbers, not 5"):
+            llm.generate(prompts, GREEDY, priority=5)
+        with pytest.raises(ValueError, match="priority are 1, and there are 2 prompts"):
+            llm.generate(prompts, GREEDY, priority=[5])

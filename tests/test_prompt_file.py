@@ -68,7 +68,7 @@ def test_json_lines_and_a_prompt_that_cannot_be_answered(folder, tmp_path, capsy
     assert run(folder, prompts, out, "--n", "1") == 0
     assert "3 of 5 prompts answered, 2 failed: 36 tokens" in capsys.readouterr().out
     answers = {line["index"]: line for line in map(json.loads, out.read_text().splitlines())}
-    assert answers[1]["error"] == "who?"
+    assert answers[1]["error"] == "the chat template refuses the messages: who?"
     assert "a token of prompt must be at most 100" in answers[2]["error"]
     found = [answers[index]["outputs"][0]["text"] for index in (0, 3, 4)]
     assert found == expected(folder, [PROMPTS[0], [5, 17, 33], [1, 7, 8, 2]])

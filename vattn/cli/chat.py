@@ -54,11 +54,15 @@ class Chat:
             RuntimeError: the answer ended with an error. The conversation is as before.
         """
         engine, messages = self._llm.engine, [*self.messages, {"role": "user", "content": text}]
-        name, shown = f"turn-{next(self._turns)}", ""
-        engine.add(name, chat_token_ids(self._llm.get_tokenizer(), messages), self._params)
+        name, shown, finished = f"turn-{next(self._turns)}", "", False
+        ids = chat_token_ids(self._llm.get_tokenizer(), messages)
         try:
-            while engine.unfinished:
+            engine.add(name, ids, self._params)
+            while not finished:
                 for output in engine.step():
+                    if output.request_id != name:  # of a turn that was interrupted while it was added
+                        continue
+                    finished = output.finished
                     if output.error is not None:
                         raise RuntimeError(output.error)
                     self.last, new = output, output.outputs[0].text[len(shown) :]
@@ -66,20 +70,16 @@ class Chat:
                     if new:
                         yield new
         except BaseException as error:
-            self._end(name)
+            engine.cancel([name])
             if isinstance(error, (GeneratorExit, KeyboardInterrupt)):
                 self.messages = [*messages, {"role": "assistant", "content": shown}]
             raise
         self.messages = [*messages, {"role": "assistant", "content": shown}]
 
-    def _end(self, name: str) -> None:
-        engine = self._llm.engine
-        engine.recover()
-        engine.abort(name)
-        engine.drain()
 
-
-def converse(chat: Chat, lines: Iterator[str], write: Callable[[str], object]) -> None:
+def converse(
+    chat: Chat, lines: Iterator[str], write: Callable[[str], object], complain: Callable[[str], object]
+) -> None:
     """Answers the lines of a user, until they end or one is ``/exit``; ``/reset`` begins a new conversation.
 
     Ctrl-C ends an answer, and between answers the conversation.
@@ -88,6 +88,7 @@ def converse(chat: Chat, lines: Iterator[str], write: Callable[[str], object]) -
         chat: answers.
         lines: what the user says.
         write: shows a part of an answer.
+        complain: shows why there is no answer.
     """
     for line in lines:
         if not (text := line.strip()):
@@ -104,7 +105,7 @@ def converse(chat: Chat, lines: Iterator[str], write: Callable[[str], object]) -
         except KeyboardInterrupt:
             answer.close()
         except (ValueError, RuntimeError) as error:
-            write(f"[{error}; /reset begins a new conversation]")
+            complain(f"[{error}; /reset begins a new conversation]")
         write("\n")
 
 
@@ -116,14 +117,15 @@ def run(options: Namespace) -> tuple[dict[str, Any], str]:
         if typed and not options.json:
             print("Ctrl-C ends an answer, /reset begins anew, /exit ends.")
         write = (lambda part: None) if options.json else (lambda part: print(part, end="", flush=True))
-        converse(chat, _typed() if typed else sys.stdin, write)
+        lines = _typed("" if options.json else "> ") if typed else sys.stdin
+        converse(chat, lines, write, lambda error: print(error, file=sys.stderr))
     return {"messages": chat.messages}, ""
 
 
-def _typed() -> Iterator[str]:
-    """The lines that a user types, until Ctrl-D or Ctrl-C."""
+def _typed(prompt: str) -> Iterator[str]:
+    """The lines that a user types behind a prompt, until Ctrl-D or Ctrl-C."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  lets lines be edited
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
-            yield input("> ")
+            yield input(prompt)

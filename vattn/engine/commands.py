@@ -15,7 +15,7 @@ class Commands:
     def __init__(self) -> None:
         self._waiting: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self._lock = threading.Lock()  # held while a command is put in, or the last ones are refused
-        self._ended: BaseException | None = None
+        self._ended: str | None = None
 
     def put(self, command: Callable[[], Any]) -> Future[Any]:
         """Asks the thread for something.
@@ -24,14 +24,14 @@ class Commands:
             command: is called in the thread.
 
         Returns:
-            Of what it returns or raises.
+            A future of what it returns or raises.
         """
         done: Future[Any] = Future()
         with self._lock:
             if self._ended is None:
                 self._waiting.put((command, done))
             else:
-                done.set_exception(self._ended)
+                done.set_exception(RuntimeError(self._ended))
         return done
 
     def obey(self, *, wait: bool) -> None:
@@ -46,14 +46,16 @@ class Commands:
             return
         try:
             done.set_result(command())
-        except Exception as error:
+        except BaseException as error:
             done.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
 
-    def end(self, error: BaseException) -> None:
-        """Refuses what nobody will carry out any more, and whatever comes after, with an error."""
+    def end(self, why: str) -> None:
+        """Refuses what nobody will carry out any more, and whatever comes after, with a RuntimeError that says why."""
         with self._lock:
-            self._ended = error
+            self._ended = why
             while not self._waiting.empty():
                 _, done = self._waiting.get()
                 if done.set_running_or_notify_cancel():
-                    done.set_exception(error)
+                    done.set_exception(RuntimeError(why))

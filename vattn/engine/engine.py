@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from vattn.engine.intake import Intake
 from vattn.engine.options import EngineOptions
 from vattn.engine.outputs import RequestOutput
 from vattn.engine.policy import policy_named
-from vattn.engine.request import Branch, FinishReason, Status
+from vattn.engine.request import Branch, FinishReason, Request, Status
 from vattn.engine.sampler import Sampled, Sampler
 from vattn.engine.sampler_slots import SamplerSlots
 from vattn.engine.sampling_params import SamplingParams
@@ -132,9 +132,14 @@ class Engine:
             raise ValueError(f"there is a request {request_id!r} already")
         if self._closed:
             raise RuntimeError("the engine is closed")
-        self.weights.require_there()
-        self.scheduler.add(tracked.request)
-        self._tracked[request_id] = tracked
+        self.weights.require_whole()
+        try:
+            self._tracked[request_id] = tracked
+            self.scheduler.add(tracked.request)
+        except BaseException:
+            if self.scheduler.requests.find(request_id) is None:
+                self._tracked.pop(request_id, None)
+            raise
 
     def abort(self, request_id: str) -> bool:
         """Ends a request; False where there is none of that id."""
@@ -191,7 +196,8 @@ class Engine:
             self._slots.free(everything=True)
         elif self.unfinished:
             return False
-        return self.tier.memory.reset_prefixes()
+        self.tier.memory.reset_prefixes()
+        return True
 
     def update_weights(self, weights: Any) -> None:
         """Gives weights of the model other values. Requests that run are computed again, with the tokens they have.
@@ -200,11 +206,13 @@ class Engine:
             weights: see ``Weights.load``.
 
         Raises:
-            TypeError, ValueError: they are not the model's. Nothing has changed.
+            TypeError, ValueError: they are not the model's. No weight has changed.
             RuntimeError: the engine sleeps.
         """
-        self.weights.load(weights)
-        self.reset_prefix_cache(reset_running_requests=True)
+        try:
+            self.weights.load(weights)
+        finally:  # also after an error halfway
+            self.reset_prefix_cache(reset_running_requests=True)
 
     def sleep(self, level: int = 1) -> None:
         """Gives the memory of K and V and of the weights to others, until ``wake_up``. Prefixes are forgotten.
@@ -218,9 +226,8 @@ class Engine:
         integer("level", level, 1, 2)
         if self.unfinished:
             raise RuntimeError(f"{self.unfinished} requests have not ended: the engine cannot sleep")
-        if not self.sleeping:
-            self.reset_prefix_cache()
-            self.weights.put_away(discard=level == 2)
+        self.reset_prefix_cache()
+        self.weights.put_away(discard=level == 2)
 
     def wake_up(self) -> None:
         """Brings back what ``sleep`` has put away.
@@ -236,13 +243,32 @@ class Engine:
         """Computes an iteration, and returns the requests that it, or the last one, has brought forward."""
         try:
             progressed = self._iterate()
+            ended = list(self.scheduler.requests.ended)
+            goes_on = {branch.request: None for branch in progressed if branch.request.status is not Status.FINISHED}
+            outputs = [self._output(request) for request in (*goes_on, *ended)]
         except BaseException:
             self.recover()
             raise
-        ended = [request.id for request in self.scheduler.requests.ended]
-        self.scheduler.requests.ended.clear()
-        goes_on = {branch.request.id: None for branch in progressed if branch.request.status is not Status.FINISHED}
-        return [self._tracked[each].output() for each in goes_on] + [self._tracked.pop(each).output() for each in ended]
+        self._forget(ended)
+        return outputs
+
+    def _output(self, request: Request) -> RequestOutput:
+        """What there is of a request. A text that cannot be decoded ends it with an error."""
+        tracked = self._tracked[request.id]
+        try:
+            return tracked.output()
+        except Exception as error:
+            self.scheduler.requests.end(request, FinishReason.ERROR)
+            request.error = f"{type(error).__name__}: {error}"
+            for branch in request.branches:
+                branch.finish_reason = FinishReason.ERROR
+            return tracked.output()
+
+    def _forget(self, requests: list[Request]) -> None:
+        """Forgets requests that have ended, whose outputs were given back."""
+        for request in requests:
+            self._tracked.pop(request.id, None)
+        self.scheduler.requests.ended[:] = [each for each in self.scheduler.requests.ended if each not in requests]
 
     def _iterate(self) -> list[Branch]:
         """Computes an iteration, and reads the one before it; the outputs that have got a token."""
@@ -336,18 +362,24 @@ class Engine:
         while self._flight:
             self._read(*self._flight[0])
             self._flight.popleft()
-        for request in self.scheduler.requests.ended:
-            self._tracked.pop(request.id, None)
-        self.scheduler.requests.ended.clear()
+        self._forget(list(self.scheduler.requests.ended))
+
+    def cancel(self, request_ids: Iterable[str]) -> None:
+        """Ends requests after an error or an interrupt, and forgets them; others are computed again."""
+        self.recover()
+        for request_id in request_ids:
+            self.abort(request_id)
+        self.drain()
 
     def close(self) -> None:
-        """Ends all requests and gives all memory back."""
+        """Ends all requests and gives all memory back. Weights that were put away come back, unless discarded."""
         self._closed = True
         for request in list(self.scheduler.requests):
             self.scheduler.requests.end(request, FinishReason.ABORT)
         self.drain()
         if self.tier.cache is not None:
             self.tier.cache.close()
+        self.weights.bring_back()
 
 
 def _end_tokens(model: Any) -> tuple[int, ...]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from vattn.arguments import choice, flag, integer
+from vattn.arguments import choice, flag, integer, shown
 from vattn.engine.engine import Engine
 from vattn.engine.options import EngineOptions
 from vattn.engine.sampling_params import SamplingParams
-from vattn.models.load import loaded
+from vattn.models.load import is_dtype, loaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +23,8 @@ class EngineArgs(EngineOptions):
         model: a folder, the name of a model that is on the disk, or a model of transformers, which is not changed.
         tokenizer: a tokenizer, a folder or a name; None takes the model's. A model object needs one for texts.
         skip_tokenizer_init: whether there is no tokenizer: prompts are token ids then.
-        dtype: of the weights; ``"auto"`` is what they are stored in.
-        device: where the weights go; None is CUDA where there is a GPU.
+        dtype: of the weights; ``"auto"`` is what they are stored in. A model object keeps its own.
+        device: where the weights go; None is CUDA where there is a GPU. A model object stays where it is.
         trust_remote_code: whether code that comes with the model may run.
         quantization: the method by which the model's weights are quantized. The model says it, so that this is only
             compared; None compares nothing.
@@ -51,6 +52,16 @@ class EngineArgs(EngineOptions):
         super().__post_init__()
         flag("skip_tokenizer_init", self.skip_tokenizer_init)
         flag("trust_remote_code", self.trust_remote_code)
+        if not isinstance(self.model, (str, os.PathLike)):
+            for name, least in (("dtype", "auto"), ("device", None)):
+                if getattr(self, name) != least:
+                    raise ValueError(f"{name} is of a model that is loaded: change the model object instead")
+        elif not is_dtype(self.dtype):
+            raise ValueError(f"dtype must be 'auto' or the name of a floating-point dtype, not {shown(self.dtype)}")
+        if self.skip_tokenizer_init and self.tokenizer is not None:
+            raise ValueError("skip_tokenizer_init leaves out the tokenizer, and one is given")
+        if self.quantization is not None and not isinstance(self.quantization, str):
+            raise TypeError(f"quantization must be the name of a method, not {shown(self.quantization)}")
         choice("generation_config", self.generation_config, ("auto", "vllm"))
         if integer("tensor_parallel_size", self.tensor_parallel_size, 1) > 1:
             raise ValueError(f"tensor_parallel_size is {self.tensor_parallel_size}, and one GPU is all that is used")
@@ -82,11 +93,10 @@ class EngineArgs(EngineOptions):
         """
         if self.generation_config == "vllm":
             return SamplingParams()
-        if config is None or not getattr(config, "do_sample", False):
-            return SamplingParams(temperature=0.0)
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        given = {name: getattr(config, name, None) for name in names}
-        return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+        samples = config is not None and getattr(config, "do_sample", False)
+        names = ("repetition_penalty", *(("temperature", "top_k", "top_p", "min_p") if samples else ()))
+        given = {name: value for name in names if (value := getattr(config, name, None)) is not None}
+        return SamplingParams(**{**given, **({} if samples else {"temperature": 0.0})})
 
 
 def _quantization_of(model: Any) -> str | None:

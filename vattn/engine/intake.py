@@ -5,13 +5,12 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from vattn.arguments import integer, shown, token_ids
 from vattn.engine.request import Request
 from vattn.engine.sampler import MOST_BAD_TOKENS
-from vattn.engine.sampling_params import SamplingParams
+from vattn.engine.sampling_params import SamplingParams, checked_params
 from vattn.engine.tracked import Tracked
 
 
@@ -47,7 +46,7 @@ class Intake:
         Raises:
             TypeError, ValueError: it cannot be served; the message says why.
         """
-        params = replace(params)  # checks it again: it may have been changed, and may be changed later
+        params = checked_params("params", params)
         text = prompt if isinstance(prompt, str) else None
         if not isinstance(request_id, str):
             raise TypeError(f"request_id must be a text, not {shown(request_id)}")
@@ -57,7 +56,7 @@ class Intake:
             raise TypeError(f"namespace must be hashable, not {shown(namespace)}") from None
         if self.tokenizer is None and (text is not None or params.stop or params.bad_words):
             raise ValueError("a text as prompt, stop and bad_words need a tokenizer, and the engine has none")
-        ids = token_ids("prompt", prompt if text is None else self.tokenizer(text)["input_ids"])
+        ids = token_ids("prompt", prompt if text is None else self._encoded(text))
         ids = self._truncated(ids, params)
         given = {"prompt": ids, "logit_bias": params.logit_bias or (), "stop_token_ids": params.stop_token_ids or ()}
         for name, tokens in {**given, "allowed_token_ids": params.allowed_token_ids or ()}.items():
@@ -88,6 +87,14 @@ class Intake:
                     f"bad_words has a text of the tokens {word}: at most {MOST_BAD_TOKENS}, all the model's"
                 )
         return tracked
+
+    def _encoded(self, text: str) -> Any:
+        try:
+            return self.tokenizer(text)["input_ids"]
+        except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # tokenizers that are written in Rust have such errors
+            raise ValueError(f"prompt cannot be encoded: {error}") from error
 
     def _truncated(self, ids: tuple[int, ...], params: SamplingParams) -> tuple[int, ...]:
         """The tokens of a prompt that ``truncate_prompt_tokens`` leaves."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 from vattn.engine.request import Branch, Request
 from vattn.errors import Error
@@ -38,6 +38,7 @@ class KVMemory:
         self._reuse = reuse_prefixes and not cache.layout.recurrent
         self._sequences: dict[Branch, Sequence] = {}
         self._unclosed: list[Sequence] = []  # that the driver refused to close
+        self._resets = 0  # of prefixes: what was computed before the last one is of no use any more
 
     def slot(self, branch: Branch) -> int:
         """The slot of a branch."""
@@ -67,7 +68,7 @@ class KVMemory:
         """See ``Memory.cached_positions``."""
         if not (self._reuse and request.reuse_prefix):
             return 0
-        return self.cache.cached_positions(request.prompt, namespace=request.namespace)
+        return self.cache.cached_positions(request.prompt, namespace=self._namespace(request))
 
     def room_for(self, positions: int) -> bool:
         """See ``Memory.room_for``."""
@@ -85,7 +86,8 @@ class KVMemory:
             # Several outputs are forked behind the prompt; a single one may go on behind rows of its own.
             tokens = request.prompt if len(request.live) > 1 else (*request.prompt, *request.trunk.output)
         try:
-            sequence = self.cache.open(tokens=tokens, namespace=request.namespace, expected=len(request.prompt))
+            namespace = self._namespace(request)
+            sequence = self.cache.open(tokens=tokens, namespace=namespace, expected=len(request.prompt))
         except (Error, ValueError):
             return None
         if (left := self._sequences.pop(request.trunk, None)) is not None:  # by a call that was interrupted
@@ -174,13 +176,15 @@ class KVMemory:
             return False
         return True
 
-    def reset_prefixes(self) -> bool:
+    def reset_prefixes(self) -> None:
         """See ``Memory.reset_prefixes``."""
+        self._resets += 1
         self._close_all()
-        if self._sequences or self._unclosed:
-            return False
-        self.cache.trim()
-        return True
+        with contextlib.suppress(Error):
+            self.cache.trim()
+
+    def _namespace(self, request: Request) -> tuple[int, Hashable]:
+        return self._resets, request.namespace
 
     def _of(self, request: Request) -> list[Sequence]:
         return [self._sequences[branch] for branch in request.branches if branch in self._sequences]

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from vattn.arguments import flag, shown
 from vattn.engine.engine_args import EngineArgs
 from vattn.engine.outputs import RequestOutput
@@ -67,6 +69,8 @@ class LLM:
         given = _listed(prompts)
         params = self._params(sampling_params, len(given))
         if priority is not None:
+            if not isinstance(priority, (list, tuple)):
+                raise TypeError(f"priority must be a list of numbers, not {shown(priority)}")
             if len(priority) != len(given):
                 raise ValueError(f"priority are {len(priority)}, and there are {len(given)} prompts")
             params = [replace(each, priority=rank) for each, rank in zip(params, priority, strict=True)]
@@ -75,20 +79,14 @@ class LLM:
         try:
             for name, prompt, each in zip(names, given, params, strict=True):
                 self.engine.add(name, content_of(prompt), each)
-            bar = _bar(len(given)) if use_tqdm else None
-            while len(done) < len(given):
-                for output in self.engine.step():
-                    if output.finished and output.request_id in names:
-                        done[output.request_id] = output
-                        if bar is not None:
+            with tqdm(total=len(given), desc="requests", dynamic_ncols=True, disable=not use_tqdm) as bar:
+                while len(done) < len(given):
+                    for output in self.engine.step():
+                        if output.finished and output.request_id in names:
+                            done[output.request_id] = output
                             bar.update(1)
-            if bar is not None:
-                bar.close()
         except BaseException:
-            self.engine.recover()
-            for name in names:
-                self.engine.abort(name)
-            self.engine.drain()
+            self.engine.cancel(names)
             raise
         return [done[name] for name in names]
 
@@ -179,13 +177,15 @@ def chat_token_ids(tokenizer: Any, messages: Any, *, add_generation_prompt: bool
         options: other arguments of the template.
 
     Raises:
-        ValueError: there is no tokenizer, or it has no template.
-        jinja2.TemplateError: the template refuses the messages.
+        ValueError: there is no tokenizer, it has no template, or the template refuses the messages.
     """
     if tokenizer is None:
         raise ValueError("chat needs a tokenizer, and the engine has none")
     options = {"add_generation_prompt": add_generation_prompt, **options, "tokenize": False}
-    text = tokenizer.apply_chat_template(messages, **options)
+    try:
+        text = tokenizer.apply_chat_template(messages, **options)
+    except Exception as error:  # whatever a template raises
+        raise ValueError(f"the chat template refuses the messages: {error}") from error
     # The template has written the special tokens already.
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[no-any-return]
 
@@ -195,7 +195,8 @@ def _listed(prompts: Any) -> list[Any]:
         return [prompts]
     if not isinstance(prompts, (list, tuple)):
         raise TypeError(f"prompts must be a text, token ids or a list of them, not {shown(prompts)}")
-    return [prompts] if prompts and hasattr(prompts[0], "__index__") else list(prompts)
+    is_token = bool(prompts) and hasattr(prompts[0], "__index__") and getattr(prompts[0], "ndim", 0) == 0
+    return [prompts] if is_token else list(prompts)
 
 
 def content_of(prompt: Any) -> str | Sequence[int]:
@@ -206,9 +207,3 @@ def content_of(prompt: Any) -> str | Sequence[int]:
         if prompt.get(name) is not None:
             return prompt[name]  # type: ignore[no-any-return]
     raise ValueError(f"a prompt must have prompt or prompt_token_ids, not {shown(prompt)}")
-
-
-def _bar(count: int) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=count, desc="requests", dynamic_ncols=True)

@@ -43,5 +43,5 @@ class Memory(Protocol):
     def resize(self, budget: int) -> bool:
         """Sets how many bytes there are; False where running requests need more."""
 
-    def reset_prefixes(self) -> bool:
-        """Forgets the rows of requests that have ended; False where there are requests that have not."""
+    def reset_prefixes(self) -> None:
+        """Lets no request begin behind what was computed so far, and gives back what requests have left that ended."""

@@ -120,6 +120,5 @@ class RowMemory:
         self._budget = budget
         return True
 
-    def reset_prefixes(self) -> bool:
+    def reset_prefixes(self) -> None:
         """See ``Memory.reset_prefixes``."""
-        return not self.caches

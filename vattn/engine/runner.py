@@ -82,13 +82,13 @@ class RowRunner:
         for row, ids, wanted in zip(rows, tokens, keep, strict=True):
             end, logits = row.start, []
             for part in self._parts(row, ids):
-                end += len(part)
+                end, count = end + len(part), len(part)
                 if self._as_generate:
                     part = self._from_the_start(row, ids, part, end)
                 mask = torch.ones(1, end, dtype=torch.int64, device=ids.device)
                 given = {self._keyword: self._memory.caches[row.branch], "use_cache": True}
                 output = self._model(input_ids=part[None], attention_mask=mask, **given)
-                logits.append(output.logits[0, -wanted:])
+                logits.append(output.logits[0, -min(wanted, count) :])
             found.append(torch.cat(logits)[-wanted:])
         return found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -125,6 +125,21 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the most likely token is chosen."""
         return self.temperature < _GREEDY_BELOW
+
+
+def checked_params(name: str, given: Any) -> SamplingParams:
+    """A copy of an argument that must be ``SamplingParams``. It is checked again, since it may have been changed.
+
+    Args:
+        name: of the argument.
+        given: the argument.
+
+    Raises:
+        TypeError, ValueError: it is something else, or a parameter is wrong.
+    """
+    if not isinstance(given, SamplingParams):
+        raise TypeError(f"{name} must be SamplingParams, not {shown(given)}")
+    return replace(given)
 
 
 def _number(least: float, most: float, *, above: bool = False) -> Callable[[str, Any], float]:

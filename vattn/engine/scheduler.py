@@ -156,6 +156,7 @@ class Scheduler:
         Args:
             everything: whether requests in host memory are, too.
         """
+        self.requests.interrupted = list(self.requests.running)
         for request in list(self.requests):
             for branch in request.branches:
                 branch.pending = branch.in_flight = 0

@@ -35,6 +35,7 @@ class RequestTable:
         ended: requests that have ended since the caller last emptied the list.
         counters: how many came and ended.
         leaving: what happens to requests once no iteration of theirs is in flight.
+        interrupted: ids of the requests that ran when ``Scheduler.recover`` was last called.
     """
 
     def __init__(self, memory: Memory) -> None:
@@ -45,6 +46,7 @@ class RequestTable:
         self.ended: list[Request] = []
         self.counters = Counters()
         self.leaving: dict[str, Callable[[Request], None]] = {}
+        self.interrupted: list[str] = []
         self._deadlines: list[tuple[float, str]] = []
 
     def __iter__(self) -> Iterator[Request]:

@@ -81,7 +81,12 @@ def tier_of(model: Any, probe: Probe, options: EngineOptions, max_model_len: int
             host_budget=int(options.swap_space * 2**30),
         )
         context = FlatContext(cache, configs_of(model), options.attention, tail)
-        if (reason := verified(model, context, cache, probe.vocabulary)) is None:
+        try:
+            reason = verified(model, context, cache, probe.vocabulary)
+        except BaseException:
+            cache.close()
+            raise
+        if reason is None:
             memory = KVMemory(
                 cache,
                 head_rows=head,
@@ -91,8 +96,9 @@ def tier_of(model: Any, probe: Probe, options: EngineOptions, max_model_len: int
             )
             return Tier("flat", None, memory, FlatRunner(model, memory, context), cache, max_model_len)
         cache.close()
-    if options.kv_cache_dtype != "auto":
-        raise ValueError(f"kv_cache_dtype must be 'auto' for this model, which is computed row by row: {reason}")
+    for name in ("kv_cache_dtype", "attention"):
+        if getattr(options, name) != "auto":
+            raise ValueError(f"{name} must be 'auto': the model cannot be computed with it ({reason})")
     rows = RowMemory(
         row_caches(model),
         sum(shape.kv_heads * (shape.head_dim + shape.v_head_dim) * shape.itemsize for shape in probe.layers if shape),
@@ -137,7 +143,7 @@ def _swap_is_faster(
         return None
     # All parameters count, also the experts of a mixture that a token does not use.
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    heads = model.config.get_text_config(decoder=True).num_attention_heads
+    heads = _query_heads(model) or max(shape.kv_heads for shape in layout.layers if shape is not None)
 
     def faster(positions: int) -> bool:
         return costs.better(layout, positions, parameters=parameters, query_heads=heads) == "swap"
@@ -160,15 +166,21 @@ def _obstacle(probe: Probe) -> str | None:
     return None
 
 
+def _query_heads(model: Any) -> int | None:
+    """The query heads of a model, where its configuration says how many."""
+    heads = getattr(model.config.get_text_config(decoder=True), "num_attention_heads", None)
+    return heads if isinstance(heads, int) else None
+
+
 def _margins(model: Any, probe: Probe, options: EngineOptions) -> tuple[int, int]:
     """How many rows before and behind those that a query sees kernels may load."""
-    heads = model.config.get_text_config(decoder=True).num_attention_heads
+    heads = _query_heads(model)
     found, stored = [(0, 0)], KV_DTYPES[options.kv_cache_dtype]
     for shape in filter(None, probe.layers):
         spec = AttentionSpec(
             device=probe.device.type,
             dtype=getattr(torch, shape.dtype),
-            query_heads=heads,
+            query_heads=heads or shape.kv_heads,
             kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
             v_head_dim=shape.v_head_dim,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -173,16 +174,17 @@ class FlatContext:
         return kernel, kernel.prefill(q, *rows, ranges, [segment.count for segment in part.segments], how)
 
     def _widened(self, rows: _Rows, ranges: SequenceRanges, dtype: torch.dtype) -> tuple[_Rows, SequenceRanges]:
-        """Copies of rows in another dtype, and where they are in the copies."""
+        """Copies of rows in another dtype, one range behind the other, and where they are in the copies."""
         spans = ranges.tolist()
+        ends = list(itertools.accumulate(end - start for _, start, end in spans))
         made = []
         for each in rows:
-            copies = torch.zeros(len(spans), ranges.longest, *each.shape[2:], dtype=dtype, device=each.device)
-            for copy, (slot, start, end) in zip(copies, spans, strict=True):
-                copy[: end - start] = each[slot, start:end].to(dtype)
+            copies = torch.empty(1, ends[-1], *each.shape[2:], dtype=dtype, device=each.device)
+            for last, (slot, start, end) in zip(ends, spans, strict=True):
+                copies[0, last - (end - start) : last] = each[slot, start:end].to(dtype)
             made.append(copies)
-        moved = SequenceRanges.of([(at, 0, end - start) for at, (_, start, end) in enumerate(spans)], made[0].device)
-        return (made[0], made[1]), moved
+        moved = [(0, last - (end - start), last) for last, (_, start, end) in zip(ends, spans, strict=True)]
+        return (made[0], made[1]), SequenceRanges.of(moved, made[0].device)
 
     def _kernel_for(self, layer: int, q: torch.Tensor, rows: _Rows, how: AttentionParams, queries: str) -> Kernel:
         options: dict[str, Any] = {

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
-from vattn.errors import BudgetExceeded
+from vattn.errors import BudgetExceeded, Error
 from vattn.kernels.quantize import rounded
 from vattn.memory.kv_cache import KVCache
 from vattn.models.attention import UnsupportedError
@@ -52,6 +52,8 @@ def verified(model: Any, context: FlatContext, cache: KVCache, vocabulary: int) 
         raise ValueError(f"kv_budget is too small for two short sequences: {error}") from error
     except UnsupportedError as reason:
         return str(reason)
+    except (Error, torch.OutOfMemoryError):  # which says nothing of the model
+        raise
     except Exception as error:  # whatever the model does that a flat call does not fit
         return f"a flat call fails: {type(error).__name__}: {error}"
     finally:

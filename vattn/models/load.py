@@ -60,6 +60,12 @@ def loaded(
     return model, tokenizer
 
 
+def is_dtype(given: Any) -> bool:
+    """Whether something names a dtype of weights: ``"auto"``, a floating-point dtype of torch or the name of one."""
+    found = getattr(torch, _DTYPES.get(given, given), None) if isinstance(given, str) else given
+    return given == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point)
+
+
 def _placed(model: Any) -> bool:
     """Whether the weights are where they belong: transformers puts some quantized ones on the GPU and moves none."""
     return getattr(model, "is_quantized", False) and next(model.parameters()).device.type != "cpu"

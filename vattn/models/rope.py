@@ -14,10 +14,11 @@ import torch
 _DEPENDENT = ("dynamic", "longrope")
 
 
-def _kinds(config: Any) -> list[dict[str, Any]]:
-    """The parameters of a model's rotary embeddings: one set, or one for each type of layer."""
+def _kinds(config: Any) -> list[tuple[str, dict[str, Any]]]:
+    """The kind and the parameters of a model's rotary embeddings: one pair, or one for each type of layer."""
     given = getattr(config, "rope_parameters", None) or {}
-    return [given] if "rope_type" in given else [each for each in given.values() if isinstance(each, dict)]
+    sets = [given] if "rope_type" in given else [each for each in given.values() if isinstance(each, dict)]
+    return [(str(each.get("rope_type")), each) for each in sets]
 
 
 def most_positions(config: Any) -> int | None:
@@ -29,7 +30,7 @@ def most_positions(config: Any) -> int | None:
     most = getattr(config, "max_position_embeddings", None)
     if not isinstance(most, int) or most < 2:
         return None
-    factors = [each.get("factor", 1.0) for each in _kinds(config) if each["rope_type"] == "dynamic"]
+    factors = [each.get("factor") or 1.0 for kind, each in _kinds(config) if kind == "dynamic"]
     return int(most * max(factors, default=1.0))
 
 
@@ -40,10 +41,11 @@ def depends_on_call(config: Any, max_model_len: int) -> str | None:
         config: of the text model.
         max_model_len: positions of the longest sequence.
     """
-    for each in _kinds(config):
-        kind = each.get("rope_type")
-        fixed = config.max_position_embeddings if kind == "dynamic" else each.get("original_max_position_embeddings", 0)
-        if kind in _DEPENDENT and max_model_len > fixed:
+    for kind, each in _kinds(config):
+        if kind not in _DEPENDENT:
+            continue
+        fixed = config.max_position_embeddings if kind == "dynamic" else each.get("original_max_position_embeddings")
+        if max_model_len > (fixed or 0):
             return f"its rotary embeddings ({kind}) depend on the longest position of a call"
     return None
 
