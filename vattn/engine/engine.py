@@ -15,13 +15,13 @@ from vattn.engine.intake import Intake
 from vattn.engine.options import EngineOptions
 from vattn.engine.outputs import RequestOutput
 from vattn.engine.policy import policy_named
-from vattn.engine.request import Branch, FinishReason, Request, Status
+from vattn.engine.request import Branch, FinishReason, Status
 from vattn.engine.sampler import Sampled, Sampler
 from vattn.engine.sampler_slots import SamplerSlots
 from vattn.engine.sampling_params import SamplingParams
 from vattn.engine.scheduler import Iteration, Row, Scheduler
 from vattn.engine.tier import tier_of
-from vattn.engine.tracked import Tracked
+from vattn.engine.tracker import Tracker
 from vattn.models.probe import probed
 from vattn.models.rope import most_positions
 from vattn.models.versions import VERSION
@@ -65,11 +65,12 @@ class Engine:
         kernels.named(options.attention)
         self._intake = Intake(tokenizer, probe.vocabulary, _end_tokens(model), longest, options.seed)
         self.tier = tier_of(model, probe, options, longest)
+        self._tracked = Tracker()
         self.scheduler = Scheduler(
             self.tier.memory,
             policy_named(options.policy, self.tier.memory.cached_positions),
             clock=time.monotonic,
-            stops=self._stops,
+            stops=self._tracked.stops,
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             waiting_served_ratio=options.waiting_served_ratio,
@@ -78,7 +79,6 @@ class Engine:
         slots = 2 * options.max_num_seqs  # also of outputs that have ended, and are still in flight
         self._sampler = Sampler(probe.vocabulary, slots, probe.device)
         self._slots = SamplerSlots(self._sampler)
-        self._tracked: dict[str, Tracked] = {}
         self._flight: deque[tuple[Iteration, Sampled | None]] = deque()
         self.weights = Weights(model)
         self._closed = False
@@ -134,11 +134,11 @@ class Engine:
             raise RuntimeError("the engine is closed")
         self.weights.require_whole()
         try:
-            self._tracked[request_id] = tracked
+            self._tracked.add(tracked)
             self.scheduler.add(tracked.request)
         except BaseException:
             if self.scheduler.requests.find(request_id) is None:
-                self._tracked.pop(request_id, None)
+                self._tracked.drop(request_id)
             raise
 
     def abort(self, request_id: str) -> bool:
@@ -243,32 +243,15 @@ class Engine:
         """Computes an iteration, and returns the requests that it, or the last one, has brought forward."""
         try:
             progressed = self._iterate()
-            ended = list(self.scheduler.requests.ended)
+            requests = self.scheduler.requests
+            ended = list(requests.ended)
             goes_on = {branch.request: None for branch in progressed if branch.request.status is not Status.FINISHED}
-            outputs = [self._output(request) for request in (*goes_on, *ended)]
+            outputs = [self._tracked.output(request, requests) for request in (*goes_on, *ended)]
         except BaseException:
             self.recover()
             raise
-        self._forget(ended)
+        self._tracked.forget_ended(requests, ended)
         return outputs
-
-    def _output(self, request: Request) -> RequestOutput:
-        """What there is of a request. A text that cannot be decoded ends it with an error."""
-        tracked = self._tracked[request.id]
-        try:
-            return tracked.output()
-        except Exception as error:
-            self.scheduler.requests.end(request, FinishReason.ERROR)
-            request.error = f"{type(error).__name__}: {error}"
-            for branch in request.branches:
-                branch.finish_reason = FinishReason.ERROR
-            return tracked.output()
-
-    def _forget(self, requests: list[Request]) -> None:
-        """Forgets requests that have ended, whose outputs were given back."""
-        for request in requests:
-            self._tracked.pop(request.id, None)
-        self.scheduler.requests.ended[:] = [each for each in self.scheduler.requests.ended if each not in requests]
 
     def _iterate(self) -> list[Branch]:
         """Computes an iteration, and reads the one before it; the outputs that have got a token."""
@@ -288,15 +271,6 @@ class Engine:
         self._flight.clear()
         self.scheduler.recover()
         self._slots.free(everything=True)
-
-    def _stops(self, branch: Branch) -> FinishReason | None:
-        """Why an output ends behind its last token. What goes wrong with a request's text ends that request alone."""
-        request = branch.request
-        try:
-            return self._tracked[request.id].stops(branch)
-        except Exception as error:
-            request.error = f"{type(error).__name__}: {error}"
-            return FinishReason.ERROR
 
     def _launch(self, iteration: Iteration) -> Sampled | None:
         """Computes an iteration, whose tokens stay on the device."""
@@ -362,7 +336,7 @@ class Engine:
         while self._flight:
             self._read(*self._flight[0])
             self._flight.popleft()
-        self._forget(list(self.scheduler.requests.ended))
+        self._tracked.forget_ended(self.scheduler.requests, list(self.scheduler.requests.ended))
 
     def cancel(self, request_ids: Iterable[str]) -> None:
         """Ends requests after an error or an interrupt, and forgets them; others are computed again."""
