@@ -219,6 +219,22 @@ def test_under_pressure_with_aborts_and_refusals(depth, preemption, device):
         cache.trim()
 
 
+@pytest.mark.parametrize("k", range(1, 7))
+def test_a_close_that_is_refused_once_holds_no_memory(k):
+    """E1: what a request held is given back, also where no other one comes."""
+    model = model_of("llama-gqa")
+    with engine_of(model) as engine:
+        engine.add("0", prompts_of((60,))[0], SamplingParams(temperature=0, max_tokens=60))
+        for _ in range(5):
+            engine.step()
+        engine.abort("0")
+        engine.tier.cache.driver.fail_at(k)
+        while engine.unfinished:
+            engine.step()
+        engine.tier.cache.driver.fail_at(0)
+        assert engine.tier.cache.stats().running_slots == 0
+
+
 def test_a_close_that_the_driver_refuses_blocks_nobody():
     model = model_of("llama-gqa")
     prompts = prompts_of((40, 40))

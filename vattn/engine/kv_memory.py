@@ -132,10 +132,11 @@ class KVMemory:
 
     def _close_all(self) -> None:
         """Closes sequences that have ended; those that the driver refuses are tried again at the next call."""
-        for sequence in list(self._unclosed):
+        for sequence in 2 * self._unclosed:  # twice, since nobody may ask for memory for a long time
             with contextlib.suppress(Error):
-                sequence.close()
-                self._unclosed.remove(sequence)
+                if sequence in self._unclosed:
+                    sequence.close()
+                    self._unclosed.remove(sequence)
 
     def prefers_swap(self, request: Request) -> bool:
         """See ``Memory.prefers_swap``."""
