@@ -117,7 +117,7 @@ def test_llm_answers_in_the_order_of_the_prompts():
     prompts = prompts_of((20, 3, 31))
     expected = generated(model, prompts)
     with llm_of(model) as llm:
-        assert llm.report() == {"tier": "flat", "reason": None, "max_model_len": 160}
+        assert llm.report() == {"tier": "flat", "reason": None, "kernels": ["sdpa"], "max_model_len": 160}
         assert tokens(llm.generate(prompts, GREEDY, use_tqdm=False)) == expected
         assert tokens(llm.generate(prompts[0], GREEDY, use_tqdm=False)) == expected[:1]
         given = [{"prompt_token_ids": prompt} for prompt in prompts]
@@ -193,6 +193,17 @@ def test_a_model_that_is_not_on_the_disk_is_named(name):
         LLM(name)
     with pytest.raises(FileNotFoundError, match=r"tokenizer .* is not on this machine"):
         LLM(model_of("llama-gqa"), name)
+
+
+def test_kernels_are_reported():
+    for name, options, kernels in [
+        ("gemma2", {}, ["reference"]),
+        ("llama-gqa", {"kv_cache_dtype": "fp8"}, ["reference", "sdpa"]),
+    ]:
+        with llm_of(model_of(name), **options) as llm:
+            assert llm.report()["kernels"] == kernels
+    with llm_of(model_of("Mamba2")) as llm:
+        assert llm.report()["kernels"] == []
 
 
 def test_other_models_are_refused():

@@ -152,9 +152,14 @@ class LLM:
         self.engine.wake_up()
 
     def report(self) -> dict[str, Any]:
-        """By which means the model is computed, and why."""
+        """By which means and attention kernels the model is computed, and why not flat where it is not."""
         tier = self.engine.tier
-        return {"tier": tier.name, "reason": tier.reason, "max_model_len": self.engine.max_model_len}
+        return {
+            "tier": tier.name,
+            "reason": tier.reason,
+            "kernels": tier.runner.kernels,
+            "max_model_len": self.engine.max_model_len,
+        }
 
     def close(self) -> None:
         """Ends all requests and gives the memory of K and V back."""

@@ -19,6 +19,10 @@ from vattn.models.versions import cache_keyword
 class Runner(Protocol):
     """Computes the logits of an iteration."""
 
+    @property
+    def kernels(self) -> list[str]:
+        """The names of vattn's attention kernels that compute the model."""
+
     def run(self, rows: Sequence[Row], tokens: Sequence[torch.Tensor], keep: Sequence[int]) -> list[torch.Tensor]:
         """Computes rows, whose memory is there.
 
@@ -44,6 +48,11 @@ class FlatRunner:
     def __init__(self, model: Any, memory: KVMemory, context: FlatContext) -> None:
         self._model, self._memory, self._context = model, memory, context
         self._keyword = cache_keyword(model)
+
+    @property
+    def kernels(self) -> list[str]:
+        """See ``Runner.kernels``."""
+        return self._context.kernels
 
     @torch.no_grad()
     def run(self, rows: Sequence[Row], tokens: Sequence[torch.Tensor], keep: Sequence[int]) -> list[torch.Tensor]:
@@ -74,6 +83,7 @@ class RowRunner:
     def __init__(self, model: Any, memory: RowMemory, *, recurrent: bool, as_generate: bool = False) -> None:
         self._model, self._memory, self._recurrent, self._as_generate = model, memory, recurrent, as_generate
         self._keyword = cache_keyword(model)
+        self.kernels: list[str] = []  # the attention is the model's own
 
     @torch.no_grad()
     def run(self, rows: Sequence[Row], tokens: Sequence[torch.Tensor], keep: Sequence[int]) -> list[torch.Tensor]:

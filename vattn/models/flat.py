@@ -93,6 +93,11 @@ class FlatContext:
         self._returned: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = {}
         self._ranges: dict[tuple[bool, int | None], SequenceRanges] = {}
 
+    @property
+    def kernels(self) -> list[str]:
+        """The names of the kernels that were chosen so far."""
+        return sorted({kernel.name for kernel in self._kernels.values()})
+
     def call(self, model: Any, keyword: str, segments: list[Segment], **given: Any) -> Any:
         """Calls a model on segments.
 
