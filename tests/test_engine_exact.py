@@ -263,7 +263,7 @@ def test_the_real_model_in_every_mode(folder):
             samples.append([each.token_ids for each in output.outputs])
     assert samples == samples[:1] * len(MODES)
     for preemption in ("swap", "recompute"):
-        with engine_of(model, preemption=preemption, **options) as engine:
+        with engine_of(model, preemption=preemption, max_num_batched_tokens=5, **options) as engine:
             assert preempting(engine, prompts, params) == expected
 
 

@@ -191,9 +191,7 @@ class Engine:
             Whether it is done; False where a request has not ended, and nothing has changed.
         """
         if reset_running_requests:
-            self._flight.clear()
-            self.scheduler.recover(everything=True)
-            self._slots.free(everything=True)
+            self.recover(everything=True)
         elif self.unfinished:
             return False
         self.tier.memory.reset_prefixes()
@@ -266,10 +264,14 @@ class Engine:
             self._flight.popleft()
         return progressed
 
-    def recover(self) -> None:
-        """Makes the engine usable after an error in ``step``: what was in flight is computed again."""
+    def recover(self, *, everything: bool = False) -> None:
+        """Makes the engine usable after an error in ``step``: what was in flight is computed again.
+
+        Args:
+            everything: whether requests in host memory are, too.
+        """
         self._flight.clear()
-        self.scheduler.recover()
+        self.scheduler.recover(everything=everything)
         self._slots.free(everything=True)
 
     def _launch(self, iteration: Iteration) -> Sampled | None:
