@@ -146,10 +146,12 @@ def test_the_memory_is_resized_while_requests_run(name, depth, device):
             if not engine.unfinished:
                 break
         assert tokens([done[str(number)] for number in range(4)]) == expected
+        if flat and small <= 2 * engine.tier.cache.layout.granularity:
+            return  # one granule, the least budget, is enough for a request of any length here
         engine.add("too long", prompts[0], SamplingParams(temperature=0, max_tokens=100))
         for _ in range(5):
             engine.step()
-        engine.resize(small // (2 if device == "cpu" else 4))  # below what the request has already
+        engine.resize(small // 2)  # below what the request has already
         outputs = [output for _ in range(300) for output in engine.step()]
         assert outputs[-1].outputs[0].finish_reason == "error"
         assert "MiB" in outputs[-1].error
