@@ -142,7 +142,8 @@ def main() -> None:
             bars = ratios(rows, first)
             for other in others:
                 bars |= {f"{name}_since_{other}": ratio for name, ratio in ratios(rows, other).items()}
-            report.write("verification_cost", options.device, rows, bars, options.out)
+            name = "verification_cost" if steps or options.device == "cpu" else "verification_calls"
+            report.write(name, options.device, rows, bars, options.out)
     if options.only in ("cost", "calls"):
         return
     faults, runs = try_all(options.device, options.workers)
