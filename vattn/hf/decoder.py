@@ -181,7 +181,7 @@ class Decoder:
         """Returns the output of a step that has to be verified or captured, or that runs without a graph, or None."""
         try:
             if not graph.covers(call.length):
-                return verified_step(graph, call, self._log)
+                return self._verify(graph, call)
             if self._settings.capture and graph.can.capture and not graph.runner.captured:
                 self.graphs.capture(graph, call)
             if not graph.runner.captured:
@@ -189,7 +189,7 @@ class Decoder:
             output = graph.replay(call)
             if graph.tested.covers_replay(call.length):
                 return output
-            return verified_step(graph, call, self._log, output)
+            return self._verify(graph, call, output)
         except UnsupportedError as reason:
             if graph.can.idle:
                 graph.can.idle = False
@@ -199,6 +199,14 @@ class Decoder:
                 graph.can.slots = False
                 self._log.fall_back(f"decodes as transformers does: {reason}")
             return None
+
+    def _verify(self, graph: DecodeGraph, call: StepCall, replayed: Any = None) -> Any:
+        """Returns the output of a step that is compared with transformers' own, see ``verified_step``."""
+        output = verified_step(graph, call, self._log, replayed)
+        if output[0].is_cuda:
+            # transformers' own step may take gigabytes for a moment, which later growth may need.
+            torch.cuda.empty_cache()
+        return output
 
     def _start_speculative(self, graph: DecodeGraph, call: StepCall) -> None:
         """Starts the step after a call speculatively, where a greedy ``generate`` will most likely call for it."""

@@ -31,12 +31,13 @@ class Slots:
 
     def __init__(self, arena: _core.Arena, layout: KVLayout, device: torch.device) -> None:
         self.arena, self.layout, self.device = arena, layout, device
+        self._index = device.index if device.type == "cuda" else None
         self.prefixes = PrefixCache()
 
     def stream(self) -> int:
         """Returns the handle of the current stream, as the core expects it; 0 on the host."""
         # torch.cuda.current_stream wraps this function; it is called directly since this runs at every growth.
-        return torch._C._cuda_getCurrentRawStream(self.device.index) if self.device.type == "cuda" else 0
+        return 0 if self._index is None else torch._C._cuda_getCurrentRawStream(self._index)
 
     def taking(self, call: Callable[..., _T], *args: Any) -> _T:
         """Returns the result of a call that takes memory; on a full device, empties torch's cache and repeats it."""
