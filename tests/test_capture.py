@@ -156,6 +156,22 @@ def test_a_graph_has_workspaces_of_its_own(cleared):
 
 
 @pytest.mark.gpu
+def test_memory_of_a_verified_step_is_given_back():
+    """transformers' own step copies K and V of the whole batch, and torch would keep the memory of these copies."""
+    model = build("llama-gqa", "sdpa", "cuda", hidden_size=512, num_attention_heads=8, num_key_value_heads=4).bfloat16()
+    model.generation_config.eos_token_id = None
+    inputs = prompt(32, 4000, "cuda", padded=True)
+    with VirtualCache(model, max_len=4100, attention="fa2") as cache:
+        torch.cuda.reset_peak_memory_stats()
+        model.generate(**inputs, **{CACHE_KEYWORD: cache}, max_new_tokens=12, do_sample=False)
+        assert cache.decode_stats().replayed > 4
+        torch.cuda.synchronize()
+        allocated = torch.cuda.memory_allocated()
+        assert torch.cuda.max_memory_allocated() - allocated > 256 << 20
+        assert torch.cuda.memory_reserved() - allocated < 64 << 20
+
+
+@pytest.mark.gpu
 def test_garbage_waits_for_a_capture_to_end():
     """A cache that is collected during a capture would wait for the device, which invalidates the capture."""
     model = build("llama-gqa", "sdpa", "cuda")

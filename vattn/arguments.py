@@ -94,12 +94,12 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
         ids = tuple(value)
     except TypeError:
         raise TypeError(f"{name} must be token ids, [n] or [1, n], not {shown(value)}") from None
+    if set(map(type, ids)) <= {int}:  # of most callers, with thousands of ids
+        return ids
     if len(ids) == 1 and _holds_several(ids[0]):
         return token_ids(name, ids[0])
     if any(map(_holds_several, ids)):
         raise ValueError(f"{name} must be of one sequence, [n] or [1, n], not of {len(ids)}")
-    if set(map(type, ids)) <= {int}:
-        return ids
     return tuple(integer(name, each, -MOST) for each in ids)
 
 

@@ -193,7 +193,7 @@ class VirtualCache(DynamicCache):  # type: ignore[misc]
             if (
                 key_states.shape == k_shape  # the write would broadcast another shape
                 and value_states.numel() == v_numel
-                and key_states.dtype == value_states.dtype == k.dtype  # and convert another dtype
+                and key_states.dtype is value_states.dtype is k.dtype  # and convert another dtype
                 and key_states.device == value_states.device == k.device
                 and not key_states.requires_grad
                 and not value_states.requires_grad

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Sequence
 
 
@@ -87,7 +88,7 @@ class PrefixTree:
         while node is not None:
             parts.append(node.tokens)
             node = node.parent
-        return tuple(token for part in reversed(parts) for token in part)
+        return tuple(itertools.chain.from_iterable(reversed(parts)))
 
     def match(self, tokens: Sequence[int]) -> tuple[Hashable, int] | None:
         """Finds the holder of the longest prefix of the tokens.
