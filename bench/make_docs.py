@@ -18,9 +18,9 @@ This page is made by `make docs` from the files in `bench/results`, which name t
 Measure again with `bench/gpu.sh` on a machine with a GPU, or with a single script, e.g.
 `python bench/latency.py --device cpu --out bench/results`.
 
-Decode steps are measured after a warm-up of all caches, in three rounds in turns. A step that is not captured takes as long as
-the host needs to launch it: it varies with the host by a factor of two. Earlier versions of this page gave 82.7 ms for
-DynamicCache at 1 x 1024, which was measured first in a fresh process, over 12 steps, and was two to three times too high.
+Decode steps are measured after a warm-up of all caches, in three rounds in turns. A step that is not captured takes as
+long as the host needs to launch it, and varies with the host by a factor of two. Earlier versions of this page gave
+82.7 ms for DynamicCache at 1 x 1024, which was measured first in a fresh process and was two to three times too high.
 """
 # The benchmarks that have a figure, and the function of ``plots`` that draws it. ``plots`` is imported only to draw.
 DRAWN = {"map": "mapping", "generate": "generate", "kernels": "kernels"}
@@ -34,7 +34,6 @@ SECTIONS = {
     "kernels": "Attention kernels on virtual memory and on torch's",
     "verification": "Planted faults, and whether they are refused",
     "verification_cost": "What verification costs, beside the commit before it",
-    "verification_calls": "What growth and updates cost, beside an earlier commit",
     "robustness": "What odd and hostile input does",
     "architectures": "Decode steps of each architecture, tiny models with random weights",
     "engine": "The engine: its tokens beside those of generate, pressure, and speed on a CPU",
