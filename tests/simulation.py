@@ -9,7 +9,7 @@ from typing import Any
 
 from vattn.engine.policy import policy_named
 from vattn.engine.request import Branch, FinishReason, Request, Status
-from vattn.engine.scheduler import Iteration, Scheduler
+from vattn.engine.scheduler import Iteration, Row, Scheduler
 
 
 def token(request_id: str, index: int, position: int) -> int:
@@ -81,16 +81,16 @@ class CountedMemory:
         self.positions[request.trunk] = cached
         return cached
 
-    def grow(self, wanted: list[tuple[Branch, int]]) -> Branch | None:
+    def grow(self, branches: list[Branch], positions: list[int]) -> Branch | None:
         if self._refused():
-            return self._random.choice(wanted)[0]
+            return self._random.choice(branches)
         used = self.used
-        for branch, positions in wanted:
-            used += max(positions - self.positions[branch], 0)
+        for branch, wanted in zip(branches, positions, strict=True):
+            used += max(wanted - self.positions[branch], 0)
             if used > self.capacity:
                 return branch
-        for branch, positions in wanted:
-            self.positions[branch] = max(self.positions[branch], positions)
+        for branch, wanted in zip(branches, positions, strict=True):
+            self.positions[branch] = max(self.positions[branch], wanted)
         return None
 
     def fork(self, request: Request) -> bool:
@@ -174,7 +174,7 @@ class Simulation:
         )
         self.limits = limits
         self.depth = depth
-        self.flight: deque[tuple[Iteration, list[list[int]]]] = deque()
+        self.flight: deque[tuple[Iteration, list[int]]] = deque()
         self.requests: dict[str, Request] = {}
         self.done: dict[str, Request] = {}
         self.computed = 0
@@ -190,15 +190,16 @@ class Simulation:
         iteration = self.scheduler.schedule()
         self._launch(iteration)
         self.now += 0.01
-        while len(self.flight) > self.depth or (self.flight and not iteration.rows):
+        while len(self.flight) > self.depth or (self.flight and iteration.empty):
             self.scheduler.read(*self.flight.popleft())
         self.check()
         return iteration
 
     def _launch(self, iteration: Iteration) -> None:
         """Computes an iteration, and checks that it may be computed (E3)."""
+        rows = [Row(branch, branch.launched - 1, 1, (branch,)) for branch in iteration.decodes] + iteration.rows
         sampled = []
-        for row in iteration.rows:
+        for row in rows:
             branch, memory = row.branch, self.memory
             tokens = self._tokens(branch)
             assert memory.positions[branch] >= row.start + row.count
@@ -208,12 +209,13 @@ class Simulation:
             at = row.start + row.count
             if self.limits.get("whole_prompts"):
                 assert at in (len(branch.request.prompt), len(tokens) - len(row.into[:1]))
-            sampled.append([token(branch.request.id, each.index, at) for each in row.into])
-        if iteration.rows:
-            self.computed += sum(row.count for row in iteration.rows)
-            total, most = sum(row.count for row in iteration.rows), self.limits["max_num_batched_tokens"]
+            sampled += [token(branch.request.id, each.index, at) for each in row.into]
+        assert [branch for row in rows for branch in row.into] == iteration.into
+        if rows:
+            total, most = sum(row.count for row in rows), self.limits["max_num_batched_tokens"]
+            self.computed += total
             if self.limits.get("whole_prompts"):
-                assert total <= most or len(iteration.rows) == 1
+                assert total <= most or len(rows) == 1
             else:
                 assert total <= most
             self.flight.append((iteration, sampled))
@@ -243,6 +245,11 @@ class Simulation:
         assert set(there) == set(self.requests) - set(self.done)
         assert counters.submitted == len(there) + counters.finished + counters.aborted + counters.failed
         assert sum(len(request.live) for request in scheduler.requests.running.values()) <= self.limits["max_num_seqs"]
+        requests = scheduler.requests
+        assert set(requests.starting) <= set(requests.running)
+        decoding = [request for name, request in requests.running.items() if name not in requests.starting]
+        assert set(requests.decoding) == {branch for request in decoding for branch in request.live}
+        assert requests.sequences == sum(len(request.live) for request in requests.running.values())
         holders = {branch.request for branch in self.memory.rows}
         assert holders <= set(scheduler.requests.running.values())
 

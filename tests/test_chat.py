@@ -73,11 +73,11 @@ def test_ctrl_c_ends_an_answer_alone(llm, monkeypatch):
     chat, written = Chat(llm, PARAMS), []
     step, steps = Engine.step, []
 
-    def interrupted(self):
+    def interrupted(self, **options):
         steps.append(1)
         if len(steps) == 6:
             raise KeyboardInterrupt
-        return step(self)
+        return step(self, **options)
 
     monkeypatch.setattr(Engine, "step", interrupted)
     converse(chat, iter(["w5", "w6"]), written.append, pytest.fail)

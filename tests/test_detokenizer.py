@@ -22,7 +22,7 @@ def shown(detokenizer: Detokenizer, tokens: list[int]) -> list[str]:
     """The texts that a stream shows, up to the token that stops it."""
     texts = []
     for token in tokens:
-        stopped = detokenizer.add(token) is not None
+        stopped = detokenizer.add([token]) is not None
         texts.append(detokenizer.text(finished=stopped))
         if stopped:
             return texts
@@ -64,7 +64,7 @@ def test_a_stop_text_ends_it_and_is_never_shown_in_part(text, stop, expected, fo
 
 def test_no_stop_text_counts_before_it_may():
     detokenizer = Detokenizer(Letters(), ["ab"], False)
-    found = [detokenizer.add(token, may_stop=place >= 4) for place, token in enumerate(b"xabyabz")]
+    found = [detokenizer.add([token], may_stop=place >= 4) for place, token in enumerate(b"xabyabz")]
     assert found == [None, None, None, None, None, "ab", None]
     assert detokenizer.text(finished=True).startswith("xaby")
 

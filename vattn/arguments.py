@@ -48,6 +48,8 @@ def integers(name: str, value: Any, count: int, least: int = 0) -> list[int]:
     if isinstance(value, (list, tuple)):
         if len(value) != count:
             raise ValueError(f"{name} must be one number or one for each of {count} sequences, not {len(value)}")
+        if set(map(type, value)) == {int} and least <= min(value) and max(value) <= MOST:  # at once, since it is often
+            return list(value)
         return [integer(name, each, least) for each in value]
     return [integer(name, value, least)]
 

@@ -33,14 +33,16 @@ class Detokenizer:
         """Tokens that it has taken."""
         return len(self._tokens)
 
-    def add(self, token: int, *, may_stop: bool = True) -> str | None:
-        """Takes the next token; the stop text that the output holds now, or None.
+    def add(self, tokens: Sequence[int], *, may_stop: bool = True) -> str | None:
+        """Takes the next tokens; the stop text that the output holds now, or None.
 
         Args:
-            token: the token.
+            tokens: the tokens.
             may_stop: whether a stop text in what is new counts.
         """
-        self._tokens.append(token)
+        if not tokens:
+            return None
+        self._tokens += tokens
         known, text = self._decode_last()
         if text.endswith("\ufffd"):  # a part of a character
             return None

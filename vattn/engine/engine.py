@@ -15,7 +15,7 @@ from vattn.engine.intake import Intake
 from vattn.engine.options import EngineOptions
 from vattn.engine.outputs import RequestOutput
 from vattn.engine.policy import policy_named
-from vattn.engine.request import Branch, FinishReason, Status
+from vattn.engine.request import Branch, FinishReason, Request, Status
 from vattn.engine.sampler import Sampled, Sampler
 from vattn.engine.sampler_slots import SamplerSlots
 from vattn.engine.sampling_params import SamplingParams
@@ -237,13 +237,19 @@ class Engine:
 
     # An iteration.
 
-    def step(self) -> list[RequestOutput]:
-        """Computes an iteration, and returns the requests that it, or the last one, has brought forward."""
+    def step(self, *, final_only: bool = False) -> list[RequestOutput]:
+        """Computes an iteration, and returns the requests that it, or the last one, has brought forward.
+
+        Args:
+            final_only: whether only requests are returned that have ended.
+        """
         try:
             progressed = self._iterate()
             requests = self.scheduler.requests
             ended = list(requests.ended)
-            goes_on = {branch.request: None for branch in progressed if branch.request.status is not Status.FINISHED}
+            goes_on: dict[Request, None] = {}
+            if not final_only:
+                goes_on = {each.request: None for each in progressed if each.request.status is not Status.FINISHED}
             outputs = [self._tracked.output(request, requests) for request in (*goes_on, *ended)]
         except BaseException:
             self.recover()
@@ -256,10 +262,10 @@ class Engine:
         self._resize()
         self._slots.free()
         iteration = self.scheduler.schedule()
-        if iteration.rows:
+        if not iteration.empty:
             self._flight.append((iteration, self._launch(iteration)))
         progressed: list[Branch] = []
-        while len(self._flight) > self._options.depth or (self._flight and not iteration.rows):
+        while len(self._flight) > self._options.depth or (self._flight and iteration.empty):
             progressed += self._read(*self._flight[0])
             self._flight.popleft()
         return progressed
@@ -276,7 +282,7 @@ class Engine:
 
     def _launch(self, iteration: Iteration) -> Sampled | None:
         """Computes an iteration, whose tokens stay on the device."""
-        rows = iteration.rows
+        rows = [Row(branch, branch.launched - 1, 1, (branch,)) for branch in iteration.decodes] + iteration.rows
         keep = [self._tracked[row.branch.request.id].wanted_of_prompt(row.start, row.count) or 1 for row in rows]
         logits = self.tier.runner.run(rows, [self._tokens(row) for row in rows], keep)
         for row, each in zip(rows, logits, strict=True):
@@ -321,7 +327,7 @@ class Engine:
     def _read(self, iteration: Iteration, sampled: Sampled | None) -> list[Branch]:
         """Takes the tokens that an iteration has sampled."""
         tokens = [] if sampled is None else sampled.tokens.tolist()
-        into = [branch for row in iteration.rows for branch in row.into]
+        into = iteration.into
         for branch, token in zip(into, tokens, strict=True):
             if token < 0 and branch.finish_reason is None:
                 self.scheduler.fail(branch.request.id, "the model's logits are no numbers")
@@ -330,8 +336,7 @@ class Engine:
             for branch, *each in zip(into, *(part.tolist() for part in parts if part is not None), strict=True):
                 if branch.finish_reason is None:
                     self._tracked[branch.request.id].note_logprobs(branch, *each)
-        found = iter(tokens)
-        return self.scheduler.read(iteration, [[next(found) for _ in row.into] for row in iteration.rows])
+        return self.scheduler.read(iteration, tokens)
 
     def drain(self) -> None:
         """Reads what is in flight, and forgets the requests that have ended."""

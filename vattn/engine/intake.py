@@ -60,8 +60,9 @@ class Intake:
         ids = self._truncated(ids, params)
         given = {"prompt": ids, "logit_bias": params.logit_bias or (), "stop_token_ids": params.stop_token_ids or ()}
         for name, tokens in {**given, "allowed_token_ids": params.allowed_token_ids or ()}.items():
-            for token in tokens:
-                integer(f"a token of {name}", token, 0, self._vocabulary - 1)
+            if tokens:
+                integer(f"a token of {name}", min(tokens), 0, self._vocabulary - 1)
+                integer(f"a token of {name}", max(tokens), 0, self._vocabulary - 1)
         if len(ids) >= self._max_model_len:
             raise ValueError(f"prompt has {len(ids)} tokens, and max_model_len is {self._max_model_len}")
         most = self._max_model_len - len(ids)
@@ -81,6 +82,7 @@ class Intake:
         seed = self._seed if params.seed is None else params.seed
         seed = secrets.randbits(62) if seed is None else seed
         tracked = Tracked(request, params, text, seed, self._ends, self.tokenizer)
+        request.stop_tokens = None if tracked.watched else frozenset(tracked.stop_tokens)
         for word in tracked.bad_words:
             if len(word) > MOST_BAD_TOKENS or not all(0 <= token < self._vocabulary for token in word):
                 raise ValueError(

@@ -36,6 +36,7 @@ class KVMemory:
         self._head_rows, self._tail_rows = head_rows, tail_rows
         self._swap_is_faster = swap_is_faster
         self._reuse = reuse_prefixes and not cache.layout.recurrent
+        self._slides = any(plane.window is not None for plane in cache.layout.planes)
         self._sequences: dict[Branch, Sequence] = {}
         self._unclosed: list[Sequence] = []  # that the driver refused to close
         self._resets = 0  # of prefixes: what was computed before the last one is of no use any more
@@ -95,18 +96,18 @@ class KVMemory:
         self._sequences[request.trunk] = sequence
         return sequence.length
 
-    def grow(self, wanted: list[tuple[Branch, int]]) -> Branch | None:
+    def grow(self, branches: list[Branch], positions: list[int]) -> Branch | None:
         """See ``Memory.grow``."""
-        self._close_all()
-        sequences = [self._sequences[branch] for branch, _ in wanted]
+        if self._unclosed:
+            self._close_all()
+        of: dict[Branch, Sequence] = self._sequences
+        keep: int | list[int] = 0
+        if self._slides:  # what a window has passed is given back, unless an output may be cut to it
+            keep = [max(0, branch.confirmed - self._head_rows) for branch in branches]
         try:
-            self.cache.grow_all(
-                sequences,
-                [positions for _, positions in wanted],
-                min_truncate_length=[max(0, branch.confirmed - self._head_rows) for branch, _ in wanted],
-            )
+            self.cache.grow_all([of[branch] for branch in branches], positions, min_truncate_length=keep)
         except Error:
-            return wanted[-1][0]
+            return branches[-1]
         return None
 
     def fork(self, request: Request) -> bool:

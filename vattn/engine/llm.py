@@ -74,15 +74,15 @@ class LLM:
             if len(priority) != len(given):
                 raise ValueError(f"priority are {len(priority)}, and there are {len(given)} prompts")
             params = [replace(each, priority=rank) for each, rank in zip(params, priority, strict=True)]
-        names = [f"llm-{next(self._names)}" for _ in given]
+        names = dict.fromkeys(f"llm-{next(self._names)}" for _ in given)
         done: dict[str, RequestOutput] = {}
         try:
             for name, prompt, each in zip(names, given, params, strict=True):
                 self.engine.add(name, content_of(prompt), each)
             with tqdm(total=len(given), desc="requests", dynamic_ncols=True, disable=not use_tqdm) as bar:
                 while len(done) < len(given):
-                    for output in self.engine.step():
-                        if output.finished and output.request_id in names:
+                    for output in self.engine.step(final_only=True):
+                        if output.request_id in names:
                             done[output.request_id] = output
                             bar.update(1)
         except BaseException:

@@ -22,7 +22,7 @@ class Memory(Protocol):
     def open(self, request: Request) -> int | None:
         """Opens the trunk of a request, behind a computed prefix where there is one; the positions of that, or None."""
 
-    def grow(self, wanted: list[tuple[Branch, int]]) -> Branch | None:
+    def grow(self, branches: list[Branch], positions: list[int]) -> Branch | None:
         """Brings branches to so many positions each: all of them, or none. None, or a branch that had no memory."""
 
     def fork(self, request: Request) -> bool:

@@ -25,7 +25,7 @@ class FinishReason(str, Enum):
     ERROR = "error"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Branch:
     """One output of a request. Its tokens are those of the prompt, and those that were sampled behind them.
 
@@ -35,6 +35,7 @@ class Branch:
     Args:
         request: the request that it is an output of.
         index: which of the request's outputs it is.
+        max_tokens: of the request.
 
     Attributes:
         output: the sampled tokens that were read.
@@ -47,6 +48,7 @@ class Branch:
 
     request: Request
     index: int
+    max_tokens: int
     output: list[int] = field(default_factory=list)
     launched: int = 0
     pending: int = 0
@@ -68,7 +70,7 @@ class Branch:
     @property
     def missing(self) -> int:
         """Positions that are still to be computed before the next token can be sampled."""
-        if self.finish_reason is not None or len(self.output) + self.pending >= self.request.max_tokens:
+        if self.finish_reason is not None or len(self.output) + self.pending >= self.max_tokens:
             return 0
         return self.length - self.launched
 
@@ -93,6 +95,7 @@ class Request:
         reuse_prefix: whether it may begin behind rows that other requests have computed.
         arrival: time at which it came, in seconds.
         deadline: time at which it is aborted, in seconds; None for never.
+        stop_tokens: tokens behind which an output may end; None where it may end behind any.
 
     Attributes:
         status: where it is.
@@ -101,6 +104,7 @@ class Request:
         enqueued: the iteration at which it came.
         overdue: whether it has waited for so long that it is served first from now on.
         refusals: iterations one after the other in which it found no memory.
+        refused: the last of them.
         preemptions: how often it lost its memory to others.
         error: what went wrong, if something did.
     """
@@ -115,6 +119,7 @@ class Request:
     reuse_prefix: bool = True
     arrival: float = 0.0
     deadline: float | None = None
+    stop_tokens: frozenset[int] | None = None
 
     status: Status = Status.WAITING
     branches: list[Branch] = field(default_factory=list)
@@ -122,11 +127,12 @@ class Request:
     enqueued: int = 0
     overdue: bool = False
     refusals: int = 0
+    refused: int = 0
     preemptions: int = 0
     error: str | None = None
 
     def __post_init__(self) -> None:
-        self.branches = [Branch(self, index) for index in range(self.n)]
+        self.branches = [Branch(self, index, self.max_tokens) for index in range(self.n)]
 
     @property
     def live(self) -> list[Branch]:

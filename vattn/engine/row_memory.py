@@ -77,14 +77,15 @@ class RowMemory:
         """Gives a branch an empty cache; its positions stay its own."""
         self.caches[branch] = self._make()
 
-    def grow(self, wanted: list[tuple[Branch, int]]) -> Branch | None:
+    def grow(self, branches: list[Branch], positions: list[int]) -> Branch | None:
         """See ``Memory.grow``."""
         free = self._free
-        for branch, positions in wanted:
-            free -= max(positions - self._positions[branch], 0)
+        for branch, wanted in zip(branches, positions, strict=True):
+            free -= max(wanted - self._positions[branch], 0)
             if free < 0:
                 return branch
-        self._positions.update((branch, max(positions, self._positions[branch])) for branch, positions in wanted)
+        for branch, wanted in zip(branches, positions, strict=True):
+            self._positions[branch] = max(wanted, self._positions[branch])
         return None
 
     def fork(self, request: Request) -> bool:

@@ -11,7 +11,7 @@ not moved or ended: it is left out of the next iteration, and what shall happen 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vattn.engine.memory import Memory
@@ -45,10 +45,30 @@ class Row:
 
 @dataclass(frozen=True)
 class Iteration:
-    """What one call of the model computes."""
+    """What one call of the model computes.
+
+    Args:
+        number: counts iterations.
+        decodes: outputs of which the position of the last token is computed, which are sampled a token each.
+        rows: what is computed of others.
+
+    Attributes:
+        into: the branches that get a token: those of ``decodes``, then those of ``rows``.
+    """
 
     number: int
+    decodes: list[Branch]
     rows: list[Row]
+    into: list[Branch] = field(init=False)
+
+    def __post_init__(self) -> None:
+        into = [*self.decodes, *(branch for row in self.rows for branch in row.into)]
+        object.__setattr__(self, "into", into)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return not self.decodes and not self.rows
 
 
 class OutputEstimate:
@@ -104,6 +124,7 @@ class Scheduler:
         self.requests = RequestTable(memory)
         self._estimate = OutputEstimate()
         self._number = 0
+        self._policy_counts = type(policy).served is not Policy.served
 
     # An iteration.
 
@@ -114,37 +135,48 @@ class Scheduler:
         if not self.requests.leaving:
             self._resume()
         self._fork()
-        rows = self._next_of_running()
-        while rows and (short := self._memory.grow([(row.branch, row.start + row.count) for row in rows])) is not None:
+        decodes = self._decodes()
+        rows = self._next_of_starting(self._max_num_batched_tokens - len(decodes))
+        while (decodes or rows) and (short := self._grow(decodes, rows)) is not None:
             left_out = self._make_room(short.request)
+            decodes = [branch for branch in decodes if branch.request not in left_out]
             rows = [row for row in rows if row.branch.request not in left_out]
-        if not self.requests.leaving and not self.requests.swapped:
-            self._begin(rows)
-        for row in rows:
-            self._launch(row)
-        return Iteration(self._number, rows)
+        if self.requests.waiting and not self.requests.leaving and not self.requests.swapped:
+            self._begin(rows, self._max_num_batched_tokens - len(decodes) - sum(row.count for row in rows))
+        self._launch(decodes, rows)
+        return Iteration(self._number, decodes, rows)
 
-    def read(self, iteration: Iteration, sampled: list[list[int]]) -> list[Branch]:
+    def read(self, iteration: Iteration, tokens: list[int]) -> list[Branch]:
         """Takes the tokens that an iteration has sampled.
 
         Args:
             iteration: the oldest one that was not read.
-            sampled: for each of its rows a token for each branch in ``into``.
+            tokens: one for each branch in ``iteration.into``.
 
         Returns:
             The branches that got a token.
         """
-        progressed = []
-        for row, tokens in zip(iteration.rows, sampled, strict=True):
+        progressed: list[Branch] = []
+        done = {row.branch.request: None for row in iteration.rows}
+        for row in iteration.rows:
             for branch in {row.branch, *row.into}:
                 branch.in_flight -= 1
-            for branch, token in zip(row.into, tokens, strict=True):
-                branch.pending -= 1
-                if branch.finish_reason is None:  # otherwise the token lies behind the end
-                    branch.output.append(token)
+        for branch in iteration.decodes:
+            branch.in_flight -= 1
+        for branch, token in zip(iteration.into, tokens, strict=True):
+            branch.pending -= 1
+            if branch.finish_reason is None:  # otherwise the token lies behind the end
+                output = branch.output
+                output.append(token)
+                progressed.append(branch)
+                stops = branch.request.stop_tokens
+                if len(output) >= branch.max_tokens or stops is None or token in stops:
                     self._end_where_it_stops(branch)
-                    progressed.append(branch)
-        for request in {row.branch.request for row in iteration.rows}:
+            if branch.finish_reason is not None:
+                done[branch.request] = None
+        if self.requests.leaving:
+            done |= dict.fromkeys(branch.request for branch in iteration.decodes)
+        for request in done:
             self.requests.after_read(request)
         return progressed
 
@@ -175,14 +207,15 @@ class Scheduler:
         if branch.finish_reason is None and len(branch.output) >= branch.request.max_tokens:
             branch.finish_reason = FinishReason.LENGTH
         if branch.finish_reason is not None:
+            self.requests.decoding.pop(branch, None)
             self._estimate.note(branch)
 
     # Running requests.
 
     def _fork(self) -> None:
         """Gives each output of a request memory of its own once the prompt is computed, where there is memory."""
-        for request in list(self.requests.running.values()):
-            stays = request.id in self.requests.running and request.id not in self.requests.leaving
+        for request in list(self.requests.starting.values()):
+            stays = request.id in self.requests.starting and request.id not in self.requests.leaving
             if not stays or not request.shared or request.trunk.launched < len(request.prompt):
                 continue
             if not self._memory.fork(request):
@@ -191,11 +224,19 @@ class Scheduler:
             for branch in request.live:
                 branch.opened, branch.launched = True, len(request.prompt)
             self.requests.after_read(request)
+            self.requests.started(request)
 
-    def _next_of_running(self) -> list[Row]:
-        """What is missing of the running requests, as far as the budget of tokens goes."""
-        rows, budget = [], self._max_num_batched_tokens
-        for request in self.requests.running.values():
+    def _decodes(self) -> list[Branch]:
+        """The outputs of which only the position of the last token is missing, as far as the budget of tokens goes."""
+        found = [branch for branch in self.requests.decoding if len(branch.output) + branch.pending < branch.max_tokens]
+        if leaving := self.requests.leaving:
+            found = [branch for branch in found if branch.request.id not in leaving]
+        return found[: self._max_num_batched_tokens]
+
+    def _next_of_starting(self, budget: int) -> list[Row]:
+        """What is missing of the other running requests, as far as a budget of tokens goes."""
+        rows: list[Row] = []
+        for request in self.requests.starting.values():
             if request.id in self.requests.leaving:
                 continue
             for branch in [request.trunk] if request.shared else request.live:
@@ -221,14 +262,31 @@ class Scheduler:
         ends = branch.launched + count == branch.length
         return Row(branch, branch.launched, count, () if not ends else tuple(request.live) if shared else (branch,))
 
-    def _launch(self, row: Row) -> None:
-        row.branch.launched += row.count
-        row.branch.request.refusals = 0
-        for branch in {row.branch, *row.into}:
+    def _grow(self, decodes: list[Branch], rows: list[Row]) -> Branch | None:
+        """Brings all branches to the positions that are computed; None, or a branch that had no memory."""
+        branches, positions = decodes, [branch.launched + 1 for branch in decodes]
+        if rows:
+            branches = [*decodes, *(row.branch for row in rows)]
+            positions += [row.start + row.count for row in rows]
+        return self._memory.grow(branches, positions)
+
+    def _launch(self, decodes: list[Branch], rows: list[Row]) -> None:
+        for branch in decodes:
+            branch.launched += 1
             branch.in_flight += 1
-        for branch in row.into:
             branch.pending += 1
-        self._policy.served(row.branch.request, row.count - bool(row.into), len(row.into))
+        if self._policy_counts:
+            for branch in decodes:
+                self._policy.served(branch.request, 0, 1)
+        for row in rows:
+            row.branch.launched += row.count
+            for branch in {row.branch, *row.into}:
+                branch.in_flight += 1
+            for branch in row.into:
+                branch.pending += 1
+            self._policy.served(row.branch.request, row.count - bool(row.into), len(row.into))
+        for request in dict.fromkeys(row.branch.request for row in rows if row.into):
+            self.requests.started(request)
 
     def _make_room(self, request: Request) -> list[Request]:
         """Takes the memory of the running request that is served last, since another one needs it.
@@ -272,12 +330,11 @@ class Scheduler:
                 return
             self.requests.run(request)
 
-    def _begin(self, rows: list[Row]) -> None:
-        """Lets waiting requests begin with what is left of the budget, and adds what is computed of them."""
-        budget = self._max_num_batched_tokens - sum(row.count for row in rows)
-        while self.requests.waiting and budget > 0:
+    def _begin(self, rows: list[Row], budget: int) -> None:
+        """Lets waiting requests begin with what is left of a budget of tokens, and adds what is computed of them."""
+        while self.requests.waiting and budget > 0 and (room := self._max_num_seqs - self.requests.sequences) > 0:
             request = min(self.requests.waiting.values(), key=self._key)
-            if self.requests.sequences + len(request.live) > self._max_num_seqs or not self._admits(request):
+            if len(request.live) > room or not self._admits(request):
                 return
             trunk = request.trunk
             if (cached := self._memory.open(request)) is None:
@@ -290,7 +347,7 @@ class Scheduler:
             if row is None:  # all of it has to fit
                 self.requests.wait(request)
                 return
-            if self._memory.grow([(trunk, row.start + row.count)]) is not None:
+            if self._memory.grow([trunk], [row.start + row.count]) is not None:
                 self.requests.wait(request)
                 self._require_possible(request)
                 return
@@ -316,7 +373,8 @@ class Scheduler:
         """Ends a request for which there will never be memory, so that it does not wait for ever."""
         if any(each is not request for each in self.requests.running.values()):
             return
-        request.refusals += 1
+        request.refusals = request.refusals + 1 if request.refused >= self._number - 1 else 1
+        request.refused = self._number
         reason = self._memory.shortage(request)
         if reason is None and request.refusals > _MOST_REFUSALS:
             reason = f"no memory was found for it in {_MOST_REFUSALS} iterations, though no other request ran"

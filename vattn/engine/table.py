@@ -32,6 +32,8 @@ class RequestTable:
 
     Attributes:
         waiting, running, swapped: requests by id; the running ones in the order in which they began.
+        starting: those of the running requests of which more is missing than the last token of each output.
+        decoding: the outputs of the other running requests, as the keys of a dict.
         ended: requests that have ended since the caller last emptied the list.
         counters: how many came and ended.
         leaving: what happens to requests once no iteration of theirs is in flight.
@@ -43,6 +45,8 @@ class RequestTable:
         self.waiting: dict[str, Request] = {}
         self.running: dict[str, Request] = {}
         self.swapped: dict[str, Request] = {}
+        self.starting: dict[str, Request] = {}
+        self.decoding: dict[Branch, None] = {}
         self.ended: list[Request] = []
         self.counters = Counters()
         self.leaving: dict[str, Callable[[Request], None]] = {}
@@ -62,7 +66,7 @@ class RequestTable:
     @property
     def sequences(self) -> int:
         """Outputs that run."""
-        return sum(len(request.live) for request in self.running.values())
+        return sum(len(request.live) for request in self.starting.values()) + len(self.decoding)
 
     def add(self, request: Request) -> None:
         """Lets a new request wait."""
@@ -82,6 +86,14 @@ class RequestTable:
     def run(self, request: Request) -> None:
         """Lets a request run, which has memory."""
         self._move(request, Status.RUNNING, self.running)
+        self.starting[request.id] = request
+
+    def started(self, request: Request) -> None:
+        """Notes that outputs of a running request were launched, of which nothing else may be missing any more."""
+        live = request.live
+        if all(branch.opened and branch.missing <= 1 for branch in live):
+            self.starting.pop(request.id, None)
+            self.decoding.update(dict.fromkeys(live))
 
     def wait(self, request: Request) -> None:
         """Takes the memory of a request and lets it wait, to be computed from the start."""
@@ -110,6 +122,7 @@ class RequestTable:
         request.error = error
         for branch in request.live:
             branch.finish_reason = reason
+            self.decoding.pop(branch, None)
         self._when_idle(request, self._finish)
 
     def after_read(self, request: Request) -> None:
@@ -148,14 +161,17 @@ class RequestTable:
         self.ended.append(request)
 
     def _close(self, branch: Branch) -> None:
+        self.decoding.pop(branch, None)
         if branch.opened:
             branch.opened = False
             trusted = branch.finish_reason is not FinishReason.ERROR  # else others must not go on from its rows
             self._memory.close(branch, branch.confirmed if trusted else 0)
 
     def _move(self, request: Request, status: Status, to: dict[str, Request] | None) -> None:
-        for where in (self.waiting, self.running, self.swapped):
+        for where in (self.waiting, self.running, self.swapped, self.starting):
             where.pop(request.id, None)
+        for branch in request.branches:
+            self.decoding.pop(branch, None)
         request.status = status
         if to is not None:
             to[request.id] = request

@@ -56,21 +56,28 @@ class Tracked:
         """Tokens that end an output."""
         return self._ends + tuple(self.params.stop_token_ids or ())
 
+    @property
+    def watched(self) -> bool:
+        """Whether an output may end behind any token, because of the text that it has then."""
+        return bool(self._texts and self.params.stop)
+
     def stops(self, branch: Branch) -> FinishReason | None:
         """Takes the last token of an output; why the output ends behind it, or None."""
         token = branch.output[-1]
         ends = token in self.stop_tokens
-        texts = self._texts[branch.index] if self._texts else None
-        if texts is not None:
+        stopped_at = None
+        if self.watched:
+            texts = self._texts[branch.index]
             shown = len(branch.output) - (ends and not self.params.include_stop_str_in_output)
             for place in range(texts.count, shown):  # more than one where an error came in between
-                texts.add(branch.output[place], may_stop=not ends and place >= self.params.min_tokens)
+                texts.add([branch.output[place]], may_stop=not ends and place >= self.params.min_tokens)
+            stopped_at = texts.stopped_at
         if ends:
             self._stop_reasons[branch.index] = None if token in self._ends else token
-        elif texts is None or texts.stopped_at is None:
+        elif stopped_at is None:
             return None
         else:
-            self._stop_reasons[branch.index] = texts.stopped_at
+            self._stop_reasons[branch.index] = stopped_at
         return FinishReason.STOP
 
     def note_logprobs(self, branch: Branch, tokens: list[int], values: list[float], rank: int) -> None:
@@ -131,8 +138,12 @@ class Tracked:
         reason, text, logprobs, total = branch.finish_reason, "", None, None
         if self._texts:
             detokenizer = self._texts[branch.index]
-            if reason is not None and reason is not FinishReason.ERROR:  # which may be the text's
-                detokenizer.finish()
+            if reason is not FinishReason.ERROR:  # which may be the text's
+                if not self.watched:  # else it has the tokens already
+                    hides = reason is FinishReason.STOP and not self.params.include_stop_str_in_output
+                    detokenizer.add(branch.output[detokenizer.count : len(branch.output) - hides], may_stop=False)
+                if reason is not None:
+                    detokenizer.finish()
             text = detokenizer.text(finished=reason is not None)
         if self.params.logprobs is not None:
             logprobs = self._logprobs[branch.index][: len(branch.output)]
