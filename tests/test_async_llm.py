@@ -125,11 +125,11 @@ def test_iterations_that_fail_are_computed_again_or_end_what_runs(llm, caplog):
     [expected] = generated(model_of("llama-gqa"), [prompt])
     run, broken, calls = llm.engine.tier.runner.run, threading.Event(), []
 
-    def failing(rows, tokens, keep):
+    def failing(*given):
         calls.append(1)
         if broken.is_set() or len(calls) == 4:
             raise torch.OutOfMemoryError("the device is full")
-        return run(rows, tokens, keep)
+        return run(*given)
 
     llm.engine.tier.runner.run = failing
 
@@ -220,10 +220,10 @@ def test_what_fails_again_and_again_ends_alone():
     llm = engine_of(model, max_num_seqs=1)
     run = llm.engine.tier.runner.run
 
-    def failing(rows, tokens, keep):
-        if rows[0].branch.request.prompt == tuple(prompts[0]):
+    def failing(decodes, rows, *given):
+        if any(row.branch.request.prompt == tuple(prompts[0]) for row in rows):
             raise RuntimeError("bad one")
-        return run(rows, tokens, keep)
+        return run(decodes, rows, *given)
 
     llm.engine.tier.runner.run = failing
 
@@ -311,7 +311,7 @@ def test_a_shutdown_that_is_interrupted_goes_on(monkeypatch):
 def test_an_engine_that_dies_says_so():
     engine = engine_of(model_of("llama-gqa"))
 
-    def dies(rows, tokens, keep):
+    def dies(*given):
         raise SystemExit("gone")
 
     engine.engine.tier.runner.run = dies

@@ -88,11 +88,11 @@ def test_what_one_request_does_wrong_ends_it_alone(device):
     with engine_of(model) as engine:
         run = engine.tier.runner.run
 
-        def broken(rows, given, keep):
-            logits = run(rows, given, keep)
-            for number, row in enumerate(rows):
-                if row.branch.request.id == "1" and row.start > 25:
-                    logits[number] = torch.full_like(logits[number], float("nan"))
+        def broken(decodes, rows, *given):
+            logits = run(decodes, rows, *given)
+            for number, branch in enumerate([] if decodes is None else decodes.branches):
+                if branch.request.id == "1" and branch.launched > 26:
+                    logits[number] = float("nan")
             return logits
 
         engine.tier.runner.run = broken
@@ -146,9 +146,9 @@ def test_an_iteration_that_fails_is_computed_again(name, depth, device):
     with engine_of(model, depth=depth) as engine:
         run, calls = engine.tier.runner.run, []
 
-        def failing(rows, given, keep):
-            calls.append(len(rows))
-            logits = run(rows, given, keep)
+        def failing(*given):
+            calls.append(1)
+            logits = run(*given)
             if len(calls) % 7 == 3:
                 raise torch.OutOfMemoryError("no")
             return logits
@@ -219,7 +219,7 @@ def test_rows_of_a_request_that_failed_are_nobodys_prefix():
     with engine_of(model) as engine:
         expected = served(engine, [prompt], GREEDY, namespace="other")
         run = engine.tier.runner.run
-        engine.tier.runner.run = lambda rows, given, keep: [each * float("nan") for each in run(rows, given, keep)]
+        engine.tier.runner.run = lambda *given: run(*given) * float("nan")
         [failed] = served(engine, [prompt], GREEDY)
         assert failed.outputs[0].finish_reason == "error"
         engine.tier.runner.run = run

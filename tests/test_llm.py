@@ -134,11 +134,11 @@ def test_llm_is_usable_after_an_interrupt_or_a_bad_prompt():
         expected = tokens(llm.generate(prompts, GREEDY, use_tqdm=False))
         run, calls = llm.engine.tier.runner.run, []
 
-        def interrupted(rows, given, keep):
+        def interrupted(*given):
             calls.append(1)
             if len(calls) == 5:
                 raise KeyboardInterrupt
-            return run(rows, given, keep)
+            return run(*given)
 
         llm.engine.tier.runner.run = interrupted
         with pytest.raises(KeyboardInterrupt):

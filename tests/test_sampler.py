@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vattn.engine.philox import gumbel, philox
-from vattn.engine.sampler import Sampler
+from vattn.engine.sampler import Sampled, Sampler
 from vattn.engine.sampling_params import SamplingParams
 
 VOCABULARY = 50
@@ -123,6 +123,11 @@ def case(chance: random.Random) -> tuple[SamplingParams, list[int], list[int], l
     return params, tokens(20), output, tokens(4), bad
 
 
+def sampled(sampler: Sampler, logits: torch.Tensor, slots: list[int], lengths: list[int], made: list[int]) -> Sampled:
+    """Samples a token for each row, see ``Sampler.sample``."""
+    return sampler.sample(logits, sampler.plan(slots), torch.tensor(lengths, device=logits.device), made)
+
+
 @pytest.mark.parametrize("batch", [1, 7])
 def test_rows_are_sampled_as_the_reference_does(batch, device):
     chance = random.Random(batch)
@@ -136,7 +141,7 @@ def test_rows_are_sampled_as_the_reference_does(batch, device):
             given = {"prompt": prompt, "output": output, "stops": stops, "bad_words": bad}
             sampler.begin(slot, params, seed=params.seed, index=2, **given)
         lengths = [len(prompt) + len(output) for _, prompt, output, _, _ in cases]
-        got = sampler.sample(logits.to(device), slots, lengths, [len(output) for _, _, output, _, _ in cases]).tokens
+        got = sampled(sampler, logits.to(device), slots, lengths, [len(output) for _, _, output, _, _ in cases]).tokens
         for row, (params, prompt, output, stops, bad) in enumerate(cases):
             changed, considered = reference(logits[row].double().tolist(), params, prompt, output, stops, bad)
             token = int(got[row])
@@ -165,7 +170,7 @@ def test_the_state_follows_what_is_sampled(device):
     for _ in range(60):
         logits = 2 * torch.randn(1, VOCABULARY, device=device)
         sampler.begin(1, params, output=output, **given)
-        both = sampler.sample(logits.repeat(2, 1), [0, 1], [2 + len(output)] * 2, [len(output)] * 2).tokens
+        both = sampled(sampler, logits.repeat(2, 1), [0, 1], [2 + len(output)] * 2, [len(output)] * 2).tokens
         assert int(both[0]) == int(both[1])
         output.append(int(both[0]))
 
@@ -176,7 +181,7 @@ def test_samples_have_the_distribution_of_the_softmax(device):
     counts = torch.zeros(4)
     for position in range(2000):
         sampler.begin(0, SamplingParams(temperature=0.7), seed=5, index=0, prompt=[1])
-        counts[int(sampler.sample(logits, [0], [position], [0]).tokens)] += 1
+        counts[int(sampled(sampler, logits, [0], [position], [0]).tokens)] += 1
     expected = (logits[0] / 0.7).softmax(-1).cpu()
     assert torch.allclose(counts / 2000, expected, atol=0.03)
 
@@ -188,17 +193,17 @@ def test_logprobs_are_those_of_the_model(device):
     sampler.begin(0, SamplingParams(temperature=0, logprobs=3, logit_bias={17: 100}), seed=0, index=0, prompt=[1])
     sampler.begin(1, SamplingParams(temperature=0, logprobs=5), seed=0, index=0, prompt=[1])
     sampler.begin(2, SamplingParams(temperature=0), seed=0, index=0, prompt=[1])
-    sampled = sampler.sample(logits, [0, 1, 2], [1, 1, 1], [0, 0, 0])
+    told = sampled(sampler, logits, [0, 1, 2], [1, 1, 1], [0, 0, 0])
     expected = logits.double().log_softmax(-1)
-    assert int(sampled.tokens[0]) == 17
-    assert sampled.logprobs.shape == (3, 6)
+    assert int(told.tokens[0]) == 17
+    assert told.logprobs.shape == (3, 6)
     for row in range(3):
         order = expected[row].argsort(descending=True)[:5]
-        assert sampled.logprob_tokens[row].tolist() == [int(sampled.tokens[row]), *order.tolist()]
-        for token, value in zip(sampled.logprob_tokens[row], sampled.logprobs[row], strict=True):
+        assert told.logprob_tokens[row].tolist() == [int(told.tokens[row]), *order.tolist()]
+        for token, value in zip(told.logprob_tokens[row], told.logprobs[row], strict=True):
             assert float(value) == pytest.approx(float(expected[row, token]), abs=1e-4)
-        assert int(sampled.ranks[row]) == int((expected[row] >= expected[row, sampled.tokens[row]]).sum())
-    alone = sampler.sample(logits[2:], [2], [1], [0])
+        assert int(told.ranks[row]) == int((expected[row] >= expected[row, told.tokens[row]]).sum())
+    alone = sampled(sampler, logits[2:], [2], [1], [0])
     assert alone.logprobs is None
 
 
@@ -209,9 +214,9 @@ def test_a_row_of_no_numbers_spoils_no_other(device):
     sampler = Sampler(VOCABULARY, 4, torch.device(device))
     for slot in range(3):
         sampler.begin(slot, SamplingParams(frequency_penalty=1, top_k=5), seed=slot, index=0, prompt=[1])
-    expected = sampler.sample(logits, [0, 1, 2], [1, 1, 1], [0, 0, 0]).tokens.tolist()
+    expected = sampled(sampler, logits, [0, 1, 2], [1, 1, 1], [0, 0, 0]).tokens.tolist()
     for broken in (float("nan"), float("inf")):
         logits[1, 7] = broken
         for slot in range(3):
             sampler.begin(slot, SamplingParams(frequency_penalty=1, top_k=5), seed=slot, index=0, prompt=[1])
-        assert sampler.sample(logits, [0, 1, 2], [1, 1, 1], [0, 0, 0]).tokens.tolist() == [expected[0], -1, expected[2]]
+        assert sampled(sampler, logits, [0, 1, 2], [1, 1, 1], [0, 0, 0]).tokens.tolist() == [expected[0], -1, expected[2]]

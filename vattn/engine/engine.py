@@ -16,7 +16,8 @@ from vattn.engine.options import EngineOptions
 from vattn.engine.outputs import RequestOutput
 from vattn.engine.policy import policy_named
 from vattn.engine.request import Branch, FinishReason, Request, Status
-from vattn.engine.sampler import Sampled, Sampler
+from vattn.engine.runner import DecodeBatch
+from vattn.engine.sampler import Sampler
 from vattn.engine.sampler_slots import SamplerSlots
 from vattn.engine.sampling_params import SamplingParams
 from vattn.engine.scheduler import Iteration, Row, Scheduler
@@ -26,6 +27,7 @@ from vattn.models.probe import probed
 from vattn.models.rope import most_positions
 from vattn.models.versions import VERSION
 from vattn.models.weights import Weights
+from vattn.transfer import Download, upload
 
 _SLICE = 256  # positions of a prompt whose log probabilities are computed at once
 
@@ -78,8 +80,8 @@ class Engine:
         )
         slots = 2 * options.max_num_seqs  # also of outputs that have ended, and are still in flight
         self._sampler = Sampler(probe.vocabulary, slots, probe.device)
-        self._slots = SamplerSlots(self._sampler)
-        self._flight: deque[tuple[Iteration, Sampled | None]] = deque()
+        self._slots = SamplerSlots(self._sampler, self._tracked)
+        self._flight: deque[tuple[Iteration, Download]] = deque()
         self.weights = Weights(model)
         self._closed = False
         self._target: int | None = None  # the budget that running requests keep from being set
@@ -260,7 +262,6 @@ class Engine:
     def _iterate(self) -> list[Branch]:
         """Computes an iteration, and reads the one before it; the outputs that have got a token."""
         self._resize()
-        self._slots.free()
         iteration = self.scheduler.schedule()
         if not iteration.empty:
             self._flight.append((iteration, self._launch(iteration)))
@@ -280,21 +281,35 @@ class Engine:
         self.scheduler.recover(everything=everything)
         self._slots.free(everything=True)
 
-    def _launch(self, iteration: Iteration) -> Sampled | None:
-        """Computes an iteration, whose tokens stay on the device."""
-        rows = [Row(branch, branch.launched - 1, 1, (branch,)) for branch in iteration.decodes] + iteration.rows
+    def _launch(self, iteration: Iteration) -> Download:
+        """Computes an iteration, and sends what it samples on its way to the host."""
+        decodes, rows = iteration.decodes, iteration.rows
+        batch = self._batch(decodes) if decodes else None
         keep = [self._tracked[row.branch.request.id].wanted_of_prompt(row.start, row.count) or 1 for row in rows]
-        logits = self.tier.runner.run(rows, [self._tokens(row) for row in rows], keep)
-        for row, each in zip(rows, logits, strict=True):
+        logits = self.tier.runner.run(batch, rows, [self._tokens(row) for row in rows], keep)
+        for row, each in zip(rows, torch.split(logits[len(decodes) :], keep), strict=True):
             self._note_prompt(row, each)
-        into = [(number, branch) for number, row in enumerate(rows) for branch in row.into]
-        if not into:
-            return None
-        slots = [self._slots.of(branch, self._tracked[branch.request.id]) for _, branch in into]
-        lengths = [rows[number].start + rows[number].count for number, _ in into]
-        made = [length - len(branch.request.prompt) for (_, branch), length in zip(into, lengths, strict=True)]
-        last = torch.stack([logits[number][-1] for number, _ in into])
-        return self._sampler.sample(last, slots, lengths, made)
+        if not iteration.into:
+            return Download()
+        last, lengths, at = list(range(len(decodes))), [], len(decodes)
+        for row, kept in zip(rows, keep, strict=True):
+            at += kept
+            last += [at - 1] * len(row.into)
+            lengths += [row.start + row.count] * len(row.into)
+        if last != list(range(len(logits))):
+            logits = logits[upload(last, self._sampler.device)]
+        ends = [] if batch is None else [batch.positions + 1]
+        ends += [upload(lengths, self._sampler.device)] if lengths else []
+        plan = self._slots.plan(iteration.into)
+        made = [len(branch.output) + branch.pending - 1 for branch in iteration.into] if plan.special else ()
+        sampled = self._sampler.sample(logits, plan, torch.cat(ends), made)
+        return Download(sampled.tokens, sampled.logprob_tokens, sampled.logprobs, sampled.ranks)
+
+    def _batch(self, decodes: list[Branch]) -> DecodeBatch:
+        """The outputs that only miss the position of their last token, which is on the device."""
+        slots = self._slots.plan(decodes).slots
+        longest = max(branch.launched for branch in decodes)
+        return DecodeBatch(decodes, self._sampler.last[slots], self._sampler.positions[slots], longest)
 
     def _note_prompt(self, row: Row, logits: torch.Tensor) -> None:
         """Notes the log probabilities of the prompt's tokens that a row's logits tell, where they are asked for."""
@@ -317,23 +332,21 @@ class Engine:
         """The tokens of a row; one that was not read yet is on the device."""
         branch = row.branch
         known = branch.tokens(row.start, row.start + row.count)
-        tokens = torch.tensor(known, dtype=torch.int64, device=self._sampler.device)
+        tokens = upload(known, self._sampler.device)
         if len(known) < row.count:
-            tokens = torch.cat(
-                [tokens, self._sampler.last_token(self._slots.of(branch, self._tracked[branch.request.id]))]
-            )
+            slot = self._slots.of(branch)
+            tokens = torch.cat([tokens, self._sampler.last[slot : slot + 1]])
         return tokens
 
-    def _read(self, iteration: Iteration, sampled: Sampled | None) -> list[Branch]:
+    def _read(self, iteration: Iteration, sampled: Download) -> list[Branch]:
         """Takes the tokens that an iteration has sampled."""
-        tokens = [] if sampled is None else sampled.tokens.tolist()
-        into = iteration.into
-        for branch, token in zip(into, tokens, strict=True):
-            if token < 0 and branch.finish_reason is None:
-                self.scheduler.fail(branch.request.id, "the model's logits are no numbers")
-        if sampled is not None and sampled.logprobs is not None:
-            parts = (sampled.logprob_tokens, sampled.logprobs, sampled.ranks)
-            for branch, *each in zip(into, *(part.tolist() for part in parts if part is not None), strict=True):
+        tokens, *logprobs = sampled.lists() or [[]]
+        if tokens and min(tokens) < 0:
+            for branch, token in zip(iteration.into, tokens, strict=True):
+                if token < 0 and branch.finish_reason is None:
+                    self.scheduler.fail(branch.request.id, "the model's logits are no numbers")
+        if logprobs and logprobs[0] is not None:
+            for branch, *each in zip(iteration.into, *logprobs, strict=True):
                 if branch.finish_reason is None:
                     self._tracked[branch.request.id].note_logprobs(branch, *each)
         return self.scheduler.read(iteration, tokens)

@@ -45,6 +45,11 @@ class KVMemory:
         """The slot of a branch."""
         return self._sequences[branch].slot
 
+    def slots(self, branches: list[Branch]) -> list[int]:
+        """The slots of branches."""
+        of = self._sequences
+        return [of[branch].slot for branch in branches]
+
     def shortage(self, request: Request) -> str | None:
         """See ``Memory.shortage``."""
         layout, budget = self.cache.layout, self.cache.stats().budget

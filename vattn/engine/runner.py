@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from vattn.engine.kv_memory import KVMemory
+from vattn.engine.request import Branch
 from vattn.engine.row_memory import RowMemory
 from vattn.engine.scheduler import Row
 from vattn.models import rope
-from vattn.models.flat import FlatContext, Segment
+from vattn.models.flat import Decodes, FlatContext, Segment
 from vattn.models.versions import cache_keyword
+from vattn.transfer import upload
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """Outputs of which the position of the last token is computed.
+
+    Args:
+        branches: the outputs.
+        tokens: their last tokens, int64 ``[n]`` on the device.
+        positions: the positions of these, int64 ``[n]`` on the device.
+        longest: positions of the longest output, this one included.
+    """
+
+    branches: list[Branch]
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    longest: int
 
 
 class Runner(Protocol):
@@ -23,16 +42,19 @@ class Runner(Protocol):
     def kernels(self) -> list[str]:
         """The names of vattn's attention kernels that compute the model."""
 
-    def run(self, rows: Sequence[Row], tokens: Sequence[torch.Tensor], keep: Sequence[int]) -> list[torch.Tensor]:
-        """Computes rows, whose memory is there.
+    def run(
+        self, decodes: DecodeBatch | None, rows: Sequence[Row], tokens: Sequence[torch.Tensor], keep: Sequence[int]
+    ) -> torch.Tensor:
+        """Computes outputs and rows, whose memory is there.
 
         Args:
-            rows: of the iteration.
+            decodes: the outputs of the iteration that only miss the position of their last token.
+            rows: the others.
             tokens: the tokens of each row, int64 ``[count]`` on the device.
             keep: of how many last positions of each row logits are wanted, at least one.
 
         Returns:
-            For each row logits ``[keep, vocabulary]``.
+            Logits ``[n, vocabulary]``: of the outputs in ``decodes``, then of each row's last positions.
         """
 
 
@@ -48,6 +70,7 @@ class FlatRunner:
     def __init__(self, model: Any, memory: KVMemory, context: FlatContext) -> None:
         self._model, self._memory, self._context = model, memory, context
         self._keyword = cache_keyword(model)
+        self._placed: tuple[list[int], torch.Tensor] = [], torch.empty(0, dtype=torch.int64)
 
     @property
     def kernels(self) -> list[str]:
@@ -55,17 +78,36 @@ class FlatRunner:
         return self._context.kernels
 
     @torch.no_grad()
-    def run(self, rows: Sequence[Row], tokens: Sequence[torch.Tensor], keep: Sequence[int]) -> list[torch.Tensor]:
+    def run(
+        self, decodes: DecodeBatch | None, rows: Sequence[Row], tokens: Sequence[torch.Tensor], keep: Sequence[int]
+    ) -> torch.Tensor:
         """See ``Runner.run``."""
         segments = [Segment(self._memory.slot(row.branch), row.start, row.count) for row in rows]
-        ids = torch.cat(list(tokens))
-        ends = itertools.accumulate(segment.count for segment in segments)
-        kept = torch.tensor([end - k + at for end, k in zip(ends, keep, strict=True) for at in range(k)]).to(ids.device)
-        output = self._context.call(self._model, self._keyword, segments, input_ids=ids[None], logits_to_keep=kept)
-        logits = output.logits[0]
-        if len(logits) != len(kept):  # some models give all logits
-            logits = logits[kept]
-        return list(torch.split(logits, list(keep)))
+        if decodes is None:
+            places, ids, at, kept = None, list(tokens), 0, []
+        else:
+            places, ids, at = self._places(decodes), [decodes.tokens, *tokens], len(decodes.branches)
+            kept = list(range(at))
+        for row, wanted in zip(rows, keep, strict=True):
+            at += row.count
+            kept += range(at - wanted, at)
+        given: dict[str, Any] = {}
+        device = ids[0].device
+        if len(kept) < at:
+            given["logits_to_keep"] = upload(kept, device)
+        output = self._context.call(
+            self._model, self._keyword, segments, places, input_ids=torch.cat(ids)[None], **given
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits if len(logits) == len(kept) else logits[upload(kept, device)]  # some models give all logits
+
+    def _places(self, decodes: DecodeBatch) -> Decodes:
+        """Where the positions of a batch are. The slots stay on the device as long as they are the same."""
+        slots = self._memory.slots(decodes.branches)
+        if slots != self._placed[0]:
+            self._placed = slots, upload(slots, decodes.tokens.device)
+        adjacent = slots == list(range(len(slots)))
+        return Decodes(self._placed[1], decodes.positions, decodes.longest, adjacent)
 
 
 class RowRunner:
@@ -86,9 +128,15 @@ class RowRunner:
         self.kernels: list[str] = []  # the attention is the model's own
 
     @torch.no_grad()
-    def run(self, rows: Sequence[Row], tokens: Sequence[torch.Tensor], keep: Sequence[int]) -> list[torch.Tensor]:
+    def run(
+        self, decodes: DecodeBatch | None, rows: Sequence[Row], tokens: Sequence[torch.Tensor], keep: Sequence[int]
+    ) -> torch.Tensor:
         """See ``Runner.run``."""
         found = []
+        if decodes is not None:
+            rows = [*(Row(branch, branch.launched - 1, 1, ()) for branch in decodes.branches), *rows]
+            tokens = [*torch.split(decodes.tokens, 1), *tokens]
+            keep = [*[1] * len(decodes.branches), *keep]
         for row, ids, wanted in zip(rows, tokens, keep, strict=True):
             end, logits = row.start, []
             for part in self._parts(row, ids):
@@ -100,7 +148,7 @@ class RowRunner:
                 output = self._model(input_ids=part[None], attention_mask=mask, **given)
                 logits.append(output.logits[0, -min(wanted, count) :])
             found.append(torch.cat(logits)[-wanted:])
-        return found
+        return torch.cat(found)
 
     def _parts(self, row: Row, ids: torch.Tensor) -> Sequence[torch.Tensor]:
         """The tokens of a row, as the model takes them."""

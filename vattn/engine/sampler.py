@@ -15,6 +15,7 @@ import torch
 
 from vattn.engine.philox import gumbel
 from vattn.engine.sampling_params import SamplingParams
+from vattn.transfer import upload
 
 _HISTORY = 32  # tokens of an output that are kept on the device, for bad words
 MOST_BAD_TOKENS = _HISTORY + 1  # of one of ``bad_words``
@@ -61,6 +62,35 @@ class _Slot:
         params = self.params
         return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
 
+    @property
+    def plain(self) -> bool:
+        """Whether its logits stay as they are, but for temperature and the limits of what is considered."""
+        others = (self.bias, self.allowed, self.bad_words)
+        return all(each is None for each in others) and not self.penalized and not self.params.min_tokens
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the tokens of some rows are sampled. It stays the same while the outputs in the slots do.
+
+    Args:
+        slots: the output of each row, int64 ``[n]`` on the device.
+        numbers: the same on the host.
+        special: the rows of which not all logits count as they are.
+        chance: the rows that are not greedy, int64 on the device; a slice where these are all rows, None where none is.
+        limited: those of them, by their places there, of which only the most likely tokens count; or None.
+        min_p: whether one of them has ``min_p``.
+        logprobs: of how many of the most likely tokens log probabilities are told; -1 of all, None of none.
+    """
+
+    slots: torch.Tensor
+    numbers: list[int]
+    special: list[int]
+    chance: torch.Tensor | slice | None
+    limited: torch.Tensor | None
+    min_p: bool
+    logprobs: int | None
+
 
 class Sampler:
     """Samples tokens from logits.
@@ -69,13 +99,22 @@ class Sampler:
         vocabulary: tokens.
         slots: outputs that there can be at a time.
         device: of the logits.
+
+    Attributes:
+        last: the last token of the output in each slot, int64 ``[slots]``; 0 where its logits were no numbers.
+        positions: the position of that token.
     """
 
     def __init__(self, vocabulary: int, slots: int, device: torch.device) -> None:
         self._vocabulary, self.device, self.slots = vocabulary, device, slots
         self._slots: dict[int, _Slot] = {}
-        self._numbers = torch.zeros(len(_NUMBERS), slots, dtype=torch.float32, device=device)
-        self._seeds = torch.zeros(2, slots, dtype=torch.int64, device=device)  # the seed, and the index in the request
+        self.last, self.positions = (torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(2))
+        # By slot: temperature and so on; the seed, and the index in the request. What the host has written is copied to
+        # the device before it is read there.
+        self._host_numbers = torch.zeros(len(_NUMBERS), slots, dtype=torch.float32)
+        self._host_seeds = torch.zeros(2, slots, dtype=torch.int64)
+        self._numbers, self._seeds = self._host_numbers.to(device), self._host_seeds.to(device)
+        self._written = False
         self._history = torch.full((slots, _HISTORY), -1, dtype=torch.int64, device=device)
         # Of outputs with penalties: how often each token is in the output, and whether it is in the prompt.
         self._counts: dict[int, torch.Tensor] = {}
@@ -108,70 +147,88 @@ class Sampler:
         device, vocabulary = self.device, self._vocabulary
         bias = allowed = words = None
         if params.logit_bias:
-            tokens = torch.tensor(list(params.logit_bias), device=device)
-            bias = tokens, torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
+            values = list(params.logit_bias.values())
+            bias = upload(list(params.logit_bias), device), upload(values, device, torch.float32)
         if params.allowed_token_ids is not None:
             allowed = torch.zeros(vocabulary, dtype=torch.bool, device=device)
-            allowed[torch.tensor(params.allowed_token_ids, device=device)] = True
+            allowed[upload(list(params.allowed_token_ids), device)] = True
         if bad_words:
             longest = max(map(len, bad_words))
-            rows = [[-1] * (longest - len(word)) + list(word) for word in bad_words]
-            words = torch.tensor(rows, device=device)
-        state = _Slot(params, torch.tensor(list(stops), dtype=torch.int64, device=device), bias, allowed, words)
+            words = upload([[-1] * (longest - len(word)) + list(word) for word in bad_words], device)
+            history = torch.full((_HISTORY,), -1, dtype=torch.int64)
+            if recent := list(output[-_HISTORY:]):
+                history[-len(recent) :] = torch.tensor(recent)
+            self._history[slot] = upload(history, device)
+        state = _Slot(params, upload(list(stops), device), bias, allowed, words)
         self._slots[slot] = state
-        self._numbers[:, slot] = torch.tensor([float(getattr(params, name)) for name in _NUMBERS])
-        self._seeds[:, slot] = torch.tensor([seed, index])
-        self._history[slot] = -1
-        if recent := list(output[-_HISTORY:]):
-            self._history[slot, -len(recent) :] = torch.tensor(recent)
+        self._host_numbers[:, slot] = torch.tensor([float(getattr(params, name)) for name in _NUMBERS])
+        self._host_seeds[:, slot] = torch.tensor([seed, index])
+        self._written = True
         self._counts.pop(slot, None)
         self._in_prompt.pop(slot, None)
         if state.penalized:
             self._counts[slot] = _counted(output, vocabulary, device)
             self._in_prompt[slot] = _counted(prompt, vocabulary, device) > 0
 
-    def last_token(self, slot: int) -> torch.Tensor:
-        """The last token of the output in a slot, int64 ``[1]`` on the device; 0 where its logits were no numbers."""
-        return self._history[slot, -1:].clamp_min(0)
-
     def end(self, slot: int) -> None:
         """Lets the output in a slot go."""
         for of_slot in (self._slots, self._counts, self._in_prompt):
             of_slot.pop(slot, None)
 
-    def sample(
-        self, logits: torch.Tensor, slots: Sequence[int], lengths: Sequence[int], made: Sequence[int]
-    ) -> Sampled:
+    def plan(self, slots: list[int]) -> Plan:
+        """How tokens are sampled for the outputs in some slots."""
+        states = [self._slots[slot] for slot in slots]
+        special = [row for row, state in enumerate(states) if not state.plain]
+        chance = [row for row, state in enumerate(states) if not state.params.greedy]
+        params = [states[row].params for row in chance]
+        limited = [row for row, each in enumerate(params) if each.top_k > 0 or each.top_p < 1]
+        asked = [state.params.logprobs for state in states if state.params.logprobs is not None]
+        return Plan(
+            slots=upload(slots, self.device),
+            numbers=slots,
+            special=special,
+            chance=None if not chance else slice(None) if len(chance) == len(slots) else upload(chance, self.device),
+            limited=upload(limited, self.device) if limited else None,
+            min_p=any(each.min_p > 0 for each in params),
+            logprobs=None if not asked else -1 if -1 in asked else max(asked),
+        )
+
+    def sample(self, logits: torch.Tensor, plan: Plan, lengths: torch.Tensor, made: Sequence[int] = ()) -> Sampled:
         """Samples a token for each row.
 
         Args:
             logits: ``[n, vocabulary]``.
-            slots: the output of each row.
-            lengths: positions before the token that is sampled, prompt included.
-            made: tokens of the output before it.
+            plan: of the outputs of the rows.
+            lengths: positions before the token that is sampled, prompt included, int64 ``[n]`` on the device.
+            made: tokens of each output before it; not needed where ``plan.special`` is empty.
         """
+        if self._written:
+            for mine, written in ((self._numbers, self._host_numbers), (self._seeds, self._host_seeds)):
+                mine.copy_(upload(written.clone(), self.device))
+            self._written = False
         raw = logits.to(torch.float32)
-        states = [self._slots[slot] for slot in slots]
-        changed = self._changed(raw, slots, states, made)
+        changed = self._changed(raw, plan, made) if plan.special else raw
         tokens = changed.argmax(-1)
-        chance = [row for row, state in enumerate(states) if not state.params.greedy]
-        if chance:
-            rows = torch.tensor(chance, device=self.device)
-            at = torch.tensor([slots[row] for row in chance], device=self.device)
-            positions = torch.tensor([lengths[row] for row in chance], device=self.device)
-            considered = self._considered(changed[rows], at, [states[row].params for row in chance])
-            noise = gumbel(self._seeds[0, at], self._seeds[1, at], positions, self._vocabulary)
+        if (rows := plan.chance) is not None:
+            at = plan.slots[rows]
+            considered = self._considered(changed[rows], at, plan)
+            noise = gumbel(self._seeds[0, at], self._seeds[1, at], lengths[rows], self._vocabulary)
             tokens[rows] = (considered + noise).argmax(-1)
-        tokens = torch.where(changed.amax(-1).isfinite() & ~changed.isnan().any(-1), tokens, -1)
-        self._note(slots, tokens)
-        return self._with_logprobs(raw, tokens, states)
+        tokens = torch.where(changed.amax(-1).isfinite(), tokens, -1)  # the largest is NaN where one is
+        self.last[plan.slots] = tokens.clamp_min(0)
+        self.positions[plan.slots] = lengths
+        self._note(plan, tokens)
+        if plan.logprobs is None:
+            return Sampled(tokens)
+        ids, values, ranks = self.logprobs(raw, tokens, plan.logprobs)
+        return Sampled(tokens, values, ids, ranks)
 
-    def _changed(
-        self, raw: torch.Tensor, slots: Sequence[int], states: list[_Slot], made: Sequence[int]
-    ) -> torch.Tensor:
+    def _changed(self, raw: torch.Tensor, plan: Plan, made: Sequence[int]) -> torch.Tensor:
         """The logits after all that concerns greedy outputs, too."""
         logits = raw.clone()
-        for row, (slot, state) in enumerate(zip(slots, states, strict=True)):
+        for row in plan.special:
+            slot = plan.numbers[row]
+            state = self._slots[slot]
             if state.allowed is not None:
                 logits[row].masked_fill_(~state.allowed, -math.inf)
             if state.bad_words is not None:
@@ -197,33 +254,25 @@ class Sampler:
         logits.copy_(torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits))
         logits -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
 
-    def _considered(self, logits: torch.Tensor, at: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    def _considered(self, logits: torch.Tensor, at: torch.Tensor, plan: Plan) -> torch.Tensor:
         """The logits over the temperature of rows that are not greedy; -inf for tokens that are not considered."""
         numbers = dict(zip(_NUMBERS, self._numbers[:, at, None], strict=True))
         logits = logits / numbers["temperature"]
-        if any(each.min_p > 0 for each in params):
+        if plan.min_p:
             least = logits.amax(-1, keepdim=True) + numbers["min_p"].log()
             logits = logits.masked_fill(logits < least, -math.inf)
-        limited = [row for row, each in enumerate(params) if each.top_k > 0 or each.top_p < 1]
-        if limited:  # only these are sorted
-            rows = torch.tensor(limited, device=self.device)
+        if (rows := plan.limited) is not None:  # only these are sorted
             logits[rows] = _limited(logits[rows], numbers["top_k"][rows], numbers["top_p"][rows])
         return logits
 
-    def _note(self, slots: Sequence[int], tokens: torch.Tensor) -> None:
-        """Notes the tokens in the state of their slots."""
-        at = torch.tensor(list(slots), device=self.device)
-        self._history[at] = torch.cat([self._history[at, 1:], tokens[:, None]], 1)
-        for row, slot in enumerate(slots):
+    def _note(self, plan: Plan, tokens: torch.Tensor) -> None:
+        """Notes the tokens of special outputs in the state of their slots."""
+        for row in plan.special:
+            slot, token = plan.numbers[row], tokens[row, None]
+            if self._slots[slot].bad_words is not None:
+                self._history[slot] = torch.cat([self._history[slot, 1:], token])
             if (counts := self._counts.get(slot)) is not None:
-                counts.index_add_(0, tokens[row, None].clamp_min(0), (tokens[row, None] >= 0).to(counts.dtype))
-
-    def _with_logprobs(self, raw: torch.Tensor, tokens: torch.Tensor, states: list[_Slot]) -> Sampled:
-        asked = [state.params.logprobs for state in states if state.params.logprobs is not None]
-        if not asked:
-            return Sampled(tokens)
-        ids, values, ranks = self.logprobs(raw, tokens, -1 if -1 in asked else max(asked))
-        return Sampled(tokens, values, ids, ranks)
+                counts.index_add_(0, token.clamp_min(0), (token >= 0).to(counts.dtype))
 
     def logprobs(
         self, logits: torch.Tensor, tokens: torch.Tensor, most: int

@@ -15,6 +15,7 @@ from vattn.kernels.quantize import rounded
 from vattn.memory.kv_cache import KVCache
 from vattn.models.attention import UnsupportedError, attending
 from vattn.models.flat_watch import FlatWatch
+from vattn.transfer import upload
 
 
 @dataclass(frozen=True)
@@ -33,32 +34,56 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Decodes:
+    """One position of each of several sequences in a flat call, as tensors on the device.
+
+    Args:
+        slots: where the rows are, int64 ``[n]``.
+        positions: that are computed, int64 ``[n]``.
+        longest: an upper bound on the positions of every sequence.
+        adjacent: whether the slots are known to be 0, 1, 2 and so on.
+    """
+
+    slots: torch.Tensor
+    positions: torch.Tensor
+    longest: int
+    adjacent: bool = False
+
+
+@dataclass(frozen=True, eq=False)
 class Part:
     """Segments of a flat call whose attention one kernel computes: those of one token each, or the others.
 
     Args:
-        segments: in the order of the tokens.
-        tokens: the indices of their tokens in the call, int64; a slice where these are all tokens.
+        segments: in the order of the tokens; or positions as tensors.
+        tokens: the indices of their tokens in the call, int64; a slice where these follow each other.
         decodes: whether each segment has one token.
     """
 
-    segments: list[Segment]
+    segments: list[Segment] | Decodes
     tokens: torch.Tensor | slice
     decodes: bool
 
 
-def parts_of(segments: list[Segment], device: torch.device) -> list[Part]:
-    """Parts a flat call's segments by whether they have one token."""
+def parts_of(segments: list[Segment], first: int, device: torch.device) -> list[Part]:
+    """Parts segments of a flat call by whether they have one token.
+
+    Args:
+        segments: at least one.
+        first: the index of their first token in the call.
+        device: of the call.
+    """
     if len({segment.count == 1 for segment in segments}) == 1:
-        return [Part(segments, slice(None), segments[0].count == 1)]
-    parts, at = [], 0
+        total = sum(segment.count for segment in segments)
+        return [Part(segments, slice(first, first + total), segments[0].count == 1)]
+    parts, at = [], first
     places: list[tuple[Segment, range]] = []
     for segment in segments:
         places.append((segment, range(at, at + segment.count)))
         at += segment.count
     for decodes in (True, False):
         mine = [(segment, tokens) for segment, tokens in places if (segment.count == 1) == decodes]
-        tokens = torch.tensor([each for _, tokens in mine for each in tokens]).to(device)
+        tokens = upload([each for _, tokens in mine for each in tokens], device)
         parts.append(Part([segment for segment, _ in mine], tokens, decodes))
     return parts
 
@@ -91,33 +116,44 @@ class FlatContext:
         self._kernels: dict[Any, Kernel] = {}
         self._parts: list[Part] = []
         self._returned: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = {}
-        self._ranges: dict[tuple[bool, int | None], SequenceRanges] = {}
+        self._ranges: dict[tuple[Part, int | None], SequenceRanges] = {}
 
     @property
     def kernels(self) -> list[str]:
         """The names of the kernels that were chosen so far."""
         return sorted({kernel.name for kernel in self._kernels.values()})
 
-    def call(self, model: Any, keyword: str, segments: list[Segment], **given: Any) -> Any:
+    def call(
+        self, model: Any, keyword: str, segments: list[Segment], decodes: Decodes | None = None, **given: Any
+    ) -> Any:
         """Calls a model on segments.
 
         Args:
             model: the model.
             keyword: the argument by which it takes a cache.
             segments: in the order of the tokens.
+            decodes: further positions, whose tokens come before those of the segments.
             given: other arguments of the model.
 
         Raises:
             UnsupportedError: the model's attention cannot be computed so.
         """
         device = self._cache.device
-        self._parts, self._returned, self._ranges = parts_of(segments, device), {}, {}
-        counts = torch.tensor([segment.count for segment in segments])
-        slots = torch.tensor([segment.slot for segment in segments]).repeat_interleave(counts)
-        starts = torch.tensor([segment.start for segment in segments]).repeat_interleave(counts)
-        firsts = (counts.cumsum(0) - counts).repeat_interleave(counts)
-        positions = starts + torch.arange(len(starts)) - firsts
-        self._slots, self._positions = slots.to(device), positions.to(device)
+        self._returned, self._ranges, self._parts = {}, {}, []
+        slots, positions = [], []
+        if decodes is not None:
+            self._parts.append(Part(decodes, slice(0, len(decodes.slots)), decodes=True))
+            slots.append(decodes.slots)
+            positions.append(decodes.positions)
+        if segments:
+            self._parts += parts_of(segments, 0 if decodes is None else len(decodes.slots), device)
+            counts = torch.tensor([segment.count for segment in segments])
+            starts = torch.tensor([segment.start for segment in segments]).repeat_interleave(counts)
+            firsts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+            of_each = torch.tensor([segment.slot for segment in segments]).repeat_interleave(counts)
+            slots.append(upload(of_each, device))
+            positions.append(upload(starts + torch.arange(len(starts)) - firsts, device))
+        self._slots, self._positions = torch.cat(slots), torch.cat(positions)
         try:
             with attending(self, self._configs):
                 cache = _FlatCache(self, self._windows)
@@ -172,6 +208,7 @@ class FlatContext:
         self, layer: int, q: torch.Tensor, rows: _Rows, part: Part, how: AttentionParams
     ) -> tuple[Kernel, torch.Tensor]:
         """The same for several queries of each segment."""
+        assert isinstance(part.segments, list)
         ranges = self._ranges_of(part, how.window)
         if rows[0].dtype.itemsize == 1:  # kernels read fp8 in decode steps only
             rows, ranges = self._widened(rows, ranges, q.dtype)
@@ -211,13 +248,21 @@ class FlatContext:
 
     def _ranges_of(self, part: Part, window: int | None) -> SequenceRanges:
         """The rows that the queries of each segment see; behind a sliding window earlier rows may not be mapped."""
-        if (part.decodes, window) not in self._ranges:
-            ranges = []
-            for segment in part.segments:
-                first = 0 if window is None else max(0, segment.start - window + 1)
-                ranges.append((segment.slot, first, segment.start + segment.count))
-            self._ranges[part.decodes, window] = SequenceRanges.of(ranges, self._cache.device)
-        return self._ranges[part.decodes, window]
+        if (part, window) not in self._ranges:
+            self._ranges[part, window] = self._made_ranges(part.segments, window)
+        return self._ranges[part, window]
+
+    def _made_ranges(self, segments: list[Segment] | Decodes, window: int | None) -> SequenceRanges:
+        if isinstance(segments, Decodes):
+            ends = (segments.positions + 1).int()
+            starts = torch.zeros_like(ends) if window is None else (ends - window).clamp_min(0)
+            longest = segments.longest if window is None else min(segments.longest, window)
+            return SequenceRanges(segments.slots.int(), starts, ends, longest=longest, adjacent=segments.adjacent)
+        ranges = []
+        for segment in segments:
+            first = 0 if window is None else max(0, segment.start - window + 1)
+            ranges.append((segment.slot, first, segment.start + segment.count))
+        return SequenceRanges.of(ranges, self._cache.device)
 
 
 class _FlatCache(Cache):  # type: ignore[misc]

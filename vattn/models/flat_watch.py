@@ -43,6 +43,7 @@ class FlatWatch(Comparison):
             new: K and V of the call, ``[1, kv_heads, T, dim]``.
             how: how scores are computed, and the window.
         """
+        assert isinstance(part.segments, list)
         q, new = q[part.tokens], (new[0][0][:, part.tokens], new[1][0][:, part.tokens])
         narrow, at = kernel.narrows and rows[0].dtype.itemsize == 1, 0
         for segment in part.segments:

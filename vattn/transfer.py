@@ -1,0 +1,46 @@
+"""Copies between the host and the device that do not wait for the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """Returns numbers of the host as a tensor on the device.
+
+    Args:
+        values: a list of numbers, or a tensor on the CPU.
+        device: the device.
+        dtype: of the tensor, where ``values`` is a list.
+    """
+    tensor = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=dtype)
+    # A copy from memory that is not page-locked would wait until the device has done all that is queued. The memory is
+    # not used again before the copy is done: torch's allocator sees to that.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class Download:
+    """Tensors on their way to the host.
+
+    Args:
+        tensors: on one device; None for those that there are not.
+    """
+
+    def __init__(self, *tensors: torch.Tensor | None) -> None:
+        self._copies = list(tensors)
+        self._event: torch.cuda.Event | None = None
+        if any(tensor is not None and tensor.is_cuda for tensor in tensors):
+            for place, tensor in enumerate(tensors):
+                if tensor is not None:
+                    copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
+                    self._copies[place] = copy.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def lists(self) -> list[Any]:
+        """The values of each tensor. Waits for what the device has computed up to them, and for nothing behind."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [None if copy is None else copy.tolist() for copy in self._copies]
