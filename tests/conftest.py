@@ -9,7 +9,7 @@ import torch
 
 from vattn import KVCache, _core
 from vattn.cli import command, demo
-from vattn.graphs import runner
+from vattn.graphs import batch_graphs, runner
 from vattn.hf import decode_graphs
 from vattn.hf.placement import Placement
 
@@ -86,6 +86,31 @@ def graphs(device: str, small: None, request: pytest.FixtureRequest, monkeypatch
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(runner, "record", lambda run, pool, stream: (graph := Retold(run), graph.output))
     monkeypatch.setattr(decode_graphs, "capturable", lambda device: True)
+
+
+class Again:
+    """Stands in for a CUDA graph where there is no GPU: a replay computes again. It counts all replays."""
+
+    replays = 0
+
+    def __init__(self, run):
+        self.run = run
+
+    def replay(self):
+        Again.replays += 1
+        self.run()
+
+
+@pytest.fixture
+def batch_graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> type[Again]:
+    """Lets iterations of an engine be captured on the host, where ``Again`` stands in for the graphs."""
+    monkeypatch.setattr(Again, "replays", 0)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *device: 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(runner, "record", lambda run, pool, stream: (Again(run), run()))
+    monkeypatch.setattr(batch_graphs, "capturable", lambda device: True)
+    return Again
 
 
 @pytest.fixture

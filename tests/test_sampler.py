@@ -219,4 +219,8 @@ def test_a_row_of_no_numbers_spoils_no_other(device):
         logits[1, 7] = broken
         for slot in range(3):
             sampler.begin(slot, SamplingParams(frequency_penalty=1, top_k=5), seed=slot, index=0, prompt=[1])
-        assert sampled(sampler, logits, [0, 1, 2], [1, 1, 1], [0, 0, 0]).tokens.tolist() == [expected[0], -1, expected[2]]
+        assert sampled(sampler, logits, [0, 1, 2], [1, 1, 1], [0, 0, 0]).tokens.tolist() == [
+            expected[0],
+            -1,
+            expected[2],
+        ]

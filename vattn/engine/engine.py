@@ -227,6 +227,7 @@ class Engine:
         if self.unfinished:
             raise RuntimeError(f"{self.unfinished} requests have not ended: the engine cannot sleep")
         self.reset_prefix_cache()
+        self.tier.runner.forget()
         self.weights.put_away(discard=level == 2)
 
     def wake_up(self) -> None:

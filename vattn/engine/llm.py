@@ -152,12 +152,14 @@ class LLM:
         self.engine.wake_up()
 
     def report(self) -> dict[str, Any]:
-        """By which means and attention kernels the model is computed, and why not flat where it is not."""
+        """By which means and attention kernels the model is computed, and why not flat or captured where it is not."""
         tier = self.engine.tier
         return {
             "tier": tier.name,
             "reason": tier.reason,
             "kernels": tier.runner.kernels,
+            "graphs": tier.runner.graphs,
+            "uncaptured": tier.runner.uncaptured,
             "max_model_len": self.engine.max_model_len,
         }
 

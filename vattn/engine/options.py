@@ -36,7 +36,7 @@ class EngineOptions:
         attention: the kernel, of ``vattn.kernels.KERNELS``, or ``"auto"``.
         waiting_served_ratio: see ``Scheduler``.
         enable_chunked_prefill: prompts longer than ``max_num_batched_tokens`` are computed in chunks; only True.
-        enforce_eager: whether no iteration is captured into a graph, which none is so far.
+        enforce_eager: whether no iteration is captured into a CUDA graph.
         depth: iterations in flight when the next one is scheduled, 0 or 1.
         granularity: bytes of a granule.
         seed: of requests that give none; None draws one for each.

@@ -12,6 +12,7 @@ from vattn.engine.kv_memory import KVMemory
 from vattn.engine.request import Branch
 from vattn.engine.row_memory import RowMemory
 from vattn.engine.scheduler import Row
+from vattn.graphs.batch_graphs import BatchGraphs
 from vattn.models import rope
 from vattn.models.flat import Decodes, FlatContext, Segment
 from vattn.models.versions import cache_keyword
@@ -42,6 +43,17 @@ class Runner(Protocol):
     def kernels(self) -> list[str]:
         """The names of vattn's attention kernels that compute the model."""
 
+    @property
+    def graphs(self) -> int:
+        """How many CUDA graphs were captured."""
+
+    @property
+    def uncaptured(self) -> str | None:
+        """Why no iteration is captured; None where they are."""
+
+    def forget(self) -> None:
+        """Drops what depends on where the model's weights are."""
+
     def run(
         self, decodes: DecodeBatch | None, rows: Sequence[Row], tokens: Sequence[torch.Tensor], keep: Sequence[int]
     ) -> torch.Tensor:
@@ -61,45 +73,77 @@ class Runner(Protocol):
 class FlatRunner:
     """Computes all rows in one call of the model, on the slots of a ``KVCache``.
 
+    Iterations of one position each are captured into CUDA graphs, and replayed.
+
     Args:
         model: a model whose attention takes an attention function.
         memory: holds the rows.
         context: appends to them, and attends to them.
+        most: outputs that run at the same time, at most.
+        captures: whether iterations are captured, where the device can.
     """
 
-    def __init__(self, model: Any, memory: KVMemory, context: FlatContext) -> None:
+    def __init__(self, model: Any, memory: KVMemory, context: FlatContext, most: int, *, captures: bool) -> None:
         self._model, self._memory, self._context = model, memory, context
         self._keyword = cache_keyword(model)
         self._placed: tuple[list[int], torch.Tensor] = [], torch.empty(0, dtype=torch.int64)
+        inputs = {"tokens": torch.int64, "slots": torch.int64, "ends": torch.int32}
+        self._graphs = BatchGraphs(self._decoded, inputs, most, memory.cache.device) if captures else None
 
     @property
     def kernels(self) -> list[str]:
         """See ``Runner.kernels``."""
         return self._context.kernels
 
+    @property
+    def graphs(self) -> int:
+        """See ``Runner.graphs``."""
+        return 0 if self._graphs is None else len(self._graphs)
+
+    @property
+    def uncaptured(self) -> str | None:
+        """See ``Runner.uncaptured``."""
+        return "enforce_eager is set" if self._graphs is None else self._graphs.refused
+
+    def forget(self) -> None:
+        """See ``Runner.forget``."""
+        if self._graphs is not None:
+            self._graphs.clear()
+
     @torch.no_grad()
     def run(
         self, decodes: DecodeBatch | None, rows: Sequence[Row], tokens: Sequence[torch.Tensor], keep: Sequence[int]
     ) -> torch.Tensor:
         """See ``Runner.run``."""
+        places = None if decodes is None else self._places(decodes)
+        if decodes is not None and places is not None and not rows and self._graphs is not None:
+            given = {"tokens": decodes.tokens, "slots": places.slots, "ends": places.ends}
+            if (logits := self._graphs.run(given)) is not None:
+                return logits
         segments = [Segment(self._memory.slot(row.branch), row.start, row.count) for row in rows]
-        if decodes is None:
-            places, ids, at, kept = None, list(tokens), 0, []
-        else:
-            places, ids, at = self._places(decodes), [decodes.tokens, *tokens], len(decodes.branches)
-            kept = list(range(at))
+        ids = [*([] if decodes is None else [decodes.tokens]), *tokens]
+        at = 0 if decodes is None else len(decodes.branches)
+        kept = list(range(at))
         for row, wanted in zip(rows, keep, strict=True):
             at += row.count
             kept += range(at - wanted, at)
-        given: dict[str, Any] = {}
-        device = ids[0].device
-        if len(kept) < at:
-            given["logits_to_keep"] = upload(kept, device)
-        output = self._context.call(
-            self._model, self._keyword, segments, places, input_ids=torch.cat(ids)[None], **given
-        )
+        return self._computed(torch.cat(ids), segments, places, kept if len(kept) < at else None)
+
+    def _computed(
+        self, ids: torch.Tensor, segments: list[Segment], places: Decodes | None, kept: list[int] | None
+    ) -> torch.Tensor:
+        """The logits of some tokens of a flat call, or of all."""
+        wanted = {} if kept is None else {"logits_to_keep": upload(kept, ids.device)}
+        output = self._context.call(self._model, self._keyword, segments, places, input_ids=ids[None], **wanted)
         logits: torch.Tensor = output.logits[0]
-        return logits if len(logits) == len(kept) else logits[upload(kept, device)]  # some models give all logits
+        if kept is not None and len(logits) != len(kept):  # some models give all logits
+            return logits[wanted["logits_to_keep"]]
+        return logits
+
+    def _decoded(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The logits of outputs that are computed one position each, which a graph is captured of."""
+        places = Decodes(inputs["slots"], inputs["ends"], self._memory.cache.layout.max_len)
+        return self._computed(inputs["tokens"], [], places, None)
 
     def _places(self, decodes: DecodeBatch) -> Decodes:
         """Where the positions of a batch are. The slots stay on the device as long as they are the same."""
@@ -107,7 +151,7 @@ class FlatRunner:
         if slots != self._placed[0]:
             self._placed = slots, upload(slots, decodes.tokens.device)
         adjacent = slots == list(range(len(slots)))
-        return Decodes(self._placed[1], decodes.positions, decodes.longest, adjacent)
+        return Decodes(self._placed[1], (decodes.positions + 1).int(), decodes.longest, adjacent)
 
 
 class RowRunner:
@@ -126,6 +170,11 @@ class RowRunner:
         self._model, self._memory, self._recurrent, self._as_generate = model, memory, recurrent, as_generate
         self._keyword = cache_keyword(model)
         self.kernels: list[str] = []  # the attention is the model's own
+        self.graphs = 0
+        self.uncaptured: str | None = "rows are computed one by one"
+
+    def forget(self) -> None:
+        """See ``Runner.forget``."""
 
     @torch.no_grad()
     def run(

@@ -94,7 +94,9 @@ def tier_of(model: Any, probe: Probe, options: EngineOptions, max_model_len: int
                 swap_is_faster=_swap_is_faster(model, layout, probe.device, options.preemption),
                 reuse_prefixes=options.enable_prefix_caching,
             )
-            return Tier("flat", None, memory, FlatRunner(model, memory, context), cache, max_model_len)
+            most, captures = options.max_num_seqs, not options.enforce_eager
+            runner = FlatRunner(model, memory, context, most, captures=captures)
+            return Tier("flat", None, memory, runner, cache, max_model_len)
         cache.close()
     for name in ("kv_cache_dtype", "attention"):
         if getattr(options, name) != "auto":
@@ -106,8 +108,8 @@ def tier_of(model: Any, probe: Probe, options: EngineOptions, max_model_len: int
         max_model_len,
         _budget(options, probe.device),
     )
-    runner = RowRunner(model, rows, recurrent=bool(probe.others), as_generate=as_generate is not None)
-    return Tier("rows", reason, rows, runner, None, max_model_len, whole_prompts=as_generate is not None)
+    row_runner = RowRunner(model, rows, recurrent=bool(probe.others), as_generate=as_generate is not None)
+    return Tier("rows", reason, rows, row_runner, None, max_model_len, whole_prompts=as_generate is not None)
 
 
 def _budget(options: EngineOptions, device: torch.device) -> int:

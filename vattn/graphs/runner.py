@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from vattn.graphs.capture import record
+
+
+def rows_of_graph(batch: int) -> int:
+    """Returns how many rows a graph for a batch has: 1, 2, 4, 8 or a multiple of 8."""
+    return 1 << (batch - 1).bit_length() if batch <= 8 else -(-batch // 8) * 8
 
 
 class GraphRunner:
@@ -77,12 +82,12 @@ class GraphRunner:
         """An output without its idle rows; a value that is no tensor is returned as it is."""
         return value[: self.live] if isinstance(value, torch.Tensor) and self.idle else value
 
-    def fill(self, given: dict[str, torch.Tensor | None]) -> None:
+    def fill(self, given: Mapping[str, torch.Tensor | None]) -> None:
         """Copies a call's tensors to the inputs of the same names; None leaves an input as it is."""
         pairs = self._pairs(given)
         torch._foreach_copy_([mine for mine, _ in pairs], [theirs for _, theirs in pairs], non_blocking=True)
 
-    def _pairs(self, given: dict[str, torch.Tensor | None]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _pairs(self, given: Mapping[str, torch.Tensor | None]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return [(self._live_inputs[name], tensor) for name, tensor in given.items() if tensor is not None]
 
     def capture(self, run: Callable[[], Any], pool: Any, device: torch.device) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vattn.graphs.runner import rows_of_graph
 from vattn.hf.attach import Forward
 from vattn.hf.store import Store
 from vattn.models.versions import CACHE_KEYWORDS
@@ -52,13 +53,13 @@ class StepCall:
         return self.store.options.scales is not None
 
     def bucket(self) -> int:
-        """Returns how many rows a graph for this batch has: 1, 2, 4, 8 or a multiple of 8.
+        """Returns how many rows a graph for this batch has, see ``rows_of_graph``.
 
         Where an argument has more than two dimensions, it is just the number of rows of the batch.
         """
         if any(tensor is not None and tensor.dim() > 2 for tensor in self.tensors.values()):
             return self.batch
-        return 1 << (self.batch - 1).bit_length() if self.batch <= 8 else -(-self.batch // 8) * 8
+        return rows_of_graph(self.batch)
 
     def key(self, rows: int) -> Any:
         """Returns what identifies a graph with ``rows`` rows: calls with another key need another graph."""

@@ -16,35 +16,35 @@ def append(
     k: torch.Tensor,
     v: torch.Tensor,
     ends: torch.Tensor,
-    rows: torch.Tensor,
+    slots: torch.Tensor,
     scales: tuple[torch.Tensor, torch.Tensor] | tuple[None, None] = (None, None),
 ) -> None:
-    """Writes the new K and V of sequence i to row ``ends[i] - 1`` of slot i.
+    """Writes the new K and V of sequence i to row ``ends[i] - 1`` of slot ``slots[i]``.
 
     On a GPU with Triton one kernel writes both K and V; otherwise torch operations write them one after the other.
 
     Args:
         k_new: ``[batch, kv_heads, head_dim]``.
         v_new: ``[batch, kv_heads, v_head_dim]``.
-        k: ``[batch, max_len, kv_heads, head_dim]``, a view of the batch's slots. The rows to write must be mapped.
-        v: ``[batch, max_len, kv_heads, v_head_dim]``.
+        k: slot tensor, ``[slots, max_len, kv_heads, head_dim]``. The rows to write must be mapped.
+        v: slot tensor, ``[slots, max_len, kv_heads, v_head_dim]``.
         ends: int32 ``[batch]``, one past the row to write. Nothing is written to an idle slot, whose value is 0; see
             ``takes_idle`` for the devices where slots may be idle.
-        rows: int64 ``[batch]``: 0, 1, 2 and so on.
+        slots: int64 ``[batch]``.
         scales: of K and of V, float32 ``[1]`` or ``[kv_heads]``: the states are divided by them before they are rounded
             to fewer bits. ``(None, None)`` divides by nothing.
     """
     kernel = _kernel() if k.is_cuda else None
     if kernel is None:
         if not k.is_cuda and bool((idle := ends <= 0).any()):
-            k_new, v_new, ends, rows = (t[~idle] for t in (k_new, v_new, ends, rows))
+            k_new, v_new, ends, slots = (t[~idle] for t in (k_new, v_new, ends, slots))
         at = ends.long() - 1
-        for new, slots, scale in zip((k_new, v_new), (k, v), scales, strict=True):
-            if slots.dtype.itemsize == 1:
-                stored = rounded(new[:, :, None], scale, slots.dtype)[:, :, 0]
-                slots.view(torch.uint8)[rows, at] = stored.view(torch.uint8)
+        for new, rows, scale in zip((k_new, v_new), (k, v), scales, strict=True):
+            if rows.dtype.itemsize == 1:  # torch cannot index fp8
+                stored = rounded(new[:, :, None], scale, rows.dtype)[:, :, 0]
+                rows.view(torch.uint8)[slots, at] = stored.view(torch.uint8)
             else:
-                slots[rows, at] = new.to(slots.dtype)
+                rows[slots, at] = new.to(rows.dtype)
         return
     batch, heads, dim = k_new.shape
     v_dim = v_new.shape[2]
@@ -54,7 +54,7 @@ def append(
     kernel[batch, heads](
         # K and V are passed as plain addresses: Triton looks up the memory where a tensor argument begins, and the
         # first row may have none, since a sliding window that has passed it gives its memory back.
-        k_new, v_new, k.data_ptr(), v.data_ptr(), ends, k_scale, v_scale,
+        k_new, v_new, k.data_ptr(), v.data_ptr(), ends, slots, k_scale, v_scale,
         *k_new.stride(), *v_new.stride(), *k.stride()[:3], *v.stride()[:3],
         kind=_triton_types()[k.dtype], dim=dim, v_dim=v_dim, block=block,
         limit=torch.finfo(k.dtype).max if k.dtype.itemsize == 1 else 0.0, scaled=scales[0] is not None,
@@ -77,7 +77,7 @@ def _kernel() -> Any:
 
     @triton.jit  # type: ignore[untyped-decorator]
     def kernel(  # type: ignore[no-untyped-def]
-        k_new, v_new, k, v, ends, k_scale, v_scale,
+        k_new, v_new, k, v, ends, slots, k_scale, v_scale,
         k_new_b, k_new_h, k_new_d, v_new_b, v_new_h, v_new_d, k_slot, k_row, k_head, v_slot, v_row, v_head,
         kind: tl.constexpr, dim: tl.constexpr, v_dim: tl.constexpr, block: tl.constexpr, limit: tl.constexpr,
         scaled: tl.constexpr, k_heads: tl.constexpr, v_heads: tl.constexpr,
@@ -87,6 +87,7 @@ def _kernel() -> Any:
         sequence = tl.program_id(0).to(tl.int64)  # products with strides can exceed 32 bits
         head = tl.program_id(1).to(tl.int64)
         row = (tl.load(ends + sequence) - 1).to(tl.int64)
+        slot = tl.load(slots + sequence).to(tl.int64)
         at = tl.arange(0, block)
         k_part, v_part = (row >= 0) & (at < dim), (row >= 0) & (at < v_dim)
         new = tl.load(k_new + sequence * k_new_b + head * k_new_h + at * k_new_d, mask=k_part)
@@ -94,13 +95,13 @@ def _kernel() -> Any:
             new = new / tl.load(k_scale + head % k_heads)
         if limit > 0:
             new = tl.clamp(new.to(tl.float32), -limit, limit).to(kind)
-        tl.store(k + sequence * k_slot + row * k_row + head * k_head + at, new, mask=k_part)
+        tl.store(k + slot * k_slot + row * k_row + head * k_head + at, new, mask=k_part)
         new = tl.load(v_new + sequence * v_new_b + head * v_new_h + at * v_new_d, mask=v_part)
         if scaled:
             new = new / tl.load(v_scale + head % v_heads)
         if limit > 0:
             new = tl.clamp(new.to(tl.float32), -limit, limit).to(kind)
-        tl.store(v + sequence * v_slot + row * v_row + head * v_head + at, new, mask=v_part)
+        tl.store(v + slot * v_slot + row * v_row + head * v_head + at, new, mask=v_part)
 
     return kernel
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from vattn import kernels
 from vattn.kernels import AttentionParams, AttentionSpec, Kernel, SequenceRanges
-from vattn.kernels.quantize import rounded
+from vattn.kernels.append import append
 from vattn.memory.kv_cache import KVCache
 from vattn.models.attention import UnsupportedError, attending
 from vattn.models.flat_watch import FlatWatch
@@ -39,13 +40,13 @@ class Decodes:
 
     Args:
         slots: where the rows are, int64 ``[n]``.
-        positions: that are computed, int64 ``[n]``.
+        ends: one past the position that is computed, int32 ``[n]``; 0 of idle rows, which compute nothing of use.
         longest: an upper bound on the positions of every sequence.
         adjacent: whether the slots are known to be 0, 1, 2 and so on.
     """
 
     slots: torch.Tensor
-    positions: torch.Tensor
+    ends: torch.Tensor
     longest: int
     adjacent: bool = False
 
@@ -140,11 +141,11 @@ class FlatContext:
         """
         device = self._cache.device
         self._returned, self._ranges, self._parts = {}, {}, []
-        slots, positions = [], []
+        slots, ends = [], []
         if decodes is not None:
             self._parts.append(Part(decodes, slice(0, len(decodes.slots)), decodes=True))
             slots.append(decodes.slots)
-            positions.append(decodes.positions)
+            ends.append(decodes.ends)
         if segments:
             self._parts += parts_of(segments, 0 if decodes is None else len(decodes.slots), device)
             counts = torch.tensor([segment.count for segment in segments])
@@ -152,12 +153,13 @@ class FlatContext:
             firsts = (counts.cumsum(0) - counts).repeat_interleave(counts)
             of_each = torch.tensor([segment.slot for segment in segments]).repeat_interleave(counts)
             slots.append(upload(of_each, device))
-            positions.append(upload(starts + torch.arange(len(starts)) - firsts, device))
-        self._slots, self._positions = torch.cat(slots), torch.cat(positions)
+            ends.append(upload((starts + torch.arange(1, len(starts) + 1) - firsts).int(), device))
+        self._slots, self._ends = torch.cat(slots), torch.cat(ends)
+        positions = (self._ends.long() - 1).clamp_min(0)
         try:
             with attending(self, self._configs):
                 cache = _FlatCache(self, self._windows)
-                return model(position_ids=self._positions[None], **{keyword: cache}, use_cache=True, **given)
+                return model(position_ids=positions[None], **{keyword: cache}, use_cache=True, **given)
         finally:
             self._returned = {}
 
@@ -166,11 +168,8 @@ class FlatContext:
         total = len(self._slots)
         if k.shape[0] != 1 or k.shape[2] != total:
             raise UnsupportedError(f"layer {layer} is given {tuple(k.shape)} for {total} tokens", of_model=True)
-        for rows, states in zip(self._cache.slot_tensors(layer), (k, v), strict=True):
-            new = states[0]
-            if rows.dtype.itemsize == 1:  # torch cannot index fp8
-                rows, new = rows.view(torch.uint8), rounded(new, None, rows.dtype).view(torch.uint8)
-            rows.index_put_((self._slots, self._positions), new.transpose(0, 1).to(rows.dtype))
+        k_new, v_new = (states[0].transpose(0, 1) for states in (k, v))
+        append(k_new, v_new, *self._cache.slot_tensors(layer), self._ends, self._slots)
         self._returned[id(k)] = layer, k, v
 
     def attend(
@@ -238,13 +237,20 @@ class FlatContext:
         if key not in self._kernels:
             spec = AttentionSpec.of(q, *rows, queries=queries, adjacent=False, **options)
             try:
-                kernel = kernels.choose(spec, name=self._attention)
+                kernel = self._chosen(spec)
             except ValueError as error:
                 raise UnsupportedError(str(error), of_model=True) from None
             if queries == "one" and (tail := kernel.tail(spec.head_dim, spec.kv_dtype)) > self._margin:
                 raise UnsupportedError(f"{kernel.name} loads {tail} rows behind a sequence, of {self._margin} mapped")
             self._kernels[key] = kernel
         return self._kernels[key]
+
+    def _chosen(self, spec: AttentionSpec) -> Kernel:
+        """The kernel for some attention: where there is one for a decode step that can be captured, that one."""
+        if spec.queries == "one":
+            with contextlib.suppress(ValueError):
+                return kernels.choose(spec, name=self._attention, capturable=True)
+        return kernels.choose(spec, name=self._attention)
 
     def _ranges_of(self, part: Part, window: int | None) -> SequenceRanges:
         """The rows that the queries of each segment see; behind a sliding window earlier rows may not be mapped."""
@@ -254,7 +260,7 @@ class FlatContext:
 
     def _made_ranges(self, segments: list[Segment] | Decodes, window: int | None) -> SequenceRanges:
         if isinstance(segments, Decodes):
-            ends = (segments.positions + 1).int()
+            ends = segments.ends
             starts = torch.zeros_like(ends) if window is None else (ends - window).clamp_min(0)
             longest = segments.longest if window is None else min(segments.longest, window)
             return SequenceRanges(segments.slots.int(), starts, ends, longest=longest, adjacent=segments.adjacent)

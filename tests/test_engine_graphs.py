@@ -1,0 +1,109 @@
+"""Iterations of one position each are replays of CUDA graphs. On the host ``Again`` stands in for these."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from serving import FLAT, GREEDY, LENGTHS, engine_of, generated, model_of, prompts_of, served, tokens
+
+from vattn.engine.llm import LLM
+from vattn.engine.sampling_params import SamplingParams
+from vattn.graphs.batch_graphs import BatchGraphs
+from vattn.graphs.runner import rows_of_graph
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_replays_give_the_same_tokens(name, batch_graphs_on_cpu):
+    model = model_of(name)
+    prompts = prompts_of(LENGTHS)
+    expected = generated(model, prompts)
+    with engine_of(model, max_num_batched_tokens=64) as engine:
+        assert tokens(served(engine, prompts, GREEDY)) == expected
+        runner = engine.tier.runner
+        assert runner.uncaptured is None
+        captured, replays = runner.graphs, batch_graphs_on_cpu.replays
+        assert 1 <= captured <= 4  # of 1, 2, 4 and 8 rows
+        assert replays > captured
+        assert tokens(served(engine, prompts, GREEDY)) == expected
+        assert runner.graphs == captured
+        assert batch_graphs_on_cpu.replays > replays
+
+
+def test_a_graph_serves_all_batches_up_to_its_rows(batch_graphs_on_cpu):
+    model = model_of("llama-gqa")
+    prompts = prompts_of((5, 6, 7, 8, 9, 10, 11))
+    params = [SamplingParams(temperature=0, max_tokens=4 + 3 * number) for number in range(len(prompts))]
+    expected = generated(model, prompts, 4 + 3 * 6)
+    with engine_of(model, max_num_batched_tokens=512) as engine:
+        for number, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
+            engine.add(str(number), prompt, each)
+        done = {}
+        while engine.unfinished:
+            done |= {output.request_id: output for output in engine.step()}
+        for number, each in enumerate(expected):
+            assert done[str(number)].outputs[0].token_ids == each[: 4 + 3 * number]
+        assert engine.tier.runner.graphs == 4  # of 8, 4, 2 and 1 rows
+
+
+def test_a_capture_that_fails_or_deviates_changes_no_token(monkeypatch, batch_graphs_on_cpu, caplog):
+    model = model_of("llama-gqa")
+    prompts = prompts_of((12, 20))
+    expected = generated(model, prompts)
+    decoded = BatchGraphs._run
+
+    def fails(self, graph):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    def deviates(self, graph):
+        return decoded(self, graph).mul_(1.1)
+
+    for run, reason in ((fails, "not permitted"), (deviates, "a replay gives something else than the computation")):
+        monkeypatch.setattr(BatchGraphs, "_run", run)
+        caplog.clear()
+        with engine_of(model) as engine:
+            assert tokens(served(engine, prompts, GREEDY)) == expected
+            assert engine.tier.runner.graphs == 0
+            assert reason in engine.tier.runner.uncaptured
+            assert len([record for record in caplog.records if "not captured" in record.message]) == 1
+
+
+def test_weights_that_move_are_captured_anew(batch_graphs_on_cpu):
+    model = model_of("llama-gqa")
+    prompts = prompts_of((12, 20))
+    expected = generated(model, prompts)
+    with engine_of(model) as engine:
+        assert tokens(served(engine, prompts, GREEDY)) == expected
+        assert engine.tier.runner.graphs > 0
+        engine.sleep()
+        assert engine.tier.runner.graphs == 0
+        engine.wake_up()
+        assert tokens(served(engine, prompts, GREEDY)) == expected
+        assert engine.tier.runner.graphs > 0
+
+
+def test_enforce_eager_captures_nothing(batch_graphs_on_cpu):
+    with LLM(model_of("llama-gqa"), max_model_len=160, kv_budget=64 << 20, granularity=4096, enforce_eager=True) as llm:
+        llm.generate(prompts_of((12, 20)), GREEDY, use_tqdm=False)
+        report = llm.report()
+        assert (report["graphs"], report["uncaptured"]) == (0, "enforce_eager is set")
+    assert batch_graphs_on_cpu.replays == 0
+
+
+def test_rows_of_graphs():
+    assert [rows_of_graph(batch) for batch in (1, 2, 3, 5, 8, 9, 16, 17, 255)] == [1, 2, 4, 8, 8, 16, 16, 24, 256]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral", "gpt_oss", "qwen3_moe"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_iterations_are_captured_on_a_gpu(name, dtype):
+    """In float32 no kernel can be captured, and iterations stay eager; the tokens are the same either way."""
+    model = model_of(name, "cuda", dtype)
+    prompts = prompts_of(LENGTHS)
+    with engine_of(model, max_num_batched_tokens=512, enforce_eager=True) as engine:
+        expected = tokens(served(engine, prompts, GREEDY))
+    with engine_of(model, max_num_batched_tokens=512) as engine:
+        assert tokens(served(engine, prompts, GREEDY)) == expected
+        assert (engine.tier.runner.graphs > 0) == (engine.tier.runner.uncaptured is None)
+        if dtype == torch.bfloat16 and name in ("llama-gqa", "mistral"):
+            assert engine.tier.runner.graphs > 0
