@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from vattn.engine.choose import choose
 from vattn.engine.philox import gumbel, philox
 from vattn.engine.sampler import Sampled, Sampler
 from vattn.engine.sampling_params import SamplingParams
@@ -224,3 +225,38 @@ def test_a_row_of_no_numbers_spoils_no_other(device):
             -1,
             expected[2],
         ]
+
+
+def test_logits_stay_as_they_are(device):
+    """Those of the model are needed for log probabilities, and may lie in the output of a graph."""
+    torch.manual_seed(5)
+    logits = torch.randn(2, VOCABULARY, device=device)
+    kept = logits.clone()
+    sampler = Sampler(VOCABULARY, 4, torch.device(device))
+    sampler.begin(0, SamplingParams(top_k=2, top_p=0.5, min_p=0.1, logprobs=2), seed=1, index=0, prompt=[1])
+    sampler.begin(1, SamplingParams(temperature=0, repetition_penalty=2, logprobs=2), seed=1, index=0, prompt=[1])
+    told = sampled(sampler, logits, [0, 1], [3, 3], [0, 0])
+    assert torch.equal(logits, kept)
+    expected = kept.log_softmax(-1).gather(1, told.tokens[:, None])[:, 0]
+    assert torch.allclose(told.logprobs[:, 0], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [3, 101, 50257, 128256])
+def test_the_kernel_chooses_as_torch_does(vocabulary, dtype):
+    torch.manual_seed(6)
+    logits = (3 * torch.randn(9, vocabulary)).to(dtype)
+    logits[3, 1], logits[4], logits[5, 2] = float("nan"), float("-inf"), float("inf")
+    temperatures = torch.tensor([0, 0.7, 1, 1, 1, 1, 0, 2, 0.3])
+    seeds = torch.tensor([1, 2**61 + 12345, 7, 8, 5, -5, 2, 3, 4])
+    indexes, lengths = torch.arange(9), torch.tensor([5, 900, 2**31 + 7, 3, 1, 2, 3, 4, 2**20])
+    given = logits, temperatures, seeds, indexes, lengths
+    expected = choose(*given)
+    assert expected[3:6].tolist() == [-1, -1, -1]
+    got = choose(*(each.cuda() for each in given)).cpu()
+    noise = gumbel(seeds, indexes, lengths, vocabulary)
+    for row in (got != expected).nonzero()[:, 0].tolist():  # logarithms differ in the last bit
+        assert temperatures[row] > 0
+        scores = logits[row].float() / temperatures[row] + noise[row]
+        assert scores[got[row]] == pytest.approx(float(scores[expected[row]]), abs=1e-4)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vattn.engine.philox import gumbel
+from vattn.engine.choose import choose
 from vattn.engine.sampling_params import SamplingParams
 from vattn.transfer import upload
 
@@ -68,6 +68,12 @@ class _Slot:
         others = (self.bias, self.allowed, self.bad_words)
         return all(each is None for each in others) and not self.penalized and not self.params.min_tokens
 
+    @property
+    def narrows(self) -> bool:
+        """Whether it is not greedy and does not consider all tokens."""
+        params = self.params
+        return not params.greedy and (params.min_p > 0 or params.top_k > 0 or params.top_p < 1)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -77,8 +83,8 @@ class Plan:
         slots: the output of each row, int64 ``[n]`` on the device.
         numbers: the same on the host.
         special: the rows of which not all logits count as they are.
-        chance: the rows that are not greedy, int64 on the device; a slice where these are all rows, None where none is.
-        limited: those of them, by their places there, of which only the most likely tokens count; or None.
+        narrowed: the rows that are not greedy and do not consider all tokens, int64 on the device; or None.
+        limited: those of them, by their places there, that have ``top_k`` or ``top_p``; or None.
         min_p: whether one of them has ``min_p``.
         logprobs: of how many of the most likely tokens log probabilities are told; -1 of all, None of none.
     """
@@ -86,7 +92,7 @@ class Plan:
     slots: torch.Tensor
     numbers: list[int]
     special: list[int]
-    chance: torch.Tensor | slice | None
+    narrowed: torch.Tensor | None
     limited: torch.Tensor | None
     min_p: bool
     logprobs: int | None
@@ -162,6 +168,8 @@ class Sampler:
         state = _Slot(params, upload(list(stops), device), bias, allowed, words)
         self._slots[slot] = state
         self._host_numbers[:, slot] = torch.tensor([float(getattr(params, name)) for name in _NUMBERS])
+        if params.greedy:
+            self._host_numbers[0, slot] = 0
         self._host_seeds[:, slot] = torch.tensor([seed, index])
         self._written = True
         self._counts.pop(slot, None)
@@ -179,15 +187,15 @@ class Sampler:
         """How tokens are sampled for the outputs in some slots."""
         states = [self._slots[slot] for slot in slots]
         special = [row for row, state in enumerate(states) if not state.plain]
-        chance = [row for row, state in enumerate(states) if not state.params.greedy]
-        params = [states[row].params for row in chance]
+        narrowed = [row for row, state in enumerate(states) if state.narrows]
+        params = [states[row].params for row in narrowed]
         limited = [row for row, each in enumerate(params) if each.top_k > 0 or each.top_p < 1]
         asked = [state.params.logprobs for state in states if state.params.logprobs is not None]
         return Plan(
             slots=upload(slots, self.device),
             numbers=slots,
             special=special,
-            chance=None if not chance else slice(None) if len(chance) == len(slots) else upload(chance, self.device),
+            narrowed=upload(narrowed, self.device) if narrowed else None,
             limited=upload(limited, self.device) if limited else None,
             min_p=any(each.min_p > 0 for each in params),
             logprobs=None if not asked else -1 if -1 in asked else max(asked),
@@ -206,21 +214,19 @@ class Sampler:
             for mine, written in ((self._numbers, self._host_numbers), (self._seeds, self._host_seeds)):
                 mine.copy_(upload(written.clone(), self.device))
             self._written = False
-        raw = logits.to(torch.float32)
-        changed = self._changed(raw, plan, made) if plan.special else raw
-        tokens = changed.argmax(-1)
-        if (rows := plan.chance) is not None:
-            at = plan.slots[rows]
-            considered = self._considered(changed[rows], at, plan)
-            noise = gumbel(self._seeds[0, at], self._seeds[1, at], lengths[rows], self._vocabulary)
-            tokens[rows] = (considered + noise).argmax(-1)
-        tokens = torch.where(changed.amax(-1).isfinite(), tokens, -1)  # the largest is NaN where one is
-        self.last[plan.slots] = tokens.clamp_min(0)
-        self.positions[plan.slots] = lengths
+        changed = self._changed(logits.to(torch.float32), plan, made) if plan.special else logits
+        at = plan.slots
+        temperatures, seeds = self._numbers[0, at], self._seeds[:, at]
+        if (rows := plan.narrowed) is not None:
+            changed = changed.to(torch.float32, copy=True)
+            changed[rows] = self._considered(changed[rows], at[rows], plan)
+        tokens = choose(changed, temperatures, seeds[0], seeds[1], lengths)
+        self.last[at] = tokens.clamp_min(0)
+        self.positions[at] = lengths
         self._note(plan, tokens)
         if plan.logprobs is None:
             return Sampled(tokens)
-        ids, values, ranks = self.logprobs(raw, tokens, plan.logprobs)
+        ids, values, ranks = self.logprobs(logits.to(torch.float32), tokens, plan.logprobs)
         return Sampled(tokens, values, ids, ranks)
 
     def _changed(self, raw: torch.Tensor, plan: Plan, made: Sequence[int]) -> torch.Tensor:
@@ -255,15 +261,15 @@ class Sampler:
         logits -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
 
     def _considered(self, logits: torch.Tensor, at: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """The logits over the temperature of rows that are not greedy; -inf for tokens that are not considered."""
+        """The logits of rows that do not consider all tokens; -inf for tokens that are not considered."""
         numbers = dict(zip(_NUMBERS, self._numbers[:, at, None], strict=True))
-        logits = logits / numbers["temperature"]
+        scaled = logits / numbers["temperature"]
         if plan.min_p:
-            least = logits.amax(-1, keepdim=True) + numbers["min_p"].log()
-            logits = logits.masked_fill(logits < least, -math.inf)
+            least = scaled.amax(-1, keepdim=True) + numbers["min_p"].log()
+            scaled = scaled.masked_fill(scaled < least, -math.inf)
         if (rows := plan.limited) is not None:  # only these are sorted
-            logits[rows] = _limited(logits[rows], numbers["top_k"][rows], numbers["top_p"][rows])
-        return logits
+            scaled[rows] = _limited(scaled[rows], numbers["top_k"][rows], numbers["top_p"][rows])
+        return logits.masked_fill(scaled == -math.inf, -math.inf)
 
     def _note(self, plan: Plan, tokens: torch.Tensor) -> None:
         """Notes the tokens of special outputs in the state of their slots."""
