@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vattn import __version__, _core
+from vattn.bench.mixes import MIXES
 from vattn.bench.trace import DATASETS, generate, read
 from vattn.errors import Error
 from vattn.memory.layout import GRANULARITY, KVLayout
@@ -76,18 +77,29 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure on this machine")
     bench.add_argument(
         "what",
-        choices=["map", "kernels", "generate"],
-        help="what bench memory costs; how fast kernels run on it; how long decode steps of a model take",
+        choices=["map", "kernels", "generate", "throughput", "latency"],
+        help="what memory costs; how fast kernels run on it; how long decode steps of a model take; how many tokens a "
+        "second an engine samples; how long one request takes",
     )
     bench.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     bench.add_argument("--config", type=Path, help="generate: the model's config.json, or its folder (default: small)")
     bench.add_argument("--context", type=_positive, default=256, help="generate: tokens of a prompt (default 256)")
     bench.add_argument("--batch", type=_positive, default=1, help="generate: sequences at once (default 1)")
-    bench.add_argument("--steps", type=_positive, default=24, help="generate: tokens to time (default 24)")
-    bench.add_argument("--trace", type=Path, help="JSON lines with arrival, prompt and output (default: made up)")
+    bench.add_argument("--steps", type=_positive, default=24, help="generate, latency: tokens to time (default 24)")
+    bench.add_argument("--trace", type=Path, help="JSON lines of requests (default: made up): for map with arrival, "
+                       "prompt and output in tokens, for throughput with token ids as prompt, and output")  # fmt: skip
     bench.add_argument("--dataset", choices=sorted(DATASETS), default="sharegpt", help="whose lengths to make up")
-    bench.add_argument("--requests", type=_positive, default=400, help="how many to make up (default 400)")
+    bench.add_argument("--requests", type=_positive, help="how many to make up (default: 400, or what the mix has)")
     bench.add_argument("--concurrency", type=_positive, default=32, help="sequences at once (default 32)")
+    bench.add_argument("--model", help="throughput, latency: a folder, or a model on the disk (default: the demo's)")
+    bench.add_argument("--mix", choices=sorted(MIXES), default="nano", help="throughput: which requests to make up")
+    bench.add_argument("--rounds", type=_positive, default=3, help="throughput: how often (default 3)")
+    bench.add_argument("--prompt-tokens", type=_positive, nargs="+", default=[1024], help="latency (default 1024)")
+    bench.add_argument("--max-num-seqs", type=_positive, default=256, help="requests that run at once (default 256)")
+    bench.add_argument("--max-num-batched-tokens", type=_positive, default=16384, help="of an iteration")
+    bench.add_argument("--max-model-len", type=_positive, help="default: the model's")
+    bench.add_argument("--kv-budget", type=_size, help="memory for K and V (default: half of what is free)")
+    bench.add_argument("--enforce-eager", action="store_true", help="without CUDA graphs")
     bench.set_defaults(run=_bench)
 
     generate = commands.add_parser("generate", help="answer a file of prompts, several at once")
@@ -343,7 +355,8 @@ def _bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from vattn.memory.device import resolve_device
 
     resolve_device(options.device)
-    result = {"map": _bench_map, "kernels": _bench_kernels, "generate": _bench_generate}[options.what](options)
+    measures = {"map": _bench_map, "kernels": _bench_kernels, "generate": _bench_generate}
+    result = measures.get(options.what, _bench_serving)(options)
     parts = []
     for name, rows in result.items():
         columns = list(dict.fromkeys(column for row in rows for column in row))
@@ -387,10 +400,18 @@ def _bench_generate(options: argparse.Namespace) -> dict[str, list[dict[str, Any
     return {"generate": decode.decode_speed(factories, point, lengths, options.steps)}
 
 
+def _bench_serving(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    from vattn.cli import bench_serving, demo
+
+    model: Any = options.model or demo.load(default_folder())[0].to(options.device)
+    measure = bench_serving.throughput if options.what == "throughput" else bench_serving.latency
+    return measure(options, model)
+
+
 def _bench_map(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     from vattn.bench import mapping
 
-    requests = read(options.trace) if options.trace else generate(options.dataset, options.requests)
+    requests = read(options.trace) if options.trace else generate(options.dataset, options.requests or 400)
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "calls": lambda: mapping.call_latency(options.device),
         "prompts": lambda: mapping.prompts(options.device),

@@ -46,6 +46,7 @@ class Engine:
 
     Attributes:
         tier: by which means the model is computed, and why.
+        vocabulary: how many tokens there are.
         weights: of the model.
         scheduler: decides what is computed next.
     """
@@ -58,6 +59,7 @@ class Engine:
         options = options or EngineOptions()
         self._options, self._model = options, model
         probe = probed(model)
+        self.vocabulary = probe.vocabulary
         allowed = most_positions(model.config.get_text_config(decoder=True))
         longest = options.max_model_len or allowed or 2048
         if allowed is not None and longest > allowed:

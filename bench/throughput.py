@@ -1,0 +1,174 @@
+"""How fast the engine serves the shapes of Llama-3-8B and Qwen3-0.6B, with random weights, on one GPU.
+
+``engine_over_vllm_8b``, ``engine_over_vllm_06b``: tokens per second of nano-vllm's mix over those of vLLM, of which
+``--vllm`` names the file that the peer's benchmark has written on the same machine; medians of rounds.
+``tpot_ms_1x1024``, ``ttft_ms_1024`` and so on: one request at a time, and the same with ``_vllm``.
+``engine_calls_per_1000_tokens``: memory calls of the driver in the last round, per 1000 tokens of prompts and outputs.
+``ready_s``: seconds from the making of the engine until iterations of 256 rows and then of one are at their speed.
+``iteration_host_ms_256``: the host's work of an iteration of 256 rows, ``iteration_scheduler_ms_256`` the scheduler's.
+
+Earlier rows of a result file stay unless they are measured again. ``--write FOLDER`` only writes the requests of the
+mixes, for other engines.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import report
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from vattn.bench import mixes, serving
+from vattn.engine import LLM
+
+SHAPES = {
+    "8b": LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128256, max_position_embeddings=131072, rope_theta=500000.0,
+    ),
+    "0.6b": Qwen3Config(
+        hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+        head_dim=128, vocab_size=151936, max_position_embeddings=40960, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+PARTS = ("ready", "throughput", "latency", "host")
+
+
+def model_of(shape: str) -> Any:
+    with torch.device("cuda"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(SHAPES[shape], dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def measured(options: Any) -> list[dict[str, Any]]:
+    """The rows of all parts that are asked for."""
+    model = model_of(options.shape)
+    vocabulary = SHAPES[options.shape].vocab_size
+    memory: dict[str, Any] = {"gpu_memory_utilization": options.memory}
+    if options.kv_gib:
+        memory = {"kv_budget": int(options.kv_gib * 2**30)}
+    start = time.perf_counter()
+    rows = []
+    with LLM(
+        model, max_num_seqs=options.max_num_seqs, max_num_batched_tokens=options.max_num_batched_tokens,
+        max_model_len=options.max_model_len, enable_prefix_caching=options.prefix_cache, attention=options.attention,
+        **memory,
+    ) as llm:  # fmt: skip
+        report_of = llm.report()
+        print(report_of, flush=True)
+        common = {"engine": "vattn", "shape": options.shape, "kernels": "+".join(report_of["kernels"])}
+        for part in options.parts:
+            if part == "ready":
+                found = [serving.ready(llm, start, options.max_num_seqs, vocabulary)]
+            elif part == "throughput":
+                seeds = range(options.rounds) if options.prefix_cache else [0] * options.rounds
+                rounds = [mixes.mix(options.mix, vocabulary, count=options.requests, seed=seed) for seed in seeds]
+                found = [{"mix": options.mix, **row} for row in serving.throughput(llm, rounds)]
+            elif part == "latency":
+                found = serving.latency(llm, options.prompts, options.steps, vocabulary)
+            else:
+                found = [serving.host_work(llm, options.max_num_seqs, vocabulary)]
+            rows += [{**common, "part": part, **row} for row in found]
+            for row in rows[-len(found) :]:
+                print(row, flush=True)
+        print(llm.report(), flush=True)
+    return rows
+
+
+def of_vllm(path: Path) -> list[dict[str, Any]]:
+    """The rows of the peer's benchmark, under the names of ours."""
+    rows = []
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        common = {"engine": "vllm 0.26.0", "shape": row["model"], "part": row["mode"]}
+        if row["mode"] == "throughput":
+            names = {
+                "run": "round",
+                "seqs": "requests",
+                "input_tokens": "prompt tokens",
+                "output_tokens": "sampled tokens",
+            }
+            names |= {"seconds": "seconds", "tokens_per_s": "tokens/s"}
+            common["mix"] = row.get("mix", "nano")
+        else:
+            names = {"input": "prompt tokens", "output": "sampled tokens", "first_token_ms": "first token ms"}
+            names |= {"ms_per_token": "ms per token", "ms_per_token_all": "ms per token, all"}
+        rows.append({**common, **{mine: row[theirs] for theirs, mine in names.items()}})
+    return rows
+
+
+def bars_of(rows: list[dict[str, Any]]) -> dict[str, float]:
+    bars: dict[str, float] = {}
+
+    def speed(engine: str, shape: str, mix: str) -> float | None:
+        found = [
+            row["tokens/s"]
+            for row in rows
+            if row["engine"].startswith(engine) and row["shape"] == shape and row.get("mix") == mix
+        ]
+        return statistics.median(found) if found else None
+
+    for shape, name in (("8b", "8b"), ("0.6b", "06b")):
+        ours, theirs = speed("vattn", shape, "nano"), speed("vllm", shape, "nano")
+        if ours and theirs:
+            bars[f"engine_over_vllm_{name}"] = ours / theirs
+    ours, theirs = speed("vattn", "8b", "prefixes"), speed("vllm", "8b", "prefixes")
+    if ours and theirs:
+        bars["prefix_over_vllm"] = ours / theirs
+    for row in rows:
+        end = "_vllm" if row["engine"].startswith("vllm") else ""
+        if row["part"] == "latency" and row["shape"] == "8b":
+            bars[f"ttft_ms_{row['prompt tokens']}{end}"] = row["first token ms"]
+            if row["prompt tokens"] == 1024:
+                bars[f"tpot_ms_1x1024{end}"] = row["ms per token"]
+        elif row["part"] == "ready":
+            bars["ready_s"] = max(value for name, value in row.items() if name.startswith("ready s"))
+        elif row["part"] == "host":
+            bars["iteration_host_ms_256"], bars["iteration_scheduler_ms_256"] = row["host ms"], row["scheduler ms"]
+        elif row["part"] == "throughput" and not end and row["mix"] == "nano":
+            bars["engine_calls_per_1000_tokens"] = row["calls/1000 tokens"]  # of the last round
+    return bars
+
+
+def main() -> None:
+    parser = report.options(__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="8b")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--mix", choices=sorted(mixes.MIXES), default="nano")
+    parser.add_argument("--requests", type=int, help="of the mix")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, nargs="*", default=[1024, 8192, 32768], help="of latency, in tokens")
+    parser.add_argument("--steps", type=int, default=128, help="tokens that a request of latency samples")
+    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=16384)
+    parser.add_argument("--max-model-len", type=int, default=40960)
+    parser.add_argument("--memory", type=float, default=0.9, help="the part of the device's memory that is used")
+    parser.add_argument("--kv-gib", type=float, help="memory for K and V, in the place of a part of the device's")
+    parser.add_argument("--prefix-cache", action="store_true", help="rounds then have other prompts each")
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--vllm", type=Path, help="JSON lines that the peer's benchmark has written on this machine")
+    parser.add_argument("--write", type=Path, help="writes the requests of the mixes there, and measures nothing")
+    options = parser.parse_args()
+    if options.write:
+        options.write.mkdir(parents=True, exist_ok=True)
+        for name in mixes.MIXES:
+            works = mixes.mix(name, SHAPES[options.shape].vocab_size, count=options.requests)
+            mixes.write(options.write / f"{name}.jsonl", works)
+        return
+    rows = measured(options)
+    rows += of_vllm(options.vllm) if options.vllm else []
+    again = {(row["engine"], row["shape"], row["part"], row.get("mix")) for row in rows}
+    old = report.read("throughput", "cuda", options.out)
+    rows = [row for row in old if (row["engine"], row["shape"], row["part"], row.get("mix")) not in again] + rows
+    report.write("throughput", "cuda", rows, bars_of(rows), options.out)
+
+
+if __name__ == "__main__":
+    main()

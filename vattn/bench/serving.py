@@ -1,0 +1,207 @@
+"""Measures an engine: tokens per second of a mix of requests, times of one request, and the work of the host."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from vattn.bench.mixes import Work
+from vattn.engine.llm import LLM
+from vattn.engine.sampling_params import SamplingParams
+from vattn.transfer import Download
+
+_WARM_UP = 16  # tokens that each request of the warm-up samples
+_REPEATS = 5  # of one request, whose median time counts
+
+
+def _params(output: int, temperature: float) -> SamplingParams:
+    return SamplingParams(temperature=temperature, ignore_eos=True, max_tokens=output, detokenize=False)
+
+
+def _answered(llm: LLM, works: Iterable[Work], temperature: float) -> tuple[float, int]:
+    """The seconds that requests take, and the tokens of their prompts that were known."""
+    works = list(works)
+    start = time.perf_counter()
+    outputs = llm.generate(
+        [work.prompt for work in works], [_params(work.output, temperature) for work in works], use_tqdm=False
+    )
+    took = time.perf_counter() - start
+    for work, output in zip(works, outputs, strict=True):
+        if len(output.outputs[0].token_ids) != work.output:
+            raise RuntimeError(f"a request for {work.output} tokens got {len(output.outputs[0].token_ids)}")
+    return took, sum(output.num_cached_tokens for output in outputs)
+
+
+def _others(works: Iterable[Work], by: int) -> list[Work]:
+    """Requests of the same lengths with other tokens, of which no prefix is known."""
+    return [dataclasses.replace(work, prompt=[max(0, token - by) for token in work.prompt]) for work in works]
+
+
+def throughput(llm: LLM, rounds: list[list[Work]], temperature: float = 0.6) -> list[dict[str, Any]]:
+    """Measures tokens per second.
+
+    All requests of a round come at once. Before the first round requests of the same lengths sample a few tokens.
+
+    Args:
+        llm: the engine.
+        rounds: the requests of each round.
+        temperature: of all requests.
+
+    Returns:
+        A row for each round.
+    """
+    warm = [dataclasses.replace(work, output=min(work.output, _WARM_UP)) for work in _others(rounds[0], 1)]
+    _answered(llm, warm, temperature)
+    rows = []
+    for number, works in enumerate(rounds):
+        before = _counts(llm)
+        took, cached = _answered(llm, works, temperature)
+        counts = {name: value - before[name] for name, value in _counts(llm).items()}
+        sampled, prompts = sum(work.output for work in works), sum(len(work.prompt) for work in works)
+        rows.append(
+            {
+                "round": number,
+                "requests": len(works),
+                "prompt tokens": prompts,
+                "known tokens": cached,
+                "sampled tokens": sampled,
+                "seconds": took,
+                "tokens/s": sampled / took,
+                "calls/1000 tokens": 1000 * counts["calls"] / (prompts + sampled),
+                "waited": counts["waited"] / took,
+                "preemptions": counts["preemptions"],
+                "graphs": llm.engine.tier.runner.graphs,
+            }
+        )
+    return rows
+
+
+def _counts(llm: LLM) -> dict[str, float]:
+    """Calls of the driver, seconds that were waited for memory, and requests that lost their memory, so far."""
+    preemptions = llm.engine.scheduler.requests.counters.preemptions
+    if (cache := llm.engine.tier.cache) is None:
+        return {"calls": 0, "waited": 0.0, "preemptions": preemptions}
+    stats = cache.stats()
+    return {"calls": sum(stats.driver_calls.values()), "waited": stats.waited_seconds, "preemptions": preemptions}
+
+
+def latency(llm: LLM, prompts: Iterable[int], output: int, vocabulary: int) -> list[dict[str, Any]]:
+    """Measures one request at a time: its first token, and each further one.
+
+    Args:
+        llm: the engine.
+        prompts: tokens of the prompts, a row for each.
+        output: tokens that are sampled, at least 2.
+        vocabulary: of the model.
+    """
+    if output < 2:
+        raise ValueError(f"output must be at least 2, not {output}: the time of a further token is asked for")
+    chance, rows = random.Random(1), []
+    for length in prompts:
+
+        def timed(count: int, length: int = length) -> float:
+            prompt = [chance.randint(0, min(10_000, vocabulary - 1)) for _ in range(length)]  # of which none is known
+            return _answered(llm, [Work(prompt, count)], 0.0)[0]
+
+        timed(output), timed(1)
+        first = statistics.median(timed(1) for _ in range(_REPEATS))
+        whole = statistics.median(timed(output) for _ in range(_REPEATS))
+        per_token = (whole - first) / (output - 1)
+        row = {"prompt tokens": length, "sampled tokens": output, "first token ms": first * 1e3}
+        rows.append({**row, "ms per token": per_token * 1e3, "ms per token, all": whole / output * 1e3})
+    return rows
+
+
+def host_work(llm: LLM, requests: int, vocabulary: int, iterations: int = 100) -> dict[str, Any]:
+    """Measures the host's work in iterations in which all requests sample a token each.
+
+    Args:
+        llm: the engine, which lets that many requests run.
+        requests: how many run.
+        vocabulary: of the model.
+        iterations: that are measured.
+
+    Returns:
+        A row with milliseconds of an iteration: of the whole, of waiting for tokens, of the scheduler, and of the host,
+        which is the whole without the waiting.
+    """
+    engine, chance = llm.engine, random.Random(2)
+    spent = dict.fromkeys(("waiting", "schedule", "read"), 0.0)
+    for number in range(requests):
+        prompt = [chance.randint(0, min(10_000, vocabulary - 1)) for _ in range(32)]
+        engine.add(f"host-{number}", prompt, _params(iterations + 32, 0.6))
+    with (
+        _timed(Download, "lists", spent, "waiting"),
+        _timed(engine.scheduler, "schedule", spent, "schedule"),
+        _timed(engine.scheduler, "read", spent, "read"),
+    ):
+        for _ in range(24):
+            engine.step(final_only=True)
+        spent.update(dict.fromkeys(spent, 0.0))
+        start = time.perf_counter()
+        for _ in range(iterations):
+            engine.step(final_only=True)
+        whole = time.perf_counter() - start
+    engine.cancel([f"host-{number}" for number in range(requests)])
+    times = {"whole": whole, **spent, "host": whole - spent["waiting"], "scheduler": spent["schedule"] + spent["read"]}
+    return {"requests": requests, **{f"{name} ms": 1e3 * took / iterations for name, took in times.items()}}
+
+
+@contextmanager
+def _timed(owner: Any, name: str, spent: dict[str, float], key: str) -> Iterator[None]:
+    """Adds the time that calls of a method take to ``spent[key]``."""
+    plain = getattr(owner, name)
+
+    def timed(*args: Any, **options: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return plain(*args, **options)
+        finally:
+            spent[key] += time.perf_counter() - start
+
+    own = name in vars(owner)
+    setattr(owner, name, timed)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, plain)
+        else:
+            delattr(owner, name)
+
+
+def ready(llm: LLM, start: float, requests: int, vocabulary: int) -> dict[str, Any]:
+    """Measures when an engine that was just made is at its steady speed, with many requests and with one.
+
+    Args:
+        llm: the engine.
+        start: ``time.perf_counter()`` before it was made.
+        requests: how many run at once.
+        vocabulary: of the model.
+
+    Returns:
+        A row with seconds since ``start``: when the engine was made, and from when on iterations of that many requests,
+        and then of one, took at most 1.1 times as long as later ones.
+    """
+    row: dict[str, Any] = {"requests": requests, "made s": time.perf_counter() - start}
+    chance = random.Random(3)
+    for count in (requests, 1):
+        for number in range(count):
+            prompt = [chance.randint(0, min(10_000, vocabulary - 1)) for _ in range(32)]
+            llm.engine.add(f"ready-{count}-{number}", prompt, _params(96, 0.6))
+        ends = []
+        while llm.engine.unfinished:
+            llm.engine.step(final_only=True)
+            ends.append(time.perf_counter())
+        took = [end - before for before, end in itertools.pairwise(ends)]
+        steady = statistics.median(took[-40:-8])
+        reached = max((place for place, each in enumerate(took[:48]) if each > 1.1 * steady), default=-1) + 1
+        row[f"ready s, {count}"] = ends[reached] - start
+        row[f"steady ms, {count}"] = steady * 1e3
+    return row
