@@ -119,7 +119,7 @@ def test_llm_answers_in_the_order_of_the_prompts():
     with llm_of(model) as llm:
         assert llm.report() == {
             "tier": "flat", "reason": None, "kernels": ["sdpa"], "graphs": 0,
-            "uncaptured": "there are no CUDA graphs on cpu", "max_model_len": 160,
+            "uncaptured": "there are no CUDA graphs on cpu", "uncompiled": "compile is not set", "max_model_len": 160,
         }  # fmt: skip
         assert tokens(llm.generate(prompts, GREEDY, use_tqdm=False)) == expected
         assert tokens(llm.generate(prompts[0], GREEDY, use_tqdm=False)) == expected[:1]

@@ -152,7 +152,7 @@ class LLM:
         self.engine.wake_up()
 
     def report(self) -> dict[str, Any]:
-        """By which means and attention kernels the model is computed, and why not flat or captured where it is not."""
+        """By which means and attention kernels the model is computed, and why not in a faster way."""
         tier = self.engine.tier
         return {
             "tier": tier.name,
@@ -160,6 +160,7 @@ class LLM:
             "kernels": tier.runner.kernels,
             "graphs": tier.runner.graphs,
             "uncaptured": tier.runner.uncaptured,
+            "uncompiled": tier.uncompiled,
             "max_model_len": self.engine.max_model_len,
         }
 

@@ -13,10 +13,13 @@ from vattn.engine.request import Branch
 from vattn.engine.row_memory import RowMemory
 from vattn.engine.scheduler import Row
 from vattn.graphs.batch_graphs import BatchGraphs
+from vattn.graphs.compilation import compiled_calls
 from vattn.models import rope
 from vattn.models.flat import Decodes, FlatContext, Segment
 from vattn.models.versions import cache_keyword
 from vattn.transfer import upload
+
+_LEAST_COMPILED = 2  # tokens of a compiled call: torch.compile would compile a single one apart
 
 
 @dataclass(frozen=True)
@@ -81,14 +84,18 @@ class FlatRunner:
         context: appends to them, and attends to them.
         most: outputs that run at the same time, at most.
         captures: whether iterations are captured, where the device can.
+        compiled: the model with compiled layers, see ``graphs.compilation``; or None.
     """
 
-    def __init__(self, model: Any, memory: KVMemory, context: FlatContext, most: int, *, captures: bool) -> None:
-        self._model, self._memory, self._context = model, memory, context
+    def __init__(
+        self, model: Any, memory: KVMemory, context: FlatContext, most: int, *, captures: bool, compiled: Any = None
+    ) -> None:
+        self._model, self._memory, self._context, self._compiled = model, memory, context, compiled
         self._keyword = cache_keyword(model)
         self._placed: tuple[list[int], torch.Tensor] = [], torch.empty(0, dtype=torch.int64)
         inputs = {"tokens": torch.int64, "slots": torch.int64, "ends": torch.int32}
-        self._graphs = BatchGraphs(self._decoded, inputs, most, memory.cache.device) if captures else None
+        device, least = memory.cache.device, 1 if compiled is None else _LEAST_COMPILED
+        self._graphs = BatchGraphs(self._decoded, inputs, most, device, least=least) if captures else None
 
     @property
     def kernels(self) -> list[str]:
@@ -133,11 +140,17 @@ class FlatRunner:
         self, ids: torch.Tensor, segments: list[Segment], places: Decodes | None, kept: list[int] | None
     ) -> torch.Tensor:
         """The logits of some tokens of a flat call, or of all."""
-        wanted = {} if kept is None else {"logits_to_keep": upload(kept, ids.device)}
-        output = self._context.call(self._model, self._keyword, segments, places, input_ids=ids[None], **wanted)
+        given: dict[str, Any] = {"input_ids": ids[None]}
+        if kept is not None:
+            given["logits_to_keep"] = upload(kept, ids.device)
+        if self._compiled is None or len(ids) < _LEAST_COMPILED:
+            output = self._context.call(self._model, self._keyword, segments, places, **given)
+        else:
+            with compiled_calls():
+                output = self._context.call(self._compiled, self._keyword, segments, places, **given)
         logits: torch.Tensor = output.logits[0]
         if kept is not None and len(logits) != len(kept):  # some models give all logits
-            return logits[wanted["logits_to_keep"]]
+            return logits[given["logits_to_keep"]]
         return logits
 
     def _decoded(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from vattn.engine.options import KV_DTYPES, EngineOptions
 from vattn.engine.row_memory import RowMemory
 from vattn.engine.runner import FlatRunner, RowRunner, Runner
 from vattn.errors import Error
+from vattn.graphs import compilation
 from vattn.kernels import AttentionSpec
 from vattn.memory.device import checked_budget
 from vattn.memory.kv_cache import KVCache
@@ -26,6 +28,7 @@ from vattn.memory.swap_costs import SwapCosts
 from vattn.models import rope
 from vattn.models.flat import FlatContext
 from vattn.models.flat_verify import verified
+from vattn.models.private import private_copy
 from vattn.models.probe import Probe
 from vattn.models.row_cache import row_caches
 from vattn.models.state import configs_of
@@ -46,6 +49,7 @@ class Tier:
         cache: that holds the rows; None in ``"rows"``.
         max_model_len: positions of the longest sequence.
         whole_prompts: whether a prompt has to be computed at once.
+        uncompiled: why layers of the model are not compiled; None where they are.
     """
 
     name: str
@@ -55,6 +59,7 @@ class Tier:
     cache: KVCache | None
     max_model_len: int
     whole_prompts: bool = False
+    uncompiled: str | None = "rows are computed one by one"
 
 
 def tier_of(model: Any, probe: Probe, options: EngineOptions, max_model_len: int) -> Tier:
@@ -94,9 +99,10 @@ def tier_of(model: Any, probe: Probe, options: EngineOptions, max_model_len: int
                 swap_is_faster=_swap_is_faster(model, layout, probe.device, options.preemption),
                 reuse_prefixes=options.enable_prefix_caching,
             )
-            most, captures = options.max_num_seqs, not options.enforce_eager
-            runner = FlatRunner(model, memory, context, most, captures=captures)
-            return Tier("flat", None, memory, runner, cache, max_model_len)
+            compiled, uncompiled = _compiled(model, context, cache, probe, options)
+            captures = not options.enforce_eager
+            runner = FlatRunner(model, memory, context, options.max_num_seqs, captures=captures, compiled=compiled)
+            return Tier("flat", None, memory, runner, cache, max_model_len, uncompiled=uncompiled)
         cache.close()
     for name in ("kv_cache_dtype", "attention"):
         if getattr(options, name) != "auto":
@@ -110,6 +116,30 @@ def tier_of(model: Any, probe: Probe, options: EngineOptions, max_model_len: int
     )
     row_runner = RowRunner(model, rows, recurrent=bool(probe.others), as_generate=as_generate is not None)
     return Tier("rows", reason, rows, row_runner, None, max_model_len, whole_prompts=as_generate is not None)
+
+
+def _compiled(
+    model: Any, context: FlatContext, cache: KVCache, probe: Probe, options: EngineOptions
+) -> tuple[Any, str | None]:
+    """A copy of the model whose layers are compiled, and None; or None and the reason why they are not."""
+    wanted = probe.device.type == "cuda" if options.compile is None else options.compile
+    if options.enforce_eager or not wanted:
+        return None, "enforce_eager is set" if options.enforce_eager else "compile is not set"
+    if context.shares_kv_across_layers:
+        return None, "its layers share K and V"
+    mine = private_copy(model)
+    try:
+        with contextlib.suppress(torch.OutOfMemoryError):  # some weights stay where they are
+            compilation.lay_side_by_side(mine)
+        if not compilation.compile_layers(mine):
+            return None, "it has no layers that follow each other"
+        with compilation.compiled_calls():
+            reason = verified(model, context, cache, probe.vocabulary, compiled=mine)
+    except Exception as error:  # whatever the compiler does not support
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    if reason is not None:
+        _LOG.warning("layers are not compiled: %s", reason)
+    return (mine, None) if reason is None else (None, reason)
 
 
 def _budget(options: EngineOptions, device: torch.device) -> int:

@@ -27,6 +27,7 @@ class BatchGraphs:
         inputs: the dtype of each input.
         most: rows of the largest batch.
         device: the device.
+        least: rows of the smallest graph.
 
     Attributes:
         refused: why no batch is captured or replayed any more; None while they are.
@@ -34,9 +35,10 @@ class BatchGraphs:
 
     def __init__(
         self, compute: Callable[[dict[str, torch.Tensor]], torch.Tensor], inputs: dict[str, torch.dtype], most: int,
-        device: torch.device,
+        device: torch.device, *, least: int = 1,
     ) -> None:  # fmt: skip
         self._compute, self._inputs, self._most, self._device = compute, inputs, most, device
+        self._least = least
         self._graphs: dict[int, GraphRunner] = {}
         self._pool: Any = None
         self._output: torch.Tensor | None = None  # of the last replay: all graphs write to it
@@ -62,7 +64,7 @@ class BatchGraphs:
         if self.refused is not None:
             return None
         batch = len(next(iter(given.values())))
-        graph = self._graphs.get(rows_of_graph(batch))
+        graph = self._graphs.get(rows_of_graph(max(batch, self._least)))
         if graph is None:
             return self._capture(batch, given)
         self._prepare(graph, batch, given)
@@ -77,7 +79,7 @@ class BatchGraphs:
 
     def _capture(self, batch: int, given: dict[str, torch.Tensor]) -> torch.Tensor | None:
         """Captures a batch, and returns its output if a replay gives the same as the computation; else None."""
-        rows = rows_of_graph(batch)
+        rows = rows_of_graph(max(batch, self._least))
         stream = streams(self._device)[0] if self._device.type == "cuda" else None
         inputs = {name: torch.zeros(rows, dtype=dtype, device=self._device) for name, dtype in self._inputs.items()}
         graph = GraphRunner(inputs, set(inputs), rows, stream, None)
@@ -87,7 +89,7 @@ class BatchGraphs:
                 self._compute(graph.inputs)  # kernels are loaded and libraries set up, which a capture does not allow
                 expected = self._compute(given)
             if self._output is None:
-                shape = rows_of_graph(self._most), *expected.shape[1:]
+                shape = rows_of_graph(max(self._most, self._least)), *expected.shape[1:]
                 self._output = torch.empty(shape, dtype=expected.dtype, device=self._device)
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()

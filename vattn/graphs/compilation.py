@@ -8,9 +8,12 @@ graph replaces their products by a single one.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,13 +30,65 @@ def compiled(forward: Callable[..., Any], options: dict[str, Any] | None = None)
         forward: the forward of a model whose weights ``lay_side_by_side`` has placed.
         options: options of ``torch.compile``, which override those that are set here.
     """
-    options = {"pre_grad_custom_pass": _Joined(), "combo_kernels": True, **(options or {})}
+    options = {**_options(), **(options or {})}
+    done: Callable[..., Any] = torch.compile(forward, fullgraph=True, dynamic=False, options=options)
+    return done
+
+
+def _options() -> dict[str, Any]:
+    """The options of ``torch.compile`` for models whose weights lie side by side."""
+    options: dict[str, Any] = {"pre_grad_custom_pass": _joined(), "combo_kernels": True}
     if hasattr(inductor, "pre_grad_pass_timing"):
         # By default the pass runs only where no compiled graph is cached, and a cached one may have been compiled for
         # weights that lie elsewhere.
-        options.setdefault("pre_grad_pass_timing", "early")
-    done: Callable[..., Any] = torch.compile(forward, fullgraph=True, dynamic=False, options=options)
-    return done
+        options["pre_grad_pass_timing"] = "early"
+    return options
+
+
+def compile_layers(model: nn.Module, options: dict[str, Any] | None = None) -> int:
+    """Lets the layers of a model be compiled at their first call, once for all layers that run the same code.
+
+    The model is changed: use ``models.private.private_copy``. Call it within ``compiled_calls``.
+
+    Args:
+        model: a model whose weights ``lay_side_by_side`` has placed.
+        options: options of ``torch.compile``, which override those that are set here.
+
+    Returns:
+        How many layers are compiled. A layer whose weights are not placed as those of most others is not: it would run
+        code that reads several weights as one tensor, and reads past those that are not side by side.
+    """
+    stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    layers = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()), default=None)
+    if layers is None:
+        return 0
+    placements = [_placement(layer) for layer in layers]
+    [(usual, _)] = Counter(placements).most_common(1)
+    alike = [layer for layer, placement in zip(layers, placements, strict=True) if placement == usual]
+    options = {**_options(), **(options or {})}
+    for layer in alike:
+        layer.compile(fullgraph=True, dynamic=True, options=options)
+    return len(alike)
+
+
+@contextlib.contextmanager
+def compiled_calls() -> Iterator[None]:
+    """Within this context layers that ``compile_layers`` has prepared are called."""
+    # By default the number of a layer counts as a constant, and each layer is compiled anew.
+    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=32):
+        yield
+
+
+def _placement(layer: nn.Module) -> tuple[Any, ...]:
+    """Which linear layers of a layer have weights that can be read together with those of the next ones."""
+    found: list[Any] = []
+    for name, module in layer.named_modules():
+        linears = [(key, child) for key, child in module.named_children() if type(child) is nn.Linear]
+        for (key, mine), (other, theirs) in itertools.permutations(linears, 2):
+            if _adjacent([mine.weight, theirs.weight]):
+                biased = mine.bias is not None and theirs.bias is not None and _adjacent([mine.bias, theirs.bias])
+                found.append((name, key, other, mine.weight.storage_offset() == 0, biased))
+    return tuple(found)
 
 
 def lay_side_by_side(model: nn.Module) -> bool:
@@ -186,6 +241,12 @@ class _Joined(CustomGraphPass):
         for node, part in zip(nodes, parts, strict=True):
             node.replace_all_uses_with(part)
             graph.erase_node(node)
+
+
+@functools.cache
+def _joined() -> _Joined:
+    """The pass, always the same object: torch compiles anew where it is another one."""
+    return _Joined()
 
 
 def _parts(node: Any) -> tuple[Any, Any]:

@@ -221,7 +221,7 @@ def _decode(
 def _(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, scale: Any, softcap: Any, window: Any, sinks: Any
 ) -> torch.Tensor:
-    return q.new_empty(q.shape[0], 1, q.shape[1], v.shape[3])
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
 class PassthroughCache(Cache):  # type: ignore[misc]

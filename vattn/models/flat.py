@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
 
 from vattn import kernels
 from vattn.kernels import AttentionParams, AttentionSpec, Kernel, SequenceRanges
 from vattn.kernels.append import append
 from vattn.memory.kv_cache import KVCache
-from vattn.models.attention import UnsupportedError, attending
+from vattn.models.attention import PassthroughCache, UnsupportedError, attending
 from vattn.models.flat_watch import FlatWatch
 from vattn.transfer import upload
 
@@ -105,6 +104,7 @@ class FlatContext:
 
     Attributes:
         watch: checks calls; None where these are not verified.
+        shares_kv_across_layers: whether a layer was seen to attend to the K and V of another one.
     """
 
     own_attention = False  # the attention is vattn's, see ``models.attention``
@@ -113,6 +113,7 @@ class FlatContext:
     def __init__(self, cache: KVCache, configs: list[Any], attention: str = "auto", margin: int = 0) -> None:
         self._cache, self._configs, self._attention, self._margin = cache, configs, attention, margin
         self.watch: FlatWatch | None = None
+        self.shares_kv_across_layers = False
         self._windows = [None if shape is None else shape.window for shape in cache.layout.layers]
         self._kernels: dict[Any, Kernel] = {}
         self._parts: list[Part] = []
@@ -185,14 +186,32 @@ class FlatContext:
             raise UnsupportedError(
                 "an attention function is given other K and V than the cache returned", of_model=True
             )
+        if at != layer:
+            self.shares_kv_across_layers = True
+        return self.attend_to(layer, q, how, (k, v))
+
+    def attend_to(
+        self, layer: int, q: torch.Tensor, how: AttentionParams, new: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Attention on the rows of a layer.
+
+        Args:
+            layer: its index.
+            q: ``[1, query_heads, T, head_dim]``.
+            how: scale, softcap, sinks and window.
+            new: what was appended to it, to be checked; or None.
+
+        Returns:
+            ``[1, T, query_heads, v_head_dim]``.
+        """
         windows = [window for window in (self._windows[layer], how.window) if window is not None]
         how = replace(how, window=min(windows, default=None))
         rows, queries = self._cache.slot_tensors(layer), q[0].transpose(0, 1)
         out = queries.new_empty(*queries.shape[:2], rows[1].shape[3])
         for part in self._parts:
             got = (self._decoded if part.decodes else self._prefilled)(layer, queries[part.tokens], rows, part, how)
-            if self.watch is not None:
-                self.watch.attended(layer, *got, part, queries, rows, (k, v), how)
+            if self.watch is not None and new is not None:
+                self.watch.attended(layer, *got, part, queries, rows, new, how)
             out[part.tokens] = got[1]
         return out[None]
 
@@ -271,34 +290,16 @@ class FlatContext:
         return SequenceRanges.of(ranges, self._cache.device)
 
 
-class _FlatCache(Cache):  # type: ignore[misc]
+class _FlatCache(PassthroughCache):
     """The cache that a model sees in a flat call: K and V go to the context, and come back as they are."""
 
-    is_compileable = False
-
     def __init__(self, context: FlatContext, windows: list[int | None]) -> None:
-        self.layers: list[Any] = []
-        self._context, self._windows = context, windows
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        return [window is not None for window in self._windows]
-
-    @property
-    def is_linear(self) -> list[bool]:
-        return [False] * len(self._windows)
+        super().__init__(windows)
+        self._context = context
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._context.append(layer_idx, key_states, value_states)
+        if not torch.compiler.is_compiling():  # in compiled layers the attention function appends them
+            self._context.append(layer_idx, key_states, value_states)
         return key_states, value_states
-
-    def get_seq_length(self, *args: Any) -> int:
-        return 1  # some models take an empty cache for the first call of a prompt
-
-    def get_query_offset(self, *args: Any) -> int:
-        return 1
-
-    def get_mask_sizes(self, *args: Any) -> tuple[int, int]:
-        return 2, 0

@@ -22,7 +22,7 @@ _CALLS = ((9, 5), (1, 1), (4, 1))
 
 
 @torch.no_grad()
-def verified(model: Any, context: FlatContext, cache: KVCache, vocabulary: int) -> str | None:
+def verified(model: Any, context: FlatContext, cache: KVCache, vocabulary: int, *, compiled: Any = None) -> str | None:
     """Computes two short sequences by flat calls of a model, and compares them with the model's own calls.
 
     The attention of each layer is compared with its definition, and the logits with those of the model.
@@ -32,6 +32,7 @@ def verified(model: Any, context: FlatContext, cache: KVCache, vocabulary: int) 
         context: computes its attention.
         cache: holds the rows, and has two free slots.
         vocabulary: how many tokens there are.
+        compiled: the model with compiled layers, whose logits are compared instead; or None.
 
     Returns:
         Why the model cannot be computed by flat calls, or None where it can.
@@ -47,7 +48,8 @@ def verified(model: Any, context: FlatContext, cache: KVCache, vocabulary: int) 
     try:
         for sequence, each in zip(sequences, ids, strict=True):
             sequence.grow(len(each))
-        got = _computed(model, context, [sequence.slot for sequence in sequences], ids)
+        slots = [sequence.slot for sequence in sequences]
+        got = _computed(compiled or model, context, slots, ids)
     except BudgetExceeded as error:
         raise ValueError(f"kv_budget is too small for two short sequences: {error}") from error
     except UnsupportedError as reason:
@@ -122,7 +124,8 @@ def _computed(model: Any, context: FlatContext, slots: list[int], ids: list[torc
             [ids[row][part.start : part.start + part.count] for row, part in zip(at, segments, strict=True)]
         )
         every = torch.arange(len(tokens), device=tokens.device)
-        output = context.call(model, cache_keyword(model), segments, input_ids=tokens[None], logits_to_keep=every)
+        given: dict[str, Any] = {"input_ids": tokens[None], "logits_to_keep": every}
+        output = context.call(model, cache_keyword(model), segments, **given)
         split = torch.split(output.logits[0], [segment.count for segment in segments])
         for row, segment, logits in zip(at, segments, split, strict=True):
             parts[row].append(logits)

@@ -1,0 +1,113 @@
+"""Layers that are compiled once for all lengths, in an engine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import build
+from serving import GREEDY, LENGTHS, engine_of, generated, model_of, prompts_of, served, tokens
+from torch import nn
+from torch._dynamo.utils import counters
+
+from vattn.graphs.compilation import compile_layers, lay_side_by_side
+from vattn.models.private import private_copy
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("llama-gqa", 1), ("gemma2", 2), ("gpt_oss", 2), ("qwen3_moe", 1)])
+def test_layers_of_one_kind_are_compiled_once(name, kinds):
+    """With any number of tokens, behind prompts and chunks, and whatever runs beside."""
+    model = model_of(name)
+    prompts = prompts_of(LENGTHS)
+    expected = generated(model, prompts)
+    with engine_of(model, max_num_batched_tokens=40, compile=True) as engine:
+        assert engine.tier.uncompiled is None
+        compiled = counters["stats"]["unique_graphs"]
+        assert compiled == kinds
+        assert tokens(served(engine, prompts, GREEDY)) == expected
+        assert counters["stats"]["unique_graphs"] == compiled
+    layer = model.model.layers[0]
+    assert layer._compiled_call_impl is None  # the caller's model is as it was
+    assert generated(model, prompts[:1]) == expected[:1]
+
+
+def test_a_layer_that_is_not_laid_out_alike_is_not_compiled():
+    """Code that reads neighbouring weights as one tensor would read past the weights of such a layer."""
+    model = model_of("llama-gqa")
+    lay_side_by_side(model)
+    apart = model.model.layers[1].self_attn.k_proj
+    apart.weight.data = apart.weight.data.clone()
+    prompts = prompts_of((12, 20))
+    expected = generated(model, prompts)
+    mine = private_copy(model)
+    assert compile_layers(mine) == len(model.model.layers) - 1
+    assert mine.model.layers[1]._compiled_call_impl is None
+    with engine_of(model, compile=True) as engine:
+        assert engine.tier.uncompiled is None
+        assert tokens(served(engine, prompts, GREEDY)) == expected
+
+
+def test_what_does_not_compile_stays_as_it_is(caplog):
+    model = model_of("llama-gqa")
+    forward = model.model.layers[0].mlp.forward
+
+    def forward_with_a_break(states):
+        torch._dynamo.graph_break()
+        return forward(states)
+
+    model.model.layers[0].mlp.forward = forward_with_a_break
+    prompts = prompts_of((12, 20))
+    expected = generated(model, prompts)
+    with engine_of(model, compile=True) as engine:
+        assert engine.tier.uncompiled is not None
+        assert len([record for record in caplog.records if "layers are not compiled" in record.message]) == 1
+        assert tokens(served(engine, prompts, GREEDY)) == expected
+
+
+def test_compiled_layers_that_compute_something_else_are_not_used(monkeypatch):
+    compiled = private_copy
+
+    def changed(model):
+        mine = compiled(model)
+        mine.model.norm = nn.Identity()
+        return mine
+
+    monkeypatch.setattr("vattn.engine.tier.private_copy", changed)
+    model = model_of("llama-gqa")
+    prompts = prompts_of((12, 20))
+    with engine_of(model, compile=True) as engine:
+        assert "its logits differ" in engine.tier.uncompiled
+        assert tokens(served(engine, prompts, GREEDY)) == generated(model, prompts)
+
+
+def test_compiled_layers_sleep_and_take_weights():
+    model, other = model_of("llama-gqa"), build("llama-gqa", "eager", "cpu")
+    other.generation_config.eos_token_id = None
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.9)
+    prompts = prompts_of((12, 20))
+    expected = generated(model, prompts)
+    with engine_of(model, compile=True) as engine:
+        assert tokens(served(engine, prompts, GREEDY)) == expected
+        engine.sleep()
+        engine.wake_up()
+        assert tokens(served(engine, prompts, GREEDY)) == expected
+        engine.update_weights(other.state_dict())
+        assert tokens(served(engine, prompts, GREEDY)) == generated(other, prompts)
+
+
+def test_a_private_copy_shares_weights_and_nothing_else():
+    model = model_of("llama-gqa")
+    mine = private_copy(model)
+    assert all(a is b for a, b in zip(model.parameters(), mine.parameters(), strict=True))
+    assert not {id(module) for module in model.modules()} & {id(module) for module in mine.modules()}
+    mine.model.layers[0].mlp = nn.Identity()
+    assert not isinstance(model.model.layers[0].mlp, nn.Identity)
