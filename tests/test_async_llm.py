@@ -244,7 +244,7 @@ def test_a_text_that_no_tokenizer_takes_is_refused(llm, monkeypatch):
     def panics(text):
         raise Panic("no")
 
-    monkeypatch.setattr(llm.engine._intake, "tokenizer", panics)
+    monkeypatch.setattr(llm.engine.intake, "tokenizer", panics)
 
     async def main():
         with pytest.raises(ValueError, match="prompt cannot be encoded: no"):

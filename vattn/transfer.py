@@ -44,3 +44,30 @@ class Download:
         if self._event is not None:
             self._event.synchronize()
         return [None if copy is None else copy.tolist() for copy in self._copies]
+
+
+class Mirror:
+    """Numbers that the host writes, and that the device reads from a tensor which stays where it is.
+
+    Args:
+        shape: of the numbers.
+        dtype: of the numbers.
+        device: the device.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self._host = torch.zeros(shape, dtype=dtype)
+        self._device = self._host.to(device, copy=True)
+        self._written = False
+
+    def write(self, column: int, values: Any) -> None:
+        """Writes the numbers of a column, the last index."""
+        self._host[..., column] = torch.tensor(values, dtype=self._host.dtype)
+        self._written = True
+
+    def read(self) -> torch.Tensor:
+        """The numbers on the device."""
+        if self._written:
+            self._device.copy_(upload(self._host.clone(), self._device.device))
+            self._written = False
+        return self._device

@@ -43,4 +43,4 @@ def _llm_of(options: Namespace, model: Any) -> LLM:
 
 
 def _vocabulary(llm: LLM) -> int:
-    return llm.engine.vocabulary
+    return llm.engine.intake.vocabulary

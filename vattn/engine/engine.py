@@ -7,29 +7,24 @@ from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
-import torch
-
 from vattn import kernels
 from vattn.arguments import integer
 from vattn.engine.intake import Intake
+from vattn.engine.launcher import Launcher
 from vattn.engine.options import EngineOptions
 from vattn.engine.outputs import RequestOutput
 from vattn.engine.policy import policy_named
 from vattn.engine.request import Branch, FinishReason, Request, Status
-from vattn.engine.runner import DecodeBatch
 from vattn.engine.sampler import Sampler
-from vattn.engine.sampler_slots import SamplerSlots
 from vattn.engine.sampling_params import SamplingParams
-from vattn.engine.scheduler import Iteration, Row, Scheduler
+from vattn.engine.scheduler import Iteration, Scheduler
 from vattn.engine.tier import tier_of
 from vattn.engine.tracker import Tracker
 from vattn.models.probe import probed
 from vattn.models.rope import most_positions
 from vattn.models.versions import VERSION
 from vattn.models.weights import Weights
-from vattn.transfer import Download, upload
-
-_SLICE = 256  # positions of a prompt whose log probabilities are computed at once
+from vattn.transfer import Download
 
 
 class Engine:
@@ -45,8 +40,8 @@ class Engine:
         ValueError: the model is no causal language model.
 
     Attributes:
+        intake: makes requests of what callers give.
         tier: by which means the model is computed, and why.
-        vocabulary: how many tokens there are.
         weights: of the model.
         scheduler: decides what is computed next.
     """
@@ -59,7 +54,6 @@ class Engine:
         options = options or EngineOptions()
         self._options, self._model = options, model
         probe = probed(model)
-        self.vocabulary = probe.vocabulary
         allowed = most_positions(model.config.get_text_config(decoder=True))
         longest = options.max_model_len or allowed or 2048
         if allowed is not None and longest > allowed:
@@ -67,7 +61,7 @@ class Engine:
         if model.training:
             raise ValueError("model must be in eval mode: call model.eval()")
         kernels.named(options.attention)
-        self._intake = Intake(tokenizer, probe.vocabulary, _end_tokens(model), longest, options.seed)
+        self.intake = Intake(tokenizer, probe.vocabulary, _end_tokens(model), longest, options.seed)
         self.tier = tier_of(model, probe, options, longest)
         self._tracked = Tracker()
         self.scheduler = Scheduler(
@@ -81,8 +75,7 @@ class Engine:
             whole_prompts=self.tier.whole_prompts,
         )
         slots = 2 * options.max_num_seqs  # also of outputs that have ended, and are still in flight
-        self._sampler = Sampler(probe.vocabulary, slots, probe.device)
-        self._slots = SamplerSlots(self._sampler, self._tracked)
+        self._launcher = Launcher(self.tier.runner, Sampler(probe.vocabulary, slots, probe.device), self._tracked)
         self._flight: deque[tuple[Iteration, Download]] = deque()
         self.weights = Weights(model)
         self._closed = False
@@ -96,7 +89,7 @@ class Engine:
     @property
     def tokenizer(self) -> Any:
         """The tokenizer, or None."""
-        return self._intake.tokenizer
+        return self.intake.tokenizer
 
     @property
     def generation_config(self) -> Any:
@@ -131,7 +124,7 @@ class Engine:
         Raises:
             TypeError, ValueError: it cannot be served; the message says why. Nothing has changed.
         """
-        tracked = self._intake.request(request_id, prompt, params, namespace=namespace, tenant=tenant)
+        tracked = self.intake.request(request_id, prompt, params, namespace=namespace, tenant=tenant)
         if request_id in self._tracked:
             raise ValueError(f"there is a request {request_id!r} already")
         if self._closed:
@@ -267,7 +260,7 @@ class Engine:
         self._resize()
         iteration = self.scheduler.schedule()
         if not iteration.empty:
-            self._flight.append((iteration, self._launch(iteration)))
+            self._flight.append((iteration, self._launcher.launch(iteration)))
         progressed: list[Branch] = []
         while len(self._flight) > self._options.depth or (self._flight and iteration.empty):
             progressed += self._read(*self._flight[0])
@@ -282,64 +275,7 @@ class Engine:
         """
         self._flight.clear()
         self.scheduler.recover(everything=everything)
-        self._slots.free(everything=True)
-
-    def _launch(self, iteration: Iteration) -> Download:
-        """Computes an iteration, and sends what it samples on its way to the host."""
-        decodes, rows = iteration.decodes, iteration.rows
-        batch = self._batch(decodes) if decodes else None
-        keep = [self._tracked[row.branch.request.id].wanted_of_prompt(row.start, row.count) or 1 for row in rows]
-        logits = self.tier.runner.run(batch, rows, [self._tokens(row) for row in rows], keep)
-        for row, each in zip(rows, torch.split(logits[len(decodes) :], keep), strict=True):
-            self._note_prompt(row, each)
-        if not iteration.into:
-            return Download()
-        last, lengths, at = list(range(len(decodes))), [], len(decodes)
-        for row, kept in zip(rows, keep, strict=True):
-            at += kept
-            last += [at - 1] * len(row.into)
-            lengths += [row.start + row.count] * len(row.into)
-        if last != list(range(len(logits))):
-            logits = logits[upload(last, self._sampler.device)]
-        ends = [] if batch is None else [batch.positions + 1]
-        ends += [upload(lengths, self._sampler.device)] if lengths else []
-        plan = self._slots.plan(iteration.into)
-        made = [len(branch.output) + branch.pending - 1 for branch in iteration.into] if plan.special else ()
-        sampled = self._sampler.sample(logits, plan, torch.cat(ends), made)
-        return Download(sampled.tokens, sampled.logprob_tokens, sampled.logprobs, sampled.ranks)
-
-    def _batch(self, decodes: list[Branch]) -> DecodeBatch:
-        """The outputs that only miss the position of their last token, which is on the device."""
-        slots = self._slots.plan(decodes).slots
-        longest = max(branch.launched for branch in decodes)
-        return DecodeBatch(decodes, self._sampler.last[slots], self._sampler.positions[slots], longest)
-
-    def _note_prompt(self, row: Row, logits: torch.Tensor) -> None:
-        """Notes the log probabilities of the prompt's tokens that a row's logits tell, where they are asked for."""
-        tracked = self._tracked[row.branch.request.id]
-        if not tracked.wanted_of_prompt(row.start, row.count):
-            return
-        prompt, end = row.branch.request.prompt, row.start + row.count
-        first = end - len(logits)
-        told = prompt[first + 1 : end + 1]
-        for at in range(0, len(told), _SLICE):
-            part = told[at : at + _SLICE]
-            chosen = torch.tensor(part, device=logits.device)
-            parts = self._sampler.logprobs(
-                logits[at : at + len(part)].float(), chosen, tracked.params.prompt_logprobs or 0
-            )
-            for place, each in enumerate(zip(*(one.tolist() for one in parts), strict=True)):
-                tracked.note_prompt(first + at + place + 1, *each)
-
-    def _tokens(self, row: Row) -> torch.Tensor:
-        """The tokens of a row; one that was not read yet is on the device."""
-        branch = row.branch
-        known = branch.tokens(row.start, row.start + row.count)
-        tokens = upload(known, self._sampler.device)
-        if len(known) < row.count:
-            slot = self._slots.of(branch)
-            tokens = torch.cat([tokens, self._sampler.last[slot : slot + 1]])
-        return tokens
+        self._launcher.forget()
 
     def _read(self, iteration: Iteration, sampled: Download) -> list[Branch]:
         """Takes the tokens that an iteration has sampled."""

@@ -23,13 +23,16 @@ class Intake:
         ends: its end tokens.
         max_model_len: positions of the longest sequence.
         seed: of requests that give none; None draws one for each.
+
+    Attributes:
+        tokenizer, vocabulary: as given.
     """
 
     def __init__(
         self, tokenizer: Any, vocabulary: int, ends: tuple[int, ...], max_model_len: int, seed: int | None
     ) -> None:
         self.tokenizer = tokenizer
-        self._vocabulary, self._max_model_len, self._seed = vocabulary, max_model_len, seed
+        self.vocabulary, self._max_model_len, self._seed = vocabulary, max_model_len, seed
         self._ends = tuple(token for token in ends if 0 <= token < vocabulary)
 
     def request(
@@ -61,8 +64,8 @@ class Intake:
         given = {"prompt": ids, "logit_bias": params.logit_bias or (), "stop_token_ids": params.stop_token_ids or ()}
         for name, tokens in {**given, "allowed_token_ids": params.allowed_token_ids or ()}.items():
             if tokens:
-                integer(f"a token of {name}", min(tokens), 0, self._vocabulary - 1)
-                integer(f"a token of {name}", max(tokens), 0, self._vocabulary - 1)
+                integer(f"a token of {name}", min(tokens), 0, self.vocabulary - 1)
+                integer(f"a token of {name}", max(tokens), 0, self.vocabulary - 1)
         if len(ids) >= self._max_model_len:
             raise ValueError(f"prompt has {len(ids)} tokens, and max_model_len is {self._max_model_len}")
         most = self._max_model_len - len(ids)
@@ -84,7 +87,7 @@ class Intake:
         tracked = Tracked(request, params, text, seed, self._ends, self.tokenizer)
         request.stop_tokens = None if tracked.watched else frozenset(tracked.stop_tokens)
         for word in tracked.bad_words:
-            if len(word) > MOST_BAD_TOKENS or not all(0 <= token < self._vocabulary for token in word):
+            if len(word) > MOST_BAD_TOKENS or not all(0 <= token < self.vocabulary for token in word):
                 raise ValueError(
                     f"bad_words has a text of the tokens {word}: at most {MOST_BAD_TOKENS}, all the model's"
                 )

@@ -15,7 +15,7 @@ import torch
 
 from vattn.engine.choose import choose
 from vattn.engine.sampling_params import SamplingParams
-from vattn.transfer import upload
+from vattn.transfer import Mirror, upload
 
 _HISTORY = 32  # tokens of an output that are kept on the device, for bad words
 MOST_BAD_TOKENS = _HISTORY + 1  # of one of ``bad_words``
@@ -115,12 +115,9 @@ class Sampler:
         self._vocabulary, self.device, self.slots = vocabulary, device, slots
         self._slots: dict[int, _Slot] = {}
         self.last, self.positions = (torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(2))
-        # By slot: temperature and so on; the seed, and the index in the request. What the host has written is copied to
-        # the device before it is read there.
-        self._host_numbers = torch.zeros(len(_NUMBERS), slots, dtype=torch.float32)
-        self._host_seeds = torch.zeros(2, slots, dtype=torch.int64)
-        self._numbers, self._seeds = self._host_numbers.to(device), self._host_seeds.to(device)
-        self._written = False
+        # By slot: temperature and so on; the seed, and the index in the request.
+        self._numbers = Mirror((len(_NUMBERS), slots), torch.float32, device)
+        self._seeds = Mirror((2, slots), torch.int64, device)
         self._history = torch.full((slots, _HISTORY), -1, dtype=torch.int64, device=device)
         # Of outputs with penalties: how often each token is in the output, and whether it is in the prompt.
         self._counts: dict[int, torch.Tensor] = {}
@@ -167,11 +164,9 @@ class Sampler:
             self._history[slot] = upload(history, device)
         state = _Slot(params, upload(list(stops), device), bias, allowed, words)
         self._slots[slot] = state
-        self._host_numbers[:, slot] = torch.tensor([float(getattr(params, name)) for name in _NUMBERS])
-        if params.greedy:
-            self._host_numbers[0, slot] = 0
-        self._host_seeds[:, slot] = torch.tensor([seed, index])
-        self._written = True
+        numbers = {name: float(getattr(params, name)) for name in _NUMBERS}
+        self._numbers.write(slot, list({**numbers, **({"temperature": 0.0} if params.greedy else {})}.values()))
+        self._seeds.write(slot, [seed, index])
         self._counts.pop(slot, None)
         self._in_prompt.pop(slot, None)
         if state.penalized:
@@ -210,13 +205,9 @@ class Sampler:
             lengths: positions before the token that is sampled, prompt included, int64 ``[n]`` on the device.
             made: tokens of each output before it; not needed where ``plan.special`` is empty.
         """
-        if self._written:
-            for mine, written in ((self._numbers, self._host_numbers), (self._seeds, self._host_seeds)):
-                mine.copy_(upload(written.clone(), self.device))
-            self._written = False
         changed = self._changed(logits.to(torch.float32), plan, made) if plan.special else logits
         at = plan.slots
-        temperatures, seeds = self._numbers[0, at], self._seeds[:, at]
+        temperatures, seeds = self._numbers.read()[0, at], self._seeds.read()[:, at]
         if (rows := plan.narrowed) is not None:
             changed = changed.to(torch.float32, copy=True)
             changed[rows] = self._considered(changed[rows], at[rows], plan)
@@ -262,7 +253,7 @@ class Sampler:
 
     def _considered(self, logits: torch.Tensor, at: torch.Tensor, plan: Plan) -> torch.Tensor:
         """The logits of rows that do not consider all tokens; -inf for tokens that are not considered."""
-        numbers = dict(zip(_NUMBERS, self._numbers[:, at, None], strict=True))
+        numbers = dict(zip(_NUMBERS, self._numbers.read()[:, at, None], strict=True))
         scaled = logits / numbers["temperature"]
         if plan.min_p:
             least = scaled.amax(-1, keepdim=True) + numbers["min_p"].log()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -91,6 +91,27 @@ def parts_of(segments: list[Segment], first: int, device: torch.device) -> list[
 _Rows = tuple[torch.Tensor, torch.Tensor]  # slot tensors of K and V
 
 
+@dataclass
+class _Call:
+    """What is known of a flat call.
+
+    Args:
+        slots: of each token, int64 ``[T]``.
+        ends: one past the position of each token, int32 ``[T]``; 0 of idle rows.
+        parts: of the call, in the order of the tokens.
+
+    Attributes:
+        returned: by ``id`` of the K that was appended to a layer: the layer, K and V.
+        ranges: of rows that the queries of a part see, by part and window.
+    """
+
+    slots: torch.Tensor
+    ends: torch.Tensor
+    parts: list[Part]
+    returned: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    ranges: dict[tuple[Part, int | None], SequenceRanges] = field(default_factory=dict)
+
+
 class FlatContext:
     """Appends K and V to the slots of a ``KVCache``, and attends to them, in a flat call of a model.
 
@@ -116,9 +137,7 @@ class FlatContext:
         self.shares_kv_across_layers = False
         self._windows = [None if shape is None else shape.window for shape in cache.layout.layers]
         self._kernels: dict[Any, Kernel] = {}
-        self._parts: list[Part] = []
-        self._returned: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = {}
-        self._ranges: dict[tuple[Part, int | None], SequenceRanges] = {}
+        self._call: _Call | None = None
 
     @property
     def kernels(self) -> list[str]:
@@ -141,37 +160,42 @@ class FlatContext:
             UnsupportedError: the model's attention cannot be computed so.
         """
         device = self._cache.device
-        self._returned, self._ranges, self._parts = {}, {}, []
+        parts: list[Part] = []
         slots, ends = [], []
         if decodes is not None:
-            self._parts.append(Part(decodes, slice(0, len(decodes.slots)), decodes=True))
+            parts.append(Part(decodes, slice(0, len(decodes.slots)), decodes=True))
             slots.append(decodes.slots)
             ends.append(decodes.ends)
         if segments:
-            self._parts += parts_of(segments, 0 if decodes is None else len(decodes.slots), device)
+            parts += parts_of(segments, 0 if decodes is None else len(decodes.slots), device)
             counts = torch.tensor([segment.count for segment in segments])
             starts = torch.tensor([segment.start for segment in segments]).repeat_interleave(counts)
             firsts = (counts.cumsum(0) - counts).repeat_interleave(counts)
             of_each = torch.tensor([segment.slot for segment in segments]).repeat_interleave(counts)
             slots.append(upload(of_each, device))
             ends.append(upload((starts + torch.arange(1, len(starts) + 1) - firsts).int(), device))
-        self._slots, self._ends = torch.cat(slots), torch.cat(ends)
-        positions = (self._ends.long() - 1).clamp_min(0)
+        self._call = _Call(torch.cat(slots), torch.cat(ends), parts)
+        positions = (self._call.ends.long() - 1).clamp_min(0)
         try:
             with attending(self, self._configs):
                 cache = _FlatCache(self, self._windows)
                 return model(position_ids=positions[None], **{keyword: cache}, use_cache=True, **given)
         finally:
-            self._returned = {}
+            self._call = None
+
+    def _running(self) -> _Call:
+        assert self._call is not None
+        return self._call
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Writes K and V ``[1, kv_heads, T, dim]`` of a layer to their rows."""
-        total = len(self._slots)
+        call = self._running()
+        total = len(call.slots)
         if k.shape[0] != 1 or k.shape[2] != total:
             raise UnsupportedError(f"layer {layer} is given {tuple(k.shape)} for {total} tokens", of_model=True)
         k_new, v_new = (states[0].transpose(0, 1) for states in (k, v))
-        append(k_new, v_new, *self._cache.slot_tensors(layer), self._ends, self._slots)
-        self._returned[id(k)] = layer, k, v
+        append(k_new, v_new, *self._cache.slot_tensors(layer), call.ends, call.slots)
+        call.returned[id(k)] = layer, k, v
 
     def attend(
         self, at: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: AttentionParams
@@ -181,7 +205,7 @@ class FlatContext:
         Returns:
             ``[1, T, query_heads, v_head_dim]``.
         """
-        layer, keys, values = self._returned.get(id(k), (-1, None, None))
+        layer, keys, values = self._running().returned.get(id(k), (-1, None, None))
         if keys is not k or values is not v:
             raise UnsupportedError(
                 "an attention function is given other K and V than the cache returned", of_model=True
@@ -208,7 +232,7 @@ class FlatContext:
         how = replace(how, window=min(windows, default=None))
         rows, queries = self._cache.slot_tensors(layer), q[0].transpose(0, 1)
         out = queries.new_empty(*queries.shape[:2], rows[1].shape[3])
-        for part in self._parts:
+        for part in self._running().parts:
             got = (self._decoded if part.decodes else self._prefilled)(layer, queries[part.tokens], rows, part, how)
             if self.watch is not None and new is not None:
                 self.watch.attended(layer, *got, part, queries, rows, new, how)
@@ -273,9 +297,10 @@ class FlatContext:
 
     def _ranges_of(self, part: Part, window: int | None) -> SequenceRanges:
         """The rows that the queries of each segment see; behind a sliding window earlier rows may not be mapped."""
-        if (part, window) not in self._ranges:
-            self._ranges[part, window] = self._made_ranges(part.segments, window)
-        return self._ranges[part, window]
+        made = self._running().ranges
+        if (part, window) not in made:
+            made[part, window] = self._made_ranges(part.segments, window)
+        return made[part, window]
 
     def _made_ranges(self, segments: list[Segment] | Decodes, window: int | None) -> SequenceRanges:
         if isinstance(segments, Decodes):

@@ -24,5 +24,5 @@ def private_copy(module: _Module, copies: dict[int, nn.Module] | None = None) ->
     for name in ("_parameters", "_buffers", "_modules"):
         mine.__dict__[name] = dict(module.__dict__[name])
     for name, child in module.named_children():
-        mine._modules[name] = private_copy(child, copies)
+        mine.add_module(name, private_copy(child, copies))
     return mine
