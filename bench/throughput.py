@@ -59,6 +59,7 @@ def measured(options: Any) -> list[dict[str, Any]]:
     with LLM(
         model, max_num_seqs=options.max_num_seqs, max_num_batched_tokens=options.max_num_batched_tokens,
         max_model_len=options.max_model_len, enable_prefix_caching=options.prefix_cache, attention=options.attention,
+        compile=not options.no_compile,
         **memory,
     ) as llm:  # fmt: skip
         report_of = llm.report()
@@ -153,6 +154,7 @@ def main() -> None:
     parser.add_argument("--kv-gib", type=float, help="memory for K and V, in the place of a part of the device's")
     parser.add_argument("--prefix-cache", action="store_true", help="rounds then have other prompts each")
     parser.add_argument("--attention", default="auto")
+    parser.add_argument("--no-compile", action="store_true", help="layers are not compiled")
     parser.add_argument("--vllm", type=Path, help="JSON lines that the peer's benchmark has written on this machine")
     parser.add_argument("--write", type=Path, help="writes the requests of the mixes there, and measures nothing")
     options = parser.parse_args()

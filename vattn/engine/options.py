@@ -37,8 +37,8 @@ class EngineOptions:
         waiting_served_ratio: see ``Scheduler``.
         enable_chunked_prefill: prompts longer than ``max_num_batched_tokens`` are computed in chunks; only True.
         enforce_eager: whether no iteration is captured into a CUDA graph, and nothing is compiled.
-        compile: whether layers are compiled by ``torch.compile``, once for all lengths; None compiles on a GPU. The
-            model's weights may be moved to lie side by side.
+        compile: whether layers are compiled by ``torch.compile``, once for all lengths. The model's weights may be moved
+            to lie side by side.
         depth: iterations in flight when the next one is scheduled, 0 or 1.
         granularity: bytes of a granule.
         seed: of requests that give none; None draws one for each.
@@ -61,7 +61,7 @@ class EngineOptions:
     waiting_served_ratio: float = 0.0
     enable_chunked_prefill: bool = True
     enforce_eager: bool = False
-    compile: bool | None = None
+    compile: bool = False
     depth: int = 1
     granularity: int = GRANULARITY
     seed: int | None = None
@@ -76,8 +76,7 @@ class EngineOptions:
         choice("kv_cache_dtype", self.kv_cache_dtype, KV_DTYPES)
         flag("enable_prefix_caching", self.enable_prefix_caching)
         flag("enforce_eager", self.enforce_eager)
-        if self.compile is not None:
-            flag("compile", self.compile)
+        flag("compile", self.compile)
         if not flag("enable_chunked_prefill", self.enable_chunked_prefill):
             raise ValueError("enable_chunked_prefill must be True: prompts and outputs share iterations")
         names = ("kv_budget", "gpu_memory_utilization", "swap_space", "waiting_served_ratio")

@@ -122,8 +122,7 @@ def _compiled(
     model: Any, context: FlatContext, cache: KVCache, probe: Probe, options: EngineOptions
 ) -> tuple[Any, str | None]:
     """A copy of the model whose layers are compiled, and None; or None and the reason why they are not."""
-    wanted = probe.device.type == "cuda" if options.compile is None else options.compile
-    if options.enforce_eager or not wanted:
+    if options.enforce_eager or not options.compile:
         return None, "enforce_eager is set" if options.enforce_eager else "compile is not set"
     if context.shares_kv_across_layers:
         return None, "its layers share K and V"
