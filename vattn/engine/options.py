@@ -37,8 +37,8 @@ class EngineOptions:
         waiting_served_ratio: see ``Scheduler``.
         enable_chunked_prefill: prompts longer than ``max_num_batched_tokens`` are computed in chunks; only True.
         enforce_eager: whether no iteration is captured into a CUDA graph, and nothing is compiled.
-        compile: whether layers are compiled by ``torch.compile``, once for all lengths. The model's weights may be moved
-            to lie side by side.
+        compile: whether layers are compiled by ``torch.compile``, once for all lengths. Weights of the model may be
+            moved to lie side by side.
         depth: iterations in flight when the next one is scheduled, 0 or 1.
         granularity: bytes of a granule.
         seed: of requests that give none; None draws one for each.
