@@ -167,6 +167,60 @@ def test_an_iteration_that_fails_is_computed_again(name, depth, device):
         assert tokens([done[str(number)] for number in range(3)]) == expected
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_rows_that_were_not_computed_are_nobodys_prefix(depth, device):
+    """E2 and E9: an iteration that fails before it computes anything, in the middle of a prompt or behind it."""
+    model = model_of("llama-gqa", device)
+    [prompt] = prompts_of((100,))
+    [expected] = generated(model, [prompt])
+    for fails in range(1, 9):
+        with engine_of(model, depth=depth, max_num_batched_tokens=30) as engine:
+            run, calls = engine.tier.runner.run, []
+
+            def failing(*given, run=run, calls=calls, fails=fails):
+                calls.append(1)
+                if len(calls) == fails:
+                    raise torch.OutOfMemoryError("no")
+                return run(*given)
+
+            engine.tier.runner.run = failing
+            engine.add("0", prompt, GREEDY)
+            done: list[RequestOutput] = []
+            while engine.unfinished:
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    done += engine.step(final_only=True)
+            assert tokens(done) == [expected]
+            engine.tier.runner.run = run
+            assert tokens(served(engine, [prompt], GREEDY)) == [expected]
+
+
+def test_a_request_that_was_to_lose_its_memory_when_an_iteration_failed():
+    """It neither waits for ever nor is swapped without its rows (E9)."""
+    model = model_of("llama-gqa")
+    prompts = prompts_of((20, 31))
+    expected = generated(model, prompts)
+    with engine_of(model, depth=1, preemption="swap") as engine:
+        for number, prompt in enumerate(prompts):
+            engine.add(str(number), prompt, GREEDY)
+        for _ in range(5):
+            engine.step()
+        run = engine.tier.runner.run
+        assert engine.scheduler.preempt_one()
+        assert engine.scheduler.requests.leaving
+
+        def failing(*given):
+            raise torch.OutOfMemoryError("no")
+
+        engine.tier.runner.run = failing
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.step()
+        engine.tier.runner.run = run
+        done = {}
+        for _ in range(200):
+            done |= {output.request_id: output for output in engine.step(final_only=True)}
+        assert tokens([done[str(number)] for number in range(2)]) == expected
+
+
 def test_an_interrupt_while_tokens_are_read(monkeypatch):
     """What was in flight is computed again, and the engine serves others."""
     model = model_of("llama-gqa")

@@ -45,26 +45,51 @@ def test_a_graph_serves_all_batches_up_to_its_rows(batch_graphs_on_cpu):
         assert engine.tier.runner.graphs == 4  # of 8, 4, 2 and 1 rows
 
 
-def test_a_capture_that_fails_or_deviates_changes_no_token(monkeypatch, batch_graphs_on_cpu, caplog):
+@pytest.mark.parametrize("how", ["fails", "deviates", "finds no memory"])
+def test_a_capture_that_is_of_no_use_changes_no_token(how, monkeypatch, batch_graphs_on_cpu, caplog):
     model = model_of("llama-gqa")
     prompts = prompts_of((12, 20))
     expected = generated(model, prompts)
-    decoded = BatchGraphs._run
+    decoded, calls = BatchGraphs._run, []
 
-    def fails(self, graph):
-        raise RuntimeError("operation not permitted when stream is capturing")
+    def run(self, graph):
+        calls.append(graph.rows)
+        if how == "fails":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        if how == "finds no memory" and graph.rows == 2:
+            raise torch.OutOfMemoryError("no")
+        return decoded(self, graph).mul_(1.1 if how == "deviates" else 1.0)
 
-    def deviates(self, graph):
-        return decoded(self, graph).mul_(1.1)
+    monkeypatch.setattr(BatchGraphs, "_run", run)
+    with engine_of(model) as engine:
+        assert tokens(served(engine, prompts, GREEDY)) == expected
+        uncaptured, graphs = engine.tier.runner.uncaptured, engine.tier.runner.graphs
+        served(engine, prompts[:1], GREEDY)
+        assert engine.tier.runner.graphs == (1 if how == "finds no memory" else 0)  # of one row
+    warnings = [record.message for record in caplog.records if "not captured" in record.message]
+    if how == "fails":
+        assert "not permitted" in uncaptured
+        assert (len(calls), len(warnings)) == (1, 1)
+    elif how == "deviates":
+        assert (uncaptured, graphs) == (None, 0)
+        assert "iterations of 2 rows are not captured: a replay gives something else" in warnings[0]
+        assert calls.count(2) == 2  # the capture, and its replay
+    else:
+        assert (uncaptured, graphs, warnings) == (None, 0, [])
+        assert calls.count(2) == 3
 
-    for run, reason in ((fails, "not permitted"), (deviates, "a replay gives something else than the computation")):
-        monkeypatch.setattr(BatchGraphs, "_run", run)
-        caplog.clear()
-        with engine_of(model) as engine:
-            assert tokens(served(engine, prompts, GREEDY)) == expected
-            assert engine.tier.runner.graphs == 0
-            assert reason in engine.tier.runner.uncaptured
-            assert len([record for record in caplog.records if "not captured" in record.message]) == 1
+
+def test_an_engine_may_be_called_in_inference_mode(batch_graphs_on_cpu):
+    model = model_of("llama-gqa")
+    prompts = prompts_of((12, 20))
+    expected = generated(model, prompts)
+    params = SamplingParams(temperature=0, max_tokens=18, frequency_penalty=1e-9)
+    with torch.inference_mode(), engine_of(model) as engine:
+        assert tokens(served(engine, prompts, GREEDY)) == expected
+        with torch.inference_mode(False):
+            assert tokens(served(engine, prompts, params)) == expected
+        assert tokens(served(engine, prompts, params)) == expected
+        assert engine.tier.runner.graphs > 0
 
 
 def test_weights_that_move_are_captured_anew(batch_graphs_on_cpu):

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+
+@contextlib.contextmanager
+def computing_on(device: torch.device) -> Iterator[None]:
+    """Within this context the device is the current one, and what is computed may be changed in place later.
+
+    Neither gradients nor tensors of ``torch.inference_mode`` are made, whatever mode the caller is in.
+    """
+    on = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with torch.inference_mode(False), torch.no_grad(), on:
+        yield
 
 
 def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -31,13 +44,12 @@ class Download:
     def __init__(self, *tensors: torch.Tensor | None) -> None:
         self._copies = list(tensors)
         self._event: torch.cuda.Event | None = None
-        if any(tensor is not None and tensor.is_cuda for tensor in tensors):
-            for place, tensor in enumerate(tensors):
-                if tensor is not None:
-                    copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
-                    self._copies[place] = copy.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
+        for place, tensor in enumerate(tensors):
+            if tensor is not None and tensor.is_cuda:
+                copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
+                self._copies[place] = copy.copy_(tensor, non_blocking=True)
+                self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                self._event.record(torch.cuda.current_stream(tensor.device))
 
     def lists(self) -> list[Any]:
         """The values of each tensor. Waits for what the device has computed up to them, and for nothing behind."""

@@ -38,9 +38,9 @@ def _answered(llm: LLM, works: Iterable[Work], temperature: float) -> tuple[floa
     return took, sum(output.num_cached_tokens for output in outputs)
 
 
-def _others(works: Iterable[Work], by: int) -> list[Work]:
+def others(works: Iterable[Work], by: int, vocabulary: int) -> list[Work]:
     """Requests of the same lengths with other tokens, of which no prefix is known."""
-    return [dataclasses.replace(work, prompt=[max(0, token - by) for token in work.prompt]) for work in works]
+    return [dataclasses.replace(work, prompt=[(token + by) % vocabulary for token in work.prompt]) for work in works]
 
 
 def throughput(llm: LLM, rounds: list[list[Work]], temperature: float = 0.6) -> list[dict[str, Any]]:
@@ -56,7 +56,8 @@ def throughput(llm: LLM, rounds: list[list[Work]], temperature: float = 0.6) -> 
     Returns:
         A row for each round.
     """
-    warm = [dataclasses.replace(work, output=min(work.output, _WARM_UP)) for work in _others(rounds[0], 1)]
+    warmed = others(rounds[0], len(rounds), llm.engine.intake.vocabulary)
+    warm = [dataclasses.replace(work, output=min(work.output, _WARM_UP)) for work in warmed]
     _answered(llm, warm, temperature)
     rows = []
     for number, works in enumerate(rounds):
@@ -131,6 +132,7 @@ def host_work(llm: LLM, requests: int, vocabulary: int, iterations: int = 100) -
         A row with milliseconds of an iteration: of the whole, of waiting for tokens, of the scheduler, and of the host,
         which is the whole without the waiting.
     """
+    _require_positions(llm, 32 + iterations + 32)
     engine, chance = llm.engine, random.Random(2)
     spent = dict.fromkeys(("waiting", "schedule", "read"), 0.0)
     for number in range(requests):
@@ -151,6 +153,11 @@ def host_work(llm: LLM, requests: int, vocabulary: int, iterations: int = 100) -
     engine.cancel([f"host-{number}" for number in range(requests)])
     times = {"whole": whole, **spent, "host": whole - spent["waiting"], "scheduler": spent["schedule"] + spent["read"]}
     return {"requests": requests, **{f"{name} ms": 1e3 * took / iterations for name, took in times.items()}}
+
+
+def _require_positions(llm: LLM, positions: int) -> None:
+    if llm.engine.max_model_len < positions:
+        raise ValueError(f"max_model_len must be at least {positions}, not {llm.engine.max_model_len}")
 
 
 @contextmanager
@@ -189,6 +196,7 @@ def ready(llm: LLM, start: float, requests: int, vocabulary: int) -> dict[str, A
         A row with seconds since ``start``: when the engine was made, and from when on iterations of that many requests,
         and then of one, took at most 1.1 times as long as later ones.
     """
+    _require_positions(llm, 32 + 96)
     row: dict[str, Any] = {"requests": requests, "made s": time.perf_counter() - start}
     chance = random.Random(3)
     for count in (requests, 1):

@@ -19,7 +19,8 @@ def throughput(options: Namespace, model: Any) -> Rows:
         vocabulary = _vocabulary(llm)
         ready = serving.ready(llm, start, min(options.max_num_seqs, 256), vocabulary)
         if options.trace:
-            rounds = [mixes.read(options.trace)] * options.rounds
+            works = mixes.read(options.trace)
+            rounds = [serving.others(works, number, vocabulary) for number in range(options.rounds)]
         else:
             given = {"count": options.requests}
             rounds = [mixes.mix(options.mix, vocabulary, seed=seed, **given) for seed in range(options.rounds)]

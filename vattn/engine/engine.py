@@ -24,7 +24,7 @@ from vattn.models.probe import probed
 from vattn.models.rope import most_positions
 from vattn.models.versions import VERSION
 from vattn.models.weights import Weights
-from vattn.transfer import Download
+from vattn.transfer import Download, computing_on
 
 
 class Engine:
@@ -62,7 +62,8 @@ class Engine:
             raise ValueError("model must be in eval mode: call model.eval()")
         kernels.named(options.attention)
         self.intake = Intake(tokenizer, probe.vocabulary, _end_tokens(model), longest, options.seed)
-        self.tier = tier_of(model, probe, options, longest)
+        with computing_on(probe.device):
+            self.tier = tier_of(model, probe, options, longest)
         self._tracked = Tracker()
         self.scheduler = Scheduler(
             self.tier.memory,
@@ -75,7 +76,9 @@ class Engine:
             whole_prompts=self.tier.whole_prompts,
         )
         slots = 2 * options.max_num_seqs  # also of outputs that have ended, and are still in flight
-        self._launcher = Launcher(self.tier.runner, Sampler(probe.vocabulary, slots, probe.device), self._tracked)
+        with computing_on(probe.device):
+            sampler = Sampler(probe.vocabulary, slots, probe.device)
+        self._launcher = Launcher(self.tier.runner, sampler, self._tracked)
         self._flight: deque[tuple[Iteration, Download]] = deque()
         self.weights = Weights(model)
         self._closed = False
@@ -223,6 +226,7 @@ class Engine:
             raise RuntimeError(f"{self.unfinished} requests have not ended: the engine cannot sleep")
         self.reset_prefix_cache()
         self.tier.runner.forget()
+        self._launcher.forget()
         self.weights.put_away(discard=level == 2)
 
     def wake_up(self) -> None:
@@ -242,7 +246,8 @@ class Engine:
             final_only: whether only requests are returned that have ended.
         """
         try:
-            progressed = self._iterate()
+            with computing_on(self._launcher.device):
+                progressed = self._iterate()
             requests = self.scheduler.requests
             ended = list(requests.ended)
             goes_on: dict[Request, None] = {}
@@ -261,6 +266,8 @@ class Engine:
         iteration = self.scheduler.schedule()
         if not iteration.empty:
             self._flight.append((iteration, self._launcher.launch(iteration)))
+        elif not self._flight:
+            self._launcher.free()
         progressed: list[Branch] = []
         while len(self._flight) > self._options.depth or (self._flight and iteration.empty):
             progressed += self._read(*self._flight[0])

@@ -31,6 +31,15 @@ class Launcher:
         self._runner, self._sampler, self._tracked = runner, sampler, tracked
         self._slots = SamplerSlots(sampler, tracked)
 
+    @property
+    def device(self) -> torch.device:
+        """On which it computes."""
+        return self._sampler.device
+
+    def free(self) -> None:
+        """Forgets the state of outputs that have ended."""
+        self._slots.free()
+
     def forget(self) -> None:
         """Forgets the state of all outputs, after an error: it may hold tokens that nobody will read."""
         self._slots.free(everything=True)

@@ -14,6 +14,7 @@ from vattn.engine.row_memory import RowMemory
 from vattn.engine.scheduler import Row
 from vattn.graphs.batch_graphs import BatchGraphs
 from vattn.graphs.compilation import compiled_calls
+from vattn.kernels.append import takes_idle
 from vattn.models import rope
 from vattn.models.flat import Decodes, FlatContext, Segment
 from vattn.models.versions import cache_keyword
@@ -95,7 +96,10 @@ class FlatRunner:
         self._placed: tuple[list[int], torch.Tensor] = [], torch.empty(0, dtype=torch.int64)
         inputs = {"tokens": torch.int64, "slots": torch.int64, "ends": torch.int32}
         device, least = memory.cache.device, 1 if compiled is None else _LEAST_COMPILED
-        self._graphs = BatchGraphs(self._decoded, inputs, most, device, least=least) if captures else None
+        self._graphs = None
+        if captures and takes_idle(device):
+            self._graphs = BatchGraphs(self._decoded, inputs, most, device, least=least)
+        self._captures = captures
 
     @property
     def kernels(self) -> list[str]:
@@ -110,7 +114,9 @@ class FlatRunner:
     @property
     def uncaptured(self) -> str | None:
         """See ``Runner.uncaptured``."""
-        return "enforce_eager is set" if self._graphs is None else self._graphs.refused
+        if self._graphs is not None:
+            return self._graphs.refused
+        return "rows cannot be idle without Triton" if self._captures else "enforce_eager is set"
 
     def forget(self) -> None:
         """See ``Runner.forget``."""

@@ -229,7 +229,7 @@ class Sampler:
             if state.allowed is not None:
                 logits[row].masked_fill_(~state.allowed, -math.inf)
             if state.bad_words is not None:
-                logits[row, self._bad_tokens(slot, state.bad_words)] = -math.inf
+                logits[row].index_add_(0, *self._bad_tokens(slot, state.bad_words))
             if made[row] < state.params.min_tokens:
                 logits[row, state.stops] = -math.inf
             if state.bias is not None:
@@ -238,11 +238,12 @@ class Sampler:
                 self._penalize(logits[row], slot, state.params)
         return logits
 
-    def _bad_tokens(self, slot: int, words: torch.Tensor) -> torch.Tensor:
-        """The last tokens of those words whose other tokens the output ends with."""
+    def _bad_tokens(self, slot: int, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last token of each word, and what is added to its logit: -inf where the output ends with the others."""
         prefix = words[:, :-1]
         recent = self._history[slot, _HISTORY - prefix.shape[1] :]
-        return words[((prefix == -1) | (prefix == recent)).all(1), -1]
+        completes = ((prefix == -1) | (prefix == recent)).all(1)
+        return words[:, -1], torch.where(completes, -math.inf, 0.0)
 
     def _penalize(self, logits: torch.Tensor, slot: int, params: SamplingParams) -> None:
         counts = self._counts[slot]

@@ -39,7 +39,7 @@ class SamplerSlots:
 
     def _begin(self, branch: Branch) -> None:
         tracked = self._tracked[branch.request.id]
-        slot = self._free[-1]
+        slot = self._free[-1]  # which stays free where ``begin`` raises an error
         self._sampler.begin(
             slot,
             tracked.params,

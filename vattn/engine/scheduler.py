@@ -137,6 +137,10 @@ class Scheduler:
         self._fork()
         decodes = self._decodes()
         rows = self._next_of_starting(self._max_num_batched_tokens - len(decodes))
+        if self._whole_prompts and decodes and not rows:
+            # What does not fit beside the decodes is computed alone, or it might wait for ever.
+            rows = self._next_of_starting(self._max_num_batched_tokens)
+            decodes = [] if rows else decodes
         while (decodes or rows) and (short := self._grow(decodes, rows)) is not None:
             left_out = self._make_room(short.request)
             decodes = [branch for branch in decodes if branch.request not in left_out]
@@ -191,11 +195,14 @@ class Scheduler:
         self.requests.interrupted = list(self.requests.running)
         for request in list(self.requests):
             for branch in request.branches:
+                if branch.in_flight:  # which of its rows were computed is not known: they are nobody's prefix
+                    branch.launched = 0
                 branch.pending = branch.in_flight = 0
                 if branch.finish_reason is None and branch.output:
                     self._end_where_it_stops(branch)  # the error may have come in between
         for request in list(self.requests.running.values()):
-            if request.id not in self.requests.leaving and request.live:
+            if request.live:  # whatever was to happen to it
+                self.requests.leaving.pop(request.id, None)
                 self.requests.wait(request)
             else:
                 self.requests.after_read(request)
@@ -272,16 +279,16 @@ class Scheduler:
 
     def _launch(self, decodes: list[Branch], rows: list[Row]) -> None:
         for branch in decodes:
+            branch.in_flight += 1  # first, for ``recover`` after an interrupt
             branch.launched += 1
-            branch.in_flight += 1
             branch.pending += 1
         if self._policy_counts:
             for branch in decodes:
                 self._policy.served(branch.request, 0, 1)
         for row in rows:
-            row.branch.launched += row.count
             for branch in {row.branch, *row.into}:
                 branch.in_flight += 1
+            row.branch.launched += row.count
             for branch in row.into:
                 branch.pending += 1
             self._policy.served(row.branch.request, row.count - bool(row.into), len(row.into))

@@ -89,7 +89,7 @@ class RequestTable:
         self.starting[request.id] = request
 
     def started(self, request: Request) -> None:
-        """Notes that outputs of a running request were launched, of which nothing else may be missing any more."""
+        """Moves a running request to ``decoding``, if none of its outputs misses more than one position."""
         live = request.live
         if all(branch.opened and branch.missing <= 1 for branch in live):
             self.starting.pop(request.id, None)

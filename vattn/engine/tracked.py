@@ -66,12 +66,16 @@ class Tracked:
         token = branch.output[-1]
         ends = token in self.stop_tokens
         stopped_at = None
-        if self.watched:
+        if self._texts:
             texts = self._texts[branch.index]
             shown = len(branch.output) - (ends and not self.params.include_stop_str_in_output)
-            for place in range(texts.count, shown):  # more than one where an error came in between
-                texts.add([branch.output[place]], may_stop=not ends and place >= self.params.min_tokens)
-            stopped_at = texts.stopped_at
+            if not self.watched:
+                if ends or len(branch.output) >= branch.max_tokens:  # a text that cannot be made is an error of its own
+                    texts.add(branch.output[texts.count : shown], may_stop=False)
+            else:
+                for place in range(texts.count, shown):  # more than one where an error came in between
+                    texts.add([branch.output[place]], may_stop=not ends and place >= self.params.min_tokens)
+                stopped_at = texts.stopped_at
         if ends:
             self._stop_reasons[branch.index] = None if token in self._ends else token
         elif stopped_at is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from vattn.graphs.runner import GraphRunner, rows_of_graph
 _LOG = logging.getLogger("vattn")
 # How far the output of a replay may deviate from that of the computation, relative to the norm of a row: cuBLAS may
 # choose other products during a capture.
+_MOST_FAILURES = 3  # captures with so many rows that find no memory
 _MAY_DEVIATE = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
@@ -39,6 +41,7 @@ class BatchGraphs:
     ) -> None:  # fmt: skip
         self._compute, self._inputs, self._most, self._device = compute, inputs, most, device
         self._least = least
+        self._failures: Counter[int] = Counter()  # of captures, by the rows of the graph
         self._graphs: dict[int, GraphRunner] = {}
         self._pool: Any = None
         self._output: torch.Tensor | None = None  # of the last replay: all graphs write to it
@@ -59,14 +62,15 @@ class BatchGraphs:
             given: the inputs, ``[batch]`` each.
 
         Returns:
-            The output ``[batch, ...]``, which the next call overwrites; None where ``refused`` says why.
+            The output ``[batch, ...]``, which the next call overwrites; None where it was not captured.
         """
         if self.refused is not None:
             return None
         batch = len(next(iter(given.values())))
-        graph = self._graphs.get(rows_of_graph(max(batch, self._least)))
+        rows = rows_of_graph(max(batch, self._least))
+        graph = self._graphs.get(rows)
         if graph is None:
-            return self._capture(batch, given)
+            return self._capture(rows, batch, given) if self._failures[rows] < _MOST_FAILURES else None
         self._prepare(graph, batch, given)
         graph.replay()
         assert self._output is not None
@@ -77,9 +81,8 @@ class BatchGraphs:
             graph.set_live(batch)
         graph.fill(given)
 
-    def _capture(self, batch: int, given: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    def _capture(self, rows: int, batch: int, given: dict[str, torch.Tensor]) -> torch.Tensor | None:
         """Captures a batch, and returns its output if a replay gives the same as the computation; else None."""
-        rows = rows_of_graph(max(batch, self._least))
         stream = streams(self._device)[0] if self._device.type == "cuda" else None
         inputs = {name: torch.zeros(rows, dtype=dtype, device=self._device) for name, dtype in self._inputs.items()}
         graph = GraphRunner(inputs, set(inputs), rows, stream, None)
@@ -96,7 +99,12 @@ class BatchGraphs:
             graph.capture(lambda: self._run(graph), self._pool, self._device)
             graph.replay()
             if error := _deviation(self._output[:batch], expected):
-                raise RuntimeError(f"a replay gives something else than the computation ({error})")
+                self._failures[rows] = _MOST_FAILURES
+                _LOG.warning("iterations of %d rows are not captured: a replay gives something else (%s)", rows, error)
+                return None
+        except torch.OutOfMemoryError:
+            self._failures[rows] += 1
+            return None
         except Exception as error:  # a model may do anything that a capture does not allow
             self.refused = str(error).partition("\n")[0] or type(error).__name__
             _LOG.warning("iterations are not captured into CUDA graphs: %s", self.refused)

@@ -8,12 +8,15 @@ for up to ``head_rows`` before and ``tail_rows`` behind each range, which theref
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional
+
+from vattn.transfer import upload
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -48,9 +51,11 @@ class SequenceRanges:
     @classmethod
     def of(cls, spans: list[tuple[int, int, int]], device: torch.device | str) -> SequenceRanges:
         """Makes the ranges from ``(slot, start, end)`` of each sequence."""
-        table = torch.tensor(spans, dtype=torch.int32, device=device).t().contiguous()
+        table = upload(torch.tensor(spans, dtype=torch.int32).t().contiguous(), torch.device(device))
         adjacent = [slot for slot, _, _ in spans] == list(range(len(spans)))
-        return cls(*table, longest=max(end - start for _, start, end in spans), adjacent=adjacent)
+        made = cls(*table, longest=max(end - start for _, start, end in spans), adjacent=adjacent)
+        made.once("list", lambda: [tuple(span) for span in spans])  # which need not be asked of the device
+        return made
 
     def __len__(self) -> int:
         return self.slots.shape[0]
@@ -291,6 +296,13 @@ def one_each(spans: SequenceRanges) -> torch.Tensor:
     """Offsets of the queries of a decode step, one query for each sequence: int32 ``[batch + 1]`` from 0 to batch."""
     device = spans.slots.device
     made: torch.Tensor = spans.once("one", lambda: torch.arange(len(spans) + 1, dtype=torch.int32, device=device))
+    return made
+
+
+def several_each(spans: SequenceRanges, counts: list[int]) -> torch.Tensor:
+    """Offsets of the queries of a prompt, ``counts`` for each sequence: int32 ``[batch + 1]``."""
+    offsets = list(itertools.accumulate(counts, initial=0))
+    made: torch.Tensor = spans.once(("several", *counts), lambda: upload(offsets, spans.slots.device, torch.int32))
     return made
 
 

@@ -16,6 +16,7 @@ from vattn.kernels.base import (
     offsets_of,
     one_each,
     refused_by_flash,
+    several_each,
     slots_as_rows,
     with_sinks,
 )
@@ -61,11 +62,8 @@ class Flash2(Kernel):
         scores: AttentionParams,
     ) -> torch.Tensor:
         offsets, lengths = offsets_of(k, spans)
-        firsts = [0]
-        for count in counts:
-            firsts.append(firsts[-1] + count)
         out: torch.Tensor = torch.ops.aten._flash_attention_forward(
-            q, slots_as_rows(k), slots_as_rows(v), torch.tensor(firsts, dtype=torch.int32, device=q.device), offsets,
+            q, slots_as_rows(k), slots_as_rows(v), several_each(spans, counts), offsets,
             max(counts), spans.longest, 0.0, True, False, scale=scores.scale, seqused_k=lengths,
             window_size_left=None if scores.window is None else scores.window - 1,
             window_size_right=None if scores.window is None else 0,

@@ -23,6 +23,6 @@ def private_copy(module: _Module, copies: dict[int, nn.Module] | None = None) ->
     mine = copies[id(module)] = copy.copy(module)
     for name in ("_parameters", "_buffers", "_modules"):
         mine.__dict__[name] = dict(module.__dict__[name])
-    for name, child in module.named_children():
-        mine.add_module(name, private_copy(child, copies))
+    for name, child in module.__dict__["_modules"].items():  # also those that have two names
+        mine.add_module(name, None if child is None else private_copy(child, copies))
     return mine
