@@ -11,6 +11,9 @@ from torch._dynamo.utils import counters
 
 from vattn.graphs.compilation import compile_layers, lay_side_by_side
 from vattn.models.private import private_copy
+from vattn.models.versions import VERSION
+
+pytestmark = pytest.mark.skipif(VERSION < (5, 17), reason="the engine needs transformers 5.17")
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,9 @@ from vattn.engine.llm import LLM
 from vattn.engine.sampling_params import SamplingParams
 from vattn.graphs.batch_graphs import BatchGraphs
 from vattn.graphs.runner import rows_of_graph
+from vattn.models.versions import VERSION
+
+pytestmark = pytest.mark.skipif(VERSION < (5, 17), reason="the engine needs transformers 5.17")
 
 
 @pytest.mark.parametrize("name", FLAT)
