@@ -54,15 +54,16 @@ class Launcher:
             self._note_prompt(row, each)
         if not iteration.into:
             return Download()
-        last, lengths, at = list(range(len(decodes))), [], len(decodes)
-        for row, kept in zip(rows, keep, strict=True):
-            at += kept
-            last += [at - 1] * len(row.into)
-            lengths += [row.start + row.count] * len(row.into)
-        if last != list(range(len(logits))):
-            logits = logits[upload(last, self._sampler.device)]
         ends = [] if batch is None else [batch.positions + 1]
-        ends += [upload(lengths, self._sampler.device)] if lengths else []
+        if rows:
+            last, lengths, at = list(range(len(decodes))), [], len(decodes)
+            for row, kept in zip(rows, keep, strict=True):
+                at += kept
+                last += [at - 1] * len(row.into)
+                lengths += [row.start + row.count] * len(row.into)
+            if last != list(range(len(logits))):
+                logits = logits[upload(last, self.device)]
+            ends.append(upload(lengths, self.device))
         plan = self._slots.plan(iteration.into)
         made = [len(branch.output) + branch.pending - 1 for branch in iteration.into] if plan.special else ()
         sampled = self._sampler.sample(logits, plan, torch.cat(ends), made)
@@ -84,7 +85,7 @@ class Launcher:
         told = prompt[first + 1 : end + 1]
         for at in range(0, len(told), _SLICE):
             part = told[at : at + _SLICE]
-            chosen = torch.tensor(part, device=logits.device)
+            chosen = upload(part, self.device)
             parts = self._sampler.logprobs(
                 logits[at : at + len(part)].float(), chosen, tracked.params.prompt_logprobs or 0
             )
@@ -95,7 +96,7 @@ class Launcher:
         """The tokens of a row; one that was not read yet is on the device."""
         branch = row.branch
         known = branch.tokens(row.start, row.start + row.count)
-        tokens = upload(known, self._sampler.device)
+        tokens = upload(known, self.device)
         if len(known) < row.count:
             slot = self._slots.of(branch)
             tokens = torch.cat([tokens, self._sampler.last[slot : slot + 1]])

@@ -93,7 +93,7 @@ class FlatRunner:
     ) -> None:
         self._model, self._memory, self._context, self._compiled = model, memory, context, compiled
         self._keyword = cache_keyword(model)
-        self._placed: tuple[list[int], torch.Tensor] = [], torch.empty(0, dtype=torch.int64)
+        self._placed: tuple[list[int], torch.Tensor, bool] = [], torch.empty(0, dtype=torch.int64), True
         inputs = {"tokens": torch.int64, "slots": torch.int64, "ends": torch.int32}
         device, least = memory.cache.device, 1 if compiled is None else _LEAST_COMPILED
         self._graphs = None
@@ -123,19 +123,18 @@ class FlatRunner:
         if self._graphs is not None:
             self._graphs.clear()
 
-    @torch.no_grad()
     def run(
         self, decodes: DecodeBatch | None, rows: Sequence[Row], tokens: Sequence[torch.Tensor], keep: Sequence[int]
     ) -> torch.Tensor:
         """See ``Runner.run``."""
-        places = None if decodes is None else self._places(decodes)
-        if decodes is not None and places is not None and not rows and self._graphs is not None:
-            given = {"tokens": decodes.tokens, "slots": places.slots, "ends": places.ends}
-            if (logits := self._graphs.run(given)) is not None:
-                return logits
+        places, ids, at = None, list(tokens), 0
+        if decodes is not None:
+            places, ids, at = self._places(decodes), [decodes.tokens, *tokens], len(decodes.branches)
+            if not rows and self._graphs is not None:
+                given = {"tokens": decodes.tokens, "slots": places.slots, "ends": places.ends}
+                if (logits := self._graphs.run(given)) is not None:
+                    return logits
         segments = [Segment(self._memory.slot(row.branch), row.start, row.count) for row in rows]
-        ids = [*([] if decodes is None else [decodes.tokens]), *tokens]
-        at = 0 if decodes is None else len(decodes.branches)
         kept = list(range(at))
         for row, wanted in zip(rows, keep, strict=True):
             at += row.count
@@ -168,9 +167,9 @@ class FlatRunner:
         """Where the positions of a batch are. The slots stay on the device as long as they are the same."""
         slots = self._memory.slots(decodes.branches)
         if slots != self._placed[0]:
-            self._placed = slots, upload(slots, decodes.tokens.device)
-        adjacent = slots == list(range(len(slots)))
-        return Decodes(self._placed[1], (decodes.positions + 1).int(), decodes.longest, adjacent)
+            self._placed = slots, upload(slots, decodes.tokens.device), slots == list(range(len(slots)))
+        _, on_device, adjacent = self._placed
+        return Decodes(on_device, (decodes.positions + 1).int(), decodes.longest, adjacent)
 
 
 class RowRunner:
@@ -195,7 +194,6 @@ class RowRunner:
     def forget(self) -> None:
         """See ``Runner.forget``."""
 
-    @torch.no_grad()
     def run(
         self, decodes: DecodeBatch | None, rows: Sequence[Row], tokens: Sequence[torch.Tensor], keep: Sequence[int]
     ) -> torch.Tensor:

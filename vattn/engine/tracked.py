@@ -66,16 +66,14 @@ class Tracked:
         token = branch.output[-1]
         ends = token in self.stop_tokens
         stopped_at = None
-        if self._texts:
-            texts = self._texts[branch.index]
-            shown = len(branch.output) - (ends and not self.params.include_stop_str_in_output)
-            if not self.watched:
-                if ends or len(branch.output) >= branch.max_tokens:  # a text that cannot be made is an error of its own
-                    texts.add(branch.output[texts.count : shown], may_stop=False)
-            else:
-                for place in range(texts.count, shown):  # more than one where an error came in between
-                    texts.add([branch.output[place]], may_stop=not ends and place >= self.params.min_tokens)
-                stopped_at = texts.stopped_at
+        texts = self._texts[branch.index] if self._texts else None
+        shown = len(branch.output) - (ends and not self.params.include_stop_str_in_output)
+        if texts is not None and self.watched:
+            for place in range(texts.count, shown):  # more than one where an error came in between
+                texts.add([branch.output[place]], may_stop=not ends and place >= self.params.min_tokens)
+            stopped_at = texts.stopped_at
+        elif texts is not None and (ends or len(branch.output) >= branch.max_tokens):
+            texts.add(branch.output[texts.count : shown], may_stop=False)  # here an error ends this output alone
         if ends:
             self._stop_reasons[branch.index] = None if token in self._ends else token
         elif stopped_at is None:
