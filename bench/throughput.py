@@ -40,9 +40,13 @@ PARTS = ("ready", "throughput", "latency", "host")
 
 
 def model_of(shape: str) -> Any:
+    """A model whose weights are drawn as vLLM draws those of its own: a GPU's clocks depend on the data."""
     with torch.device("cuda"):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(SHAPES[shape], dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.uniform_(-1e-3, 1e-3)
     model.generation_config.eos_token_id = None
     return model
 

@@ -73,7 +73,7 @@ class CountedMemory:
     def room_for(self, positions: int) -> bool:
         return self.used + positions <= self.capacity
 
-    def open(self, request: Request) -> int | None:
+    def open(self, request: Request, expected: int) -> int | None:
         cached = self.cached_positions(request)
         if self._refused() or self.used + cached > self.capacity:
             return None

@@ -15,17 +15,19 @@ from vattn.models.versions import VERSION
 pytestmark = pytest.mark.skipif(VERSION < (5, 17), reason="the engine needs transformers 5.17")
 
 
-@pytest.mark.parametrize("name", FLAT)
-def test_replays_give_the_same_tokens(name, batch_graphs_on_cpu):
+@pytest.mark.parametrize(("name", "attention"), [*((name, "auto") for name in FLAT), ("llama-gqa", "reference")])
+def test_replays_give_the_same_tokens(name, attention, batch_graphs_on_cpu):
     model = model_of(name)
     prompts = prompts_of(LENGTHS)
     expected = generated(model, prompts)
-    with engine_of(model, max_num_batched_tokens=64) as engine:
+    with engine_of(model, max_num_batched_tokens=64, attention=attention) as engine:
         assert tokens(served(engine, prompts, GREEDY)) == expected
         runner = engine.tier.runner
         assert runner.uncaptured is None
         captured, replays = runner.graphs, batch_graphs_on_cpu.replays
-        assert 1 <= captured <= 4  # of 1, 2, 4 and 8 rows
+        # Of 1, 2, 4 and 8 rows; where a kernel computes prompts and decodes at once, also of 32 and of 64 tokens.
+        mixes = engine.tier.runner.kernels == ["reference"]
+        assert (5 if mixes else 1) <= captured <= (6 if mixes else 4)
         assert replays > captured
         assert tokens(served(engine, prompts, GREEDY)) == expected
         assert runner.graphs == captured

@@ -157,7 +157,7 @@ def test_a_span_without_rows(feature, kernel, task):
     [
         case
         for queries in ("first", "chunk")
-        for case in features(["plain", "window", "padding", "softcap"], queries=queries)
+        for case in features(["plain", "window", "padding", "softcap", "sinks"], queries=queries)
     ],
 )
 def test_prefill(feature, kernel, task):
@@ -173,6 +173,30 @@ def test_prefill(feature, kernel, task):
     how = how_of(feature, task, window=WINDOW if feature == "window" else None)
     got = kernel.prefill(q, filled.k, filled.v, spans, counts, how)
     close(got, expected(q, filled.k, filled.v, spans, counts, how))
+
+
+@pytest.mark.parametrize(
+    ("feature", "kernel", "task"),
+    [case for case in features(["plain", "softcap", "sinks"], queries="chunk") if case.values[1].mixes],
+)
+def test_prompts_and_single_queries_at_once(feature, kernel, task):
+    """As in a graph: some sequences have no queries, and some queries belong to no sequence."""
+    require(kernel)
+    filled = Filled(kernel, task, LENGTHS)
+    counts = [1, 1, 127, 5, 1, 0, 300]
+    spans = SequenceRanges.of(
+        [(slot, 0, n if count else 0) for slot, (n, count) in enumerate(zip(LENGTHS, counts, strict=True))], task.device
+    )
+    spans.longest = 1024
+    idle = 10
+    q = queries_of(task, sum(counts) + idle)
+    how = how_of(feature, task)
+    offsets = torch.tensor([0, *counts], device=task.device).cumsum(0).int()
+    got = kernel.mixed(q, filled.k, filled.v, spans, offsets, 512, how)
+    assert len(got) == len(q)
+    there = [row for row, count in enumerate(counts) if count]
+    now = SequenceRanges.of([spans.tolist()[row] for row in there], task.device)
+    close(got[:-idle], expected(q[:-idle], filled.k, filled.v, now, [counts[row] for row in there], how))
 
 
 @pytest.mark.parametrize(

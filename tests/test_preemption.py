@@ -176,7 +176,7 @@ def test_what_caches_take_is_counted(name):
         assert told <= 1.2 * most
         assert memory.used == 0
         request = Request("x", (1, 2), 3)
-        memory.open(request)
+        memory.open(request, 5)
         assert (memory.used > 0) == (name in HYBRIDS)
         memory.close(request.trunk, 0)
 

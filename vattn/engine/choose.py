@@ -77,31 +77,31 @@ def _kernel() -> Any:
         seed = tl.load(seeds + row)
         index = tl.load(indexes + row).to(tl.uint32)
         length = tl.load(lengths + row).to(tl.uint32)
-        highest = tl.full((), float("-inf"), tl.float32)
-        chosen = tl.zeros((), dtype=tl.int64)
-        broken = tl.zeros((), dtype=tl.int32)
+        # Of each place in a block: the highest score so far, its token, and whether there was a NaN.
+        highest = tl.full((block, 4), float("-inf"), tl.float32)
+        chosen = tl.zeros((block, 4), dtype=tl.int32)
+        broken = tl.zeros((block, 4), dtype=tl.int32)
         for number in range(blocks):
             # One call of Philox gives the numbers of four tokens.
             groups = (part * blocks + number) * block + tl.arange(0, block)
             at = groups[:, None] * 4 + tl.arange(0, 4)[None, :]
             there = at < vocabulary
-            scores = tl.load(logits + row * row_stride + at * token_stride, mask=there, other=float("-inf"))
-            scores = scores.to(tl.float32)
-            broken = tl.maximum(broken, tl.max(tl.reshape((scores != scores).to(tl.int32), (4 * block,)), 0))
+            scores = tl.load(logits + row * row_stride + at * token_stride, mask=there, other=0.0).to(tl.float32)
+            broken = tl.where(scores != scores, 1, broken)
             if temperature > 0:
                 zero = tl.zeros((block,), tl.uint32)
                 r0, r1, r2, r3 = tl.philox(seed, zero + length, groups.to(tl.uint32), zero + index, zero)
                 bits = tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), (block, 4))
                 uniform = ((bits >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608.0)
                 scores = scores / temperature - tl.log(-tl.log(uniform))
-                scores = tl.where(there, scores, float("-inf"))
-            flat = tl.reshape(scores, (4 * block,))
-            value = tl.max(flat, 0)
-            first = (part * blocks + number).to(tl.int64) * (4 * block)
-            chosen = tl.where(value > highest, first + tl.argmax(flat, 0).to(tl.int64), chosen)
-            highest = tl.where(value > highest, value, highest)
-        highest = tl.where(broken > 0, float("nan"), highest)
-        tl.store(best + row * parts + part, highest)
-        tl.store(tokens + row * parts + part, chosen)
+            higher = there & (scores > highest)
+            chosen = tl.where(higher, at, chosen)
+            highest = tl.where(higher, scores, highest)
+        value = tl.max(tl.reshape(highest, (4 * block,)), 0)
+        alike = tl.where(highest == value, chosen, vocabulary - 1)
+        token = tl.min(tl.reshape(alike, (4 * block,)), 0)  # the first of those that are alike
+        nan = tl.max(tl.reshape(broken, (4 * block,)), 0) > 0
+        tl.store(best + row * parts + part, tl.where(nan, float("nan"), value))
+        tl.store(tokens + row * parts + part, token.to(tl.int64))
 
     return kernel

@@ -84,7 +84,7 @@ class KVMemory:
         tails = (stats.running_slots + 1) * self._tail_rows
         return (positions + tails) * self.cache.layout.bytes_per_token <= stats.budget - stats.rows
 
-    def open(self, request: Request) -> int | None:
+    def open(self, request: Request, expected: int) -> int | None:
         """See ``Memory.open``."""
         self._close_all()
         tokens = None
@@ -93,7 +93,7 @@ class KVMemory:
             tokens = request.prompt if len(request.live) > 1 else (*request.prompt, *request.trunk.output)
         try:
             namespace = self._namespace(request)
-            sequence = self.cache.open(tokens=tokens, namespace=namespace, expected=len(request.prompt))
+            sequence = self.cache.open(tokens=tokens, namespace=namespace, expected=expected)
         except (Error, ValueError):
             return None
         if (left := self._sequences.pop(request.trunk, None)) is not None:  # by a call that was interrupted

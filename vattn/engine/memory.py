@@ -19,8 +19,16 @@ class Memory(Protocol):
     def room_for(self, positions: int) -> bool:
         """Whether so many positions more would most likely find memory, without taking it from running requests."""
 
-    def open(self, request: Request) -> int | None:
-        """Opens the trunk of a request, behind a computed prefix where there is one; the positions of that, or None."""
+    def open(self, request: Request, expected: int) -> int | None:
+        """Opens the trunk of a request, behind a computed prefix where there is one.
+
+        Args:
+            request: the request.
+            expected: positions that the trunk will most likely come to have.
+
+        Returns:
+            The positions of the prefix; None where there is no memory.
+        """
 
     def grow(self, branches: list[Branch], positions: list[int]) -> Branch | None:
         """Brings branches to so many positions each: all of them, or none. None, or a branch that had no memory."""

@@ -66,7 +66,7 @@ class RowMemory:
         """See ``Memory.room_for``."""
         return positions + -(-self._fixed // self._bytes) <= self._free
 
-    def open(self, request: Request) -> int | None:
+    def open(self, request: Request, expected: int) -> int | None:
         """See ``Memory.open``."""
         if self._free * self._bytes < self._fixed:
             return None

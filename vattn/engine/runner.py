@@ -14,13 +14,15 @@ from vattn.engine.row_memory import RowMemory
 from vattn.engine.scheduler import Row
 from vattn.graphs.batch_graphs import BatchGraphs
 from vattn.graphs.compilation import compiled_calls
+from vattn.graphs.runner import rows_of_graph
 from vattn.kernels.append import takes_idle
 from vattn.models import rope
-from vattn.models.flat import Decodes, FlatContext, Segment
+from vattn.models.flat import Decodes, FlatContext, Mixture, Segment
 from vattn.models.versions import cache_keyword
 from vattn.transfer import upload
 
 _LEAST_COMPILED = 2  # tokens of a compiled call: torch.compile would compile a single one apart
+_MOST_CAPTURED = 2048  # tokens of an iteration with prompts that is captured: more take longer than their launch
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Runner(Protocol):
 class FlatRunner:
     """Computes all rows in one call of the model, on the slots of a ``KVCache``.
 
-    Iterations of one position each are captured into CUDA graphs, and replayed.
+    Iterations of one position each, and those with few other positions, are captured into CUDA graphs and replayed.
 
     Args:
         model: a model whose attention takes an attention function.
@@ -94,11 +96,15 @@ class FlatRunner:
         self._model, self._memory, self._context, self._compiled = model, memory, context, compiled
         self._keyword = cache_keyword(model)
         self._placed: tuple[list[int], torch.Tensor, bool] = [], torch.empty(0, dtype=torch.int64), True
-        inputs = {"tokens": torch.int64, "slots": torch.int64, "ends": torch.int32}
-        device, least = memory.cache.device, 1 if compiled is None else _LEAST_COMPILED
-        self._graphs = None
-        if captures and takes_idle(device):
-            self._graphs = BatchGraphs(self._decoded, inputs, most, device, least=least)
+        self._most = rows_of_graph(max(most, _LEAST_COMPILED))
+        self._graphs: dict[str, BatchGraphs] = {}
+        if captures and takes_idle(memory.cache.device):
+            inputs = {"slots": torch.int64, "tokens": torch.int64, "ends": torch.int32}
+            place = "slots", self._most, memory.cache.device
+            self._graphs["decodes"] = BatchGraphs(self._decoded, inputs, self._decode_sizes, *place)
+            if context.mixes:
+                inputs = {**inputs, "counts": torch.int64}
+                self._graphs["mixtures"] = BatchGraphs(self._mixed, inputs, self._mixture_sizes, *place)
         self._captures = captures
 
     @property
@@ -109,19 +115,19 @@ class FlatRunner:
     @property
     def graphs(self) -> int:
         """See ``Runner.graphs``."""
-        return 0 if self._graphs is None else len(self._graphs)
+        return sum(map(len, self._graphs.values()))
 
     @property
     def uncaptured(self) -> str | None:
         """See ``Runner.uncaptured``."""
-        if self._graphs is not None:
-            return self._graphs.refused
+        if self._graphs:
+            return self._graphs["decodes"].refused
         return "rows cannot be idle without Triton" if self._captures else "enforce_eager is set"
 
     def forget(self) -> None:
         """See ``Runner.forget``."""
-        if self._graphs is not None:
-            self._graphs.clear()
+        for graphs in self._graphs.values():
+            graphs.clear()
 
     def run(
         self, decodes: DecodeBatch | None, rows: Sequence[Row], tokens: Sequence[torch.Tensor], keep: Sequence[int]
@@ -130,38 +136,78 @@ class FlatRunner:
         places, ids, at = None, list(tokens), 0
         if decodes is not None:
             places, ids, at = self._places(decodes), [decodes.tokens, *tokens], len(decodes.branches)
-            if not rows and self._graphs is not None:
-                given = {"tokens": decodes.tokens, "slots": places.slots, "ends": places.ends}
-                if (logits := self._graphs.run(given)) is not None:
-                    return logits
         segments = [Segment(self._memory.slot(row.branch), row.start, row.count) for row in rows]
+        if (logits := self._replayed(ids, segments, places, keep)) is not None:
+            return logits
         kept = list(range(at))
         for row, wanted in zip(rows, keep, strict=True):
             at += row.count
             kept += range(at - wanted, at)
-        return self._computed(torch.cat(ids), segments, places, kept if len(kept) < at else None)
+        asked = upload(kept, self._memory.cache.device) if len(kept) < at else None
+        return self._computed(torch.cat(ids), segments, places, asked)
+
+    def _replayed(
+        self, ids: list[torch.Tensor], segments: list[Segment], places: Decodes | None, keep: Sequence[int]
+    ) -> torch.Tensor | None:
+        """What a graph computes; None where none is captured."""
+        if not self._graphs:
+            return None
+        if not segments:
+            assert places is not None
+            return self._graphs["decodes"].run({"slots": places.slots, "tokens": ids[0], "ends": places.ends})
+        total = sum(map(len, ids))
+        if "mixtures" not in self._graphs or total > _MOST_CAPTURED or max(keep) > 1:
+            return None
+        mixture = Mixture.of(segments, places, self._memory.cache.device)
+        given = {"slots": mixture.slots, "tokens": torch.cat(ids), "ends": mixture.ends, "counts": mixture.counts}
+        return self._graphs["mixtures"].run(given)
 
     def _computed(
-        self, ids: torch.Tensor, segments: list[Segment], places: Decodes | None, kept: list[int] | None
+        self,
+        ids: torch.Tensor,
+        segments: list[Segment],
+        places: Decodes | None,
+        kept: torch.Tensor | None,
+        mixture: Mixture | None = None,
     ) -> torch.Tensor:
         """The logits of some tokens of a flat call, or of all."""
         given: dict[str, Any] = {"input_ids": ids[None]}
         if kept is not None:
-            given["logits_to_keep"] = upload(kept, ids.device)
+            given["logits_to_keep"] = kept
         if self._compiled is None or len(ids) < _LEAST_COMPILED:
-            output = self._context.call(self._model, self._keyword, segments, places, **given)
+            output = self._context.call(self._model, self._keyword, segments, places, mixture, **given)
         else:
             with compiled_calls():
-                output = self._context.call(self._compiled, self._keyword, segments, places, **given)
+                output = self._context.call(self._compiled, self._keyword, segments, places, mixture, **given)
         logits: torch.Tensor = output.logits[0]
         if kept is not None and len(logits) != len(kept):  # some models give all logits
-            return logits[given["logits_to_keep"]]
+            return logits[kept]
         return logits
+
+    def _decode_sizes(self, sizes: dict[str, int]) -> dict[str, int]:
+        """The sizes of the inputs of a graph, by those of a batch."""
+        least = 1 if self._compiled is None else _LEAST_COMPILED
+        return dict.fromkeys(sizes, rows_of_graph(max(sizes["slots"], least)))
+
+    def _mixture_sizes(self, sizes: dict[str, int]) -> dict[str, int]:
+        """The same of an iteration with prompts: its tokens are rounded up to a multiple of an eighth or so."""
+        tokens = sizes["tokens"]
+        step = next(step for step in (32, 64, 128) if tokens <= 16 * step or step == 128)
+        tokens = -(-tokens // step) * step
+        return {**dict.fromkeys(sizes, min(tokens, self._most)), "tokens": tokens}
 
     def _decoded(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The logits of outputs that are computed one position each, which a graph is captured of."""
         places = Decodes(inputs["slots"], inputs["ends"], self._memory.cache.layout.max_len)
         return self._computed(inputs["tokens"], [], places, None)
+
+    def _mixed(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The logits of the last position of each sequence of an iteration, which a graph is captured of."""
+        tokens, longest = inputs["tokens"], self._memory.cache.layout.max_len
+        mixture = Mixture(
+            inputs["slots"], inputs["ends"], inputs["counts"], len(tokens), longest, most=min(len(tokens), longest)
+        )
+        return self._computed(tokens, [], None, (mixture.offsets[1:].long() - 1).clamp_min(0), mixture)
 
     def _places(self, decodes: DecodeBatch) -> Decodes:
         """Where the positions of a batch are. The slots stay on the device as long as they are the same."""

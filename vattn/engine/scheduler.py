@@ -344,7 +344,8 @@ class Scheduler:
             if len(request.live) > room or not self._admits(request):
                 return
             trunk = request.trunk
-            if (cached := self._memory.open(request)) is None:
+            expected = trunk.length + self._estimate.remaining(trunk)
+            if (cached := self._memory.open(request, expected)) is None:
                 self._require_possible(request)
                 return
             trunk.opened, trunk.launched = True, cached

@@ -5,44 +5,75 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from vattn.graphs.capture import capturable, streams
-from vattn.graphs.runner import GraphRunner, rows_of_graph
+from vattn.graphs.runner import GraphRunner
+from vattn.kernels.check import relative_errors
 
 _LOG = logging.getLogger("vattn")
+_MOST_FAILURES = 3  # captures of a size that find no memory
 # How far the output of a replay may deviate from that of the computation, relative to the norm of a row: cuBLAS may
 # choose other products during a capture.
-_MOST_FAILURES = 3  # captures with so many rows that find no memory
 _MAY_DEVIATE = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+@dataclass
+class _Graph:
+    """A captured batch.
+
+    Args:
+        runner: replays it.
+        live: how many elements of each input the last batch had; the others are 0.
+        parts: the inputs without the others.
+    """
+
+    runner: GraphRunner
+    live: list[int] = field(default_factory=list)
+    parts: list[torch.Tensor] = field(default_factory=list)
+
+    def fill(self, given: dict[str, torch.Tensor]) -> None:
+        """Copies a batch to the inputs."""
+        live = [len(given[name]) for name in self.runner.inputs]
+        if live != self.live:
+            self.live = []  # not known, should an exception interrupt this method
+            with torch.inference_mode(False):
+                self.parts = []
+                for each, n in zip(self.runner.inputs.values(), live, strict=True):
+                    each[n:].zero_()
+                    self.parts.append(each[:n])
+            self.live = live
+        torch._foreach_copy_(self.parts, [given[name] for name in self.runner.inputs], non_blocking=True)
 
 
 class BatchGraphs:
     """CUDA graphs of one computation for batches of different sizes, captured when they are first needed.
 
-    A graph has the rows of ``rows_of_graph``. Those that a batch does not have are idle: their inputs are 0.
+    A graph may be larger than a batch. What a batch lacks is idle: the inputs are 0 there.
 
     Args:
-        compute: computes a batch of the inputs by name, each ``[rows]``; returns ``[rows, ...]``.
+        compute: computes a batch of the inputs by name, one-dimensional tensors; returns ``[rows, ...]``.
         inputs: the dtype of each input.
-        most: rows of the largest batch.
+        sizes: the elements that the inputs of a graph have, by those that the inputs of a batch have.
+        rows: the name of an input that has as many elements as the output has rows.
+        most: rows of the largest output.
         device: the device.
-        least: rows of the smallest graph.
 
     Attributes:
         refused: why no batch is captured or replayed any more; None while they are.
     """
 
     def __init__(
-        self, compute: Callable[[dict[str, torch.Tensor]], torch.Tensor], inputs: dict[str, torch.dtype], most: int,
-        device: torch.device, *, least: int = 1,
+        self, compute: Callable[[dict[str, torch.Tensor]], torch.Tensor], inputs: dict[str, torch.dtype],
+        sizes: Callable[[dict[str, int]], dict[str, int]], rows: str, most: int, device: torch.device,
     ) -> None:  # fmt: skip
-        self._compute, self._inputs, self._most, self._device = compute, inputs, most, device
-        self._least = least
-        self._failures: Counter[int] = Counter()  # of captures, by the rows of the graph
-        self._graphs: dict[int, GraphRunner] = {}
+        self._compute, self._inputs, self._sizes, self._rows = compute, inputs, sizes, rows
+        self._most, self._device = most, device
+        self._failures: Counter[Any] = Counter()  # of captures, by size
+        self._graphs: dict[Any, _Graph] = {}
         self._pool: Any = None
         self._output: torch.Tensor | None = None  # of the last replay: all graphs write to it
         self.refused = None if capturable(device) else f"there are no CUDA graphs on {device}"
@@ -59,69 +90,66 @@ class BatchGraphs:
         """Computes a batch.
 
         Args:
-            given: the inputs, ``[batch]`` each.
+            given: the inputs by name.
 
         Returns:
-            The output ``[batch, ...]``, which the next call overwrites; None where it was not captured.
+            The output ``[rows, ...]``, which the next call overwrites; None where it was not captured.
         """
         if self.refused is not None:
             return None
-        batch = len(next(iter(given.values())))
-        rows = rows_of_graph(max(batch, self._least))
-        graph = self._graphs.get(rows)
+        sizes = self._sizes({name: len(each) for name, each in given.items()})
+        key = tuple(sizes.values())
+        graph = self._graphs.get(key)
         if graph is None:
-            return self._capture(rows, batch, given) if self._failures[rows] < _MOST_FAILURES else None
-        self._prepare(graph, batch, given)
-        graph.replay()
-        assert self._output is not None
-        return self._output[:batch]
-
-    def _prepare(self, graph: GraphRunner, batch: int, given: dict[str, torch.Tensor]) -> None:
-        if graph.live != batch:
-            graph.set_live(batch)
+            return self._capture(key, sizes, given) if self._failures[key] < _MOST_FAILURES else None
         graph.fill(given)
+        graph.runner.replay()
+        assert self._output is not None
+        return self._output[: len(given[self._rows])]
 
-    def _capture(self, rows: int, batch: int, given: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    def _capture(self, key: Any, sizes: dict[str, int], given: dict[str, torch.Tensor]) -> torch.Tensor | None:
         """Captures a batch, and returns its output if a replay gives the same as the computation; else None."""
         stream = streams(self._device)[0] if self._device.type == "cuda" else None
-        inputs = {name: torch.zeros(rows, dtype=dtype, device=self._device) for name, dtype in self._inputs.items()}
-        graph = GraphRunner(inputs, set(inputs), rows, stream, None)
+        inputs = {
+            name: torch.zeros(sizes[name], dtype=each, device=self._device) for name, each in self._inputs.items()
+        }
+        graph, rows = _Graph(GraphRunner(inputs, set(), sizes[self._rows], stream, None)), len(given[self._rows])
         try:
-            self._prepare(graph, batch, given)
-            with graph.on_capture_stream():
-                self._compute(graph.inputs)  # kernels are loaded and libraries set up, which a capture does not allow
-                expected = self._compute(given)
+            graph.fill(given)
+            with graph.runner.on_capture_stream():
+                # Also loads kernels and sets libraries up, which a capture does not allow.
+                expected = self._compute(inputs)[:rows]
             if self._output is None:
-                shape = rows_of_graph(max(self._most, self._least)), *expected.shape[1:]
-                self._output = torch.empty(shape, dtype=expected.dtype, device=self._device)
+                self._output = torch.empty(self._most, *expected.shape[1:], dtype=expected.dtype, device=self._device)
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            graph.capture(lambda: self._run(graph), self._pool, self._device)
-            graph.replay()
-            if error := _deviation(self._output[:batch], expected):
-                self._failures[rows] = _MOST_FAILURES
-                _LOG.warning("iterations of %d rows are not captured: a replay gives something else (%s)", rows, error)
+            graph.runner.capture(lambda: self._run(graph.runner), self._pool, self._device)
+            graph.runner.replay()
+            if error := _difference(self._output[:rows], expected):
+                self._failures[key] = _MOST_FAILURES
+                _LOG.warning(
+                    "iterations of %d rows are not captured: a replay gives something else (%s)", key[0], error
+                )
                 return None
         except torch.OutOfMemoryError:
-            self._failures[rows] += 1
+            self._failures[key] += 1
             return None
         except Exception as error:  # a model may do anything that a capture does not allow
             self.refused = str(error).partition("\n")[0] or type(error).__name__
             _LOG.warning("iterations are not captured into CUDA graphs: %s", self.refused)
             self.clear()
             return None
-        self._graphs[rows] = graph
-        return self._output[:batch]
+        self._graphs[key] = graph
+        return self._output[:rows]
 
-    def _run(self, graph: GraphRunner) -> torch.Tensor:
-        output = self._compute(graph.inputs)
+    def _run(self, runner: GraphRunner) -> torch.Tensor:
+        output = self._compute(runner.inputs)
         assert self._output is not None
-        return self._output[: graph.rows].copy_(output)
+        return self._output[: runner.rows].copy_(output)
 
 
-def _deviation(ours: torch.Tensor, theirs: torch.Tensor) -> str | None:
+def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> str | None:
     """How far rows deviate, where it is more than they may."""
-    a, b = (each.float().nan_to_num() for each in (ours, theirs))
-    worst = float(((a - b).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp_min(1e-30)).max())
-    may = _MAY_DEVIATE.get(theirs.dtype, 1e-3)
+    a, b = (each.double().nan_to_num().flatten(1) for each in (ours, theirs))
+    worst, may = float(relative_errors(a, b).max()), _MAY_DEVIATE.get(theirs.dtype, 1e-3)
     return None if worst <= may else f"by {worst:.2g} of its norm, and may by {may:.2g}"

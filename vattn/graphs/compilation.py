@@ -22,6 +22,8 @@ from torch._inductor import config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.nn import functional
 
+_LAYER_NUMBERS = r".*\.layer_idx"  # where transformers' modules keep the number of their layer, as torch names it
+
 
 def compiled(forward: Callable[..., Any], options: dict[str, Any] | None = None) -> Callable[..., Any]:
     """Wraps a model's forward such that it is compiled at its first call.
@@ -65,7 +67,7 @@ def compile_layers(model: nn.Module, options: dict[str, Any] | None = None) -> i
     placements = [_placement(layer) for layer in layers]
     [(usual, _)] = Counter(placements).most_common(1)
     alike = [layer for layer, placement in zip(layers, placements, strict=True) if placement == usual]
-    options = {**_options(), **(options or {})}
+    options = {**_options(), "combo_kernels": False, **(options or {})}  # which are slow for prompts
     for layer in alike:
         layer.compile(fullgraph=True, dynamic=True, options=options)
     return len(alike)
@@ -74,8 +76,10 @@ def compile_layers(model: nn.Module, options: dict[str, Any] | None = None) -> i
 @contextlib.contextmanager
 def compiled_calls() -> Iterator[None]:
     """Within this context layers that ``compile_layers`` has prepared are called."""
-    # By default the number of a layer counts as a constant, and each layer is compiled anew.
-    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=32):
+    # By default the number of a layer counts as a constant, and each layer is compiled anew. Other integers stay
+    # constants: kernels that divide by heads and their sizes as variables take several times as long.
+    config: Any = torch.compiler.config
+    with config.patch(dynamic_sources=_LAYER_NUMBERS), torch._dynamo.config.patch(recompile_limit=32):
         yield
 
 

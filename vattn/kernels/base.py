@@ -183,6 +183,8 @@ class Kernel:
         capturable: whether a decode step can be captured into a CUDA graph and replayed while the ranges grow.
         kv_dtypes: dtypes of K and V that ``decode`` takes besides that of the queries.
         narrows: whether the kernel rounds queries and attention weights to such a dtype, too.
+        mixes: whether there is ``mixed``.
+        measured: whether its speed is compared with that of others: for some, being set up takes longer than it saves.
     """
 
     name: ClassVar[str]
@@ -192,6 +194,8 @@ class Kernel:
     capturable: ClassVar[bool] = True
     kv_dtypes: ClassVar[tuple[torch.dtype, ...]] = ()
     narrows: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
+    measured: ClassVar[bool] = True
 
     def tail(self, head_dim: int, kv_dtype: torch.dtype | None = None) -> int:
         """How many rows behind a range the kernel loads at most; never more than ``tail_rows``.
@@ -248,6 +252,33 @@ class Kernel:
 
         Returns:
             ``[sum(counts), query_heads, v_head_dim]``.
+        """
+        raise NotImplementedError
+
+    def mixed(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        spans: SequenceRanges,
+        offsets: torch.Tensor,
+        most: int,
+        scores: AttentionParams,
+    ) -> torch.Tensor:
+        """Computes prompts and single queries at once, as ``prefill`` does. A call can be captured where decodes can.
+
+        Args:
+            q: ``[n, query_heads, head_dim]``, one sequence after the other.
+            k: as in ``decode``.
+            v: as in ``decode``.
+            spans: the ranges of ``batch`` sequences, the rows of the queries included.
+            offsets: where the queries of each sequence begin, and behind them the end of the last, int32
+                ``[batch + 1]``. A sequence may have no queries.
+            most: an upper bound on the queries of every sequence.
+            scores: how scores are computed.
+
+        Returns:
+            ``[n, query_heads, v_head_dim]``. Its values are undefined behind the queries of the last sequence.
         """
         raise NotImplementedError
 

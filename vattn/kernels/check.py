@@ -91,7 +91,7 @@ def _stock(
 
 
 def relative_errors(ours: torch.Tensor, defined: torch.Tensor) -> torch.Tensor:
-    """The error of ``ours`` ``[n, heads, dim]``, relative to the norm of each head of ``defined``: ``[n, heads]``."""
+    """The error of ``ours`` ``[..., dim]``, relative to the norm of each vector of ``defined``: ``[...]``."""
     difference: torch.Tensor = torch.linalg.vector_norm(ours.to(defined.dtype) - defined, dim=-1)
     norm: torch.Tensor = torch.linalg.vector_norm(defined, dim=-1)
     return difference / norm.clamp_min(1e-30)

@@ -21,6 +21,8 @@ from vattn.kernels.base import (
     with_sinks,
 )
 
+_FEW_QUERIES = 1024
+
 
 class Flash2(Kernel):
     """FlashAttention-2 of torch, in the form that takes sequences of different lengths in one call."""
@@ -79,6 +81,7 @@ class Flash3(Kernel):
     # Rows of K in a tile, by the largest head dim that has such tiles. The last tile of a range may reach beyond it.
     _TILES: ClassVar[dict[int, int]] = {64: 192, 96: 144, 128: 176, 192: 128, 256: 80}
     tail_rows = max(_TILES.values()) - 1
+    mixes = True
 
     def tail(self, head_dim: int, kv_dtype: torch.dtype | None = None) -> int:
         return next((rows for dim, rows in self._TILES.items() if head_dim <= dim), self.tail_rows + 1) - 1
@@ -93,8 +96,8 @@ class Flash3(Kernel):
     def refuses(self, task: AttentionSpec) -> str | None:
         if reason := refused_by_flash(task, (torch.bfloat16,)):  # the 16-bit dtype that fa3-fwd is built for
             return reason
-        if task.queries != "one" and (task.sinks or task.window):
-            return "it has sinks and windows in decoding only"
+        if task.queries != "one" and task.window:
+            return "it has windows in decoding only"
         return None
 
     def decode(
@@ -106,7 +109,7 @@ class Flash3(Kernel):
         schedule = spans.once(("fa3", heads, capped), lambda: _flash3().get_scheduler_metadata(
             len(spans), 1, spans.longest, *heads, lengths, cu_seqlens_q=one_each(spans), has_softcap=capped,
         ))  # fmt: skip
-        out, lse, *_ = _flash3()._flash_attn_forward(
+        out, lse, *_ = _flash3_forward()(
             q, slots_as_rows(k), slots_as_rows(v), cu_seqlens_q=one_each(spans), cu_seqlens_k=offsets,
             seqused_k=lengths, max_seqlen_q=1, max_seqlen_k=spans.longest, softmax_scale=scores.scale,
             softcap=scores.softcap or 0.0, scheduler_metadata=schedule, num_splits=0,
@@ -122,15 +125,35 @@ class Flash3(Kernel):
         counts: list[int],
         scores: AttentionParams,
     ) -> torch.Tensor:
-        parts = []
-        for queries, (slot, start, end) in zip(torch.split(q, counts), spans.tolist(), strict=True):
-            # On slices of just the range the kernel loads no rows behind it.
-            seen = (t[slot, None, start:end] for t in (k, v))
-            out = _flash3().flash_attn_func(
-                queries[None], *seen, softmax_scale=scores.scale, causal=True, softcap=scores.softcap or 0.0
-            )  # fmt: skip
-            parts.append(out[0])
-        return torch.cat(parts)
+        if len(counts) > 1:
+            return self.mixed(q, k, v, spans, several_each(spans, counts), max(counts), scores)
+        # On slices of just the range the kernel is faster, and loads no rows behind it.
+        [(slot, start, end)] = spans.tolist()
+        out, lse, *_ = _flash3_forward()(
+            q[None], k[slot, None, start:end], v[slot, None, start:end], softmax_scale=scores.scale, causal=True,
+            softcap=scores.softcap or 0.0,
+        )  # fmt: skip
+        return with_sinks(out[0], lse[0].t(), scores.sinks) if scores.sinks is not None else out[0]
+
+    def mixed(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        spans: SequenceRanges,
+        offsets: torch.Tensor,
+        most: int,
+        scores: AttentionParams,
+    ) -> torch.Tensor:
+        starts, lengths = offsets_of(k, spans)
+        # Ranges are split into parts where there are too few queries to keep the device busy.
+        splits = 0 if len(q) <= _FEW_QUERIES else 1
+        out, lse, *_ = _flash3_forward()(
+            q, slots_as_rows(k), slots_as_rows(v), cu_seqlens_q=offsets, cu_seqlens_k=starts, seqused_k=lengths,
+            max_seqlen_q=most, max_seqlen_k=spans.longest, softmax_scale=scores.scale, causal=True,
+            softcap=scores.softcap or 0.0, num_splits=splits,
+        )  # fmt: skip
+        return with_sinks(out, lse.t(), scores.sinks) if scores.sinks is not None else out
 
 
 @functools.cache
@@ -140,3 +163,10 @@ def _flash3() -> Any:
     except (ImportError, OSError):
         return None
     return fa3_fwd_interface
+
+
+@functools.cache
+def _flash3_forward() -> Any:
+    """The function behind the operator that fa3-fwd registers, whose call takes some 0.1 ms of the host's time."""
+    forward = _flash3()._flash_attn_forward
+    return getattr(forward, "_init_fn", forward)

@@ -115,8 +115,9 @@ def _probed_prefill(
     if window is not None and window >= n:
         window = max(n // 2, 1)  # a window that hides some of these rows
     with torch.inference_mode(False), torch.no_grad():
-        k = torch.zeros(2, n, kv_heads, dim, dtype=dtype, device=device)
-        v = torch.eye(n, dtype=dtype, device=device)[None, :, None].expand(2, n, kv_heads, v_dim).contiguous()
+        rows = n + kernel.tail(dim)
+        k = torch.zeros(2, rows, kv_heads, dim, dtype=dtype, device=device)
+        v = torch.eye(rows, v_dim, dtype=dtype, device=device)[None, :, None].repeat(2, 1, kv_heads, 1)
         counts = [n // 2, 1] if behind else [n, n // 2]
         spans = [(0, 0, n), (1, 0, n if behind else n // 2)]
         scores = AttentionParams(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.nn import functional
 
 from vattn.kernels.base import AttentionParams, AttentionSpec, Kernel, SequenceRanges
 
@@ -46,6 +47,7 @@ class Reference(Kernel):
     name = "reference"
     source = "torch operations"
     capturable = False
+    mixes = True
     kv_dtypes = (torch.float8_e4m3fn, torch.float8_e5m2)
 
     def refuses(self, task: AttentionSpec) -> str | None:
@@ -70,3 +72,16 @@ class Reference(Kernel):
             for queries, (slot, start, end) in zip(torch.split(q, counts), spans.tolist(), strict=True)
         ]
         return torch.cat(parts).to(q.dtype)
+
+    def mixed(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        spans: SequenceRanges,
+        offsets: torch.Tensor,
+        most: int,
+        scores: AttentionParams,
+    ) -> torch.Tensor:
+        end, counts = int(offsets[-1]), offsets.diff().tolist()
+        return functional.pad(self.prefill(q[:end], k, v, spans, counts, scores), (0, 0, 0, 0, 0, len(q) - end))

@@ -195,7 +195,6 @@ AttentionInterface.register(_NAME, _attention)
 AttentionMaskInterface.register(_NAME, _mask)
 
 
-@torch.library.custom_op("vattn::decode", mutates_args=())
 def _decode(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -217,11 +216,19 @@ def _decode(
     return out
 
 
-@_decode.register_fake
-def _(
+def _decode_shape(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, scale: Any, softcap: Any, window: Any, sinks: Any
 ) -> torch.Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+# A call of an operator that ``torch.library.custom_op`` makes takes some 0.1 ms more of the host's time.
+torch.library.define(
+    "vattn::decode",
+    "(Tensor q, Tensor k, Tensor v, SymInt layer, float scale, float softcap, SymInt window, Tensor? sinks) -> Tensor",
+)
+torch.library.impl("vattn::decode", ("cpu", "cuda"), _decode)
+torch.library.register_fake("vattn::decode", _decode_shape)
 
 
 class PassthroughCache(Cache):  # type: ignore[misc]

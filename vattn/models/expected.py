@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vattn.kernels.check import ROUNDING, TOLERANCE
+from vattn.kernels.check import ROUNDING, TOLERANCE, relative_errors
 from vattn.models.attention import attending, own_attention
 
 # The deviation of logits that is allowed in any case, relative to their norm.
@@ -18,8 +18,7 @@ _DRAWS = 8  # perturbed computations of a model before logits that deviate are t
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """The largest deviation of a row of logits, relative to the norm of the row."""
-    a, b = ours.float(), theirs.float()
-    return float(((a - b).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp_min(1e-30)).max())
+    return float(relative_errors(ours.float().flatten(1), theirs.float().flatten(1)).max())
 
 
 class Perturbed:

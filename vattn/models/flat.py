@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from vattn import kernels
 from vattn.kernels import AttentionParams, AttentionSpec, Kernel, SequenceRanges
 from vattn.kernels.append import append
+from vattn.kernels.measure import fastest
 from vattn.memory.kv_cache import KVCache
 from vattn.models.attention import PassthroughCache, UnsupportedError, attending
 from vattn.models.flat_watch import FlatWatch
@@ -51,6 +54,57 @@ class Decodes:
 
 
 @dataclass(frozen=True, eq=False)
+class Mixture:
+    """Any number of positions of each of several sequences in a flat call, as tensors on the device.
+
+    Args:
+        slots: where the rows of each sequence are, int64 ``[n]``.
+        ends: one past the last position of each that is computed, int32 ``[n]``; 0 of idle sequences.
+        counts: positions of each that are computed, int64 ``[n]``; 0 of idle sequences.
+        total: tokens of the call. Those behind the last sequence compute nothing of use.
+        longest: an upper bound on the positions of every sequence.
+        most: an upper bound on the counts.
+
+    Attributes:
+        offsets: where the tokens of each sequence begin, and behind them the end of the last, int32 ``[n + 1]``.
+    """
+
+    slots: torch.Tensor
+    ends: torch.Tensor
+    counts: torch.Tensor
+    total: int
+    longest: int
+    most: int
+
+    @classmethod
+    def of(cls, segments: list[Segment], decodes: Decodes | None, device: torch.device) -> Mixture:
+        """That of segments, behind further positions of one each."""
+        given = [(each.slot, each.start + each.count, each.count) for each in segments]
+        slots, ends, counts = upload(torch.tensor(given).t().contiguous(), device)
+        ends = ends.int()
+        total = sum(each.count for each in segments)
+        longest = max(end for _, end, _ in given)
+        if decodes is not None:
+            slots, ends = torch.cat([decodes.slots, slots]), torch.cat([decodes.ends, ends])
+            counts = torch.cat([torch.ones_like(decodes.slots), counts])
+            total, longest = total + len(decodes.slots), max(longest, decodes.longest)
+        return cls(slots, ends, counts, total, longest, max(each.count for each in segments))
+
+    @functools.cached_property
+    def offsets(self) -> torch.Tensor:
+        return functional.pad(self.counts.cumsum(0), (1, 0)).int()
+
+    def of_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The slot of each token, int64 ``[total]``, and one past its position, int32; 0 of those without use."""
+        at = torch.arange(self.total, dtype=torch.int32, device=self.slots.device)
+        sequence = torch.searchsorted(self.offsets[1:], at, right=True)
+        there = sequence < len(self.slots)
+        sequence = sequence.clamp_max(len(self.slots) - 1)
+        ends = self.ends[sequence] - (self.offsets[1:][sequence] - 1 - at)
+        return self.slots[sequence], ends.where(there, 0)
+
+
+@dataclass(frozen=True, eq=False)
 class Part:
     """Segments of a flat call whose attention one kernel computes: those of one token each, or the others.
 
@@ -58,11 +112,13 @@ class Part:
         segments: in the order of the tokens; or positions as tensors.
         tokens: the indices of their tokens in the call, int64; a slice where these follow each other.
         decodes: whether each segment has one token.
+        mixture: what ``Kernel.mixed`` computes, with all tokens of the call; or None.
     """
 
     segments: list[Segment] | Decodes
     tokens: torch.Tensor | slice
     decodes: bool
+    mixture: Mixture | None = None
 
 
 def parts_of(segments: list[Segment], first: int, device: torch.device) -> list[Part]:
@@ -99,6 +155,7 @@ class _Call:
         slots: of each token, int64 ``[T]``.
         ends: one past the position of each token, int32 ``[T]``; 0 of idle rows.
         parts: of the call, in the order of the tokens.
+        whole: all of the call, for kernels that compute mixtures; None where one kernel computes it anyway.
 
     Attributes:
         returned: by ``id`` of the K that was appended to a layer: the layer, K and V.
@@ -108,6 +165,7 @@ class _Call:
     slots: torch.Tensor
     ends: torch.Tensor
     parts: list[Part]
+    whole: Part | None = None
     returned: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     ranges: dict[tuple[Part, int | None], SequenceRanges] = field(default_factory=dict)
 
@@ -144,8 +202,20 @@ class FlatContext:
         """The names of the kernels that were chosen so far."""
         return sorted({kernel.name for kernel in self._kernels.values()})
 
+    @property
+    def mixes(self) -> bool:
+        """Whether all kernels that were chosen for prompts compute mixtures."""
+        chosen = [kernel for (*_, queries), kernel in self._kernels.items() if queries == "chunk"]
+        return bool(chosen) and all(kernel.mixes for kernel in chosen)
+
     def call(
-        self, model: Any, keyword: str, segments: list[Segment], decodes: Decodes | None = None, **given: Any
+        self,
+        model: Any,
+        keyword: str,
+        segments: list[Segment],
+        decodes: Decodes | None = None,
+        mixture: Mixture | None = None,
+        **given: Any,
     ) -> Any:
         """Calls a model on segments.
 
@@ -154,6 +224,7 @@ class FlatContext:
             keyword: the argument by which it takes a cache.
             segments: in the order of the tokens.
             decodes: further positions, whose tokens come before those of the segments.
+            mixture: all that is computed, in the place of segments and decodes.
             given: other arguments of the model.
 
         Raises:
@@ -161,20 +232,17 @@ class FlatContext:
         """
         device = self._cache.device
         parts: list[Part] = []
-        slots, ends = [], []
         if decodes is not None:
             parts.append(Part(decodes, slice(0, len(decodes.slots)), decodes=True))
-            slots.append(decodes.slots)
-            ends.append(decodes.ends)
         if segments:
             parts += parts_of(segments, 0 if decodes is None else len(decodes.slots), device)
-            counts = torch.tensor([segment.count for segment in segments])
-            starts = torch.tensor([segment.start for segment in segments]).repeat_interleave(counts)
-            firsts = (counts.cumsum(0) - counts).repeat_interleave(counts)
-            of_each = torch.tensor([segment.slot for segment in segments]).repeat_interleave(counts)
-            slots.append(upload(of_each, device))
-            ends.append(upload((starts + torch.arange(1, len(starts) + 1) - firsts).int(), device))
-        self._call = _Call(torch.cat(slots), torch.cat(ends), parts)
+            mixture = Mixture.of(segments, decodes, device)
+        whole = None if len(parts) == 1 else Part(segments, slice(None), decodes=False, mixture=mixture)
+        if mixture is None:
+            assert decodes is not None
+            self._call = _Call(decodes.slots, decodes.ends, parts)
+        else:
+            self._call = _Call(*mixture.of_tokens(), parts, whole)
         positions = (self._call.ends.long() - 1).clamp_min(0)
         try:
             with attending(self, self._configs):
@@ -231,13 +299,29 @@ class FlatContext:
         windows = [window for window in (self._windows[layer], how.window) if window is not None]
         how = replace(how, window=min(windows, default=None))
         rows, queries = self._cache.slot_tensors(layer), q[0].transpose(0, 1)
-        out = queries.new_empty(*queries.shape[:2], rows[1].shape[3])
-        for part in self._running().parts:
+        out, parts = None, self._parts(layer, queries, rows, how)
+        for part in parts:
             got = (self._decoded if part.decodes else self._prefilled)(layer, queries[part.tokens], rows, part, how)
             if self.watch is not None and new is not None:
                 self.watch.attended(layer, *got, part, queries, rows, new, how)
+            if len(parts) == 1:
+                return got[1][None]
+            out = queries.new_empty(*queries.shape[:2], rows[1].shape[3]) if out is None else out
             out[part.tokens] = got[1]
+        assert out is not None
         return out[None]
+
+    def _parts(self, layer: int, q: torch.Tensor, rows: _Rows, how: AttentionParams) -> list[Part]:
+        """The parts of the call that are computed one after the other."""
+        call = self._running()
+        if call.whole is None:
+            return call.parts
+        narrow = rows[0].dtype.itemsize == 1  # kernels read fp8 in decode steps only
+        if not narrow and self._kernel_for(layer, q, rows, how, "chunk").mixes:
+            return [call.whole]
+        if not call.parts:
+            raise UnsupportedError("its kernels cannot compute prompts and single positions at once")
+        return call.parts
 
     def _decoded(
         self, layer: int, q: torch.Tensor, rows: _Rows, part: Part, how: AttentionParams
@@ -250,8 +334,11 @@ class FlatContext:
         self, layer: int, q: torch.Tensor, rows: _Rows, part: Part, how: AttentionParams
     ) -> tuple[Kernel, torch.Tensor]:
         """The same for several queries of each segment."""
-        assert isinstance(part.segments, list)
         ranges = self._ranges_of(part, how.window)
+        if (mixture := part.mixture) is not None:
+            kernel = self._kernel_for(layer, q, rows, how, "chunk")
+            return kernel, kernel.mixed(q, *rows, ranges, mixture.offsets, mixture.most, how)
+        assert isinstance(part.segments, list)
         if rows[0].dtype.itemsize == 1:  # kernels read fp8 in decode steps only
             rows, ranges = self._widened(rows, ranges, q.dtype)
         kernel = self._kernel_for(layer, q, rows, how, "chunk")
@@ -276,14 +363,14 @@ class FlatContext:
             "softcap": how.softcap is not None,
             "sinks": how.sinks is not None,
         }
-        key = layer, q.dtype, q.shape[1], queries, *options.values()
+        key = layer, q.dtype, q.shape[1], *options.values(), queries
         if key not in self._kernels:
             spec = AttentionSpec.of(q, *rows, queries=queries, adjacent=False, **options)
             try:
                 kernel = self._chosen(spec)
             except ValueError as error:
                 raise UnsupportedError(str(error), of_model=True) from None
-            if queries == "one" and (tail := kernel.tail(spec.head_dim, spec.kv_dtype)) > self._margin:
+            if (tail := kernel.tail(spec.head_dim, spec.kv_dtype)) > self._margin:
                 raise UnsupportedError(f"{kernel.name} loads {tail} rows behind a sequence, of {self._margin} mapped")
             self._kernels[key] = kernel
         return self._kernels[key]
@@ -292,24 +379,29 @@ class FlatContext:
         """The kernel for some attention: where there is one for a decode step that can be captured, that one."""
         if spec.queries == "one":
             with contextlib.suppress(ValueError):
-                return kernels.choose(spec, name=self._attention, capturable=True)
+                return fastest(spec, name=self._attention)
         return kernels.choose(spec, name=self._attention)
 
     def _ranges_of(self, part: Part, window: int | None) -> SequenceRanges:
         """The rows that the queries of each segment see; behind a sliding window earlier rows may not be mapped."""
         made = self._running().ranges
         if (part, window) not in made:
-            made[part, window] = self._made_ranges(part.segments, window)
+            made[part, window] = self._made_ranges(part, window)
         return made[part, window]
 
-    def _made_ranges(self, segments: list[Segment] | Decodes, window: int | None) -> SequenceRanges:
-        if isinstance(segments, Decodes):
-            ends = segments.ends
+    def _made_ranges(self, part: Part, window: int | None) -> SequenceRanges:
+        if part.mixture is not None:
+            slots, ends, counts = part.mixture.slots, part.mixture.ends, part.mixture.counts
+            starts = torch.zeros_like(ends) if window is None else (ends - counts - window + 1).clamp_min(0).int()
+            return SequenceRanges(slots.int(), starts, ends, longest=part.mixture.longest)
+        if isinstance(part.segments, Decodes):
+            ends, longest = part.segments.ends, part.segments.longest
             starts = torch.zeros_like(ends) if window is None else (ends - window).clamp_min(0)
-            longest = segments.longest if window is None else min(segments.longest, window)
-            return SequenceRanges(segments.slots.int(), starts, ends, longest=longest, adjacent=segments.adjacent)
+            longest = longest if window is None else min(longest, window)
+            slots, adjacent = part.segments.slots.int(), part.segments.adjacent
+            return SequenceRanges(slots, starts, ends, longest=longest, adjacent=adjacent)
         ranges = []
-        for segment in segments:
+        for segment in part.segments:
             first = 0 if window is None else max(0, segment.start - window + 1)
             ranges.append((segment.slot, first, segment.start + segment.count))
         return SequenceRanges.of(ranges, self._cache.device)

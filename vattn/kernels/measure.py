@@ -1,0 +1,92 @@
+"""``fastest``: the kernel that decodes fastest on this device, found by measuring."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import statistics
+from dataclasses import replace
+
+import torch
+
+from vattn.kernels.base import AttentionParams, AttentionSpec, Kernel, SequenceRanges
+from vattn.kernels.registry import named, refused_kv
+
+_LOG = logging.getLogger("vattn")
+_BYTES = 256 << 20  # of K and V that a kernel reads, which no cache of a device holds
+_MOST_SEQUENCES = 64
+_REPEATS = 9
+_BETTER = 0.97  # a kernel is chosen before an earlier one where it takes less than this part of its time
+
+
+def fastest(task: AttentionSpec, *, name: str = "auto") -> Kernel:
+    """Chooses a kernel for decode steps that are captured: the named one, or the one that is measured to be fastest.
+
+    Kernels are measured once in a process for each kind of attention, on a device only.
+
+    Args:
+        task: the attention that the kernel has to compute.
+        name: a key of ``KERNELS``, or ``"auto"``.
+
+    Raises:
+        ValueError: no kernel has this name, or none can be used.
+    """
+    usable = [
+        kernel
+        for kernel in named(name)
+        if kernel.capturable and not (kernel.missing() or refused_kv(kernel, task) or kernel.refuses(task))
+    ]
+    if len(usable) == 1 or (usable and task.device == "cpu"):
+        return usable[0]
+    alike = replace(task, reach=0, rows=0)  # the size of a slot tensor makes no difference any more
+    best, least = None, math.inf
+    for kernel in usable:
+        took = _seconds(kernel, alike, torch.cuda.current_device()) if kernel.measured else math.inf
+        if took is not None and (best is None or took < _BETTER * least):
+            best, least = kernel, took
+    if best is None:
+        raise ValueError(f"no attention kernel can be captured for {task}")
+    return best
+
+
+@functools.cache
+def _seconds(kernel: Kernel, task: AttentionSpec, device: int) -> float | None:
+    """How long a decode step takes on sequences of mixed lengths; None where the kernel fails."""
+    try:
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(device):
+            return _measured(kernel, task)
+    except Exception as error:  # e.g. it is compiled at its first use, and there is no compiler
+        _LOG.info("the kernel %s is not used: %s", kernel.name, str(error).partition("\n")[0])
+        return None
+
+
+def _measured(kernel: Kernel, task: AttentionSpec) -> float:
+    dtype, tail = task.kv_dtype or task.dtype, kernel.tail(task.head_dim, task.kv_dtype)
+    row_bytes = task.kv_heads * (task.head_dim + task.v_head_dim) * dtype.itemsize
+    longest = min(1536, max(128, _BYTES // row_bytes // 8))
+    sequences = max(1, min(_MOST_SEQUENCES, _BYTES // (row_bytes * longest)))
+    rows = 64 * -(-(kernel.head_rows + longest + tail) // 64)
+    shape = sequences, rows, task.kv_heads
+    k = torch.zeros(*shape, task.head_dim, dtype=dtype, device="cuda")
+    v = torch.zeros(*shape, task.v_head_dim, dtype=dtype, device="cuda")
+    q = torch.ones(sequences, task.query_heads, task.head_dim, dtype=task.dtype, device="cuda")
+    sinks = torch.zeros(task.query_heads, dtype=task.dtype, device="cuda") if task.sinks else None
+    how = AttentionParams(scale=task.head_dim**-0.5, softcap=30.0 if task.softcap else None, sinks=sinks)
+    first = kernel.head_rows
+    lengths = [max(1, longest - longest * (7 * number % sequences) // (2 * sequences)) for number in range(sequences)]
+    spans = SequenceRanges.of([(slot, first, first + n) for slot, n in enumerate(lengths)], q.device)
+    for _ in range(3):
+        kernel.decode(q, k, v, spans, how)
+    took = []
+    for _ in range(_REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        # Work before the first event, so that the launch of the kernel is no part of what is measured.
+        torch.cuda._sleep(2_000_000)  # type: ignore[no-untyped-call]
+        start.record()
+        kernel.decode(q, k, v, spans, how)
+        end.record()
+        end.synchronize()
+        took.append(start.elapsed_time(end) / 1e3)
+    median: float = statistics.median(took)
+    return median
