@@ -9,7 +9,7 @@ import torch
 
 from vattn import KVCache, _core
 from vattn.cli import command, demo
-from vattn.graphs import batch_graphs, runner
+from vattn.graphs import artifacts, batch_graphs, runner
 from vattn.hf import decode_graphs
 from vattn.hf.placement import Placement
 
@@ -36,6 +36,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def artifacts_elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps what tests compile out of the user's cache folder."""
+    monkeypatch.setattr(artifacts, "FOLDER", tmp_path_factory.getbasetemp() / "compiled")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

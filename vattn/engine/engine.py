@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
+import torch
+
 from vattn import kernels
 from vattn.arguments import integer
 from vattn.engine.intake import Intake
@@ -14,6 +16,7 @@ from vattn.engine.launcher import Launcher
 from vattn.engine.options import EngineOptions
 from vattn.engine.outputs import RequestOutput
 from vattn.engine.policy import policy_named
+from vattn.engine.relief import Relief
 from vattn.engine.request import Branch, FinishReason, Request, Status
 from vattn.engine.sampler import Sampler
 from vattn.engine.sampling_params import SamplingParams
@@ -80,9 +83,13 @@ class Engine:
             sampler = Sampler(probe.vocabulary, slots, probe.device)
         self._launcher = Launcher(self.tier.runner, sampler, self._tracked)
         self._flight: deque[tuple[Iteration, Download]] = deque()
+        self._relief = Relief(self.scheduler, self.tier.give_back)
         self.weights = Weights(model)
         self._closed = False
         self._target: int | None = None  # the budget that running requests keep from being set
+        if probe.device.type == "cuda":
+            self._launcher.rehearse(options.max_num_batched_tokens, options.max_num_seqs)
+            self.tier.fit(options)
 
     @property
     def max_model_len(self) -> int:
@@ -265,7 +272,11 @@ class Engine:
         self._resize()
         iteration = self.scheduler.schedule()
         if not iteration.empty:
-            self._flight.append((iteration, self._launcher.launch(iteration)))
+            if (shortage := self._launch(iteration)) is not None:
+                self.recover()
+                self._relief.note_failure(iteration, shortage)
+                return []
+            self._relief.note_success()
         elif not self._flight:
             self._launcher.free()
         progressed: list[Branch] = []
@@ -273,6 +284,14 @@ class Engine:
             progressed += self._read(*self._flight[0])
             self._flight.popleft()
         return progressed
+
+    def _launch(self, iteration: Iteration) -> str | None:
+        """Launches an iteration; what torch says where it finds no memory for it."""
+        try:
+            self._flight.append((iteration, self._launcher.launch(iteration)))
+        except torch.OutOfMemoryError as error:
+            return str(error).partition("\n")[0]
+        return None
 
     def recover(self, *, everything: bool = False) -> None:
         """Makes the engine usable after an error in ``step``: what was in flight is computed again.

@@ -10,7 +10,7 @@ from vattn.engine.sampler import Sampler
 from vattn.engine.sampler_slots import SamplerSlots
 from vattn.engine.scheduler import Iteration, Row
 from vattn.engine.tracker import Tracker
-from vattn.transfer import Download, upload
+from vattn.transfer import Download, computing_on, upload
 
 _SLICE = 256  # positions of a prompt whose log probabilities are computed at once
 
@@ -43,6 +43,21 @@ class Launcher:
     def forget(self) -> None:
         """Forgets the state of all outputs, after an error: it may hold tokens that nobody will read."""
         self._slots.free(everything=True)
+
+    def rehearse(self, tokens: int, outputs: int) -> None:
+        """Computes the largest iteration that there can be, so that torch has taken the memory that it needs.
+
+        Args:
+            tokens: positions of the iteration.
+            outputs: that are sampled a token each.
+
+        Raises:
+            torch.OutOfMemoryError: there is no memory for such an iteration.
+            ValueError: there is no memory for K and V of one position.
+        """
+        with computing_on(self.device), torch.no_grad():
+            if (logits := self._runner.rehearse(tokens, outputs)) is not None:
+                self._sampler.rehearse(logits)
 
     def launch(self, iteration: Iteration) -> Download:
         """Computes an iteration, and sends what it samples on its way to the host."""

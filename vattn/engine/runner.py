@@ -12,10 +12,12 @@ from vattn.engine.kv_memory import KVMemory
 from vattn.engine.request import Branch
 from vattn.engine.row_memory import RowMemory
 from vattn.engine.scheduler import Row
+from vattn.errors import Error
 from vattn.graphs.batch_graphs import BatchGraphs
 from vattn.graphs.compilation import compiled_calls
 from vattn.graphs.runner import rows_of_graph
 from vattn.kernels.append import takes_idle
+from vattn.memory.sequence import Sequence as KVSequence
 from vattn.models import rope
 from vattn.models.flat import Decodes, FlatContext, Mixture, Segment
 from vattn.models.versions import cache_keyword
@@ -59,6 +61,17 @@ class Runner(Protocol):
 
     def forget(self) -> None:
         """Drops what depends on where the model's weights are."""
+
+    def rehearse(self, tokens: int, rows: int) -> torch.Tensor | None:
+        """Computes positions of which nobody needs the result, so that torch has taken the memory for as many.
+
+        Args:
+            tokens: how many positions; fewer where there is no memory for K and V of so many.
+            rows: of how many logits are computed.
+
+        Returns:
+            The logits, ``[rows, vocabulary]``; None where positions are not computed together.
+        """
 
     def run(
         self, decodes: DecodeBatch | None, rows: Sequence[Row], tokens: Sequence[torch.Tensor], keep: Sequence[int]
@@ -146,6 +159,31 @@ class FlatRunner:
         asked = upload(kept, self._memory.cache.device) if len(kept) < at else None
         return self._computed(torch.cat(ids), segments, places, asked)
 
+    def rehearse(self, tokens: int, rows: int) -> torch.Tensor:
+        """See ``Runner.rehearse``."""
+        cache = self._memory.cache
+        sequences: list[KVSequence] = []
+        segments, left = [], tokens
+        try:
+            count = min(left, cache.layout.max_len)
+            while left and count and len(sequences) < cache.slots:
+                sequences.append(cache.open())
+                while count and not _grown(sequences[-1], count):
+                    count //= 2
+                if count:
+                    segments.append(Segment(sequences[-1].slot, 0, count))
+                left -= count
+                count = min(left, count)
+            if not segments:
+                raise ValueError("there is no memory for K and V of a single position")
+            total = tokens - left
+            ids = torch.zeros(total, dtype=torch.int64, device=cache.device)
+            asked = upload([row % total for row in range(rows)], cache.device)
+            return self._computed(ids, segments, None, asked)
+        finally:
+            for sequence in sequences:
+                sequence.close()
+
     def _replayed(
         self, ids: list[torch.Tensor], segments: list[Segment], places: Decodes | None, keep: Sequence[int]
     ) -> torch.Tensor | None:
@@ -218,6 +256,14 @@ class FlatRunner:
         return Decodes(on_device, (decodes.positions + 1).int(), decodes.longest, adjacent)
 
 
+def _grown(sequence: KVSequence, positions: int) -> bool:
+    try:
+        sequence.grow(positions)
+    except Error:
+        return False
+    return True
+
+
 class RowRunner:
     """Computes each row by a call of its own, with a cache of transformers' own.
 
@@ -239,6 +285,9 @@ class RowRunner:
 
     def forget(self) -> None:
         """See ``Runner.forget``."""
+
+    def rehearse(self, tokens: int, rows: int) -> None:
+        """See ``Runner.rehearse``."""
 
     def run(
         self, decodes: DecodeBatch | None, rows: Sequence[Row], tokens: Sequence[torch.Tensor], keep: Sequence[int]

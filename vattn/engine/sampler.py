@@ -178,6 +178,19 @@ class Sampler:
         for of_slot in (self._slots, self._counts, self._in_prompt):
             of_slot.pop(slot, None)
 
+    def rehearse(self, logits: torch.Tensor) -> None:
+        """Samples with what takes the most memory, so that torch has taken it. No slot may be in use."""
+        slots = list(range(min(len(logits), self.slots)))
+        params = SamplingParams(temperature=1.0, top_p=0.9, min_p=0.01, logprobs=20)
+        try:
+            for slot in slots:
+                self.begin(slot, params, seed=0, index=0, prompt=())
+            plan = self.plan(slots)
+            self.sample(logits[: len(slots)], plan, torch.ones_like(plan.slots))
+        finally:
+            for slot in slots:
+                self.end(slot)
+
     def plan(self, slots: list[int]) -> Plan:
         """How tokens are sampled for the outputs in some slots."""
         states = [self._slots[slot] for slot in slots]

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from vattn.engine.limits import Limits
 from vattn.engine.memory import Memory
 from vattn.engine.policy import Policy
 from vattn.engine.request import Branch, FinishReason, Request, Status
@@ -104,6 +105,7 @@ class Scheduler:
 
     Attributes:
         requests: where each request is.
+        limits: the outputs and positions of an iteration.
     """
 
     def __init__(
@@ -119,7 +121,7 @@ class Scheduler:
         whole_prompts: bool = False,
     ) -> None:
         self._memory, self._policy, self._clock, self._stops = memory, policy, clock, stops
-        self._max_num_seqs, self._max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self.limits = Limits(max_num_seqs, max_num_batched_tokens)
         self._waiting_served_ratio, self._whole_prompts = waiting_served_ratio, whole_prompts
         self.requests = RequestTable(memory)
         self._estimate = OutputEstimate()
@@ -136,17 +138,17 @@ class Scheduler:
             self._resume()
         self._fork()
         decodes = self._decodes()
-        rows = self._next_of_starting(self._max_num_batched_tokens - len(decodes))
+        rows = self._next_of_starting(self.limits.tokens - len(decodes))
         if self._whole_prompts and decodes and not rows:
             # What does not fit beside the decodes is computed alone, or it might wait for ever.
-            rows = self._next_of_starting(self._max_num_batched_tokens)
+            rows = self._next_of_starting(self.limits.tokens)
             decodes = [] if rows else decodes
         while (decodes or rows) and (short := self._grow(decodes, rows)) is not None:
             left_out = self._make_room(short.request)
             decodes = [branch for branch in decodes if branch.request not in left_out]
             rows = [row for row in rows if row.branch.request not in left_out]
         if self.requests.waiting and not self.requests.leaving and not self.requests.swapped:
-            self._begin(rows, self._max_num_batched_tokens - len(decodes) - sum(row.count for row in rows))
+            self._begin(rows, self.limits.tokens - len(decodes) - sum(row.count for row in rows))
         self._launch(decodes, rows)
         return Iteration(self._number, decodes, rows)
 
@@ -238,7 +240,7 @@ class Scheduler:
         found = [branch for branch in self.requests.decoding if len(branch.output) + branch.pending < branch.max_tokens]
         if leaving := self.requests.leaving:
             found = [branch for branch in found if branch.request.id not in leaving]
-        return found[: self._max_num_batched_tokens]
+        return found[: self.limits.tokens]
 
     def _next_of_starting(self, budget: int) -> list[Row]:
         """What is missing of the other running requests, as far as a budget of tokens goes."""
@@ -260,7 +262,7 @@ class Scheduler:
         request = branch.request
         shared = request.shared
         missing = min(branch.missing, len(request.prompt) - branch.launched) if shared else branch.missing
-        if self._whole_prompts and (missing <= budget or budget == self._max_num_batched_tokens):
+        if self._whole_prompts and (missing <= budget or budget == self.limits.tokens):
             budget = missing  # as many as there are, which are too many where nothing else is computed
         elif self._whole_prompts:
             return None
@@ -327,7 +329,7 @@ class Scheduler:
         """Brings swapped requests back, ahead of all that wait."""
         for request in sorted(self.requests.swapped.values(), key=self._key):
             soon = request.held_positions + sum(map(self._estimate.remaining, request.live))
-            if self.requests.sequences + len(request.live) > self._max_num_seqs:
+            if self.requests.sequences + len(request.live) > self.limits.seqs:
                 return
             if self.requests.running and not self._memory.room_for(soon):
                 return
@@ -339,9 +341,9 @@ class Scheduler:
 
     def _begin(self, rows: list[Row], budget: int) -> None:
         """Lets waiting requests begin with what is left of a budget of tokens, and adds what is computed of them."""
-        while self.requests.waiting and budget > 0 and (room := self._max_num_seqs - self.requests.sequences) > 0:
+        while self.requests.waiting and budget > 0 and (room := self.limits.seqs - self.requests.sequences) > 0:
             request = min(self.requests.waiting.values(), key=self._key)
-            if len(request.live) > room or not self._admits(request):
+            if (len(request.live) > room and self.requests.running) or not self._admits(request):
                 return
             trunk = request.trunk
             expected = trunk.length + self._estimate.remaining(trunk)
@@ -408,8 +410,8 @@ class Scheduler:
             raise ValueError("prompt must have at least one token")
         if self.requests.find(request.id) is not None:
             raise ValueError(f"there is a request {request.id!r} already")
-        if request.n > self._max_num_seqs:
-            raise ValueError(f"n is {request.n}, and at most max_num_seqs={self._max_num_seqs} outputs run at a time")
+        if request.n > (most := self.limits.most_seqs):
+            raise ValueError(f"n is {request.n}, and at most max_num_seqs={most} outputs run at a time")
         if (reason := self._memory.shortage(request)) is not None:
             raise ValueError(reason)
         self._policy.arrived(request, self.requests)

@@ -18,7 +18,7 @@ from vattn.engine.options import KV_DTYPES, EngineOptions
 from vattn.engine.row_memory import RowMemory
 from vattn.engine.runner import FlatRunner, RowRunner, Runner
 from vattn.errors import Error
-from vattn.graphs import compilation
+from vattn.graphs import artifacts, compilation
 from vattn.kernels import AttentionSpec
 from vattn.memory.device import checked_budget
 from vattn.memory.kv_cache import KVCache
@@ -32,6 +32,7 @@ from vattn.models.private import private_copy
 from vattn.models.probe import Probe
 from vattn.models.row_cache import row_caches
 from vattn.models.state import configs_of
+from vattn.models.versions import VERSION
 
 _LOG = logging.getLogger("vattn")
 _SWAPPED_BYTES = 64 << 20  # that are swapped to measure how fast it is
@@ -61,6 +62,22 @@ class Tier:
     whole_prompts: bool = False
     uncompiled: str | None = "rows are computed one by one"
 
+    def fit(self, options: EngineOptions) -> None:
+        """Fits the memory for K and V to what is free now. A budget that was given in bytes stays what it is.
+
+        Raises:
+            ValueError: there is nothing left for K and V.
+        """
+        if self.cache is not None and not isinstance(options.kv_budget, int):
+            self.memory.resize(_budget(options, self.cache.device, self.cache.stats().physical))
+
+    def give_back(self) -> None:
+        """Gives memory back to the device that no request needs."""
+        if self.cache is not None:
+            self.cache.trim()
+            if self.cache.device.type == "cuda":
+                torch.cuda.empty_cache()
+
 
 def tier_of(model: Any, probe: Probe, options: EngineOptions, max_model_len: int) -> Tier:
     """Chooses the means, and makes the memory.
@@ -83,6 +100,7 @@ def tier_of(model: Any, probe: Probe, options: EngineOptions, max_model_len: int
             device=probe.device,
             budget=_budget(options, probe.device),
             tail_rows=tail,
+            empties_torch=False,  # growth must not make iterations wait for the device
             host_budget=int(options.swap_space * 2**30),
         )
         context = FlatContext(cache, configs_of(model), options.attention, tail)
@@ -132,7 +150,7 @@ def _compiled(
             compilation.lay_side_by_side(mine)
         if not compilation.compile_layers(mine):
             return None, "it has no layers that follow each other"
-        with compilation.compiled_calls():
+        with artifacts.kept(*_identity(model, probe)), compilation.compiled_calls():
             reason = verified(model, context, cache, probe.vocabulary, compiled=mine)
     except Exception as error:  # whatever the compiler does not support
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -141,11 +159,18 @@ def _compiled(
     return (mine, None) if reason is None else (None, reason)
 
 
-def _budget(options: EngineOptions, device: torch.device) -> int:
-    """The bytes for K and V."""
+def _identity(model: Any, probe: Probe) -> tuple[Any, ...]:
+    """Values that tell models apart whose layers compile to other code."""
+    device = "cpu" if probe.device.type == "cpu" else torch.cuda.get_device_name(probe.device)
+    return type(model).__qualname__, model.config.to_json_string(), model.dtype, VERSION, device
+
+
+def _budget(options: EngineOptions, device: torch.device, held: int = 0) -> int:
+    """The bytes for K and V, which hold ``held`` bytes already."""
     budget = 0.5 if options.kv_budget is None else options.kv_budget
     checked_budget(budget)
     free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else _core.host_memory()
+    free += held
     if (part := options.gpu_memory_utilization) is None:
         return int(budget * free) if isinstance(budget, float) else budget
     if (left := int(part * total) - (total - free)) <= 0:

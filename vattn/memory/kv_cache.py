@@ -57,6 +57,8 @@ class KVCache:
         host_budget: limit, in bytes, on the page-locked host memory for swapped-out sequences; None for no limit.
         exportable: allocates memory that ``Sequence.export`` can pass to other processes.
         protect_shared: maps shared memory read-only, so that a write to it faults; for debugging.
+        empties_torch: whether, when the device is full, torch has to release the memory that it has cached, which waits
+            for the device.
         capacity: bytes of a simulated device (host only), for tests; 0 uses the memory of the machine.
 
     Raises:
@@ -79,6 +81,7 @@ class KVCache:
         host_budget: int | None = None,
         exportable: bool = False,
         protect_shared: bool = False,
+        empties_torch: bool = True,
         capacity: int = 0,
     ) -> None:
         if not isinstance(layout, KVLayout):
@@ -105,7 +108,7 @@ class KVCache:
             host_budget=optional_integer("host_budget", host_budget),
             protect_shared=flag("protect_shared", protect_shared),
         )
-        self._slots = Slots(self._arena, layout, self.device)
+        self._slots = Slots(self._arena, layout, self.device, empties_torch=flag("empties_torch", empties_torch))
         self.slots_lock = threading.RLock()  # held while a thread looks for adjacent free slots and opens them
         self._views = RowViews(self._arena, layout, slots)
 

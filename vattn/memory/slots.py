@@ -26,11 +26,12 @@ class Slots:
         arena: the core's arena.
         layout: where the rows lie in the arena.
         device: the device of the arena.
+        empties_torch: whether torch has to release what it has cached when the device is full.
         prefixes: the index from token ids to the slots that hold their rows.
     """
 
-    def __init__(self, arena: _core.Arena, layout: KVLayout, device: torch.device) -> None:
-        self.arena, self.layout, self.device = arena, layout, device
+    def __init__(self, arena: _core.Arena, layout: KVLayout, device: torch.device, *, empties_torch: bool) -> None:
+        self.arena, self.layout, self.device, self.empties_torch = arena, layout, device, empties_torch
         self._index = device.index if device.type == "cuda" else None
         self.prefixes = PrefixCache()
 
@@ -44,7 +45,7 @@ class Slots:
         try:
             return call(*args)
         except OutOfDeviceMemory:
-            if self.device.type != "cuda":
+            if self.device.type != "cuda" or not self.empties_torch:
                 raise
         torch.cuda.empty_cache()
         return call(*args)
