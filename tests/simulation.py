@@ -103,6 +103,12 @@ class CountedMemory:
                 self.positions[branch] = self.shared[branch] = length
         return True
 
+    def remember(self, branch: Branch, positions: int) -> None:
+        rows = self.rows[branch]
+        assert rows[:positions] == [*branch.request.prompt, *branch.output][:positions]
+        assert len(rows) >= positions
+        self.prefixes.append((branch.request.namespace, tuple(rows[:positions])))
+
     def close(self, branch: Branch, positions: int) -> None:
         if self.host.pop(branch, None) is not None:
             return

@@ -30,6 +30,7 @@ from serving import (
 from vattn.cli import demo
 from vattn.engine.engine import Engine
 from vattn.engine.options import KV_DTYPES, EngineOptions
+from vattn.engine.outputs import RequestOutput
 from vattn.engine.sampling_params import SamplingParams
 from vattn.kernels import KERNELS, Reference
 from vattn.kernels.sdpa import Sdpa
@@ -88,6 +89,28 @@ def test_behind_a_prefix(name, device):
         apart = served(engine, prompts, GREEDY, namespace="another tenant")
         assert tokens(apart) == expected
         assert apart[0].num_cached_tokens == 0
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_behind_a_prompt_whose_request_still_runs(name, depth, device):
+    model = model_of(name, device)
+    [system] = prompts_of((40,))
+    prompts = [[*system, *more] for more in prompts_of((9, 1, 20))]
+    expected = generated(model, prompts)
+    done: dict[str, RequestOutput] = {}
+    with engine_of(model, depth=depth) as engine:
+        engine.add("0", prompts[0], GREEDY)
+        for _ in range(4):
+            done |= {output.request_id: output for output in engine.step()}
+        assert not done["0"].finished
+        for number, prompt in enumerate(prompts[1:], 1):
+            engine.add(str(number), prompt, GREEDY)
+        while engine.unfinished:
+            done |= {output.request_id: output for output in engine.step()}
+    assert tokens([done[str(number)] for number in range(3)]) == expected
+    if name == "llama-gqa":  # a sliding window may have given back the rows
+        assert [done[str(number)].num_cached_tokens for number in range(3)] == [0, 40, 40]
 
 
 ROPES = {

@@ -126,13 +126,17 @@ class KVMemory:
         self._sequences.update(zip(targets, forks, strict=True))
         return True
 
+    def remember(self, branch: Branch, positions: int) -> None:
+        """See ``Memory.remember``."""
+        sequence = self._sequences[branch]
+        with contextlib.suppress(Error):
+            if self._reuse and positions and not sequence.swapped:
+                sequence.remember(branch.tokens(0, positions))
+
     def close(self, branch: Branch, positions: int) -> None:
         """See ``Memory.close``."""
+        self.remember(branch, positions)
         sequence = self._sequences.pop(branch)
-        tokens = branch.tokens(0, positions)
-        with contextlib.suppress(Error):
-            if self._reuse and tokens and not sequence.swapped:
-                sequence.remember(tokens)
         self._unclosed.append(sequence)
         self._close_all()
 

@@ -36,6 +36,9 @@ class Memory(Protocol):
     def fork(self, request: Request) -> bool:
         """Lets the other branches of a request go on behind the prompt that its trunk has computed."""
 
+    def remember(self, branch: Branch, positions: int) -> None:
+        """Lets others go on from the first positions of a branch, which goes on itself."""
+
     def close(self, branch: Branch, positions: int) -> None:
         """Ends a branch, on the device or in host memory, whose first positions others may go on from."""
 

@@ -98,6 +98,9 @@ class RowMemory:
             self._positions[branch] = len(request.prompt)
         return True
 
+    def remember(self, branch: Branch, positions: int) -> None:
+        """See ``Memory.remember``: a cache serves one branch."""
+
     def close(self, branch: Branch, positions: int) -> None:
         """See ``Memory.close``."""
         del self.caches[branch], self._positions[branch]

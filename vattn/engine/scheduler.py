@@ -180,6 +180,8 @@ class Scheduler:
                     self._end_where_it_stops(branch)
             if branch.finish_reason is not None:
                 done[branch.request] = None
+        for row in iteration.rows:
+            self._remember_prompt(row)
         if self.requests.leaving:
             done |= dict.fromkeys(branch.request for branch in iteration.decodes)
         for request in done:
@@ -210,6 +212,13 @@ class Scheduler:
                 self.requests.after_read(request)
         for request in list(self.requests.swapped.values()) if everything else ():
             self.requests.wait(request)
+
+    def _remember_prompt(self, row: Row) -> None:
+        """Lets other requests begin behind a prompt as soon as it is computed."""
+        branch, length = row.branch, len(row.branch.request.prompt)
+        ends_here = row.start < length <= row.start + row.count
+        if ends_here and branch.opened and branch.finish_reason is not FinishReason.ERROR:
+            self._memory.remember(branch, length)
 
     def _end_where_it_stops(self, branch: Branch) -> None:
         branch.finish_reason = self._stops(branch)
