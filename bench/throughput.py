@@ -4,7 +4,10 @@
 ``--vllm`` names the file that the peer's benchmark has written on the same machine; medians of rounds.
 ``tpot_ms_1x1024``, ``ttft_ms_1024`` and so on: one request at a time, and the same with ``_vllm``.
 ``engine_calls_per_1000_tokens``: memory calls of the driver in the last round, per 1000 tokens of prompts and outputs.
-``ready_s``: seconds from the making of the engine until iterations of 256 rows and then of one are at their speed.
+``prefix_over_vllm``: the same with prefixes that groups of requests share.
+``tight_over_vllm_25``, ``tight_over_vllm_50``: with so many percent of the K and V that all requests need.
+``ready_s_cold``, ``ready_s_warm``: seconds from the making of the engine until iterations of 256 rows and then of one
+are at their speed, without what earlier processes have compiled (``--cold``) and with it.
 ``iteration_host_ms_256``: the host's work of an iteration of 256 rows, ``iteration_scheduler_ms_256`` the scheduler's.
 
 Earlier rows of a result file stay unless they are measured again. ``--write FOLDER`` only writes the requests of the
@@ -14,17 +17,21 @@ mixes, for other engines.
 from __future__ import annotations
 
 import json
+import os
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import report
 import torch
+import torch._inductor.compile_fx  # so that importing is no part of what is measured
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from vattn.bench import mixes, serving
 from vattn.engine import LLM
+from vattn.graphs import artifacts
 
 SHAPES = {
     "8b": LlamaConfig(
@@ -56,8 +63,8 @@ def measured(options: Any) -> list[dict[str, Any]]:
     model = model_of(options.shape)
     vocabulary = SHAPES[options.shape].vocab_size
     memory: dict[str, Any] = {"gpu_memory_utilization": options.memory}
-    if options.kv_gib:
-        memory = {"kv_budget": int(options.kv_gib * 2**30)}
+    if options.tight:
+        memory = {"kv_budget": tight_budget(options)}
     start = time.perf_counter()
     rows = []
     with LLM(
@@ -71,11 +78,12 @@ def measured(options: Any) -> list[dict[str, Any]]:
         common = {"engine": "vattn", "shape": options.shape, "kernels": "+".join(report_of["kernels"])}
         for part in options.parts:
             if part == "ready":
-                found = [serving.ready(llm, start, options.max_num_seqs, vocabulary)]
+                temperature = "cold" if options.cold else "warm"
+                found = [{"start": temperature, **serving.ready(llm, start, options.max_num_seqs, vocabulary)}]
             elif part == "throughput":
                 seeds = range(options.rounds) if options.prefix_cache else [0] * options.rounds
                 rounds = [mixes.mix(options.mix, vocabulary, count=options.requests, seed=seed) for seed in seeds]
-                found = [{"mix": options.mix, **row} for row in serving.throughput(llm, rounds)]
+                found = [{"mix": name_of(options), **row} for row in serving.throughput(llm, rounds)]
             elif part == "latency":
                 found = serving.latency(llm, options.prompts, options.steps, vocabulary)
             else:
@@ -87,8 +95,22 @@ def measured(options: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def of_vllm(path: Path) -> list[dict[str, Any]]:
-    """The rows of the peer's benchmark, under the names of ours."""
+def tight_budget(options: Any) -> int:
+    """The bytes of K and V that ``--tight`` leaves."""
+    works = mixes.mix(options.mix, SHAPES[options.shape].vocab_size, count=options.requests)
+    config = SHAPES[options.shape]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    row_bytes = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+    return sum(len(work.prompt) + work.output for work in works) * row_bytes * options.tight // 100
+
+
+def name_of(options: Any) -> str:
+    """The name of a mix, and of the memory that it is given."""
+    return f"{options.mix}, {options.tight}% of K and V" if options.tight else str(options.mix)
+
+
+def of_vllm(path: Path, mix: str) -> list[dict[str, Any]]:
+    """The rows of the peer's benchmark, of a mix of requests, under the names of ours."""
     rows = []
     for line in path.read_text().splitlines():
         row = json.loads(line)
@@ -101,7 +123,7 @@ def of_vllm(path: Path) -> list[dict[str, Any]]:
                 "output_tokens": "sampled tokens",
             }
             names |= {"seconds": "seconds", "tokens_per_s": "tokens/s"}
-            common["mix"] = row.get("mix", "nano")
+            common["mix"] = mix
         else:
             names = {"input": "prompt tokens", "output": "sampled tokens", "first_token_ms": "first token ms"}
             names |= {"ms_per_token": "ms per token", "ms_per_token_all": "ms per token, all"}
@@ -124,9 +146,14 @@ def bars_of(rows: list[dict[str, Any]]) -> dict[str, float]:
         ours, theirs = speed("vattn", shape, "nano"), speed("vllm", shape, "nano")
         if ours and theirs:
             bars[f"engine_over_vllm_{name}"] = ours / theirs
-    ours, theirs = speed("vattn", "8b", "prefixes"), speed("vllm", "8b", "prefixes")
-    if ours and theirs:
-        bars["prefix_over_vllm"] = ours / theirs
+    for mix, name in (
+        ("prefixes", "prefix_over_vllm"),
+        ("nano, 25% of K and V", "tight_over_vllm_25"),
+        ("nano, 50% of K and V", "tight_over_vllm_50"),
+    ):
+        ours, theirs = speed("vattn", "8b", mix), speed("vllm", "8b", mix)
+        if ours and theirs:
+            bars[name] = ours / theirs
     for row in rows:
         end = "_vllm" if row["engine"].startswith("vllm") else ""
         if row["part"] == "latency" and row["shape"] == "8b":
@@ -134,12 +161,17 @@ def bars_of(rows: list[dict[str, Any]]) -> dict[str, float]:
             if row["prompt tokens"] == 1024:
                 bars[f"tpot_ms_1x1024{end}"] = row["ms per token"]
         elif row["part"] == "ready":
-            bars["ready_s"] = max(value for name, value in row.items() if name.startswith("ready s"))
+            bars[f"ready_s_{row['start']}"] = max(value for name, value in row.items() if name.startswith("ready s"))
         elif row["part"] == "host":
             bars["iteration_host_ms_256"], bars["iteration_scheduler_ms_256"] = row["host ms"], row["scheduler ms"]
         elif row["part"] == "throughput" and not end and row["mix"] == "nano":
             bars["engine_calls_per_1000_tokens"] = row["calls/1000 tokens"]  # of the last round
     return bars
+
+
+def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row is of: it takes the place of earlier rows of the same."""
+    return row["engine"], row["shape"], row["part"], row.get("mix"), row.get("start")
 
 
 def main() -> None:
@@ -155,7 +187,8 @@ def main() -> None:
     parser.add_argument("--max-num-batched-tokens", type=int, default=16384)
     parser.add_argument("--max-model-len", type=int, default=40960)
     parser.add_argument("--memory", type=float, default=0.9, help="the part of the device's memory that is used")
-    parser.add_argument("--kv-gib", type=float, help="memory for K and V, in the place of a part of the device's")
+    parser.add_argument("--tight", type=int, help="memory for K and V: percent of what all requests at once would need")
+    parser.add_argument("--cold", action="store_true", help="uses nothing that earlier processes have compiled")
     parser.add_argument("--prefix-cache", action="store_true", help="rounds then have other prompts each")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--no-compile", action="store_true", help="layers are not compiled")
@@ -168,11 +201,16 @@ def main() -> None:
             works = mixes.mix(name, SHAPES[options.shape].vocab_size, count=options.requests)
             mixes.write(options.write / f"{name}.jsonl", works)
         return
-    rows = measured(options)
-    rows += of_vllm(options.vllm) if options.vllm else []
-    again = {(row["engine"], row["shape"], row["part"], row.get("mix")) for row in rows}
-    old = report.read("throughput", "cuda", options.out)
-    rows = [row for row in old if (row["engine"], row["shape"], row["part"], row.get("mix")) not in again] + rows
+    print(f"{tight_budget(options) / 2**30:.3f} GiB of K and V" if options.tight else "all of K and V", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.cold:
+            artifacts.FOLDER = Path(folder) / "compiled"
+            os.environ |= {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/torch", "TRITON_CACHE_DIR": f"{folder}/triton"}
+            os.environ["FLASHINFER_WORKSPACE_BASE"] = folder
+        rows = measured(options)
+    rows += of_vllm(options.vllm, name_of(options)) if options.vllm else []
+    again = set(map(_place, rows))
+    rows = [row for row in report.read("throughput", "cuda", options.out) if _place(row) not in again] + rows
     report.write("throughput", "cuda", rows, bars_of(rows), options.out)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 
 import pytest
-import torch
 from serving import (
     GREEDY,
     engine_of,
@@ -150,7 +149,7 @@ def test_an_iteration_that_fails_is_computed_again(name, depth, device):
             calls.append(1)
             logits = run(*given)
             if len(calls) % 7 == 3:
-                raise torch.OutOfMemoryError("no")
+                raise RuntimeError("no")
             return logits
 
         engine.tier.runner.run = failing
@@ -161,7 +160,7 @@ def test_an_iteration_that_fails_is_computed_again(name, depth, device):
         while engine.unfinished:
             try:
                 done |= {output.request_id: output for output in engine.step()}
-            except torch.OutOfMemoryError:
+            except RuntimeError:
                 failed += 1
         assert failed > 2
         assert tokens([done[str(number)] for number in range(3)]) == expected
@@ -180,14 +179,14 @@ def test_rows_that_were_not_computed_are_nobodys_prefix(depth, device):
             def failing(*given, run=run, calls=calls, fails=fails):
                 calls.append(1)
                 if len(calls) == fails:
-                    raise torch.OutOfMemoryError("no")
+                    raise RuntimeError("no")
                 return run(*given)
 
             engine.tier.runner.run = failing
             engine.add("0", prompt, GREEDY)
             done: list[RequestOutput] = []
             while engine.unfinished:
-                with contextlib.suppress(torch.OutOfMemoryError):
+                with contextlib.suppress(RuntimeError):
                     done += engine.step(final_only=True)
             assert tokens(done) == [expected]
             engine.tier.runner.run = run
@@ -209,10 +208,10 @@ def test_a_request_that_was_to_lose_its_memory_when_an_iteration_failed():
         assert engine.scheduler.requests.leaving
 
         def failing(*given):
-            raise torch.OutOfMemoryError("no")
+            raise RuntimeError("no")
 
         engine.tier.runner.run = failing
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(RuntimeError, match="no"):
             engine.step()
         engine.tier.runner.run = run
         done = {}

@@ -10,6 +10,7 @@ from vattn.engine.llm import LLM
 from vattn.engine.sampling_params import SamplingParams
 from vattn.graphs.batch_graphs import BatchGraphs
 from vattn.graphs.runner import rows_of_graph
+from vattn.kernels import KERNELS
 from vattn.models.versions import VERSION
 
 pytestmark = pytest.mark.skipif(VERSION < (5, 17), reason="the engine needs transformers 5.17")
@@ -137,3 +138,20 @@ def test_iterations_are_captured_on_a_gpu(name, dtype):
         assert (engine.tier.runner.graphs > 0) == (engine.tier.runner.uncaptured is None)
         if dtype == torch.bfloat16 and name in ("llama-gqa", "mistral"):
             assert engine.tier.runner.graphs > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral", "gpt_oss"])
+@pytest.mark.parametrize("hidden", [("fa3",), ("fa3", "flashinfer"), ("fa3", "flashinfer", "fa2")])
+def test_iterations_without_some_kernels(name, hidden, monkeypatch):
+    """As on other devices than Hopper's, or where a package is not installed."""
+    for kernel in hidden:
+        monkeypatch.setattr(type(KERNELS[kernel]), "missing", lambda self: "it is hidden")
+    model = model_of(name, "cuda", torch.bfloat16)
+    prompts = prompts_of(LENGTHS)
+    with engine_of(model, max_num_batched_tokens=512, enforce_eager=True) as engine:
+        expected = tokens(served(engine, prompts, GREEDY))
+        assert not set(engine.tier.runner.kernels) & set(hidden)
+    with engine_of(model, max_num_batched_tokens=512) as engine:
+        assert tokens(served(engine, prompts, GREEDY)) == expected
+        assert (engine.tier.runner.graphs > 0) == (engine.tier.runner.uncaptured is None)
