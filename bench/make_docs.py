@@ -38,6 +38,7 @@ SECTIONS = {
     "architectures": "Decode steps of each architecture, tiny models with random weights",
     "engine": "The engine: its tokens beside those of generate, pressure, and speed on a CPU",
     "scheduler": "The engine's scheduler on a simulated cache",
+    "throughput": "The engine on a GPU beside vLLM, shapes of Llama-3-8B and Qwen3-0.6B",
     "endurance": "One long generation, and many calls on one cache",
     "serve": "A trace served on one GPU, and on all at once, a process each",
     "memory": "Memory of a Llama-3-8B shape, prompts prefilled in chunks",
@@ -107,6 +108,23 @@ BARS = {
     "honest_runs_refused": "of these, those that are refused",
     "honest_runs_nearest": "the most that honest attention differs, of what it may",
     "verified_step_cost_ratio": "a steady step of generate, 1 x 1024 tokens, over the commit before",
+    "engine_over_vllm_8b": "tokens per second of nano-vllm's mix over vLLM 0.26.0's, Llama-3-8B shape",
+    "engine_over_vllm_06b": "the same, Qwen3-0.6B shape",
+    "prefix_over_vllm": "the same, groups of 16 requests that share 2048 tokens, Llama-3-8B shape",
+    "tight_over_vllm_25": "the same as the first with a quarter of the K and V that all requests need",
+    "tight_over_vllm_50": "the same with half of it",
+    "engine_calls_per_1000_tokens": "memory calls per 1000 tokens of prompts and outputs, third round",
+    "iteration_host_ms_256": "the host's work of an iteration of 256 outputs (ms)",
+    "iteration_scheduler_ms_256": "of which the scheduler's (ms)",
+    "ready_s_cold": "ready to serve at full speed, nothing compiled before (s)",
+    "ready_s_warm": "the same in a second process (s)",
+    "tpot_ms_1x1024": "a token of one request behind 1024 (ms)",
+    "tpot_ms_1x1024_vllm": "vLLM 0.26.0's (ms)",
+    **{
+        f"ttft_ms_{length}{end}": f"first token behind {length}{of} (ms)"
+        for length in (1024, 8192, 32768)
+        for end, of in {"": "", "_vllm": ", vLLM 0.26.0's"}.items()
+    },
     "grow_ratio": "`Sequence.grow` within what is mapped, Python, over the commit before",
     "update_ratio": "`VirtualCache.update` over the commit before",
     "exact_architectures": "architectures of which each mode of the engine gives the tokens of generate",
