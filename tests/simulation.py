@@ -81,7 +81,7 @@ class CountedMemory:
         self.positions[request.trunk] = cached
         return cached
 
-    def grow(self, branches: list[Branch], positions: list[int]) -> Branch | None:
+    def grow(self, branches: list[Branch], positions: list[int], rows: int = 0) -> Branch | None:
         if self._refused():
             return self._random.choice(branches)
         used = self.used

@@ -35,6 +35,7 @@ from vattn.engine.sampling_params import SamplingParams
 from vattn.kernels import KERNELS, Reference
 from vattn.kernels.sdpa import Sdpa
 from vattn.models import rope
+from vattn.models.flat import Margins
 from vattn.models.flat_verify import RoundingCache
 from vattn.models.versions import VERSION
 
@@ -223,6 +224,48 @@ class Greedy(Reference):
                     yield "before", slot, start, end
                 if run["tail"] < (end + self.tail_rows) * plane.row_bytes:
                     yield "behind", slot, start, end
+
+
+class GreedyForPrompts(Greedy):
+    """A kernel that loads such rows of prompts, and decodes nothing."""
+
+    name = "greedy for prompts"
+    head_rows = 0
+
+    def refuses(self, task):
+        return "it decodes nothing" if task.queries == "one" else None
+
+    def prefill(self, q, k, v, spans, counts, scores):
+        if self.cache is not None and len(counts) > 1:
+            self.calls += 1
+            self.unmapped += self.missing_rows(spans.tolist())
+        return super().prefill(q, k, v, spans, counts, scores)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_behind_prompts_alone_are_mapped(mode, captured, monkeypatch, request):
+    """E3; behind sequences that only decode no memory is taken."""
+    if captured:
+        request.getfixturevalue("batch_graphs_on_cpu")
+    greedy = GreedyForPrompts()
+    monkeypatch.setattr("vattn.kernels.registry.KERNELS", {"greedy for prompts": greedy, "sdpa": KERNELS["sdpa"]})
+    model = model_of("llama-gqa")
+    prompts = prompts_of((*LENGTHS, 20, 21, 22))
+    expected = generated(model, prompts)
+    with engine_of(model, **MODES[mode]) as engine:
+        assert engine.tier.name == "flat", engine.tier.reason
+        assert engine.tier.runner.kernels == ["greedy for prompts", "sdpa"]
+        assert engine.tier.memory._margins == Margins(0, 0, 70)
+        greedy.cache = engine.tier.cache
+        assert tokens(served(engine, prompts, GREEDY)) == expected
+        assert (greedy.calls > 0, greedy.unmapped) == (True, [])
+        assert tokens(served(engine, [prompt[:-1] for prompt in prompts if len(prompt) > 1], GREEDY))
+        assert greedy.unmapped == []
+        greedy.cache = None
+        engine.add("long", prompts_of((150,))[0], SamplingParams(temperature=0, max_tokens=9))
+        while engine.unfinished:
+            engine.step()
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral"])

@@ -26,12 +26,13 @@ def test_replays_give_the_same_tokens(name, attention, batch_graphs_on_cpu):
         runner = engine.tier.runner
         assert runner.uncaptured is None
         captured, replays = runner.graphs, batch_graphs_on_cpu.replays
-        # Of 1, 2, 4 and 8 rows; where a kernel computes prompts and decodes at once, also of 32 and of 64 tokens.
+        # Of 1, 2, 4 and 8 rows; where a kernel computes prompts and decodes at once, also of 32 and of
+        # 64 tokens, each with and without decodes.
         mixes = engine.tier.runner.kernels == ["reference"]
-        assert (5 if mixes else 1) <= captured <= (6 if mixes else 4)
+        assert (5 if mixes else 1) <= captured <= (8 if mixes else 4)
         assert replays > captured
         assert tokens(served(engine, prompts, GREEDY)) == expected
-        assert runner.graphs == captured
+        assert mixes or runner.graphs == captured  # behind prefixes, prompts have other sizes
         assert batch_graphs_on_cpu.replays > replays
 
 

@@ -9,15 +9,16 @@ from vattn.engine.request import Branch, Request
 from vattn.errors import Error
 from vattn.memory.kv_cache import KVCache
 from vattn.memory.sequence import Sequence
+from vattn.models.flat import Margins
 
 
 class KVMemory:
     """The memory of a ``KVCache`` as the engine asks for it; see ``Memory``.
 
     Args:
-        cache: holds the rows. Its budget is that of the engine.
-        head_rows: rows before a sliding window that kernels may load.
-        tail_rows: rows behind a sequence that they may load, for which the cache takes memory.
+        cache: holds the rows. Its budget is that of the engine. It takes memory for ``margins.behind``.
+        margins: rows around those that queries see, which kernels may load.
+        max_model_len: positions of the longest sequence.
         swap_is_faster: whether a sequence of so many positions is swapped out and in faster than it is computed; None
             never swaps.
         reuse_prefixes: whether requests begin behind rows that others have computed.
@@ -26,18 +27,19 @@ class KVMemory:
     def __init__(
         self,
         cache: KVCache,
+        margins: Margins,
+        max_model_len: int,
         *,
-        head_rows: int = 0,
-        tail_rows: int = 0,
         swap_is_faster: Callable[[int], bool] | None = None,
         reuse_prefixes: bool = True,
     ) -> None:
         self.cache = cache
-        self._head_rows, self._tail_rows = head_rows, tail_rows
+        self._margins, self._max_model_len = margins, max_model_len
         self._swap_is_faster = swap_is_faster
         self._reuse = reuse_prefixes and not cache.layout.recurrent
         self._slides = any(plane.window is not None for plane in cache.layout.planes)
         self._sequences: dict[Branch, Sequence] = {}
+        self._expected: dict[Branch, int] = {}  # positions of branches whose prompts are not computed yet
         self._unclosed: list[Sequence] = []  # that the driver refused to close
         self._resets = 0  # of prefixes: what was computed before the last one is of no use any more
 
@@ -53,10 +55,10 @@ class KVMemory:
     def shortage(self, request: Request) -> str | None:
         """See ``Memory.shortage``."""
         layout, budget = self.cache.layout, self.cache.stats().budget
-        if request.most_tokens > layout.max_len:
+        if request.most_tokens > self._max_model_len:
             return (
                 f"the request needs {request.most_tokens} positions ({len(request.prompt)} of its prompt and "
-                f"max_tokens={request.max_tokens}), and max_model_len is {layout.max_len}"
+                f"max_tokens={request.max_tokens}), and max_model_len is {self._max_model_len}"
             )
         # Outputs share the whole granules of their prompt in the planes that keep all of it.
         shared = sum(
@@ -64,7 +66,8 @@ class KVMemory:
             for plane in layout.planes
             if plane.window is None
         )
-        each = layout.mapped_bytes(request.most_tokens + self._tail_rows) + layout.growth_step_bytes
+        most = max(request.most_tokens, len(request.prompt) + self._margins.more_behind_prompts) + self._margins.behind
+        each = layout.mapped_bytes(most) + layout.growth_step_bytes
         needs = each if request.n == 1 else request.n * (each - shared) + shared + layout.growth_step_bytes
         if budget is None or needs <= budget:
             return None
@@ -81,7 +84,7 @@ class KVMemory:
         stats = self.cache.stats()
         if stats.budget is None:
             return True
-        tails = (stats.running_slots + 1) * self._tail_rows
+        tails = (stats.running_slots + 1) * self._margins.behind + self._margins.more_behind_prompts
         return (positions + tails) * self.cache.layout.bytes_per_token <= stats.budget - stats.rows
 
     def open(self, request: Request, expected: int) -> int | None:
@@ -99,20 +102,29 @@ class KVMemory:
         if (left := self._sequences.pop(request.trunk, None)) is not None:  # by a call that was interrupted
             self._unclosed.append(left)
         self._sequences[request.trunk] = sequence
+        if self._reuse or len(request.live) > 1:
+            # The prompt is mapped as if nothing came behind it, in few large extents, which are cheap to share.
+            sequence.expect(len(request.prompt))
+            self._expected[request.trunk] = expected
         return sequence.length
 
-    def grow(self, branches: list[Branch], positions: list[int]) -> Branch | None:
+    def grow(self, branches: list[Branch], positions: list[int], rows: int = 0) -> Branch | None:
         """See ``Memory.grow``."""
         if self._unclosed:
             self._close_all()
         of: dict[Branch, Sequence] = self._sequences
+        if rows and self._margins.more_behind_prompts:  # the tokens that are sampled later come to be there
+            positions = [*positions[:-rows], *(each + self._margins.more_behind_prompts for each in positions[-rows:])]
         keep: int | list[int] = 0
         if self._slides:  # what a window has passed is given back, unless an output may be cut to it
-            keep = [max(0, branch.confirmed - self._head_rows) for branch in branches]
+            keep = [max(0, branch.confirmed - self._margins.before) for branch in branches]
         try:
             self.cache.grow_all([of[branch] for branch in branches], positions, min_truncate_length=keep)
         except Error:
             return branches[-1]
+        for branch in branches[-rows:] if rows and self._expected else ():
+            if of[branch].length >= len(branch.request.prompt) and branch in self._expected:
+                of[branch].expect(self._expected.pop(branch))
         return None
 
     def fork(self, request: Request) -> bool:
@@ -137,6 +149,7 @@ class KVMemory:
         """See ``Memory.close``."""
         self.remember(branch, positions)
         sequence = self._sequences.pop(branch)
+        self._expected.pop(branch, None)
         self._unclosed.append(sequence)
         self._close_all()
 

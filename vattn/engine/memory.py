@@ -30,8 +30,17 @@ class Memory(Protocol):
             The positions of the prefix; None where there is no memory.
         """
 
-    def grow(self, branches: list[Branch], positions: list[int]) -> Branch | None:
-        """Brings branches to so many positions each: all of them, or none. None, or a branch that had no memory."""
+    def grow(self, branches: list[Branch], positions: list[int], rows: int = 0) -> Branch | None:
+        """Brings branches to so many positions each: all of them, or none.
+
+        Args:
+            branches: the branches.
+            positions: of each.
+            rows: how many of them, the last ones, are computed as ``Row`` and not as decodes.
+
+        Returns:
+            None, or a branch that had no memory.
+        """
 
     def fork(self, request: Request) -> bool:
         """Lets the other branches of a request go on behind the prompt that its trunk has computed."""

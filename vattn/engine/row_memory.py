@@ -77,7 +77,7 @@ class RowMemory:
         """Gives a branch an empty cache; its positions stay its own."""
         self.caches[branch] = self._make()
 
-    def grow(self, branches: list[Branch], positions: list[int]) -> Branch | None:
+    def grow(self, branches: list[Branch], positions: list[int], rows: int = 0) -> Branch | None:
         """See ``Memory.grow``."""
         free = self._free
         for branch, wanted in zip(branches, positions, strict=True):

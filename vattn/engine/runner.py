@@ -24,6 +24,15 @@ from vattn.models.versions import cache_keyword
 from vattn.transfer import upload
 
 _LEAST_COMPILED = 2  # tokens of a compiled call: torch.compile would compile a single one apart
+# The inputs of graphs: of positions of one each, and of sequences with several.
+_DECODES = {"slots": torch.int64, "tokens": torch.int64, "ends": torch.int32}
+_PROMPTS = {
+    "prompts": torch.int64,
+    "prompt slots": torch.int64,
+    "prompt ends": torch.int32,
+    "prompt counts": torch.int64,
+}
+_DECODES_BESIDE = 64  # decodes in an iteration with prompts that is captured are rounded up to a multiple of these
 _MOST_CAPTURED = 2048  # tokens of an iteration with prompts that is captured: more take longer than their launch
 
 
@@ -112,13 +121,16 @@ class FlatRunner:
         self._most = rows_of_graph(max(most, _LEAST_COMPILED))
         self._graphs: dict[str, BatchGraphs] = {}
         if captures and takes_idle(memory.cache.device):
-            inputs = {"slots": torch.int64, "tokens": torch.int64, "ends": torch.int32}
-            place = "slots", self._most, memory.cache.device
-            self._graphs["decodes"] = BatchGraphs(self._decoded, inputs, self._decode_sizes, *place)
+            device, sizes = memory.cache.device, self._decode_sizes
+            self._graphs["decodes"] = BatchGraphs(self._decoded, _DECODES, sizes, ("slots",), self._most, device)
             if context.mixes:
-                inputs = {**inputs, "counts": torch.int64}
-                self._graphs["mixtures"] = BatchGraphs(self._mixed, inputs, self._mixture_sizes, *place)
+                sizes, rows = self._mixture_sizes, ("slots", "prompt slots")
+                inputs = _DECODES | _PROMPTS
+                self._graphs["mixtures"] = BatchGraphs(self._mixed, inputs, sizes, rows, 2 * self._most, device)
         self._captures = captures
+        self._no_decodes = {
+            name: torch.empty(0, dtype=kind, device=memory.cache.device) for name, kind in _DECODES.items()
+        }
 
     @property
     def kernels(self) -> list[str]:
@@ -161,14 +173,14 @@ class FlatRunner:
 
     def rehearse(self, tokens: int, rows: int) -> torch.Tensor:
         """See ``Runner.rehearse``."""
-        cache = self._memory.cache
+        cache, behind = self._memory.cache, self._context.margins.more_behind_prompts
         sequences: list[KVSequence] = []
         segments, left = [], tokens
         try:
-            count = min(left, cache.layout.max_len)
+            count = min(left, cache.layout.max_len - behind)
             while left and count and len(sequences) < cache.slots:
                 sequences.append(cache.open())
-                while count and not _grown(sequences[-1], count):
+                while count and not _grown(sequences[-1], count + behind):
                     count //= 2
                 if count:
                     segments.append(Segment(sequences[-1].slot, 0, count))
@@ -193,12 +205,16 @@ class FlatRunner:
         if not segments:
             assert places is not None
             return self._graphs["decodes"].run({"slots": places.slots, "tokens": ids[0], "ends": places.ends})
-        total = sum(map(len, ids))
+        total = sum(segment.count for segment in segments)
         if "mixtures" not in self._graphs or total > _MOST_CAPTURED or max(keep) > 1:
             return None
-        mixture = Mixture.of(segments, places, self._memory.cache.device)
-        given = {"slots": mixture.slots, "tokens": torch.cat(ids), "ends": mixture.ends, "counts": mixture.counts}
-        return self._graphs["mixtures"].run(given)
+        mixture = Mixture.of(segments, self._memory.cache.device)
+        given = {"prompts": torch.cat(ids if places is None else ids[1:]), "prompt slots": mixture.slots}
+        given |= {"prompt ends": mixture.ends, "prompt counts": mixture.counts}
+        if places is None:
+            return self._graphs["mixtures"].run(self._no_decodes | given)
+        decodes = {"slots": places.slots, "tokens": ids[0], "ends": places.ends}
+        return self._graphs["mixtures"].run(decodes | given)
 
     def _computed(
         self,
@@ -228,11 +244,14 @@ class FlatRunner:
         return dict.fromkeys(sizes, rows_of_graph(max(sizes["slots"], least)))
 
     def _mixture_sizes(self, sizes: dict[str, int]) -> dict[str, int]:
-        """The same of an iteration with prompts: its tokens are rounded up to a multiple of an eighth or so."""
-        tokens = sizes["tokens"]
-        step = next(step for step in (32, 64, 128) if tokens <= 16 * step or step == 128)
-        tokens = -(-tokens // step) * step
-        return {**dict.fromkeys(sizes, min(tokens, self._most)), "tokens": tokens}
+        """The same of an iteration with prompts. There are few sizes for each input, since there are many of all."""
+        prompts = sizes["prompts"]
+        step = next(step for step in (32, 64, 128) if prompts <= 16 * step or step == 128)
+        prompts = -(-prompts // step) * step
+        decodes = min(-(-sizes["slots"] // _DECODES_BESIDE) * _DECODES_BESIDE, self._most)
+        sequences = min(self._most, 16 if sizes["prompt slots"] <= 16 else prompts)
+        found = dict.fromkeys(_DECODES, decodes) | dict.fromkeys(_PROMPTS, sequences)
+        return found | {"prompts": prompts}
 
     def _decoded(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The logits of outputs that are computed one position each, which a graph is captured of."""
@@ -241,11 +260,13 @@ class FlatRunner:
 
     def _mixed(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The logits of the last position of each sequence of an iteration, which a graph is captured of."""
-        tokens, longest = inputs["tokens"], self._memory.cache.layout.max_len
-        mixture = Mixture(
-            inputs["slots"], inputs["ends"], inputs["counts"], len(tokens), longest, most=min(len(tokens), longest)
-        )
-        return self._computed(tokens, [], None, (mixture.offsets[1:].long() - 1).clamp_min(0), mixture)
+        longest, decodes, total = self._memory.cache.layout.max_len, len(inputs["slots"]), len(inputs["prompts"])
+        places = Decodes(inputs["slots"], inputs["ends"], longest) if decodes else None
+        slots, ends, counts = (inputs[f"prompt {name}"] for name in ("slots", "ends", "counts"))
+        mixture = Mixture(slots, ends, counts, total, longest, most=min(total, longest))
+        last = decodes + (mixture.offsets[1:].long() - 1).clamp_min(0)
+        kept = torch.cat([torch.arange(decodes, device=last.device), last])
+        return self._computed(torch.cat([inputs["tokens"], inputs["prompts"]]), [], places, kept, mixture)
 
     def _places(self, decodes: DecodeBatch) -> Decodes:
         """Where the positions of a batch are. The slots stay on the device as long as they are the same."""

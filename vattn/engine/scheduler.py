@@ -286,7 +286,7 @@ class Scheduler:
         if rows:
             branches = [*decodes, *(row.branch for row in rows)]
             positions += [row.start + row.count for row in rows]
-        return self._memory.grow(branches, positions)
+        return self._memory.grow(branches, positions, len(rows))
 
     def _launch(self, decodes: list[Branch], rows: list[Row]) -> None:
         for branch in decodes:
@@ -366,7 +366,7 @@ class Scheduler:
             if row is None:  # all of it has to fit
                 self.requests.wait(request)
                 return
-            if self._memory.grow([trunk], [row.start + row.count]) is not None:
+            if self._memory.grow([trunk], [row.start + row.count], 1) is not None:
                 self.requests.wait(request)
                 self._require_possible(request)
                 return

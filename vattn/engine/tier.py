@@ -26,7 +26,7 @@ from vattn.memory.layout import KVLayout
 from vattn.memory.shape import LayerShape
 from vattn.memory.swap_costs import SwapCosts
 from vattn.models import rope
-from vattn.models.flat import FlatContext
+from vattn.models.flat import FlatContext, Margins, decode_kernel
 from vattn.models.flat_verify import verified
 from vattn.models.private import private_copy
 from vattn.models.probe import Probe
@@ -92,36 +92,19 @@ def tier_of(model: Any, probe: Probe, options: EngineOptions, max_model_len: int
     as_generate = rope.depends_on_call(config, max_model_len)
     reason = _obstacle(probe) or as_generate
     if reason is None:
-        layout = KVLayout(_stored(probe, options), max_len=max_model_len, granularity=options.granularity)
-        head, tail = _margins(model, probe, options)
-        cache = KVCache(
-            layout,
-            slots=2 * options.max_num_seqs,  # those of running sequences, and as many for prefixes
-            device=probe.device,
-            budget=_budget(options, probe.device),
-            tail_rows=tail,
-            empties_torch=False,  # growth must not make iterations wait for the device
-            host_budget=int(options.swap_space * 2**30),
-        )
-        context = FlatContext(cache, configs_of(model), options.attention, tail)
-        try:
-            reason = verified(model, context, cache, probe.vocabulary)
-        except BaseException:
-            cache.close()
-            raise
+        context, reason = _verified(model, probe, options, max_model_len)
         if reason is None:
             memory = KVMemory(
-                cache,
-                head_rows=head,
-                tail_rows=tail,
-                swap_is_faster=_swap_is_faster(model, layout, probe.device, options.preemption),
+                context.cache,
+                context.margins,
+                max_model_len,
+                swap_is_faster=_swap_is_faster(model, context.cache.layout, probe.device, options.preemption),
                 reuse_prefixes=options.enable_prefix_caching,
             )
-            compiled, uncompiled = _compiled(model, context, cache, probe, options)
+            compiled, uncompiled = _compiled(model, context, probe, options)
             captures = not options.enforce_eager
             runner = FlatRunner(model, memory, context, options.max_num_seqs, captures=captures, compiled=compiled)
-            return Tier("flat", None, memory, runner, cache, max_model_len, uncompiled=uncompiled)
-        cache.close()
+            return Tier("flat", None, memory, runner, context.cache, max_model_len, uncompiled=uncompiled)
     for name in ("kv_cache_dtype", "attention"):
         if getattr(options, name) != "auto":
             raise ValueError(f"{name} must be 'auto': the model cannot be computed with it ({reason})")
@@ -136,9 +119,41 @@ def tier_of(model: Any, probe: Probe, options: EngineOptions, max_model_len: int
     return Tier("rows", reason, rows, row_runner, None, max_model_len, whole_prompts=as_generate is not None)
 
 
-def _compiled(
-    model: Any, context: FlatContext, cache: KVCache, probe: Probe, options: EngineOptions
-) -> tuple[Any, str | None]:
+def _verified(model: Any, probe: Probe, options: EngineOptions, max_model_len: int) -> tuple[FlatContext, str | None]:
+    """What computes the attention of flat calls, and why it cannot; else None. The rows around sequences are mapped."""
+    widest = _widest_margins(model, probe, options)
+    # Rows behind the longest sequence are rows of its slot, too.
+    layout = KVLayout(
+        _stored(probe, options), max_len=max_model_len + widest.behind_prompts, granularity=options.granularity
+    )
+    slots = 2 * options.max_num_seqs  # those of running sequences, and as many for prefixes
+    with contextlib.closing(KVCache(layout, slots=slots, device=probe.device, mapper=False)) as addresses:
+        expected = _expected_margins(model, probe, options, addresses)
+    for margins in dict.fromkeys((expected, widest)):  # a model may do something else than is expected
+        cache = KVCache(
+            layout,
+            slots=slots,
+            device=probe.device,
+            budget=_budget(options, probe.device),
+            tail_rows=margins.behind,
+            empties_torch=False,  # growth must not make iterations wait for the device
+            host_budget=int(options.swap_space * 2**30),
+        )
+        context = FlatContext(cache, configs_of(model), options.attention, margins)
+        try:
+            reason = verified(model, context, probe.vocabulary)
+        except BaseException:
+            cache.close()
+            raise
+        if reason is None:
+            break
+        cache.close()
+        if not context.needs_margins:
+            break
+    return context, reason
+
+
+def _compiled(model: Any, context: FlatContext, probe: Probe, options: EngineOptions) -> tuple[Any, str | None]:
     """A copy of the model whose layers are compiled, and None; or None and the reason why they are not."""
     if options.enforce_eager or not options.compile:
         return None, "enforce_eager is set" if options.enforce_eager else "compile is not set"
@@ -151,7 +166,7 @@ def _compiled(
         if not compilation.compile_layers(mine):
             return None, "it has no layers that follow each other"
         with artifacts.kept(*_identity(model, probe)), compilation.compiled_calls():
-            reason = verified(model, context, cache, probe.vocabulary, compiled=mine)
+            reason = verified(model, context, probe.vocabulary, compiled=mine)
     except Exception as error:  # whatever the compiler does not support
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
     if reason is not None:
@@ -228,8 +243,8 @@ def _query_heads(model: Any) -> int | None:
     return heads if isinstance(heads, int) else None
 
 
-def _margins(model: Any, probe: Probe, options: EngineOptions) -> tuple[int, int]:
-    """How many rows before and behind those that a query sees kernels may load."""
+def _widest_margins(model: Any, probe: Probe, options: EngineOptions) -> Margins:
+    """Rows that kernels may load around those that a query sees, whichever kernels are chosen."""
     heads = _query_heads(model)
     found, stored = [(0, 0)], KV_DTYPES[options.kv_cache_dtype]
     for shape in filter(None, probe.layers):
@@ -243,5 +258,36 @@ def _margins(model: Any, probe: Probe, options: EngineOptions) -> tuple[int, int
             kv_dtype=None if stored is None else getattr(torch, stored),
             adjacent=False,
         )
-        found.append(kernels.margins(spec, options.attention))
-    return max(head for head, _ in found), max(tail for _, tail in found)
+        found += [kernels.margins(spec, options.attention), kernels.margins(replace(spec, kv_dtype=None))]
+    head, tail = (max(rows) for rows in zip(*found, strict=True))
+    return Margins(head, tail, tail)
+
+
+def _expected_margins(model: Any, probe: Probe, options: EngineOptions, cache: KVCache) -> Margins:
+    """The same of the kernels that are chosen, as far as a model tells before it is called what its attention is."""
+    config = model.config.get_text_config(decoder=True)
+    heads, stored = _query_heads(model), KV_DTYPES[options.kv_cache_dtype]
+    sinks = any(name.endswith("sinks") for name, _ in model.named_parameters())
+    before = behind = behind_prompts = 0
+    for layer, shape in enumerate(probe.layers):
+        if shape is None:
+            continue
+        rows = cache.slot_tensors(layer)
+        q = torch.empty(
+            1, heads or shape.kv_heads, shape.head_dim, dtype=getattr(torch, shape.dtype), device=probe.device
+        )
+        features: dict[str, Any] = {
+            "window": shape.window is not None,
+            "softcap": bool(getattr(config, "attn_logit_softcapping", None)),
+            "sinks": sinks,
+            "adjacent": False,
+        }
+        with contextlib.suppress(ValueError):  # which is said when the model is called
+            one = decode_kernel(AttentionSpec.of(q, *rows, **features), options.attention)
+            before = max(before, one.head_rows)
+            behind = max(behind, one.tail(shape.head_dim, rows[0].dtype if stored else None))
+            spec = AttentionSpec.of(q, *rows, queries="chunk", **features)
+            several = kernels.choose(replace(spec, kv_dtype=None), name=options.attention)
+            if several.mixes:
+                behind_prompts = max(behind_prompts, several.tail(shape.head_dim))
+    return Margins(before, behind, max(behind, behind_prompts))

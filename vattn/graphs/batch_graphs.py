@@ -58,7 +58,7 @@ class BatchGraphs:
         compute: computes a batch of the inputs by name, one-dimensional tensors; returns ``[rows, ...]``.
         inputs: the dtype of each input.
         sizes: the elements that the inputs of a graph have, by those that the inputs of a batch have.
-        rows: the name of an input that has as many elements as the output has rows.
+        rows: the names of inputs. The output has a row for each element of the first, then for each of the next.
         most: rows of the largest output.
         device: the device.
 
@@ -68,7 +68,7 @@ class BatchGraphs:
 
     def __init__(
         self, compute: Callable[[dict[str, torch.Tensor]], torch.Tensor], inputs: dict[str, torch.dtype],
-        sizes: Callable[[dict[str, int]], dict[str, int]], rows: str, most: int, device: torch.device,
+        sizes: Callable[[dict[str, int]], dict[str, int]], rows: tuple[str, ...], most: int, device: torch.device,
     ) -> None:  # fmt: skip
         self._compute, self._inputs, self._sizes, self._rows = compute, inputs, sizes, rows
         self._most, self._device = most, device
@@ -105,7 +105,16 @@ class BatchGraphs:
         graph.fill(given)
         graph.runner.replay()
         assert self._output is not None
-        return self._output[: len(given[self._rows])]
+        return self._live(self._output, sizes, given)
+
+    def _live(self, output: torch.Tensor, sizes: dict[str, int], given: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The rows of an output that the batch has."""
+        parts, at = [], 0
+        for name in self._rows:
+            if live := len(given[name]):
+                parts.append(output[at : at + live])
+            at += sizes[name]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _capture(self, key: Any, sizes: dict[str, int], given: dict[str, torch.Tensor]) -> torch.Tensor | None:
         """Captures a batch, and returns its output if a replay gives the same as the computation; else None."""
@@ -113,19 +122,21 @@ class BatchGraphs:
         inputs = {
             name: torch.zeros(sizes[name], dtype=each, device=self._device) for name, each in self._inputs.items()
         }
-        graph, rows = _Graph(GraphRunner(inputs, set(), sizes[self._rows], stream, None)), len(given[self._rows])
+        rows = sum(sizes[name] for name in self._rows)
+        graph = _Graph(GraphRunner(inputs, set(), rows, stream, None))
         try:
             graph.fill(given)
             with graph.runner.on_capture_stream():
                 # Also loads kernels and sets libraries up, which a capture does not allow.
-                expected = self._compute(inputs)[:rows]
+                expected = self._live(self._compute(inputs), sizes, given)
             if self._output is None:
                 self._output = torch.empty(self._most, *expected.shape[1:], dtype=expected.dtype, device=self._device)
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             graph.runner.capture(lambda: self._run(graph.runner), self._pool, self._device)
             graph.runner.replay()
-            if error := _difference(self._output[:rows], expected):
+            output = self._live(self._output, sizes, given)
+            if error := _difference(output, expected):
                 self._failures[key] = _MOST_FAILURES
                 _LOG.warning(
                     "iterations of %d rows are not captured: a replay gives something else (%s)", key[0], error
@@ -140,7 +151,7 @@ class BatchGraphs:
             self.clear()
             return None
         self._graphs[key] = graph
-        return self._output[:rows]
+        return output
 
     def _run(self, runner: GraphRunner) -> torch.Tensor:
         output = self._compute(runner.inputs)

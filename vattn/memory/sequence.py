@@ -93,6 +93,14 @@ class Sequence:
         """
         return self._slots.arena.prefetch(self.handle.name, integer("length", length))
 
+    def expect(self, positions: int) -> None:
+        """Notes how many positions the sequence will probably need, as ``KVCache.open(expected=)`` does.
+
+        Raises:
+            ValueError: the sequence is closed or swapped out, or ``positions`` is negative.
+        """
+        self._slots.arena.expect(self.handle.name, integer("positions", positions))
+
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Declares that work on the sequence is queued on ``stream``, beside the streams that were current at ``grow``.
 

@@ -37,6 +37,26 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Margins:
+    """Rows around those that queries see, which kernels may load and which therefore are mapped.
+
+    Args:
+        before: before a sliding window.
+        behind: behind a sequence.
+        behind_prompts: the same of sequences of which several positions are computed, or that are computed beside such.
+    """
+
+    before: int = 0
+    behind: int = 0
+    behind_prompts: int = 0
+
+    @property
+    def more_behind_prompts(self) -> int:
+        """Rows behind prompts that are not mapped behind every sequence."""
+        return max(0, self.behind_prompts - self.behind)
+
+
+@dataclass(frozen=True)
 class Decodes:
     """One position of each of several sequences in a flat call, as tensors on the device.
 
@@ -77,18 +97,12 @@ class Mixture:
     most: int
 
     @classmethod
-    def of(cls, segments: list[Segment], decodes: Decodes | None, device: torch.device) -> Mixture:
-        """That of segments, behind further positions of one each."""
+    def of(cls, segments: list[Segment], device: torch.device) -> Mixture:
+        """That of segments."""
         given = [(each.slot, each.start + each.count, each.count) for each in segments]
         slots, ends, counts = upload(torch.tensor(given).t().contiguous(), device)
-        ends = ends.int()
-        total = sum(each.count for each in segments)
-        longest = max(end for _, end, _ in given)
-        if decodes is not None:
-            slots, ends = torch.cat([decodes.slots, slots]), torch.cat([decodes.ends, ends])
-            counts = torch.cat([torch.ones_like(decodes.slots), counts])
-            total, longest = total + len(decodes.slots), max(longest, decodes.longest)
-        return cls(slots, ends, counts, total, longest, max(each.count for each in segments))
+        total, longest, most = sum(n for _, _, n in given), max(end for _, end, _ in given), max(n for _, _, n in given)
+        return cls(slots, ends.int(), counts, total, longest, most)
 
     @functools.cached_property
     def offsets(self) -> torch.Tensor:
@@ -112,7 +126,7 @@ class Part:
         segments: in the order of the tokens; or positions as tensors.
         tokens: the indices of their tokens in the call, int64; a slice where these follow each other.
         decodes: whether each segment has one token.
-        mixture: what ``Kernel.mixed`` computes, with all tokens of the call; or None.
+        mixture: the same for ``Kernel.mixed``; or None, where another method computes the part.
     """
 
     segments: list[Segment] | Decodes
@@ -154,8 +168,8 @@ class _Call:
     Args:
         slots: of each token, int64 ``[T]``.
         ends: one past the position of each token, int32 ``[T]``; 0 of idle rows.
-        parts: of the call, in the order of the tokens.
-        whole: all of the call, for kernels that compute mixtures; None where one kernel computes it anyway.
+        parts: of the call; None where it is known to the device only.
+        mixtures: the parts for kernels that have ``Kernel.mixed``; None where the others serve these, too.
 
     Attributes:
         returned: by ``id`` of the K that was appended to a layer: the layer, K and V.
@@ -164,8 +178,8 @@ class _Call:
 
     slots: torch.Tensor
     ends: torch.Tensor
-    parts: list[Part]
-    whole: Part | None = None
+    parts: list[Part] | None
+    mixtures: list[Part] | None = None
     returned: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     ranges: dict[tuple[Part, int | None], SequenceRanges] = field(default_factory=dict)
 
@@ -176,12 +190,15 @@ class FlatContext:
     A flat call has one row of tokens, ``[1, T]``, in which the segments of several sequences follow each other.
 
     Args:
-        cache: holds the rows. Those of all segments must be mapped, and the ``margin`` rows behind them.
+        cache: holds the rows. Those of all segments must be mapped, and those of the margins.
         configs: the configurations of the model.
         attention: the name of the kernel, or ``"auto"``.
-        margin: rows behind those of a sequence that kernels may load.
+        margins: rows around these that kernels may load.
 
     Attributes:
+        cache: the same.
+        margins: the same.
+        needs_margins: whether a kernel was chosen that loads more.
         watch: checks calls; None where these are not verified.
         shares_kv_across_layers: whether a layer was seen to attend to the K and V of another one.
     """
@@ -189,8 +206,9 @@ class FlatContext:
     own_attention = False  # the attention is vattn's, see ``models.attention``
     store = None  # no ``VirtualCache`` takes part
 
-    def __init__(self, cache: KVCache, configs: list[Any], attention: str = "auto", margin: int = 0) -> None:
-        self._cache, self._configs, self._attention, self._margin = cache, configs, attention, margin
+    def __init__(self, cache: KVCache, configs: list[Any], attention: str, margins: Margins) -> None:
+        self.cache, self._configs, self._attention, self.margins = cache, configs, attention, margins
+        self.needs_margins = False
         self.watch: FlatWatch | None = None
         self.shares_kv_across_layers = False
         self._windows = [None if shape is None else shape.window for shape in cache.layout.layers]
@@ -230,19 +248,22 @@ class FlatContext:
         Raises:
             UnsupportedError: the model's attention cannot be computed so.
         """
-        device = self._cache.device
-        parts: list[Part] = []
-        if decodes is not None:
-            parts.append(Part(decodes, slice(0, len(decodes.slots)), decodes=True))
+        device, first = self.cache.device, 0 if decodes is None else len(decodes.slots)
+        before = [] if decodes is None else [Part(decodes, slice(0, first), decodes=True)]
+        places = [] if decodes is None else [(decodes.slots, decodes.ends)]
+        parts: list[Part] | None = before
+        mixtures = None
         if segments:
-            parts += parts_of(segments, 0 if decodes is None else len(decodes.slots), device)
-            mixture = Mixture.of(segments, decodes, device)
-        whole = None if len(parts) == 1 else Part(segments, slice(None), decodes=False, mixture=mixture)
-        if mixture is None:
-            assert decodes is not None
-            self._call = _Call(decodes.slots, decodes.ends, parts)
-        else:
-            self._call = _Call(*mixture.of_tokens(), parts, whole)
+            parts = [*before, *parts_of(segments, first, device)]
+            mixture = Mixture.of(segments, device)
+        elif mixture is not None:
+            parts = None
+        if mixture is not None:
+            places.append(mixture.of_tokens())
+            if parts is None or (len(segments) > 1 and not all(part.decodes for part in parts)):
+                mixtures = [*before, Part(segments, slice(first, None), decodes=False, mixture=mixture)]
+        slots, ends = places[0] if len(places) == 1 else map(torch.cat, zip(*places, strict=True))
+        self._call = _Call(slots, ends, parts, mixtures)
         positions = (self._call.ends.long() - 1).clamp_min(0)
         try:
             with attending(self, self._configs):
@@ -262,7 +283,7 @@ class FlatContext:
         if k.shape[0] != 1 or k.shape[2] != total:
             raise UnsupportedError(f"layer {layer} is given {tuple(k.shape)} for {total} tokens", of_model=True)
         k_new, v_new = (states[0].transpose(0, 1) for states in (k, v))
-        append(k_new, v_new, *self._cache.slot_tensors(layer), call.ends, call.slots)
+        append(k_new, v_new, *self.cache.slot_tensors(layer), call.ends, call.slots)
         call.returned[id(k)] = layer, k, v
 
     def attend(
@@ -298,7 +319,7 @@ class FlatContext:
         """
         windows = [window for window in (self._windows[layer], how.window) if window is not None]
         how = replace(how, window=min(windows, default=None))
-        rows, queries = self._cache.slot_tensors(layer), q[0].transpose(0, 1)
+        rows, queries = self.cache.slot_tensors(layer), q[0].transpose(0, 1)
         out, parts = None, self._parts(layer, queries, rows, how)
         for part in parts:
             got = (self._decoded if part.decodes else self._prefilled)(layer, queries[part.tokens], rows, part, how)
@@ -314,13 +335,11 @@ class FlatContext:
     def _parts(self, layer: int, q: torch.Tensor, rows: _Rows, how: AttentionParams) -> list[Part]:
         """The parts of the call that are computed one after the other."""
         call = self._running()
-        if call.whole is None:
-            return call.parts
         narrow = rows[0].dtype.itemsize == 1  # kernels read fp8 in decode steps only
-        if not narrow and self._kernel_for(layer, q, rows, how, "chunk").mixes:
-            return [call.whole]
-        if not call.parts:
-            raise UnsupportedError("its kernels cannot compute prompts and single positions at once")
+        if call.mixtures is not None and not narrow and self._kernel_for(layer, q, rows, how, "chunk").mixes:
+            return call.mixtures
+        if call.parts is None:
+            raise UnsupportedError("its kernels cannot compute prompts from tensors alone")
         return call.parts
 
     def _decoded(
@@ -350,7 +369,8 @@ class FlatContext:
         ends = list(itertools.accumulate(end - start for _, start, end in spans))
         made = []
         for each in rows:
-            copies = torch.empty(1, ends[-1], *each.shape[2:], dtype=dtype, device=each.device)
+            last_rows = self.margins.behind_prompts  # which are behind the last range, and finite
+            copies = torch.zeros(1, ends[-1] + last_rows, *each.shape[2:], dtype=dtype, device=each.device)
             for last, (slot, start, end) in zip(ends, spans, strict=True):
                 copies[0, last - (end - start) : last] = each[slot, start:end].to(dtype)
             made.append(copies)
@@ -367,20 +387,25 @@ class FlatContext:
         if key not in self._kernels:
             spec = AttentionSpec.of(q, *rows, queries=queries, adjacent=False, **options)
             try:
-                kernel = self._chosen(spec)
+                kernel = (
+                    decode_kernel(spec, self._attention)
+                    if queries == "one"
+                    else kernels.choose(spec, name=self._attention)
+                )
             except ValueError as error:
                 raise UnsupportedError(str(error), of_model=True) from None
-            if (tail := kernel.tail(spec.head_dim, spec.kv_dtype)) > self._margin:
-                raise UnsupportedError(f"{kernel.name} loads {tail} rows behind a sequence, of {self._margin} mapped")
+            self._require_mapped(kernel, spec)
             self._kernels[key] = kernel
         return self._kernels[key]
 
-    def _chosen(self, spec: AttentionSpec) -> Kernel:
-        """The kernel for some attention: where there is one for a decode step that can be captured, that one."""
-        if spec.queries == "one":
-            with contextlib.suppress(ValueError):
-                return fastest(spec, name=self._attention)
-        return kernels.choose(spec, name=self._attention)
+    def _require_mapped(self, kernel: Kernel, spec: AttentionSpec) -> None:
+        """Raises an error where a kernel loads rows that are not mapped."""
+        one = spec.queries == "one"
+        tail = kernel.tail(spec.head_dim, spec.kv_dtype) if one or kernel.mixes else 0
+        mapped = self.margins.behind if one else max(self.margins.behind, self.margins.behind_prompts)
+        if tail > mapped or (one and kernel.head_rows > self.margins.before):
+            self.needs_margins = True
+            raise UnsupportedError(f"{kernel.name} loads {tail} rows behind a sequence, of {mapped} mapped")
 
     def _ranges_of(self, part: Part, window: int | None) -> SequenceRanges:
         """The rows that the queries of each segment see; behind a sliding window earlier rows may not be mapped."""
@@ -404,7 +429,18 @@ class FlatContext:
         for segment in part.segments:
             first = 0 if window is None else max(0, segment.start - window + 1)
             ranges.append((segment.slot, first, segment.start + segment.count))
-        return SequenceRanges.of(ranges, self._cache.device)
+        return SequenceRanges.of(ranges, self.cache.device)
+
+
+def decode_kernel(spec: AttentionSpec, name: str) -> Kernel:
+    """The kernel for decode steps: where there are some that can be captured, the fastest of these.
+
+    Raises:
+        ValueError: there is none.
+    """
+    with contextlib.suppress(ValueError):
+        return fastest(spec, name=name)
+    return kernels.choose(spec, name=name)
 
 
 class _FlatCache(PassthroughCache):

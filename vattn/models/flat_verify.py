@@ -22,15 +22,14 @@ _CALLS = ((9, 5), (1, 1), (4, 1))
 
 
 @torch.no_grad()
-def verified(model: Any, context: FlatContext, cache: KVCache, vocabulary: int, *, compiled: Any = None) -> str | None:
+def verified(model: Any, context: FlatContext, vocabulary: int, *, compiled: Any = None) -> str | None:
     """Computes two short sequences by flat calls of a model, and compares them with the model's own calls.
 
     The attention of each layer is compared with its definition, and the logits with those of the model.
 
     Args:
         model: the model.
-        context: computes its attention.
-        cache: holds the rows, and has two free slots.
+        context: computes its attention. Its cache has two free slots.
         vocabulary: how many tokens there are.
         compiled: the model with compiled layers, whose logits are compared instead; or None.
 
@@ -41,13 +40,15 @@ def verified(model: Any, context: FlatContext, cache: KVCache, vocabulary: int, 
         ValueError: the cache has no memory for two short sequences.
     """
     chance = torch.Generator().manual_seed(0)
-    totals = [min(sum(counts), cache.layout.max_len) for counts in zip(*_CALLS, strict=True)]
+    cache = context.cache
+    behind = context.margins.more_behind_prompts
+    totals = [min(sum(counts), cache.layout.max_len - behind) for counts in zip(*_CALLS, strict=True)]
     ids = [torch.randint(0, vocabulary, (n,), generator=chance).to(cache.device) for n in totals]
     context.watch = watch = FlatWatch()
     sequences = [cache.open() for _ in ids]
     try:
         for sequence, each in zip(sequences, ids, strict=True):
-            sequence.grow(len(each))
+            sequence.grow(len(each) + behind)
         slots = [sequence.slot for sequence in sequences]
         got = _computed(compiled or model, context, slots, ids)
     except BudgetExceeded as error:
