@@ -169,8 +169,19 @@ def bars_of(rows: list[dict[str, Any]]) -> dict[str, float]:
     return bars
 
 
+def merge(options: Any) -> None:
+    """Adds the peer's rows to those that were measured on its machine, and leaves the rest of the file as it is."""
+    path = options.out / "throughput-cuda.json"
+    result = json.loads(path.read_text())
+    new = of_vllm(options.vllm, name_of(options))
+    again = set(map(_place, new))
+    result["rows"] = [row for row in result["rows"] if _place(row) not in again] + new
+    result["bars"] = bars_of(result["rows"])
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def _place(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What a row is of: it takes the place of earlier rows of the same."""
+    """What a row is of: measured again, it takes the place of earlier ones."""
     return row["engine"], row["shape"], row["part"], row.get("mix"), row.get("start")
 
 
@@ -192,7 +203,8 @@ def main() -> None:
     parser.add_argument("--prefix-cache", action="store_true", help="rounds then have other prompts each")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--no-compile", action="store_true", help="layers are not compiled")
-    parser.add_argument("--vllm", type=Path, help="JSON lines that the peer's benchmark has written on this machine")
+    parser.add_argument("--vllm", type=Path, help="JSON lines that the peer's benchmark has written on this machine; "
+                        "with --parts and nothing behind it they are only added to the result file")  # fmt: skip
     parser.add_argument("--write", type=Path, help="writes the requests of the mixes there, and measures nothing")
     options = parser.parse_args()
     if options.write:
@@ -200,6 +212,9 @@ def main() -> None:
         for name in mixes.MIXES:
             works = mixes.mix(name, SHAPES[options.shape].vocab_size, count=options.requests)
             mixes.write(options.write / f"{name}.jsonl", works)
+        return
+    if options.vllm and not options.parts:
+        merge(options)
         return
     print(f"{tight_budget(options) / 2**30:.3f} GiB of K and V" if options.tight else "all of K and V", flush=True)
     with tempfile.TemporaryDirectory() as folder:

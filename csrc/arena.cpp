@@ -1,6 +1,7 @@
 // The life of a slot (acquired, truncated, released), the budget, and helpers that all parts of the arena use.
 #include "slot_lock.hpp"
 
+#include <algorithm>
 #include <numeric>
 #include <tuple>
 #include <utility>
@@ -101,14 +102,9 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
       const Slot& slot = slots_[index];
       others = others || slot.locked;
       if (slot.locked) return false;
-      std::size_t lacking = 0;
-      std::size_t beyond = 0;
-      for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
-        const std::size_t end = end_of(geometry_[plane], std::min(expected, options_.max_len));
-        const std::size_t tail = slot.runs[plane].tail;
-        (tail < end ? lacking : beyond) += tail < end ? end - tail : tail - end;
-        if (empty) beyond += slot.runs[plane].mappings.size();
-      }
+      auto [lacking, beyond] = misfit(slot, expected);
+      if (empty)
+        for (const Run& run : slot.runs) beyond += run.mappings.size();
       // Memory beyond what is expected is withheld from later sequences, and may be taken back. Memory that is lacking
       // is asked of the driver now, and counts twice, a weight chosen by replays of served traces. So a bare slot
       // may be the better one; but when nothing is expected, a parked slot is preferred unless `empty` is set.
@@ -130,6 +126,8 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
       // All bare slots are alike, so the first one that is not locked will do.
       for (std::size_t index = bare_.next(0); index < options_.slots && !consider(index);)
         index = bare_.next(index + 1);
+      if (chosen != kNever && expected != 0 && slots_[chosen].cached == 0 && !is_like(slots_[chosen]))
+        chosen = rather_remembered(chosen, expected, like);
     }
     return chosen != kNever || !others;
   };
@@ -156,6 +154,49 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
     if (slot.runs[plane].head != 0) defer_unmap_of_run(slot, chosen, plane);
   refresh(slot);
+  return chosen;
+}
+
+// Returns the bytes that a slot lacks for `expected` positions, and those that it has beyond them.
+std::pair<std::size_t, std::size_t> Arena::misfit(const Slot& slot, std::size_t expected) const noexcept {
+  std::size_t lacking = 0;
+  std::size_t beyond = 0;
+  for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+    const std::size_t end = end_of(geometry_[plane], std::min(expected, options_.max_len));
+    const std::size_t tail = slot.runs[plane].tail;
+    (tail < end ? lacking : beyond) += tail < end ? end - tail : tail - end;
+  }
+  return {lacking, beyond};
+}
+
+// Returns the slot that a sequence takes instead of `chosen`, a slot without a cached prefix; mostly `chosen` itself.
+// Where what that slot lacks would be taken from slots with a cached prefix, extent by extent, one of these is taken as
+// a whole: of the half of them that was used longest ago the one whose memory is nearest to what is expected.
+std::size_t Arena::rather_remembered(std::size_t chosen, std::size_t expected, std::optional<std::size_t> like) const {
+  const auto [lacking, beyond] = misfit(slots_[chosen], expected);
+  std::size_t spare = pool_.usage().available();
+  std::vector<std::pair<std::uint64_t, std::size_t>> remembered;
+  for (std::size_t index = parked_.next(0); index < options_.slots; index = parked_.next(index + 1)) {
+    const Slot& slot = slots_[index];
+    if (slot.locked || index == chosen || index == like) continue;
+    bool shared = false;
+    for (const Run& run : slot.runs)
+      for (const Mapping& mapping : run.mappings) {
+        shared = shared || mapping.shared();
+        spare += slot.cached == 0 ? mapping.bytes() : 0;
+      }
+    if (slot.cached != 0 && !shared && slot.deferred.empty()) remembered.emplace_back(slot.parked_at, index);
+  }
+  if (lacking <= spare) return chosen;
+  std::sort(remembered.begin(), remembered.end());
+  remembered.resize((remembered.size() + 1) / 2);
+  std::size_t least = 2 * lacking + beyond;
+  for (const auto& [parked_at, index] : remembered) {
+    const auto [missing, more] = misfit(slots_[index], expected);
+    if (2 * missing + more >= least) continue;
+    least = 2 * missing + more;
+    chosen = index;
+  }
   return chosen;
 }
 

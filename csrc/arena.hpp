@@ -43,6 +43,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "extent_pool.hpp"
@@ -171,6 +172,8 @@ class Arena {
   //   3. When nothing is expected and `empty` is false: a parked slot before a bare one.
   //   4. The slot whose memory is nearest to what `expected` positions need, where missing bytes count twice. So with
   //      `empty` and nothing expected it is the slot with the least memory.
+  // Where memory for `expected` positions would be taken from slots with a cached prefix, it may be one of these, see
+  // rather_remembered().
   // Waits for what was queued on streams other than `stream` with the slot's memory. Throws std::invalid_argument when
   // `slot` does not exist or is in use, or when all slots are in use.
   std::size_t acquire(std::optional<std::size_t> slot, std::size_t expected, Stream stream, bool empty = false,
@@ -416,6 +419,8 @@ class Arena {
   void begin(Slot& slot, std::size_t positions, Stream stream);
   void wait_for_others(Fences fences, Stream stream, Lock& lock);
   void drop_unwritable(Slot& slot, std::size_t index) noexcept;
+  std::pair<std::size_t, std::size_t> misfit(const Slot& slot, std::size_t expected) const noexcept;
+  std::size_t rather_remembered(std::size_t chosen, std::size_t expected, std::optional<std::size_t> like) const;
   static bool has_nothing(const Slot& slot) noexcept;
   Lock locked() const;
   void require_open() const;

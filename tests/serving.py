@@ -93,6 +93,17 @@ def generated(model: Any, prompts: list[list[int]], new: int = NEW, cache: Any =
     return found
 
 
+def require_likely(model: Any, prompts: list[list[int]], found: list[list[int]]) -> None:
+    """Asserts that each token is the model's behind those before it, or as likely but for what halves round."""
+    with torch.no_grad():
+        for prompt, got in zip(prompts, found, strict=True):
+            ids = torch.tensor([[*prompt, *got[:-1]]], device=model.device)
+            logits = model(input_ids=ids).logits[0, len(prompt) - 1 :].float()
+            chosen = logits.gather(1, torch.tensor(got, device=model.device)[:, None])[:, 0]
+            may = 0.1 * logits.norm(dim=1) / logits.shape[1] ** 0.5
+            assert bool((chosen >= logits.amax(1) - may).all())
+
+
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW)
 
 LENGTHS = (30, 7, 1, 45, 16, 33)

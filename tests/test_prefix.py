@@ -363,3 +363,36 @@ def test_the_tree_holds_no_more_than_there_are_slots():
         run(c, tokens)[0].close(tokens=tokens)
     assert len(c._slots.prefixes._index.trees[None]) <= 3
     c.check()
+
+
+@pytest.mark.parametrize("pages", [None, 50])
+def test_a_slot_with_cached_rows_is_taken_as_a_whole_when_memory_is_short(pages):
+    """Else its memory would be taken from it extent by extent. Of the half used longest ago the one that fits best."""
+    layout = KVLayout.uniform(layers=1, kv_heads=1, head_dim=128, max_len=400, dtype="float16", granularity=PAGE)
+    assert layout.tokens_per_granule == 8
+    cache = KVCache(layout, slots=8, budget=None if pages is None else pages * PAGE, lookahead=0, mapper=False)
+    lengths = {40: 1000, 80: 2000, 120: 3000, 160: 4000}  # in the order in which they are parked, and a first token
+    opened = {length: cache.open() for length in lengths}
+    slots = {length: sequence.slot for length, sequence in opened.items()}
+    for length, sequence in opened.items():
+        sequence.grow(length)
+    for length, sequence in opened.items():
+        sequence.close(tokens=range(lengths[length], lengths[length] + length))
+    before = cache.stats().driver_calls
+
+    def known(length):
+        return cache.cached_positions(range(lengths[length], lengths[length] + length + 1))
+
+    with cache.open(expected=84) as sequence:
+        if pages is None:
+            assert sequence.slot not in slots.values()
+            assert [known(length) for length in lengths] == list(lengths)
+            return
+        assert sequence.slot == slots[80]
+        sequence.grow(80)
+        assert cache.stats().driver_calls["map"] == before["map"]
+        with cache.open(expected=160) as longest:  # of 40, 120 and 160 only the first two may be taken
+            assert longest.slot == slots[120]
+        assert (known(40), known(160)) == (40, 160)
+    cache.check()
+    cache.close()

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from vattn.bench.mixes import Work
+from vattn.bench.replay import MEMORY_CALLS
 from vattn.engine.llm import LLM
 from vattn.engine.sampling_params import SamplingParams
 from vattn.transfer import Download
@@ -84,12 +85,13 @@ def throughput(llm: LLM, rounds: list[list[Work]], temperature: float = 0.6) -> 
 
 
 def _counts(llm: LLM) -> dict[str, float]:
-    """Calls of the driver, seconds that were waited for memory, and requests that lost their memory, so far."""
+    """Memory calls of the driver, seconds that were waited for memory, and requests that lost their memory, so far."""
     preemptions = llm.engine.scheduler.requests.counters.preemptions
     if (cache := llm.engine.tier.cache) is None:
         return {"calls": 0, "waited": 0.0, "preemptions": preemptions}
     stats = cache.stats()
-    return {"calls": sum(stats.driver_calls.values()), "waited": stats.waited_seconds, "preemptions": preemptions}
+    calls = sum(stats.driver_calls[name] for name in MEMORY_CALLS)
+    return {"calls": calls, "waited": stats.waited_seconds, "preemptions": preemptions}
 
 
 def latency(llm: LLM, prompts: Iterable[int], output: int, vocabulary: int) -> list[dict[str, Any]]:

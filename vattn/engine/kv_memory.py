@@ -11,6 +11,8 @@ from vattn.memory.kv_cache import KVCache
 from vattn.memory.sequence import Sequence
 from vattn.models.flat import Margins
 
+_AHEAD = 64  # positions past those that a sequence will have, which the mapper may keep mapped ahead
+
 
 class KVMemory:
     """The memory of a ``KVCache`` as the engine asks for it; see ``Memory``.
@@ -90,7 +92,7 @@ class KVMemory:
     def open(self, request: Request, expected: int) -> int | None:
         """See ``Memory.open``."""
         self._close_all()
-        tokens = None
+        tokens, expected = None, expected + _AHEAD
         if self._reuse and request.reuse_prefix:
             # Several outputs are forked behind the prompt; a single one may go on behind rows of its own.
             tokens = request.prompt if len(request.live) > 1 else (*request.prompt, *request.trunk.output)

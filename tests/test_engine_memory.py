@@ -1,0 +1,56 @@
+"""Memory that requests leave serves those that come after them, without calls of the driver."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from vattn import KVCache, KVLayout
+from vattn.bench import mixes
+from vattn.bench.replay import MEMORY_CALLS
+from vattn.engine.kv_memory import KVMemory
+from vattn.engine.policy import policy_named
+from vattn.engine.request import Request
+from vattn.engine.scheduler import Scheduler
+from vattn.models.flat import Margins
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize(("lengths", "may"), [("alike", 1.5), ("others", 6.0)])
+def test_later_rounds_take_few_calls(lengths, may, reuse):
+    """Sixteen positions a granule, as with Llama-3-8B on a GPU; prompts of each round have other tokens."""
+    layout = KVLayout.uniform(layers=1, kv_heads=1, head_dim=64, max_len=2500, dtype="bfloat16", granularity=4096)
+    assert layout.tokens_per_granule == 16
+    works = mixes.mix("nano", 10_000, count=64)
+    needed = sum(len(work.prompt) + work.output for work in works)
+    cache = KVCache(layout, slots=128, budget=int(1.3 * needed) * layout.bytes_per_token)
+    memory = KVMemory(cache, Margins(0, 0, 175), 2048, reuse_prefixes=reuse)
+    scheduler = Scheduler(
+        memory, policy_named("fcfs", memory.cached_positions), clock=time.monotonic, stops=lambda branch: None,
+        max_num_seqs=64, max_num_batched_tokens=4096,
+    )  # fmt: skip
+    calls = []
+    for number in range(5):
+        if lengths == "others":
+            works = mixes.mix("nano", 10_000, count=64, seed=number)
+        before = cache.stats().driver_calls
+        for place, work in enumerate(works):
+            prompt = tuple(10_000 * number + token for token in work.prompt)
+            request = Request(f"{number}-{place}", prompt, work.output)
+            request.stop_tokens = frozenset()
+            scheduler.add(request)
+        flying = scheduler.schedule()
+        while not flying.empty:
+            following = scheduler.schedule()
+            scheduler.read(flying, [7] * len(flying.into))
+            flying = following
+        assert not scheduler.requests.running
+        after = cache.stats().driver_calls
+        tokens = sum(len(work.prompt) + work.output for work in works)
+        calls.append(1000 * sum(after[name] - before[name] for name in MEMORY_CALLS) / tokens)
+        scheduler.requests.ended.clear()
+    cache.check()
+    cache.close()
+    assert calls[0] > 30
+    assert max(calls[2:]) <= may, calls
