@@ -195,6 +195,7 @@ class FlatRunner:
         finally:
             for sequence in sequences:
                 sequence.close()
+            cache.trim()  # requests come in other lengths
 
     def _replayed(
         self, ids: list[torch.Tensor], segments: list[Segment], places: Decodes | None, keep: Sequence[int]
