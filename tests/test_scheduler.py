@@ -188,6 +188,21 @@ def test_requests_wait_for_others_where_the_ratio_says_so():
     simulation.run()
 
 
+@pytest.mark.parametrize(("tokens", "capacity", "begins"), [(10, 80, True), (60, 120, False)])
+def test_a_request_begins_where_others_end_before_memory_is_short(tokens, capacity, begins):
+    """What both come to have is more than there is, but in one case the other gives its memory back before."""
+    simulation = Simulation(capacity, endless=True, max_num_batched_tokens=32)
+    simulation.add("long", 10, 60)
+    for _ in range(3):
+        simulation.step()
+    other = simulation.add("other", tuple(range(100, 120)), tokens)
+    for _ in range(2):
+        simulation.step()
+    assert (other.status is Status.RUNNING) == begins
+    simulation.run()
+    assert simulation.scheduler.requests.counters.preemptions == 0
+
+
 def test_what_makes_no_room_by_itself_ends_with_an_error():
     """The budget was cut under a request that runs alone."""
     simulation = Simulation(100, depth=0)

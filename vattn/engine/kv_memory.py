@@ -86,8 +86,9 @@ class KVMemory:
         stats = self.cache.stats()
         if stats.budget is None:
             return True
-        tails = (stats.running_slots + 1) * self._margins.behind + self._margins.more_behind_prompts
-        return (positions + tails) * self.cache.layout.bytes_per_token <= stats.budget - stats.rows
+        used = stats.mapped - stats.parked - stats.spare  # what is shared counts once
+        tails = self._margins.behind + self._margins.more_behind_prompts
+        return (positions + tails) * self.cache.layout.bytes_per_token <= stats.budget - used
 
     def open(self, request: Request, expected: int) -> int | None:
         """See ``Memory.open``."""

@@ -337,7 +337,7 @@ class Scheduler:
     def _resume(self) -> None:
         """Brings swapped requests back, ahead of all that wait."""
         for request in sorted(self.requests.swapped.values(), key=self._key):
-            soon = request.held_positions + sum(map(self._estimate.remaining, request.live))
+            soon = request.held_positions + self._growth(request)
             if self.requests.sequences + len(request.live) > self.limits.seqs:
                 return
             if self.requests.running and not self._memory.room_for(soon):
@@ -382,11 +382,32 @@ class Scheduler:
         enough = len(self.requests.waiting) >= self._waiting_served_ratio * len(running)
         if not enough and self._number - request.enqueued < _MOST_WAITED:
             return False
-        outputs = [branch for each in running for branch in each.live]
-        soon = sum(map(self._estimate.remaining, [*outputs, *request.live]))
-        unfinished = sum(max(len(each.prompt) - each.trunk.launched, 0) for each in running)
         begins = request.held_positions - self._memory.cached_positions(request)
-        return self._memory.room_for(begins + unfinished + soon)
+        return self._memory.room_for(begins + self._growth(request))
+
+    def _growth(self, request: Request) -> int:
+        """Positions by which what runs will grow at most, with a request beside it whose prompt is there already.
+
+        Outputs that end give their memory back while others still grow.
+        """
+        running = [*self.requests.running.values(), request]
+        ends = [
+            (self._estimate.remaining(branch), self._own_positions(branch)) for each in running for branch in each.live
+        ]
+        ends.sort()
+        most = given_back = 0
+        for place, (remaining, own) in enumerate(ends):
+            most = max(most, (len(ends) - place) * remaining - given_back)
+            given_back += own
+        unfinished = sum(max(len(each.prompt) - each.trunk.launched, 0) for each in self.requests.running.values())
+        return most + unfinished
+
+    @staticmethod
+    def _own_positions(branch: Branch) -> int:
+        """Positions of an output that no other shares, as far as is known."""
+        request = branch.request
+        shared = len(request.prompt) if request.n > 1 else request.cached
+        return max(branch.length - shared, 0)
 
     def _require_possible(self, request: Request) -> None:
         """Ends a request for which there will never be memory, so that it does not wait for ever."""
