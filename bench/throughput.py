@@ -160,6 +160,8 @@ def bars_of(rows: list[dict[str, Any]]) -> dict[str, float]:
             bars[f"ttft_ms_{row['prompt tokens']}{end}"] = row["first token ms"]
             if row["prompt tokens"] == 1024:
                 bars[f"tpot_ms_1x1024{end}"] = row["ms per token"]
+        elif row["shape"] != "8b":
+            continue
         elif row["part"] == "ready":
             bars[f"ready_s_{row['start']}"] = max(value for name, value in row.items() if name.startswith("ready s"))
         elif row["part"] == "host":
@@ -225,6 +227,8 @@ def main() -> None:
         rows = measured(options)
     rows += of_vllm(options.vllm, name_of(options)) if options.vllm else []
     again = set(map(_place, rows))
+    if not options.vllm:  # the peer's were measured on another machine
+        again |= {("vllm 0.26.0", *place[1:]) for place in again}
     rows = [row for row in report.read("throughput", "cuda", options.out) if _place(row) not in again] + rows
     report.write("throughput", "cuda", rows, bars_of(rows), options.out)
 

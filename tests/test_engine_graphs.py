@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from serving import (
@@ -46,6 +48,24 @@ def test_replays_give_the_same_tokens(name, attention, batch_graphs_on_cpu):
         assert tokens(served(engine, prompts, GREEDY)) == expected
         assert mixes or runner.graphs == captured  # behind prefixes, prompts have other sizes
         assert batch_graphs_on_cpu.replays > replays
+
+
+def test_a_model_that_gives_all_logits(batch_graphs_on_cpu):
+    """Of 31 tokens of 20 prompts the logits of 20 are wanted, and not the first ones."""
+    model = model_of("llama-gqa")
+    prompts = prompts_of((2,) * 11 + (1,) * 9)
+    expected = generated(model, prompts, 4)
+    plain = model.forward
+
+    @functools.wraps(plain)
+    def forward(*args, logits_to_keep=0, **options):
+        return plain(*args, **options)
+
+    model.forward = forward
+    params = SamplingParams(temperature=0, max_tokens=4)
+    with engine_of(model, max_num_seqs=32, max_num_batched_tokens=512, attention="reference") as engine:
+        assert tokens(served(engine, prompts, params)) == expected
+        assert engine.tier.runner.graphs > 1
 
 
 def test_a_graph_serves_all_batches_up_to_its_rows(batch_graphs_on_cpu):

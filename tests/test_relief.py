@@ -9,6 +9,7 @@ from serving import GREEDY, LENGTHS, engine_of, generated, model_of, prompts_of,
 from vattn.engine.request import FinishReason
 from vattn.engine.runner import FlatRunner
 from vattn.engine.sampling_params import SamplingParams
+from vattn.models.flat import Margins
 from vattn.models.versions import VERSION
 
 pytestmark = pytest.mark.skipif(VERSION < (5, 17), reason="the engine needs transformers 5.17")
@@ -131,12 +132,13 @@ def test_the_largest_iteration_is_rehearsed(options, monkeypatch):
             FlatRunner, "_computed", lambda self, ids, *args: counted.append(len(ids)) or plain(self, ids, *args)
         )
         before = engine.tier.cache.stats().budget
+        monkeypatch.setattr("vattn._core.host_memory", lambda: (10 << 30, 20 << 30))
         engine._launcher.rehearse(engine._options.max_num_batched_tokens, 8)
         engine.tier.fit(engine._options)
         stats = engine.tier.cache.stats()
         assert stats.running_slots == 0
         if options.get("kv_budget") == 0.01:
-            assert stats.budget != before
+            assert stats.budget == int(0.01 * (10 << 30))
         else:
             assert stats.budget == before
         if "max_num_batched_tokens" in options:
@@ -144,6 +146,111 @@ def test_the_largest_iteration_is_rehearsed(options, monkeypatch):
         else:
             assert counted == [2048]
         assert tokens(served(engine, prompts, GREEDY)) == expected
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("late", [False, True])
+def test_failures_after_iterations_that_succeed(late, depth, monkeypatch):
+    """A later chunk of a prompt, or more outputs than come at first, find no memory each time they are computed."""
+    model = model_of("llama-gqa")
+    prompts = prompts_of((120,) if late else (100,) * 6)
+    params = SamplingParams(temperature=0, max_tokens=12)
+    expected = generated(model, prompts, 12)
+    plain, failed = FlatRunner.run, []
+
+    def run(runner, decodes, rows, tokens, keep):
+        outputs = (0 if decodes is None else len(decodes.branches)) + len(rows)
+        chunk = any(row.start >= 60 for row in rows) and sum(row.count for row in rows) > 16
+        if chunk if late else outputs > 3:
+            failed.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(runner, decodes, rows, tokens, keep)
+
+    monkeypatch.setattr(FlatRunner, "run", run)
+    with engine_of(model, max_num_batched_tokens=32 if late else 110, depth=depth) as engine:
+        assert tokens(served(engine, prompts, params)) == expected
+        assert 1 < len(failed) < 10
+        all_at_rest(engine)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_failure_changes_no_token_of_samples(depth, monkeypatch):
+    """The tokens that samples have are on the host only when they are computed again."""
+    model = model_of("llama-gqa")
+    [prompt] = prompts_of((12,))
+    params = SamplingParams(n=3, temperature=1.0, seed=3, max_tokens=8)
+    plain, calls, failing = FlatRunner.run, [], [0]
+
+    def run(*given):
+        calls.append(1)
+        if len(calls) == failing[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(*given)
+
+    monkeypatch.setattr(FlatRunner, "run", run)
+    found = []
+    for failing[0] in range(7):
+        with engine_of(model, depth=depth) as engine:
+            served(engine, prompts_of((40,)), SamplingParams(temperature=0, max_tokens=20))  # leaves other tokens
+            calls.clear()  # the first time none fails
+            [output] = served(engine, [prompt], params)
+            found.append([each.token_ids for each in output.outputs])
+    assert all(each == found[0] for each in found)
+
+
+@pytest.mark.parametrize("budget", [8, 12])
+def test_samples_that_are_computed_again_in_chunks(budget):
+    model = model_of("llama-gqa")
+    [prompt] = prompts_of((12,))
+    params = SamplingParams(n=3, temperature=1.0, seed=3, max_tokens=10)
+    found = []
+    for again in (None, 4, 7, 9, 11, 13):
+        with engine_of(model, max_num_batched_tokens=budget) as engine:
+            served(engine, prompts_of((40,)), SamplingParams(temperature=0, max_tokens=20))
+            engine.add("samples", prompt, params)
+            steps, done = 0, {}
+            while engine.unfinished:
+                done |= {output.request_id: output for output in engine.step()}
+                steps += 1
+                if steps == again:
+                    engine.recover()
+            found.append([each.token_ids for each in done["samples"].outputs])
+    assert all(each == found[0] for each in found)
+
+
+def test_a_request_that_was_admitted_has_memory_when_it_is_computed_again(monkeypatch):
+    """Rows behind prompts are there, too, where what was sampled is computed as a prompt is."""
+    monkeypatch.setattr("vattn.engine.tier._widest_margins", lambda *args: Margins(0, 70, 70))
+    monkeypatch.setattr("vattn.engine.tier._expected_margins", lambda *args: Margins(0, 0, 70))
+    model = model_of("llama-gqa")
+    prompts = prompts_of((20,))
+    params = SamplingParams(temperature=0, max_tokens=130, ignore_eos=True)
+    pages = 45
+    while True:
+        with engine_of(model, kv_budget=pages * 4096) as engine:
+            try:
+                engine.add("0", prompts[0], params)
+            except ValueError:
+                pages += 1
+                continue
+            for _ in range(110):
+                engine.step()
+            engine.recover()
+            done = {}
+            while engine.unfinished:
+                done |= {output.request_id: output for output in engine.step()}
+            assert done["0"].outputs[0].finish_reason == FinishReason.LENGTH
+            break
+
+
+def test_no_position_beyond_the_longest_is_rehearsed(monkeypatch):
+    """Models with a table of positions have no others."""
+    monkeypatch.setattr("vattn.engine.tier._widest_margins", lambda *args: Margins(0, 70, 70))
+    monkeypatch.setattr("vattn.engine.tier._expected_margins", lambda *args: Margins(0, 70, 70))
+    model = model_of("gpt2")
+    with engine_of(model, max_model_len=None) as engine:
+        assert engine.max_model_len == model.config.max_position_embeddings
+        engine._launcher.rehearse(2048, 8)
 
 
 @pytest.mark.gpu

@@ -203,6 +203,23 @@ def test_a_request_begins_where_others_end_before_memory_is_short(tokens, capaci
     assert simulation.scheduler.requests.counters.preemptions == 0
 
 
+def test_a_swapped_request_comes_back_where_fewer_outputs_run():
+    simulation = Simulation(1000, endless=True)
+    simulation.memory.prefers_swap = lambda request: True
+    samples = simulation.add("samples", 20, 30, n=4)
+    for _ in range(8):
+        simulation.step()
+    simulation.scheduler.preempt_one()
+    while samples.status is not Status.SWAPPED:
+        while simulation.flight:
+            simulation.scheduler.read(*simulation.flight.popleft())
+    while simulation.scheduler.limits.seqs > 2:
+        simulation.scheduler.limits.narrow()
+    simulation.add("other", 5, 5)
+    simulation.run()
+    assert [len(branch.output) for branch in samples.branches] == [30] * 4
+
+
 def test_what_makes_no_room_by_itself_ends_with_an_error():
     """The budget was cut under a request that runs alone."""
     simulation = Simulation(100, depth=0)

@@ -68,7 +68,8 @@ class KVMemory:
             for plane in layout.planes
             if plane.window is None
         )
-        most = max(request.most_tokens, len(request.prompt) + self._margins.more_behind_prompts) + self._margins.behind
+        # What was sampled may have to be computed again, as a prompt is.
+        most = request.most_tokens + self._margins.behind + self._margins.more_behind_prompts
         each = layout.mapped_bytes(most) + layout.growth_step_bytes
         needs = each if request.n == 1 else request.n * (each - shared) + shared + layout.growth_step_bytes
         if budget is None or needs <= budget:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from vattn.engine.scheduler import Iteration, Scheduler
 
-_CALM = 256  # iterations without a failure after which twice as much is computed at once again
+_CALM = 256  # iterations without a failure after which failures are forgotten, and twice as much is computed at once
 
 
 class Relief:
@@ -22,15 +22,14 @@ class Relief:
 
     def __init__(self, scheduler: Scheduler, give_back: Callable[[], None]) -> None:
         self._scheduler, self._give_back = scheduler, give_back
-        self._failures = 0  # one after the other
+        self._failures = 0  # until there were none for a while
         self._calm = 0  # iterations since the last one
 
     def note_success(self) -> None:
-        """Notes that an iteration was computed."""
-        self._failures = 0
+        """Notes that an iteration was computed. What comes after a failure may be what came before it."""
         self._calm += 1
         if self._calm >= _CALM:
-            self._calm = 0
+            self._calm = self._failures = 0
             self._scheduler.limits.widen()
 
     def note_failure(self, iteration: Iteration, reason: str) -> None:
@@ -43,4 +42,3 @@ class Relief:
         branches = [*iteration.decodes, *(row.branch for row in iteration.rows)]
         for request_id in dict.fromkeys(branch.request.id for branch in branches):
             self._scheduler.fail(request_id, f"the device has no memory to compute it: {reason}")
-        self._failures = 0

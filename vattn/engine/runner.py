@@ -177,7 +177,7 @@ class FlatRunner:
         sequences: list[KVSequence] = []
         segments, left = [], tokens
         try:
-            count = min(left, cache.layout.max_len - behind)
+            count = min(left, self._context.max_model_len)
             while left and count and len(sequences) < cache.slots:
                 sequences.append(cache.open())
                 while count and not _grown(sequences[-1], count + behind):
@@ -249,8 +249,10 @@ class FlatRunner:
         prompts = sizes["prompts"]
         step = next(step for step in (32, 64, 128) if prompts <= 16 * step or step == 128)
         prompts = -(-prompts // step) * step
+        if sizes["prompt slots"] >= prompts:
+            prompts += step  # fewer sequences than tokens, so that logits of the last ones differ in number from all
         decodes = min(-(-sizes["slots"] // _DECODES_BESIDE) * _DECODES_BESIDE, self._most)
-        sequences = min(self._most, 16 if sizes["prompt slots"] <= 16 else prompts)
+        sequences = min(self._most, 16 if sizes["prompt slots"] <= 16 else prompts - 1)
         found = dict.fromkeys(_DECODES, decodes) | dict.fromkeys(_PROMPTS, sequences)
         return found | {"prompts": prompts}
 

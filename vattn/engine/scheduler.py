@@ -216,7 +216,7 @@ class Scheduler:
     def _remember_prompt(self, row: Row) -> None:
         """Lets other requests begin behind a prompt as soon as it is computed."""
         branch, length = row.branch, len(row.branch.request.prompt)
-        ends_here = row.start < length <= row.start + row.count
+        ends_here = row.start < length <= row.start + row.count and row.into  # whose logits were numbers
         if ends_here and branch.opened and branch.finish_reason is not FinishReason.ERROR:
             self._memory.remember(branch, length)
 
@@ -338,7 +338,7 @@ class Scheduler:
         """Brings swapped requests back, ahead of all that wait."""
         for request in sorted(self.requests.swapped.values(), key=self._key):
             soon = request.held_positions + self._growth(request)
-            if self.requests.sequences + len(request.live) > self.limits.seqs:
+            if self.requests.running and self.requests.sequences + len(request.live) > self.limits.seqs:
                 return
             if self.requests.running and not self._memory.room_for(soon):
                 return

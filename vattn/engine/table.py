@@ -89,9 +89,12 @@ class RequestTable:
         self.starting[request.id] = request
 
     def started(self, request: Request) -> None:
-        """Moves a running request to ``decoding``, if none of its outputs misses more than one position."""
+        """Moves a running request to ``decoding``, if its outputs only miss the position of a token in flight.
+
+        A token that was read is on the device only as long as its output goes on from iteration to iteration.
+        """
         live = request.live
-        if all(branch.opened and branch.missing <= 1 for branch in live):
+        if all(branch.opened and branch.missing <= 1 and branch.pending for branch in live):
             self.starting.pop(request.id, None)
             self.decoding.update(dict.fromkeys(live))
 

@@ -74,7 +74,8 @@ class Tier:
     def give_back(self) -> None:
         """Gives memory back to the device that no request needs."""
         if self.cache is not None:
-            self.cache.trim()
+            with contextlib.suppress(Error):  # of the driver
+                self.cache.trim()
             if self.cache.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -139,7 +140,7 @@ def _verified(model: Any, probe: Probe, options: EngineOptions, max_model_len: i
             empties_torch=False,  # growth must not make iterations wait for the device
             host_budget=int(options.swap_space * 2**30),
         )
-        context = FlatContext(cache, configs_of(model), options.attention, margins)
+        context = FlatContext(cache, configs_of(model), options.attention, margins, max_model_len)
         try:
             reason = verified(model, context, probe.vocabulary)
         except BaseException:
@@ -286,8 +287,11 @@ def _expected_margins(model: Any, probe: Probe, options: EngineOptions, cache: K
             one = decode_kernel(AttentionSpec.of(q, *rows, **features), options.attention)
             before = max(before, one.head_rows)
             behind = max(behind, one.tail(shape.head_dim, rows[0].dtype if stored else None))
-            spec = AttentionSpec.of(q, *rows, queries="chunk", **features)
-            several = kernels.choose(replace(spec, kv_dtype=None), name=options.attention)
-            if several.mixes:
+            several = (
+                kernels.choose(AttentionSpec.of(q, *rows, queries="chunk", **features), name=options.attention)
+                if stored is None
+                else None
+            )  # else prompts are computed on copies
+            if several is not None and several.mixes:
                 behind_prompts = max(behind_prompts, several.tail(shape.head_dim))
     return Margins(before, behind, max(behind, behind_prompts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -42,7 +43,10 @@ def fastest(task: AttentionSpec, *, name: str = "auto") -> Kernel:
     alike = replace(task, reach=0, rows=0)  # the size of a slot tensor makes no difference any more
     best, least = None, math.inf
     for kernel in usable:
-        took = _seconds(kernel, alike, torch.cuda.current_device()) if kernel.measured else math.inf
+        took: float | None = math.inf
+        if kernel.measured:
+            with contextlib.suppress(torch.OutOfMemoryError):  # another time there may be memory
+                took = _seconds(kernel, alike, torch.cuda.current_device())
         if took is not None and (best is None or took < _BETTER * least):
             best, least = kernel, took
     if best is None:
@@ -56,6 +60,8 @@ def _seconds(kernel: Kernel, task: AttentionSpec, device: int) -> float | None:
     try:
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(device):
             return _measured(kernel, task)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # e.g. it is compiled at its first use, and there is no compiler
         _LOG.info("the kernel %s is not used: %s", kernel.name, str(error).partition("\n")[0])
         return None

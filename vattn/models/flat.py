@@ -194,10 +194,12 @@ class FlatContext:
         configs: the configurations of the model.
         attention: the name of the kernel, or ``"auto"``.
         margins: rows around these that kernels may load.
+        max_model_len: positions of the longest sequence. The slots have room for it and the margins.
 
     Attributes:
         cache: the same.
         margins: the same.
+        max_model_len: the same.
         needs_margins: whether a kernel was chosen that loads more.
         watch: checks calls; None where these are not verified.
         shares_kv_across_layers: whether a layer was seen to attend to the K and V of another one.
@@ -206,8 +208,11 @@ class FlatContext:
     own_attention = False  # the attention is vattn's, see ``models.attention``
     store = None  # no ``VirtualCache`` takes part
 
-    def __init__(self, cache: KVCache, configs: list[Any], attention: str, margins: Margins) -> None:
+    def __init__(
+        self, cache: KVCache, configs: list[Any], attention: str, margins: Margins, max_model_len: int
+    ) -> None:
         self.cache, self._configs, self._attention, self.margins = cache, configs, attention, margins
+        self.max_model_len = max_model_len
         self.needs_margins = False
         self.watch: FlatWatch | None = None
         self.shares_kv_across_layers = False
@@ -222,7 +227,9 @@ class FlatContext:
 
     @property
     def mixes(self) -> bool:
-        """Whether all kernels that were chosen for prompts compute mixtures."""
+        """Whether all kernels that were chosen for prompts compute mixtures of rows as they are stored."""
+        if any(self._copied(layer) for layer, shape in enumerate(self.cache.layout.layers) if shape is not None):
+            return False
         chosen = [kernel for (*_, queries), kernel in self._kernels.items() if queries == "chunk"]
         return bool(chosen) and all(kernel.mixes for kernel in chosen)
 
@@ -335,8 +342,11 @@ class FlatContext:
     def _parts(self, layer: int, q: torch.Tensor, rows: _Rows, how: AttentionParams) -> list[Part]:
         """The parts of the call that are computed one after the other."""
         call = self._running()
-        narrow = rows[0].dtype.itemsize == 1  # kernels read fp8 in decode steps only
-        if call.mixtures is not None and not narrow and self._kernel_for(layer, q, rows, how, "chunk").mixes:
+        if (
+            call.mixtures is not None
+            and not self._copied(layer)
+            and self._kernel_for(layer, q, rows, how, "chunk").mixes
+        ):
             return call.mixtures
         if call.parts is None:
             raise UnsupportedError("its kernels cannot compute prompts from tensors alone")
@@ -358,7 +368,7 @@ class FlatContext:
             kernel = self._kernel_for(layer, q, rows, how, "chunk")
             return kernel, kernel.mixed(q, *rows, ranges, mixture.offsets, mixture.most, how)
         assert isinstance(part.segments, list)
-        if rows[0].dtype.itemsize == 1:  # kernels read fp8 in decode steps only
+        if self._copied(layer):
             rows, ranges = self._widened(rows, ranges, q.dtype)
         kernel = self._kernel_for(layer, q, rows, how, "chunk")
         return kernel, kernel.prefill(q, *rows, ranges, [segment.count for segment in part.segments], how)
@@ -369,8 +379,8 @@ class FlatContext:
         ends = list(itertools.accumulate(end - start for _, start, end in spans))
         made = []
         for each in rows:
-            last_rows = self.margins.behind_prompts  # which are behind the last range, and finite
-            copies = torch.zeros(1, ends[-1] + last_rows, *each.shape[2:], dtype=dtype, device=each.device)
+            behind = max(kernel.tail_rows for kernel in kernels.KERNELS.values())
+            copies = torch.zeros(1, ends[-1] + behind, *each.shape[2:], dtype=dtype, device=each.device)
             for last, (slot, start, end) in zip(ends, spans, strict=True):
                 copies[0, last - (end - start) : last] = each[slot, start:end].to(dtype)
             made.append(copies)
@@ -394,13 +404,20 @@ class FlatContext:
                 )
             except ValueError as error:
                 raise UnsupportedError(str(error), of_model=True) from None
-            self._require_mapped(kernel, spec)
+            self._require_mapped(layer, kernel, spec)
             self._kernels[key] = kernel
         return self._kernels[key]
 
-    def _require_mapped(self, kernel: Kernel, spec: AttentionSpec) -> None:
+    def _copied(self, layer: int) -> bool:
+        """Whether prompts are computed on copies of a layer's rows: kernels read 8 bits in decode steps only."""
+        shape = self.cache.layout.layers[layer]
+        return shape is not None and shape.itemsize == 1
+
+    def _require_mapped(self, layer: int, kernel: Kernel, spec: AttentionSpec) -> None:
         """Raises an error where a kernel loads rows that are not mapped."""
         one = spec.queries == "one"
+        if not one and self._copied(layer):
+            return
         tail = kernel.tail(spec.head_dim, spec.kv_dtype) if one or kernel.mixes else 0
         mapped = self.margins.behind if one else max(self.margins.behind, self.margins.behind_prompts)
         if tail > mapped or (one and kernel.head_rows > self.margins.before):

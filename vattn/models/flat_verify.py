@@ -42,7 +42,7 @@ def verified(model: Any, context: FlatContext, vocabulary: int, *, compiled: Any
     chance = torch.Generator().manual_seed(0)
     cache = context.cache
     behind = context.margins.more_behind_prompts
-    totals = [min(sum(counts), cache.layout.max_len - behind) for counts in zip(*_CALLS, strict=True)]
+    totals = [min(sum(counts), context.max_model_len) for counts in zip(*_CALLS, strict=True)]
     ids = [torch.randint(0, vocabulary, (n,), generator=chance).to(cache.device) for n in totals]
     context.watch = watch = FlatWatch()
     sequences = [cache.open() for _ in ids]
