@@ -23,7 +23,7 @@ long as the host needs to launch it, and varies with the host by a factor of two
 82.7 ms for DynamicCache at 1 x 1024, which was measured first in a fresh process and was two to three times too high.
 """
 # The benchmarks that have a figure, and the function of ``plots`` that draws it. ``plots`` is imported only to draw.
-DRAWN = {"map": "mapping", "generate": "generate", "kernels": "kernels"}
+DRAWN = {"map": "mapping", "generate": "generate", "kernels": "kernels", "throughput": "throughput"}
 # The benchmarks in the order of the page, and the title of each. The keys of its rows are the columns of its tables.
 SECTIONS = {
     "latency": "Latency of growing and updating",

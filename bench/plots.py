@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +44,24 @@ def generate(result: dict[str, Any], path: Path) -> None:
             memory.set(title="Memory, weights included")
 
 
+def throughput(result: dict[str, Any], path: Path) -> None:
+    """Draws the tokens per second of each mix, by engine, and how long one request waits for its first token."""
+    with _figure(result, path, 1, 2) as axes:
+        rounds = [row for row in result["rows"] if row["part"] == "throughput"]
+        speeds: dict[str, list[float]] = defaultdict(list)
+        for row in rounds:
+            speeds[f"{row['shape']}, {row['mix']}: {row['engine']}"].append(row["tokens/s"])
+        _bars(
+            axes[0, 0], list(speeds), [statistics.median(each) for each in speeds.values()], "tokens per second", "%.4g"
+        )
+        axes[0, 0].set(title="Requests that come at once, median of the rounds")
+        one = [row for row in result["rows"] if row["part"] == "latency"]
+        one.sort(key=lambda row: row["prompt tokens"])
+        names = [f"{row['shape']}, {row['prompt tokens']}: {row['engine']}" for row in one]
+        _bars(axes[0, 1], names, [row["first token ms"] for row in one], "ms", "%.4g")
+        axes[0, 1].set(xscale="log", title="First token of one request, by the tokens of its prompt")
+
+
 def kernels(result: dict[str, Any], path: Path) -> None:
     """Draws the rate of each kernel on each kind of memory, for each workload."""
     rows = [row for row in result["rows"] if "error" not in row]
@@ -75,8 +94,8 @@ def _figure(result: dict[str, Any], path: Path, rows: int, columns: int) -> Iter
     plt.close(figure)
 
 
-def _bars(axes: Any, names: list[str], values: list[float], unit: str) -> None:
-    axes.bar_label(axes.barh(names, values), fmt="%.3g", padding=2)
+def _bars(axes: Any, names: list[str], values: list[float], unit: str, form: str = "%.3g") -> None:
+    axes.bar_label(axes.barh(names, values), fmt=form, padding=2)
     axes.set(xlabel=unit)
     axes.margins(x=0.12)
     axes.invert_yaxis()
