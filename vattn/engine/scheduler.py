@@ -87,6 +87,22 @@ class OutputEstimate:
         sampled, most = len(branch.output) + branch.pending, branch.request.max_tokens
         return max(int(self._part * most) - sampled, min(_SOON, most - sampled))
 
+    def growth(self, running: list[Request], joining: Request) -> int:
+        """Positions by which what runs will grow at most, with a request beside it whose prompt is there already.
+
+        Outputs that end give their memory back while others still grow.
+        """
+        ends = []
+        for request in (*running, joining):
+            shared = len(request.prompt) if request.n > 1 else request.cached  # as far as is known
+            ends += [(self.remaining(branch), max(branch.length - shared, 0)) for branch in request.live]
+        ends.sort()
+        most = given_back = 0
+        for place, (remaining, own) in enumerate(ends):
+            most = max(most, (len(ends) - place) * remaining - given_back)
+            given_back += own
+        return most + sum(max(len(request.prompt) - request.trunk.launched, 0) for request in running)
+
 
 class Scheduler:
     """Decides which tokens of which requests each iteration computes.
@@ -337,7 +353,7 @@ class Scheduler:
     def _resume(self) -> None:
         """Brings swapped requests back, ahead of all that wait."""
         for request in sorted(self.requests.swapped.values(), key=self._key):
-            soon = request.held_positions + self._growth(request)
+            soon = request.held_positions + self._estimate.growth(list(self.requests.running.values()), request)
             if self.requests.running and self.requests.sequences + len(request.live) > self.limits.seqs:
                 return
             if self.requests.running and not self._memory.room_for(soon):
@@ -376,38 +392,14 @@ class Scheduler:
 
     def _admits(self, request: Request) -> bool:
         """Whether a request may begin: not before enough wait, nor when memory would soon be short."""
-        running = self.requests.running.values()
+        running = list(self.requests.running.values())
         if not running:
             return True
         enough = len(self.requests.waiting) >= self._waiting_served_ratio * len(running)
         if not enough and self._number - request.enqueued < _MOST_WAITED:
             return False
         begins = request.held_positions - self._memory.cached_positions(request)
-        return self._memory.room_for(begins + self._growth(request))
-
-    def _growth(self, request: Request) -> int:
-        """Positions by which what runs will grow at most, with a request beside it whose prompt is there already.
-
-        Outputs that end give their memory back while others still grow.
-        """
-        running = [*self.requests.running.values(), request]
-        ends = [
-            (self._estimate.remaining(branch), self._own_positions(branch)) for each in running for branch in each.live
-        ]
-        ends.sort()
-        most = given_back = 0
-        for place, (remaining, own) in enumerate(ends):
-            most = max(most, (len(ends) - place) * remaining - given_back)
-            given_back += own
-        unfinished = sum(max(len(each.prompt) - each.trunk.launched, 0) for each in self.requests.running.values())
-        return most + unfinished
-
-    @staticmethod
-    def _own_positions(branch: Branch) -> int:
-        """Positions of an output that no other shares, as far as is known."""
-        request = branch.request
-        shared = len(request.prompt) if request.n > 1 else request.cached
-        return max(branch.length - shared, 0)
+        return self._memory.room_for(begins + self._estimate.growth(running, request))
 
     def _require_possible(self, request: Request) -> None:
         """Ends a request for which there will never be memory, so that it does not wait for ever."""
