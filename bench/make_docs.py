@@ -119,7 +119,7 @@ BARS = {
     "ready_s_cold": "ready to serve at full speed, nothing compiled before (s)",
     "ready_s_warm": "the same in a second process (s)",
     "tpot_ms_1x1024": "a token of one request behind 1024 (ms)",
-    "tpot_ms_1x1024_vllm": "vLLM 0.26.0's (ms)",
+    "tpot_ms_1x1024_vllm": "a token of one request behind 1024, vLLM 0.26.0's (ms)",
     **{
         f"ttft_ms_{length}{end}": f"first token behind {length}{of} (ms)"
         for length in (1024, 8192, 32768)

@@ -26,8 +26,7 @@ import configurations  # noqa: E402
 import protocol  # noqa: E402
 
 from vattn import KVCache, KVLayout  # noqa: E402
-
-MEMORY_CALLS = ("create", "map", "set_access", "unmap", "release")
+from vattn.bench.replay import MEMORY_CALLS  # noqa: E402
 
 
 def plans() -> tuple[list[dict[str, Any]], float]:

@@ -3,9 +3,9 @@
 ``engine_over_vllm_8b``, ``engine_over_vllm_06b``: tokens per second of nano-vllm's mix over those of vLLM, of which
 ``--vllm`` names the file that the peer's benchmark has written on the same machine; medians of rounds.
 ``tpot_ms_1x1024``, ``ttft_ms_1024`` and so on: one request at a time, and the same with ``_vllm``.
+``prefix_over_vllm``: as ``engine_over_vllm_8b``, with prefixes that groups of requests share.
+``tight_over_vllm_25``, ``tight_over_vllm_50``: the same with so many percent of the K and V that all requests need.
 ``engine_calls_per_1000_tokens``: memory calls of the driver in the last round, per 1000 tokens of prompts and outputs.
-``prefix_over_vllm``: the same with prefixes that groups of requests share.
-``tight_over_vllm_25``, ``tight_over_vllm_50``: with so many percent of the K and V that all requests need.
 ``ready_s_cold``, ``ready_s_warm``: seconds from the making of the engine until iterations of 256 rows and then of one
 are at their speed, without what earlier processes have compiled (``--cold``) and with it.
 ``iteration_host_ms_256``: the host's work of an iteration of 256 rows, ``iteration_scheduler_ms_256`` the scheduler's.
@@ -166,8 +166,8 @@ def bars_of(rows: list[dict[str, Any]]) -> dict[str, float]:
             bars[f"ready_s_{row['start']}"] = max(value for name, value in row.items() if name.startswith("ready s"))
         elif row["part"] == "host":
             bars["iteration_host_ms_256"], bars["iteration_scheduler_ms_256"] = row["host ms"], row["scheduler ms"]
-        elif row["part"] == "throughput" and not end and row["mix"] == "nano":
-            bars["engine_calls_per_1000_tokens"] = row["calls/1000 tokens"]  # of the last round
+        elif row.get("mix") == "nano" and "memory calls/1000 tokens" in row:  # earlier files have all calls
+            bars["engine_calls_per_1000_tokens"] = row["memory calls/1000 tokens"]  # of the last round
     return bars
 
 

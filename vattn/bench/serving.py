@@ -75,7 +75,7 @@ def throughput(llm: LLM, rounds: list[list[Work]], temperature: float = 0.6) -> 
                 "sampled tokens": sampled,
                 "seconds": took,
                 "tokens/s": sampled / took,
-                "calls/1000 tokens": 1000 * counts["calls"] / (prompts + sampled),
+                "memory calls/1000 tokens": 1000 * counts["calls"] / (prompts + sampled),
                 "waited": counts["waited"] / took,
                 "preemptions": counts["preemptions"],
                 "graphs": llm.engine.tier.runner.graphs,

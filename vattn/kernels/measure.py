@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from vattn.kernels.base import AttentionParams, AttentionSpec, Kernel, SequenceRanges
-from vattn.kernels.registry import named, refused_kv
+from vattn.kernels.registry import named, refused
 
 _LOG = logging.getLogger("vattn")
 _BYTES = 256 << 20  # of K and V that a kernel reads, which no cache of a device holds
@@ -33,11 +33,7 @@ def fastest(task: AttentionSpec, *, name: str = "auto") -> Kernel:
     Raises:
         ValueError: no kernel has this name, or none can be used.
     """
-    usable = [
-        kernel
-        for kernel in named(name)
-        if kernel.capturable and not (kernel.missing() or refused_kv(kernel, task) or kernel.refuses(task))
-    ]
+    usable = [kernel for kernel in named(name) if kernel.capturable and not refused(kernel, task)]
     if len(usable) == 1 or (usable and task.device == "cpu"):
         return usable[0]
     alike = replace(task, reach=0, rows=0)  # the size of a slot tensor makes no difference any more

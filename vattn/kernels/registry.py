@@ -47,6 +47,11 @@ def refused_kv(kernel: Kernel, task: AttentionSpec) -> str | None:
     return f"it takes no {str(task.kv_dtype).removeprefix('torch.')} K and V"
 
 
+def refused(kernel: Kernel, task: AttentionSpec) -> str | None:
+    """Why a kernel does not run on this machine, or does not compute the attention ``task``; None where it does."""
+    return kernel.missing() or refused_kv(kernel, task) or kernel.refuses(task)
+
+
 def margins(task: AttentionSpec, name: str = "auto") -> tuple[int, int]:
     """How many rows before and behind a range are loaded at most by kernels that may be chosen to decode.
 
@@ -57,9 +62,7 @@ def margins(task: AttentionSpec, name: str = "auto") -> tuple[int, int]:
     Raises:
         ValueError: no kernel has this name.
     """
-    usable = [
-        kernel for kernel in named(name) if not (kernel.missing() or refused_kv(kernel, task) or kernel.refuses(task))
-    ]
+    usable = [kernel for kernel in named(name) if not refused(kernel, task)]
     return (
         max((kernel.head_rows for kernel in usable), default=0),
         max((kernel.tail(task.head_dim, task.kv_dtype) for kernel in usable), default=0),
@@ -79,7 +82,7 @@ def choose(task: AttentionSpec, *, name: str = "auto", capturable: bool = False)
     """
     reasons = []
     for kernel in named(name):
-        reason = kernel.missing() or refused_kv(kernel, task) or kernel.refuses(task)
+        reason = refused(kernel, task)
         if not reason and capturable and not kernel.capturable:
             reason = "it cannot be captured"
         if not reason:

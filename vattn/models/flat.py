@@ -249,7 +249,7 @@ class FlatContext:
             keyword: the argument by which it takes a cache.
             segments: in the order of the tokens.
             decodes: further positions, whose tokens come before those of the segments.
-            mixture: all that is computed, in the place of segments and decodes.
+            mixture: what is computed behind the decodes, in the place of segments.
             given: other arguments of the model.
 
         Raises:
