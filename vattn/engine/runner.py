@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from vattn.engine.kv_memory import KVMemory
+from vattn.engine.last_tokens import LastTokens
 from vattn.engine.request import Branch
 from vattn.engine.row_memory import RowMemory
 from vattn.engine.scheduler import Row
@@ -25,7 +26,7 @@ from vattn.transfer import upload
 
 _LEAST_COMPILED = 2  # tokens of a compiled call: torch.compile would compile a single one apart
 # The inputs of graphs: of positions of one each, and of sequences with several.
-_DECODES = {"slots": torch.int64, "tokens": torch.int64, "ends": torch.int32}
+_DECODES = {"slots": torch.int64, "outputs": torch.int64}
 _PROMPTS = {
     "prompts": torch.int64,
     "prompt slots": torch.int64,
@@ -42,15 +43,25 @@ class DecodeBatch:
 
     Args:
         branches: the outputs.
-        tokens: their last tokens, int64 ``[n]`` on the device.
-        positions: the positions of these, int64 ``[n]`` on the device.
+        outputs: their slots in ``last``, int64 ``[n]`` on the device.
+        last: the last token of each output; the same object in all iterations.
         longest: positions of the longest output, this one included.
     """
 
     branches: list[Branch]
-    tokens: torch.Tensor
-    positions: torch.Tensor
+    outputs: torch.Tensor
+    last: LastTokens
     longest: int
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """Their last tokens, int64 ``[n]``."""
+        return self.last.tokens[self.outputs]
+
+    @property
+    def ends(self) -> torch.Tensor:
+        """One past the positions of these, int32 ``[n]``."""
+        return self.last.ends[self.outputs]
 
 
 class Runner(Protocol):
@@ -118,6 +129,7 @@ class FlatRunner:
         self._model, self._memory, self._context, self._compiled = model, memory, context, compiled
         self._keyword = cache_keyword(model)
         self._placed: tuple[list[int], torch.Tensor, bool] = [], torch.empty(0, dtype=torch.int64), True
+        self._last: LastTokens | None = None  # which graphs read
         self._most = rows_of_graph(max(most, _LEAST_COMPILED))
         self._graphs: dict[str, BatchGraphs] = {}
         if captures and takes_idle(memory.cache.device):
@@ -158,12 +170,14 @@ class FlatRunner:
         self, decodes: DecodeBatch | None, rows: Sequence[Row], tokens: Sequence[torch.Tensor], keep: Sequence[int]
     ) -> torch.Tensor:
         """See ``Runner.run``."""
+        segments = [Segment(self._memory.slot(row.branch), row.start, row.count) for row in rows]
+        if (logits := self._replayed(decodes, tokens, segments, keep)) is not None:
+            return logits
         places, ids, at = None, list(tokens), 0
         if decodes is not None:
-            places, ids, at = self._places(decodes), [decodes.tokens, *tokens], len(decodes.branches)
-        segments = [Segment(self._memory.slot(row.branch), row.start, row.count) for row in rows]
-        if (logits := self._replayed(ids, segments, places, keep)) is not None:
-            return logits
+            slots, adjacent = self._slots(decodes)
+            places = Decodes(slots, decodes.ends, decodes.longest, adjacent)
+            ids, at = [decodes.tokens, *tokens], len(decodes.branches)
         kept = list(range(at))
         for row, wanted in zip(rows, keep, strict=True):
             at += row.count
@@ -198,24 +212,29 @@ class FlatRunner:
             cache.trim()  # requests come in other lengths
 
     def _replayed(
-        self, ids: list[torch.Tensor], segments: list[Segment], places: Decodes | None, keep: Sequence[int]
+        self,
+        decodes: DecodeBatch | None,
+        tokens: Sequence[torch.Tensor],
+        segments: list[Segment],
+        keep: Sequence[int],
     ) -> torch.Tensor | None:
         """What a graph computes; None where none is captured."""
         if not self._graphs:
             return None
+        given = self._no_decodes
+        if decodes is not None:
+            self._last = decodes.last
+            given = {"slots": self._slots(decodes)[0], "outputs": decodes.outputs}
         if not segments:
-            assert places is not None
-            return self._graphs["decodes"].run({"slots": places.slots, "tokens": ids[0], "ends": places.ends})
+            return self._graphs["decodes"].run(given)
         total = sum(segment.count for segment in segments)
         if "mixtures" not in self._graphs or total > _MOST_CAPTURED or max(keep) > 1:
             return None
         mixture = Mixture.of(segments, self._memory.cache.device)
-        given = {"prompts": torch.cat(ids if places is None else ids[1:]), "prompt slots": mixture.slots}
-        given |= {"prompt ends": mixture.ends, "prompt counts": mixture.counts}
-        if places is None:
-            return self._graphs["mixtures"].run(self._no_decodes | given)
-        decodes = {"slots": places.slots, "tokens": ids[0], "ends": places.ends}
-        return self._graphs["mixtures"].run(decodes | given)
+        given = given | {"prompts": torch.cat(list(tokens)), "prompt slots": mixture.slots}
+        return self._graphs["mixtures"].run(
+            given | {"prompt ends": mixture.ends, "prompt counts": mixture.counts}
+        )
 
     def _computed(
         self,
@@ -258,26 +277,31 @@ class FlatRunner:
 
     def _decoded(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The logits of outputs that are computed one position each, which a graph is captured of."""
-        places = Decodes(inputs["slots"], inputs["ends"], self._memory.cache.layout.max_len)
-        return self._computed(inputs["tokens"], [], places, None)
+        ids, places = self._decodes_of(inputs)
+        return self._computed(ids, [], places, None)
 
     def _mixed(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The logits of the last position of each sequence of an iteration, which a graph is captured of."""
         longest, decodes, total = self._memory.cache.layout.max_len, len(inputs["slots"]), len(inputs["prompts"])
-        places = Decodes(inputs["slots"], inputs["ends"], longest) if decodes else None
+        ids, places = self._decodes_of(inputs) if decodes else (inputs["outputs"], None)
         slots, ends, counts = (inputs[f"prompt {name}"] for name in ("slots", "ends", "counts"))
         mixture = Mixture(slots, ends, counts, total, longest, most=min(total, longest))
         last = decodes + (mixture.offsets[1:].long() - 1).clamp_min(0)
         kept = torch.cat([torch.arange(decodes, device=last.device), last])
-        return self._computed(torch.cat([inputs["tokens"], inputs["prompts"]]), [], places, kept, mixture)
+        return self._computed(torch.cat([ids, inputs["prompts"]]), [], places, kept, mixture)
 
-    def _places(self, decodes: DecodeBatch) -> Decodes:
-        """Where the positions of a batch are. The slots stay on the device as long as they are the same."""
+    def _decodes_of(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Decodes]:
+        """The last tokens of outputs, and where they are."""
+        outputs, last = inputs["outputs"], self._last
+        assert last is not None
+        return last.tokens[outputs], Decodes(inputs["slots"], last.ends[outputs], self._memory.cache.layout.max_len)
+
+    def _slots(self, decodes: DecodeBatch) -> tuple[torch.Tensor, bool]:
+        """The slots of a batch, and whether they are 0, 1 and so on. They stay on the device while they are the same."""
         slots = self._memory.slots(decodes.branches)
         if slots != self._placed[0]:
-            self._placed = slots, upload(slots, decodes.tokens.device), slots == list(range(len(slots)))
-        _, on_device, adjacent = self._placed
-        return Decodes(on_device, (decodes.positions + 1).int(), decodes.longest, adjacent)
+            self._placed = slots, upload(slots, self._memory.cache.device), slots == list(range(len(slots)))
+        return self._placed[1:]
 
 
 def _grown(sequence: KVSequence, positions: int) -> bool:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vattn.engine.choose import choose
+from vattn.engine.choose import Outputs, choose
+from vattn.engine.last_tokens import LastTokens
 from vattn.engine.sampling_params import SamplingParams
 from vattn.transfer import Mirror, upload
 
@@ -107,18 +108,18 @@ class Sampler:
         device: of the logits.
 
     Attributes:
-        last: the last token of the output in each slot, int64 ``[slots]``; 0 where its logits were no numbers.
-        positions: the position of that token.
+        last: the last token of the output in each slot. The slots of outputs are those from 1 on.
     """
 
     def __init__(self, vocabulary: int, slots: int, device: torch.device) -> None:
         self._vocabulary, self.device, self.slots = vocabulary, device, slots
         self._slots: dict[int, _Slot] = {}
-        self.last, self.positions = (torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(2))
+        self.last = LastTokens(slots + 1, device)
         # By slot: temperature and so on; the seed, and the index in the request.
-        self._numbers = Mirror((len(_NUMBERS), slots), torch.float32, device)
-        self._seeds = Mirror((2, slots), torch.int64, device)
-        self._history = torch.full((slots, _HISTORY), -1, dtype=torch.int64, device=device)
+        self._numbers = Mirror((len(_NUMBERS), slots + 1), torch.float32, device)
+        self._seeds = Mirror((2, slots + 1), torch.int64, device)
+        self._outputs = Outputs(self._numbers.read()[0], *self._seeds.read(), self.last)
+        self._history = torch.full((slots + 1, _HISTORY), -1, dtype=torch.int64, device=device)
         # Of outputs with penalties: how often each token is in the output, and whether it is in the prompt.
         self._counts: dict[int, torch.Tensor] = {}
         self._in_prompt: dict[int, torch.Tensor] = {}
@@ -180,7 +181,7 @@ class Sampler:
 
     def rehearse(self, logits: torch.Tensor) -> None:
         """Samples with what takes the most memory, so that torch has taken it. No slot may be in use."""
-        slots = list(range(min(len(logits), self.slots)))
+        slots = list(range(1, 1 + min(len(logits), self.slots)))
         params = SamplingParams(temperature=1.0, top_p=0.9, min_p=0.01, logprobs=20)
         try:
             for slot in slots:
@@ -209,24 +210,25 @@ class Sampler:
             logprobs=None if not asked else -1 if -1 in asked else max(asked),
         )
 
-    def sample(self, logits: torch.Tensor, plan: Plan, lengths: torch.Tensor, made: Sequence[int] = ()) -> Sampled:
+    def sample(
+        self, logits: torch.Tensor, plan: Plan, lengths: torch.Tensor | None = None, made: Sequence[int] = ()
+    ) -> Sampled:
         """Samples a token for each row.
 
         Args:
             logits: ``[n, vocabulary]``.
             plan: of the outputs of the rows.
-            lengths: positions before the token that is sampled, prompt included, int64 ``[n]`` on the device.
+            lengths: positions before the token that is sampled, prompt included, int64 ``[n]`` on the device; None
+                where each row is that of its output's last token.
             made: tokens of each output before it; not needed where ``plan.special`` is empty.
         """
         changed = self._changed(logits.to(torch.float32), plan, made) if plan.special else logits
-        at = plan.slots
-        temperatures, seeds = self._numbers.read()[0, at], self._seeds.read()[:, at]
         if (rows := plan.narrowed) is not None:
             changed = changed.to(torch.float32, copy=True)
-            changed[rows] = self._considered(changed[rows], at[rows], plan)
-        tokens = choose(changed, temperatures, seeds[0], seeds[1], lengths)
-        self.last[at] = tokens.clamp_min(0)
-        self.positions[at] = lengths
+            changed[rows] = self._considered(changed[rows], plan.slots[rows], plan)
+        for written in (self._numbers, self._seeds):
+            written.read()  # so that what ``self._outputs`` views is as the host wrote it
+        tokens = choose(changed, self._outputs, plan.slots, lengths)
         self._note(plan, tokens)
         if plan.logprobs is None:
             return Sampled(tokens)

@@ -18,7 +18,7 @@ class SamplerSlots:
     def __init__(self, sampler: Sampler, tracked: Tracker) -> None:
         self._sampler, self._tracked = sampler, tracked
         self._of: dict[Branch, int] = {}
-        self._free = list(range(sampler.slots))
+        self._free = list(range(1, 1 + sampler.slots))
         self._planned: tuple[list[Branch], Plan] | None = None
 
     def of(self, branch: Branch) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,24 +30,31 @@ class _Graph:
         runner: replays it.
         live: how many elements of each input the last batch had; the others are 0.
         parts: the inputs without the others.
+        held: the last batch, in the order of the inputs.
     """
 
     runner: GraphRunner
     live: list[int] = field(default_factory=list)
     parts: list[torch.Tensor] = field(default_factory=list)
+    held: list[torch.Tensor] = field(default_factory=list)
 
     def fill(self, given: dict[str, torch.Tensor]) -> None:
-        """Copies a batch to the inputs."""
-        live = [len(given[name]) for name in self.runner.inputs]
+        """Copies a batch to the inputs. Tensors of the last batch are there already."""
+        batch = [given[name] for name in self.runner.inputs]
+        if self.held and all(map(operator.is_, batch, self.held)):
+            return
+        self.held = []  # not known, should an exception interrupt this method
+        live = [len(each) for each in batch]
         if live != self.live:
-            self.live = []  # not known, should an exception interrupt this method
+            self.live = []
             with torch.inference_mode(False):
                 self.parts = []
                 for each, n in zip(self.runner.inputs.values(), live, strict=True):
                     each[n:].zero_()
                     self.parts.append(each[:n])
             self.live = live
-        torch._foreach_copy_(self.parts, [given[name] for name in self.runner.inputs], non_blocking=True)
+        torch._foreach_copy_(self.parts, batch, non_blocking=True)
+        self.held = batch
 
 
 class BatchGraphs:
@@ -90,7 +98,7 @@ class BatchGraphs:
         """Computes a batch.
 
         Args:
-            given: the inputs by name.
+            given: the inputs by name. A tensor that was given before has the values that it had then.
 
         Returns:
             The output ``[rows, ...]``, which the next call overwrites; None where it was not captured.
@@ -146,7 +154,7 @@ class BatchGraphs:
             self._failures[key] += 1
             return None
         except Exception as error:  # a model may do anything that a capture does not allow
-            self.refused = str(error).partition("\n")[0] or type(error).__name__
+            self.refused = _cause(error)
             _LOG.warning("iterations are not captured into CUDA graphs: %s", self.refused)
             self.clear()
             return None
@@ -157,6 +165,13 @@ class BatchGraphs:
         output = self._compute(runner.inputs)
         assert self._output is not None
         return self._output[: runner.rows].copy_(output)
+
+
+def _cause(error: BaseException) -> str:
+    """What a capture failed of. CUDA tells of another error at its end, and torch raises that one."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> str | None:
