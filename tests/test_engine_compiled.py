@@ -9,7 +9,7 @@ from serving import GREEDY, LENGTHS, engine_of, generated, model_of, prompts_of,
 from torch import nn
 from torch._dynamo.utils import counters
 
-from vattn.graphs.compilation import compile_layers, lay_side_by_side
+from vattn.graphs.compilation import LayersAsOne, compile_layers, lay_side_by_side
 from vattn.models.private import private_copy
 from vattn.models.versions import VERSION
 
@@ -24,21 +24,68 @@ def fresh():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(("name", "kinds"), [("llama-gqa", 1), ("gemma2", 2), ("gpt_oss", 2), ("qwen3_moe", 1)])
-def test_layers_of_one_kind_are_compiled_once(name, kinds):
-    """With any number of tokens, behind prompts and chunks, and whatever runs beside."""
+@pytest.mark.parametrize(
+    ("name", "graphs"), [("llama-gqa", 3), ("gemma2", 3), ("gpt_oss", 3), ("qwen3_moe", 3), ("gpt2", 1)]
+)
+def test_layers_are_compiled_once(name, graphs):
+    """Once for any number of tokens, behind prompts and chunks, and whatever runs beside.
+
+    The four layers are compiled as one, and so are the last normalization and the rotary embedding where there are.
+    """
     model = model_of(name)
     prompts = prompts_of(LENGTHS)
     expected = generated(model, prompts)
     with engine_of(model, max_num_batched_tokens=40, compile=True) as engine:
         assert engine.tier.uncompiled is None
         compiled = counters["stats"]["unique_graphs"]
-        assert compiled == kinds
+        assert compiled == graphs
         assert tokens(served(engine, prompts, GREEDY)) == expected
         assert counters["stats"]["unique_graphs"] == compiled
-    layer = model.model.layers[0]
-    assert layer._compiled_call_impl is None  # the caller's model is as it was
+    assert all(module._compiled_call_impl is None for module in model.modules())  # the caller's model is as it was
     assert generated(model, prompts[:1]) == expected[:1]
+
+
+def test_layers_with_other_arguments_are_compiled_apart(caplog):
+    """Gemma 3 has a rotary embedding for each kind of layer."""
+    caplog.set_level("INFO", "vattn")
+    model = model_of("gemma3")
+    prompts = prompts_of(LENGTHS)
+    expected = generated(model, prompts)
+    with engine_of(model, max_num_batched_tokens=40, compile=True) as engine:
+        assert engine.tier.uncompiled is None
+        assert "given other arguments than the first" in caplog.text
+        assert tokens(served(engine, prompts, GREEDY)) == expected
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(4, [4]), (6, [3, 3]), (5, []), (10, [2] * 5), (1, [])])
+def test_layers_that_are_compiled_as_one(count, sizes):
+    """As many as divide the number of layers, so that they run the same code."""
+    config = model_of("llama-gqa").config
+    config = type(config)(**{**config.to_dict(), "num_hidden_layers": count})
+    mine = private_copy(type(model_of("llama-gqa"))(config))
+    assert compile_layers(mine) == count
+    owners = dict.fromkeys(getattr(layer._compiled_call_impl, "__self__", None) for layer in mine.model.layers)
+    assert [len(owner.layers) for owner in owners if isinstance(owner, LayersAsOne)] == sizes
+
+
+def test_layers_as_one_take_no_other_arguments():
+    class Layer(nn.Module):
+        def forward(self, states, scale=None, *, mask=None):
+            return states + 1
+
+    layers = [Layer() for _ in range(3)]
+    LayersAsOne(layers).take_calls()
+    mask, states = torch.ones(1), torch.zeros(2)
+    for given in ({}, {"mask": mask}):
+        states = layers[0](states, **given)
+        assert layers[2](layers[1](states, **given), **given) is states
+    assert states.tolist() == [6, 6]
+    for args, given in (((states,), {}), ((states, mask), {"mask": mask}), ((states,), {"mask": mask.clone()})):
+        made = layers[0](states, mask=mask)
+        with pytest.raises(ValueError, match="other arguments"):
+            layers[1](made, *args[1:], **given)
+    with pytest.raises(ValueError, match="other arguments"):
+        layers[1](states.clone(), mask=mask)
 
 
 def test_a_layer_that_is_not_laid_out_alike_is_not_compiled():

@@ -83,7 +83,7 @@ def _by_kernels(
 
 @functools.cache
 def _kernels() -> tuple[Any, Any] | None:
-    """The kernel by which programs choose among the tokens of their part of a row, and the one that chooses of these."""
+    """The kernel by which programs choose among the tokens of a part of a row, and the one that chooses of these."""
     try:
         import triton
         import triton.language as tl

@@ -232,9 +232,7 @@ class FlatRunner:
             return None
         mixture = Mixture.of(segments, self._memory.cache.device)
         given = given | {"prompts": torch.cat(list(tokens)), "prompt slots": mixture.slots}
-        return self._graphs["mixtures"].run(
-            given | {"prompt ends": mixture.ends, "prompt counts": mixture.counts}
-        )
+        return self._graphs["mixtures"].run(given | {"prompt ends": mixture.ends, "prompt counts": mixture.counts})
 
     def _computed(
         self,
@@ -297,7 +295,7 @@ class FlatRunner:
         return last.tokens[outputs], Decodes(inputs["slots"], last.ends[outputs], self._memory.cache.layout.max_len)
 
     def _slots(self, decodes: DecodeBatch) -> tuple[torch.Tensor, bool]:
-        """The slots of a batch, and whether they are 0, 1 and so on. They stay on the device while they are the same."""
+        """The slots of a batch, which stay on the device while they are the same, and whether they are 0, 1 and so on."""
         slots = self._memory.slots(decodes.branches)
         if slots != self._placed[0]:
             self._placed = slots, upload(slots, self._memory.cache.device), slots == list(range(len(slots)))

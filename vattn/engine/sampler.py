@@ -118,7 +118,8 @@ class Sampler:
         # By slot: temperature and so on; the seed, and the index in the request.
         self._numbers = Mirror((len(_NUMBERS), slots + 1), torch.float32, device)
         self._seeds = Mirror((2, slots + 1), torch.int64, device)
-        self._outputs = Outputs(self._numbers.read()[0], *self._seeds.read(), self.last)
+        seeds, indexes = self._seeds.read()
+        self._outputs = Outputs(self._numbers.read()[0], seeds, indexes, self.last)
         self._history = torch.full((slots + 1, _HISTORY), -1, dtype=torch.int64, device=device)
         # Of outputs with penalties: how often each token is in the output, and whether it is in the prompt.
         self._counts: dict[int, torch.Tensor] = {}

@@ -160,19 +160,22 @@ def _compiled(model: Any, context: FlatContext, probe: Probe, options: EngineOpt
         return None, "enforce_eager is set" if options.enforce_eager else "compile is not set"
     if context.shares_kv_across_layers:
         return None, "its layers share K and V"
-    mine = private_copy(model)
-    try:
-        with contextlib.suppress(torch.OutOfMemoryError):  # some weights stay where they are
-            compilation.lay_side_by_side(mine)
-        if not compilation.compile_layers(mine):
-            return None, "it has no layers that follow each other"
-        with artifacts.kept(*_identity(model, probe)), compilation.compiled_calls():
-            reason = verified(model, context, probe.vocabulary, compiled=mine)
-    except Exception as error:  # whatever the compiler does not support
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-    if reason is not None:
-        _LOG.warning("layers are not compiled: %s", reason)
-    return (mine, None) if reason is None else (None, reason)
+    for together in (True, False):  # some models give layers that follow each other different arguments
+        mine = private_copy(model)
+        try:
+            with contextlib.suppress(torch.OutOfMemoryError):  # some weights stay where they are
+                compilation.lay_side_by_side(mine)
+            if not compilation.compile_layers(mine, together=together):
+                return None, "it has no layers that follow each other"
+            with artifacts.kept(*_identity(model, probe), together), compilation.compiled_calls():
+                reason = verified(model, context, probe.vocabulary, compiled=mine)
+        except Exception as error:  # whatever the compiler does not support
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        if reason is None:
+            return mine, None
+        _LOG.info("layers are not compiled%s: %s", " together" if together else "", reason)
+    _LOG.warning("layers are not compiled: %s", reason)
+    return None, reason
 
 
 def _identity(model: Any, probe: Probe) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 
 _LOG = logging.getLogger("vattn")
 FOLDER = Path("~/.cache/vattn/compiled")
@@ -28,10 +29,15 @@ def kept(*key: Any) -> Iterator[None]:
     """
     digest = hashlib.sha256(repr((torch.__version__, *key)).encode()).hexdigest()[:32]
     path = FOLDER.expanduser() / f"{digest}.artifacts"
-    loaded = _load(path)
+    loaded, before = _load(path), _misses()
     yield
-    if not loaded:
+    if not loaded or _misses() > before:
         _save(path)
+
+
+def _misses() -> int:
+    """How often torch has compiled what it had not compiled before."""
+    return counters["inductor"]["fxgraph_cache_miss"] + counters["aot_autograd"]["autograd_cache_miss"]
 
 
 def _load(path: Path) -> bool:

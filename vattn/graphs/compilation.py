@@ -22,6 +22,7 @@ from torch._inductor import config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.nn import functional
 
+_MOST_TOGETHER = 4  # layers that are compiled as one: more take long to compile, and there is less to gain
 _LAYER_NUMBERS = r".*\.layer_idx"  # where transformers' modules keep the number of their layer, as torch names it
 
 
@@ -47,7 +48,7 @@ def _options() -> dict[str, Any]:
     return options
 
 
-def compile_layers(model: nn.Module, options: dict[str, Any] | None = None) -> int:
+def compile_layers(model: nn.Module, options: dict[str, Any] | None = None, *, together: bool = True) -> int:
     """Lets the layers of a model be compiled at their first call, once for all layers that run the same code.
 
     The model is changed: use ``models.private.private_copy``. Call it within ``compiled_calls``.
@@ -55,22 +56,85 @@ def compile_layers(model: nn.Module, options: dict[str, Any] | None = None) -> i
     Args:
         model: a model whose weights ``lay_side_by_side`` has placed.
         options: options of ``torch.compile``, which override those that are set here.
+        together: whether several layers are compiled as one, and also the small modules beside them, e.g. the last
+            normalization. Calls raise an error where such layers are not given the same arguments.
 
     Returns:
         How many layers are compiled. A layer whose weights are not placed as those of most others is not: it would run
         code that reads several weights as one tensor, and reads past those that are not side by side.
     """
-    stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    layers = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()), default=None)
-    if layers is None:
+    stacks = ((owner, child) for owner in model.modules() for child in owner.children())
+    found = [(owner, child) for owner, child in stacks if isinstance(child, nn.ModuleList)]
+    owner, layers = max(found, key=lambda pair: sum(p.numel() for p in pair[1].parameters()), default=(None, None))
+    if owner is None or layers is None:
         return 0
     placements = [_placement(layer) for layer in layers]
     [(usual, _)] = Counter(placements).most_common(1)
-    alike = [layer for layer, placement in zip(layers, placements, strict=True) if placement == usual]
+    alike = [placement == usual for placement in placements]
     options = {**_options(), "combo_kernels": False, **(options or {})}  # which are slow for prompts
-    for layer in alike:
-        layer.compile(fullgraph=True, dynamic=True, options=options)
-    return len(alike)
+    parts: list[nn.Module] = []
+    for is_usual, run in itertools.groupby(range(len(layers)), alike.__getitem__):
+        if is_usual:
+            mine = [layers[index] for index in run]
+            size = next(n for n in range(_MOST_TOGETHER if together else 1, 0, -1) if len(mine) % n == 0)
+            parts += [LayersAsOne(mine[at : at + size]) if size > 1 else mine[at] for at in range(0, len(mine), size)]
+    if together:
+        parts += [child for child in owner.children() if child is not layers and _is_small(child)]
+    for part in parts:
+        part.compile(fullgraph=True, dynamic=True, options=options)
+        if isinstance(part, LayersAsOne):
+            part.take_calls()
+    return sum(alike)
+
+
+def _is_small(module: nn.Module) -> bool:
+    """Whether a module has parameters or buffers, and none of them is a matrix. Those of torch need no compilation."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return (
+        bool(tensors) and all(each.dim() < 2 for each in tensors) and not type(module).__module__.startswith("torch.")
+    )
+
+
+class LayersAsOne(nn.Module):
+    """Layers that follow each other and are compiled as one, so that one kernel ends a layer and begins the next.
+
+    A call of the first of them computes all, and calls of the others return what they are given.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        # What the first of the layers has returned and was given, until the last one was called.
+        self._computed: tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]] | None = None
+        self._uncalled = 0
+
+    def forward(self, states: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        for layer in self.layers:
+            states = layer.forward(states, *args, **options)
+        return states
+
+    def take_calls(self) -> None:
+        """Takes the place of the layers where these are called."""
+        first, *others = self.layers
+        first._compiled_call_impl = self._compute
+        for layer in others:
+            layer._compiled_call_impl = self._pass_on
+
+    def _compute(self, states: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        made: torch.Tensor = self(states, *args, **options)
+        self._computed, self._uncalled = (made, args, options), len(self.layers) - 1
+        return made
+
+    def _pass_on(self, states: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        assert self._computed is not None
+        made, given, named = self._computed
+        alike = len(args) == len(given) and all(map(operator.is_, args, given)) and options.keys() == named.keys()
+        if states is not made or not alike or any(value is not named[name] for name, value in options.items()):
+            raise ValueError("layers that are compiled as one are given other arguments than the first of them")
+        self._uncalled -= 1
+        if not self._uncalled:
+            self._computed = None
+        return states
 
 
 @contextlib.contextmanager

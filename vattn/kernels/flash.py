@@ -22,6 +22,9 @@ from vattn.kernels.base import (
 )
 
 _FEW_QUERIES = 1024
+# An upper bound on the queries of each sequence in a decode step, which have one. Where it is 1, FlashAttention-3 takes
+# larger tiles of K, as for attention that is not causal, and loads more rows that nobody sees.
+_MOST_QUERIES = 2
 
 
 class Flash2(Kernel):
@@ -78,8 +81,9 @@ class Flash3(Kernel):
 
     name = "fa3"
     source = "fa3-fwd"
-    # Rows of K in a tile, by the largest head dim that has such tiles. The last tile of a range may reach beyond it.
-    _TILES: ClassVar[dict[int, int]] = {64: 192, 96: 144, 128: 176, 192: 128, 256: 80}
+    # Rows of K in a tile of causal attention, by the largest head dim that has such tiles. The last tile of a range may
+    # reach beyond it.
+    _TILES: ClassVar[dict[int, int]] = {64: 128, 96: 144, 128: 128, 192: 128, 256: 80}
     tail_rows = max(_TILES.values()) - 1
     mixes = True
 
@@ -107,12 +111,13 @@ class Flash3(Kernel):
         heads, capped = (q.shape[1], *k.shape[2:]), bool(scores.softcap)
         # The schedule, by which the kernel splits the ranges into parts, is the same for all layers.
         schedule = spans.once(("fa3", heads, capped), lambda: _flash3().get_scheduler_metadata(
-            len(spans), 1, spans.longest, *heads, lengths, cu_seqlens_q=one_each(spans), has_softcap=capped,
+            len(spans), _MOST_QUERIES, spans.longest, *heads, lengths, cu_seqlens_q=one_each(spans), causal=True,
+            has_softcap=capped,
         ))  # fmt: skip
         out, lse, *_ = _flash3_forward()(
             q, slots_as_rows(k), slots_as_rows(v), cu_seqlens_q=one_each(spans), cu_seqlens_k=offsets,
-            seqused_k=lengths, max_seqlen_q=1, max_seqlen_k=spans.longest, softmax_scale=scores.scale,
-            softcap=scores.softcap or 0.0, scheduler_metadata=schedule, num_splits=0,
+            seqused_k=lengths, max_seqlen_q=_MOST_QUERIES, max_seqlen_k=spans.longest, softmax_scale=scores.scale,
+            causal=True, softcap=scores.softcap or 0.0, scheduler_metadata=schedule, num_splits=0,
         )  # fmt: skip
         return with_sinks(out, lse.t(), scores.sinks) if scores.sinks is not None else out
 
