@@ -184,7 +184,8 @@ def merge(options: Any) -> None:
 
 def _place(row: dict[str, Any]) -> tuple[Any, ...]:
     """What a row is of: measured again, it takes the place of earlier ones."""
-    return row["engine"], row["shape"], row["part"], row.get("mix"), row.get("start")
+    length = row["prompt tokens"] if row["part"] == "latency" else None
+    return row["engine"], row["shape"], row["part"], row.get("mix"), row.get("start"), length
 
 
 def main() -> None:

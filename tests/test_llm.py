@@ -348,3 +348,21 @@ def test_prompts_may_be_tensors():
             llm.generate(prompts, GREEDY, priority=5)
         with pytest.raises(ValueError, match="priority are 1, and there are 2 prompts"):
             llm.generate(prompts, GREEDY, priority=[5])
+
+
+@pytest.mark.parametrize(("policy", "early"), [("fcfs", True), ("priority", False)])
+def test_the_first_iteration_begins_before_all_requests_are_there(policy, early, monkeypatch):
+    model = model_of("llama-gqa")
+    prompts = prompts_of((20,) * 6)
+    with llm_of(model, max_num_batched_tokens=32, policy=policy) as llm:
+        calls = []
+        for name in ("add", "step"):
+            plain = getattr(llm.engine, name)
+            monkeypatch.setattr(llm.engine, name, lambda *a, _n=name, _p=plain, **k: calls.append(_n) or _p(*a, **k))
+        assert tokens(llm.generate(prompts, GREEDY, use_tqdm=False)) == generated(model, prompts)
+        expected = ["add", "add", "step", *["add"] * 4, "step"] if early else [*["add"] * 6, "step"]
+        assert calls[: len(expected)] == expected
+        with pytest.raises(ValueError, match="a token of prompt"):
+            llm.generate([*prompts, [-1]], GREEDY, use_tqdm=False)
+        assert llm.engine.unfinished == 0
+        assert tokens(llm.generate(prompts, GREEDY, use_tqdm=False)) == generated(model, prompts)

@@ -28,10 +28,9 @@ def _params(output: int, temperature: float) -> SamplingParams:
 def _answered(llm: LLM, works: Iterable[Work], temperature: float) -> tuple[float, int]:
     """The seconds that requests take, and the tokens of their prompts that were known."""
     works = list(works)
+    params = [_params(work.output, temperature) for work in works]
     start = time.perf_counter()
-    outputs = llm.generate(
-        [work.prompt for work in works], [_params(work.output, temperature) for work in works], use_tqdm=False
-    )
+    outputs = llm.generate([work.prompt for work in works], params, use_tqdm=False)
     took = time.perf_counter() - start
     for work, output in zip(works, outputs, strict=True):
         if len(output.outputs[0].token_ids) != work.output:

@@ -121,8 +121,8 @@ class Engine:
         *,
         namespace: Hashable = None,
         tenant: str = "",
-    ) -> None:
-        """Lets a request wait for its turn.
+    ) -> int:
+        """Lets a request wait for its turn, and returns how many tokens its prompt has.
 
         Args:
             request_id: names it.
@@ -147,6 +147,7 @@ class Engine:
             if self.scheduler.requests.find(request_id) is None:
                 self._tracked.drop(request_id)
             raise
+        return len(tracked.request.prompt)
 
     def abort(self, request_id: str) -> bool:
         """Ends a request; False where there is none of that id."""

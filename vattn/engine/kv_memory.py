@@ -41,6 +41,7 @@ class KVMemory:
         self._reuse = reuse_prefixes and not cache.layout.recurrent
         self._slides = any(plane.window is not None for plane in cache.layout.planes)
         self._sequences: dict[Branch, Sequence] = {}
+        self._placed: tuple[list[Branch], list[int]] = [], []  # the last branches whose slots were asked for
         self._expected: dict[Branch, int] = {}  # positions of branches whose prompts are not computed yet
         self._unclosed: list[Sequence] = []  # that the driver refused to close
         self._resets = 0  # of prefixes: what was computed before the last one is of no use any more
@@ -50,9 +51,11 @@ class KVMemory:
         return self._sequences[branch].slot
 
     def slots(self, branches: list[Branch]) -> list[int]:
-        """The slots of branches."""
-        of = self._sequences
-        return [of[branch].slot for branch in branches]
+        """The slots of branches; the same list as long as it is asked for the same branches and none moves."""
+        if self._placed[0] != branches:
+            of = self._sequences
+            self._placed = list(branches), [of[branch].slot for branch in branches]
+        return self._placed[1]
 
     def shortage(self, request: Request) -> str | None:
         """See ``Memory.shortage``."""
@@ -93,6 +96,7 @@ class KVMemory:
 
     def open(self, request: Request, expected: int) -> int | None:
         """See ``Memory.open``."""
+        self._placed = [], []
         self._close_all()
         tokens, expected = None, expected + _AHEAD
         if self._reuse and request.reuse_prefix:
@@ -151,6 +155,7 @@ class KVMemory:
 
     def close(self, branch: Branch, positions: int) -> None:
         """See ``Memory.close``."""
+        self._placed = [], []
         self.remember(branch, positions)
         sequence = self._sequences.pop(branch)
         self._expected.pop(branch, None)
@@ -171,6 +176,7 @@ class KVMemory:
 
     def swap_out(self, request: Request) -> bool:
         """See ``Memory.swap_out``."""
+        self._placed = [], []
         try:
             for sequence in self._of(request):
                 if not sequence.swapped:
@@ -181,6 +187,7 @@ class KVMemory:
 
     def swap_in(self, request: Request) -> bool:
         """See ``Memory.swap_in``."""
+        self._placed = [], []
         self._close_all()
         back = []
         try:

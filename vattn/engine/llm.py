@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -76,19 +77,28 @@ class LLM:
             params = [replace(each, priority=rank) for each, rank in zip(params, priority, strict=True)]
         names = dict.fromkeys(f"llm-{next(self._names)}" for _ in given)
         done: dict[str, RequestOutput] = {}
+        # The device begins as soon as there is enough for an iteration, unless a later request may come first.
+        left = self._args.max_num_batched_tokens if self._args.policy == "fcfs" else math.inf
         try:
-            for name, prompt, each in zip(names, given, params, strict=True):
-                self.engine.add(name, content_of(prompt), each)
             with tqdm(total=len(given), desc="requests", dynamic_ncols=True, disable=not use_tqdm) as bar:
+                for name, prompt, each in zip(names, given, params, strict=True):
+                    left -= self.engine.add(name, content_of(prompt), each)
+                    if left <= 0:
+                        self._step(names, done, bar)
+                        left = math.inf
                 while len(done) < len(given):
-                    for output in self.engine.step(final_only=True):
-                        if output.request_id in names:
-                            done[output.request_id] = output
-                            bar.update(1)
+                    self._step(names, done, bar)
         except BaseException:
             self.engine.cancel(names)
             raise
         return [done[name] for name in names]
+
+    def _step(self, names: Collection[str], done: dict[str, RequestOutput], bar: Any) -> None:
+        """Computes an iteration, and adds those of some requests that have ended to ``done``."""
+        for output in self.engine.step(final_only=True):
+            if output.request_id in names:
+                done[output.request_id] = output
+                bar.update(1)
 
     def chat(
         self,

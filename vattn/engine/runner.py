@@ -295,7 +295,7 @@ class FlatRunner:
         return last.tokens[outputs], Decodes(inputs["slots"], last.ends[outputs], self._memory.cache.layout.max_len)
 
     def _slots(self, decodes: DecodeBatch) -> tuple[torch.Tensor, bool]:
-        """The slots of a batch, which stay on the device while they are the same, and whether they are 0, 1 and so on."""
+        """The slots of a batch, which stay on the device while they are the same; and whether they are 0, 1, 2 ..."""
         slots = self._memory.slots(decodes.branches)
         if slots != self._placed[0]:
             self._placed = slots, upload(slots, self._memory.cache.device), slots == list(range(len(slots)))

@@ -35,6 +35,7 @@ from vattn.models.state import configs_of
 from vattn.models.versions import VERSION
 
 _LOG = logging.getLogger("vattn")
+_TUNED_TOKENS = 2048  # of the first call of compiled layers, for which torch chooses the sizes of blocks
 _SWAPPED_BYTES = 64 << 20  # that are swapped to measure how fast it is
 
 
@@ -102,7 +103,7 @@ def tier_of(model: Any, probe: Probe, options: EngineOptions, max_model_len: int
                 swap_is_faster=_swap_is_faster(model, context.cache.layout, probe.device, options.preemption),
                 reuse_prefixes=options.enable_prefix_caching,
             )
-            compiled, uncompiled = _compiled(model, context, probe, options)
+            compiled, uncompiled = _compiled(model, memory, context, probe, options)
             captures = not options.enforce_eager
             runner = FlatRunner(model, memory, context, options.max_num_seqs, captures=captures, compiled=compiled)
             return Tier("flat", None, memory, runner, context.cache, max_model_len, uncompiled=uncompiled)
@@ -154,7 +155,9 @@ def _verified(model: Any, probe: Probe, options: EngineOptions, max_model_len: i
     return context, reason
 
 
-def _compiled(model: Any, context: FlatContext, probe: Probe, options: EngineOptions) -> tuple[Any, str | None]:
+def _compiled(
+    model: Any, memory: KVMemory, context: FlatContext, probe: Probe, options: EngineOptions
+) -> tuple[Any, str | None]:
     """A copy of the model whose layers are compiled, and None; or None and the reason why they are not."""
     if options.enforce_eager or not options.compile:
         return None, "enforce_eager is set" if options.enforce_eager else "compile is not set"
@@ -168,6 +171,9 @@ def _compiled(model: Any, context: FlatContext, probe: Probe, options: EngineOpt
             if not compilation.compile_layers(mine, together=together):
                 return None, "it has no layers that follow each other"
             with artifacts.kept(*_identity(model, probe), together), compilation.compiled_calls():
+                if probe.device.type == "cuda":
+                    runner = FlatRunner(model, memory, context, options.max_num_seqs, captures=False, compiled=mine)
+                    runner.rehearse(min(_TUNED_TOKENS, options.max_num_batched_tokens), 1)
                 reason = verified(model, context, probe.vocabulary, compiled=mine)
         except Exception as error:  # whatever the compiler does not support
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]

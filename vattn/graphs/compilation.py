@@ -22,7 +22,7 @@ from torch._inductor import config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.nn import functional
 
-_MOST_TOGETHER = 4  # layers that are compiled as one: more take long to compile, and there is less to gain
+_MOST_TOGETHER = 2  # layers that are compiled as one: more take long to compile, and there is less to gain
 _LAYER_NUMBERS = r".*\.layer_idx"  # where transformers' modules keep the number of their layer, as torch names it
 
 

@@ -9,6 +9,8 @@ import torch
 
 from vattn.kernels.quantize import rounded
 
+_FEW = 512  # rows that are appended while the next kernel begins
+
 
 def append(
     k_new: torch.Tensor,
@@ -58,7 +60,7 @@ def append(
         *k_new.stride(), *v_new.stride(), *k.stride()[:3], *v.stride()[:3],
         kind=_triton_types()[k.dtype], dim=dim, v_dim=v_dim, block=block,
         limit=torch.finfo(k.dtype).max if k.dtype.itemsize == 1 else 0.0, scaled=scales[0] is not None,
-        k_heads=k_scale.numel(), v_heads=v_scale.numel(),
+        k_heads=k_scale.numel(), v_heads=v_scale.numel(), lets_next_begin=batch <= _FEW and _lets_next_begin(k.device),
     )  # fmt: skip
 
 
@@ -80,8 +82,10 @@ def _kernel() -> Any:
         k_new, v_new, k, v, ends, slots, k_scale, v_scale,
         k_new_b, k_new_h, k_new_d, v_new_b, v_new_h, v_new_d, k_slot, k_row, k_head, v_slot, v_row, v_head,
         kind: tl.constexpr, dim: tl.constexpr, v_dim: tl.constexpr, block: tl.constexpr, limit: tl.constexpr,
-        scaled: tl.constexpr, k_heads: tl.constexpr, v_heads: tl.constexpr,
+        scaled: tl.constexpr, k_heads: tl.constexpr, v_heads: tl.constexpr, lets_next_begin: tl.constexpr,
     ):  # fmt: skip
+        if lets_next_begin:
+            tl.extra.cuda.gdc_launch_dependents()
         k = k.to(tl.pointer_type(kind))
         v = v.to(tl.pointer_type(kind))
         sequence = tl.program_id(0).to(tl.int64)  # products with strides can exceed 32 bits
@@ -104,6 +108,19 @@ def _kernel() -> Any:
         tl.store(v + slot * v_slot + row * v_row + head * v_head + at, new, mask=v_part)
 
     return kernel
+
+
+@functools.cache
+def _lets_next_begin(device: torch.device) -> bool:
+    """Whether the next kernel may begin with what it does before it waits for this one (programmatic dependent launch).
+
+    Only kernels that are made for it begin early, e.g. those of FlashInfer. They take room from a kernel that runs for
+    long.
+    """
+    import triton.language as tl
+
+    there = hasattr(getattr(tl.extra, "cuda", None), "gdc_launch_dependents")
+    return there and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.cache

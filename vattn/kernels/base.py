@@ -264,6 +264,7 @@ class Kernel:
         offsets: torch.Tensor,
         most: int,
         scores: AttentionParams,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Computes prompts and single queries at once, as ``prefill`` does. A call can be captured where decodes can.
 
@@ -276,9 +277,11 @@ class Kernel:
                 ``[batch + 1]``. A sequence may have no queries.
             most: an upper bound on the queries of every sequence.
             scores: how scores are computed.
+            out: contiguous memory that the result may be written to, of its shape and dtype; or None.
 
         Returns:
-            ``[n, query_heads, v_head_dim]``. Its values are undefined behind the queries of the last sequence.
+            ``[n, query_heads, v_head_dim]``, which may be ``out``. Its values are undefined behind the queries of the
+            last sequence.
         """
         raise NotImplementedError
 

@@ -149,16 +149,19 @@ class Flash3(Kernel):
         offsets: torch.Tensor,
         most: int,
         scores: AttentionParams,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         starts, lengths = offsets_of(k, spans)
         # Ranges are split into parts where there are too few queries to keep the device busy.
         splits = 0 if len(q) <= _FEW_QUERIES else 1
-        out, lse, *_ = _flash3_forward()(
-            q, slots_as_rows(k), slots_as_rows(v), cu_seqlens_q=offsets, cu_seqlens_k=starts, seqused_k=lengths,
-            max_seqlen_q=most, max_seqlen_k=spans.longest, softmax_scale=scores.scale, causal=True,
+        made, lse, *_ = _flash3_forward()(
+            q, slots_as_rows(k), slots_as_rows(v), out_=out, cu_seqlens_q=offsets, cu_seqlens_k=starts,
+            seqused_k=lengths, max_seqlen_q=most, max_seqlen_k=spans.longest, softmax_scale=scores.scale, causal=True,
             softcap=scores.softcap or 0.0, num_splits=splits,
         )  # fmt: skip
-        return with_sinks(out, lse.t(), scores.sinks) if scores.sinks is not None else out
+        if scores.sinks is not None:
+            return with_sinks(made, lse.t(), scores.sinks)
+        return made if out is None else out
 
 
 @functools.cache

@@ -82,6 +82,7 @@ class Reference(Kernel):
         offsets: torch.Tensor,
         most: int,
         scores: AttentionParams,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         end, counts = int(offsets[-1]), offsets.diff().tolist()
         return functional.pad(self.prefill(q[:end], k, v, spans, counts, scores), (0, 0, 0, 0, 0, len(q) - end))

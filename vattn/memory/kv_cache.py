@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Hashable, Iterable
+from operator import attrgetter
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -473,15 +474,19 @@ class KVCache:
         """Returns the numbers by which the arena names the sequences of an argument, after checking them."""
         if not isinstance(sequences, (list, tuple)):
             raise TypeError(f"{argument} must be a list of sequences, not {shown(sequences)}")
-        for sequence in sequences:
-            if not isinstance(sequence, Sequence):
-                raise TypeError(f"{argument} must be of sequences, not {shown(sequence)}")
-            if sequence.cache is not self:
-                raise ValueError(f"{argument} holds a sequence of another cache")
-        names = [sequence.handle.name for sequence in sequences]
+        if set(map(type, sequences)) - {Sequence} or set(map(_CACHE, sequences)) - {self}:
+            for sequence in sequences:
+                if not isinstance(sequence, Sequence):
+                    raise TypeError(f"{argument} must be of sequences, not {shown(sequence)}")
+                if sequence.cache is not self:
+                    raise ValueError(f"{argument} holds a sequence of another cache")
+        names = list(map(_NAME, sequences))
         if len(set(names)) < len(names):
             raise ValueError(f"{argument} holds a sequence twice")
         return names
+
+
+_CACHE, _NAME = attrgetter("cache"), attrgetter("handle.name")
 
 
 def _require_hashable(namespace: Hashable) -> None:

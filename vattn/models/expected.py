@@ -55,18 +55,21 @@ class Expected:
         spread: the largest error of stock attention kernels, see ``Comparison``.
         rounded: whether K and V are rounded to fewer bits. An element that is rounded to the neighbouring value then
             makes a difference by itself, so more is allowed.
+        compiled: whether what is compared is computed by compiled code, which rounds fewer intermediate values.
 
     Attributes:
         bound: the deviation that is allowed so far, relative to the norm of the logits.
     """
 
-    def __init__(self, compute: Callable[[], Any], configs: list[Any], spread: float, *, rounded: bool) -> None:
+    def __init__(
+        self, compute: Callable[[], Any], configs: list[Any], spread: float, *, rounded: bool, compiled: bool = False
+    ) -> None:
         self._output = compute()
         self._logits = self._output[0][:, -1:].clone()
         self._compute, self._configs = compute, configs
         dtype = self._logits.dtype
         self._amplitude = TOLERANCE * max(spread, ROUNDING.get(dtype, 1e-4))
-        self.bound = max(_LOGITS.get(dtype, 1e-3), 2e-2 if rounded else 0.0)
+        self.bound = max(_LOGITS.get(dtype, 1e-3) * (TOLERANCE if compiled else 1), 2e-2 if rounded else 0.0)
         self._draws = 0
 
     def tells(self) -> bool:

@@ -327,15 +327,21 @@ class FlatContext:
         windows = [window for window in (self._windows[layer], how.window) if window is not None]
         how = replace(how, window=min(windows, default=None))
         rows, queries = self.cache.slot_tensors(layer), q[0].transpose(0, 1)
-        out, parts = None, self._parts(layer, queries, rows, how)
+        parts = self._parts(layer, queries, rows, how)
+        out = queries.new_empty(*queries.shape[:2], rows[1].shape[3]) if len(parts) > 1 else None
         for part in parts:
-            got = (self._decoded if part.decodes else self._prefilled)(layer, queries[part.tokens], rows, part, how)
+            room = None if out is None or part.mixture is None else out[part.tokens]
+            kernel, got = (
+                self._decoded(layer, queries[part.tokens], rows, part, how)
+                if part.decodes
+                else self._prefilled(layer, queries[part.tokens], rows, part, how, room)
+            )
             if self.watch is not None and new is not None:
-                self.watch.attended(layer, *got, part, queries, rows, new, how)
-            if len(parts) == 1:
-                return got[1][None]
-            out = queries.new_empty(*queries.shape[:2], rows[1].shape[3]) if out is None else out
-            out[part.tokens] = got[1]
+                self.watch.attended(layer, kernel, got, part, queries, rows, new, how)
+            if out is None:
+                return got[None]
+            if got is not room:
+                out[part.tokens] = got
         assert out is not None
         return out[None]
 
@@ -360,13 +366,13 @@ class FlatContext:
         return kernel, kernel.decode(q, *rows, self._ranges_of(part, how.window), how)
 
     def _prefilled(
-        self, layer: int, q: torch.Tensor, rows: _Rows, part: Part, how: AttentionParams
+        self, layer: int, q: torch.Tensor, rows: _Rows, part: Part, how: AttentionParams, room: torch.Tensor | None
     ) -> tuple[Kernel, torch.Tensor]:
-        """The same for several queries of each segment."""
+        """The same for several queries of each segment, which may be written to ``room``."""
         ranges = self._ranges_of(part, how.window)
         if (mixture := part.mixture) is not None:
             kernel = self._kernel_for(layer, q, rows, how, "chunk")
-            return kernel, kernel.mixed(q, *rows, ranges, mixture.offsets, mixture.most, how)
+            return kernel, kernel.mixed(q, *rows, ranges, mixture.offsets, mixture.most, how, room)
         assert isinstance(part.segments, list)
         if self._copied(layer):
             rows, ranges = self._widened(rows, ranges, q.dtype)

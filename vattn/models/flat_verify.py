@@ -68,7 +68,8 @@ def verified(model: Any, context: FlatContext, vocabulary: int, *, compiled: Any
         logits = [model(input_ids=each[None], **_own_cache(model, cache)).logits[0] for each in ids]
         return (torch.cat(logits)[:, None],)
 
-    expected = Expected(compute, configs_of(model), watch.spread, rounded=_fewer_bits(cache) is not None)
+    fewer = _fewer_bits(cache) is not None
+    expected = Expected(compute, configs_of(model), watch.spread, rounded=fewer, compiled=compiled is not None)
     if not expected.tells():
         return "its logits are no numbers"
     if watch.fault:
