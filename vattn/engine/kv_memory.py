@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from vattn.engine.request import Branch, Request
 from vattn.errors import Error
@@ -12,6 +16,21 @@ from vattn.memory.sequence import Sequence
 from vattn.models.flat import Margins
 
 _AHEAD = 64  # positions past those that a sequence will have, which the mapper may keep mapped ahead
+
+
+@dataclass
+class _Batch:
+    """Branches that an iteration computes.
+
+    Args:
+        branches: the branches.
+        room: positions that each was brought to.
+        slots: of each; None where nobody has asked for them.
+    """
+
+    branches: list[Branch]
+    room: npt.NDArray[np.int64]
+    slots: list[int] | None = None
 
 
 class KVMemory:
@@ -41,7 +60,8 @@ class KVMemory:
         self._reuse = reuse_prefixes and not cache.layout.recurrent
         self._slides = any(plane.window is not None for plane in cache.layout.planes)
         self._sequences: dict[Branch, Sequence] = {}
-        self._placed: tuple[list[Branch], list[int]] = [], []  # the last branches whose slots were asked for
+        self._room: dict[Branch, int] = {}  # positions that branches were brought to
+        self._last: _Batch | None = None  # the branches that were asked about last
         self._expected: dict[Branch, int] = {}  # positions of branches whose prompts are not computed yet
         self._unclosed: list[Sequence] = []  # that the driver refused to close
         self._resets = 0  # of prefixes: what was computed before the last one is of no use any more
@@ -52,10 +72,22 @@ class KVMemory:
 
     def slots(self, branches: list[Branch]) -> list[int]:
         """The slots of branches; the same list as long as it is asked for the same branches and none moves."""
-        if self._placed[0] != branches:
-            of = self._sequences
-            self._placed = list(branches), [of[branch].slot for branch in branches]
-        return self._placed[1]
+        batch, of = self._batch(branches), self._sequences
+        if batch.slots is None:
+            batch.slots = [of[branch].slot for branch in branches]
+        return batch.slots
+
+    def _batch(self, branches: list[Branch]) -> _Batch:
+        """What is known of branches; the same object as long as it is asked for the same ones and none moves."""
+        if self._last is None or self._last.branches != branches:
+            room = self._room
+            self._last = _Batch(list(branches), np.array([room.get(branch, 0) for branch in branches]))
+        return self._last
+
+    def _moved(self, branch: Branch) -> None:
+        """Forgets where a branch is."""
+        self._last = None
+        self._room.pop(branch, None)
 
     def shortage(self, request: Request) -> str | None:
         """See ``Memory.shortage``."""
@@ -96,7 +128,7 @@ class KVMemory:
 
     def open(self, request: Request, expected: int) -> int | None:
         """See ``Memory.open``."""
-        self._placed = [], []
+        self._moved(request.trunk)
         self._close_all()
         tokens, expected = None, expected + _AHEAD
         if self._reuse and request.reuse_prefix:
@@ -123,17 +155,50 @@ class KVMemory:
         of: dict[Branch, Sequence] = self._sequences
         if rows and self._margins.more_behind_prompts:  # the tokens that are sampled later come to be there
             positions = [*positions[:-rows], *(each + self._margins.more_behind_prompts for each in positions[-rows:])]
-        keep: int | list[int] = 0
-        if self._slides:  # what a window has passed is given back, unless an output may be cut to it
-            keep = [max(0, branch.confirmed - self._margins.before) for branch in branches]
-        try:
-            self.cache.grow_all([of[branch] for branch in branches], positions, min_truncate_length=keep)
-        except Error:
+        if not (self._windowed if self._slides else self._reserved)(branches, positions, rows):
             return branches[-1]
         for branch in branches[-rows:] if rows and self._expected else ():
             if of[branch].length >= len(branch.request.prompt) and branch in self._expected:
                 of[branch].expect(self._expected.pop(branch))
         return None
+
+    def _windowed(self, branches: list[Branch], positions: list[int], rows: int) -> bool:
+        """Grows branches, and gives back what windows have passed, unless an output may be cut to it."""
+        keep = [max(0, branch.confirmed - self._margins.before) for branch in branches]
+        return self._grown(branches, positions, keep)
+
+    def _reserved(self, branches: list[Branch], positions: list[int], rows: int) -> bool:
+        """Grows branches, decodes to where their last granules end: most of them need nothing in most iterations."""
+        batch, wanted = self._batch(branches), np.array(positions)
+        due = np.flatnonzero(wanted > batch.room)
+        if not len(due):
+            return True
+        decodes = len(branches) - rows
+        wanted[:decodes] = self._granules_end(wanted[:decodes])
+        grown, room = [branches[at] for at in due], wanted[due].tolist()
+        if not self._grown(grown, room, 0):
+            return False
+        batch.room[due] = room
+        self._room.update(zip(grown, room, strict=True))
+        return True
+
+    def _grown(self, branches: list[Branch], positions: list[int], keep: int | list[int]) -> bool:
+        """Brings branches to so many positions each; False where there is no memory."""
+        of = self._sequences
+        try:
+            self.cache.grow_all([of[branch] for branch in branches], positions, min_truncate_length=keep)
+        except Error:
+            return False
+        return True
+
+    def _granules_end(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The most positions for which the granules of so many are enough."""
+        layout, tail = self.cache.layout, self._margins.behind
+        most = np.full_like(positions, layout.max_len - tail)
+        for plane in layout.planes:
+            granules = -(-(positions + tail) * plane.row_bytes // layout.granularity)
+            most = np.minimum(most, granules * layout.granularity // plane.row_bytes - tail)
+        return np.maximum(most, positions)
 
     def fork(self, request: Request) -> bool:
         """See ``Memory.fork``."""
@@ -155,7 +220,7 @@ class KVMemory:
 
     def close(self, branch: Branch, positions: int) -> None:
         """See ``Memory.close``."""
-        self._placed = [], []
+        self._moved(branch)
         self.remember(branch, positions)
         sequence = self._sequences.pop(branch)
         self._expected.pop(branch, None)
@@ -176,7 +241,8 @@ class KVMemory:
 
     def swap_out(self, request: Request) -> bool:
         """See ``Memory.swap_out``."""
-        self._placed = [], []
+        for branch in request.branches:
+            self._moved(branch)
         try:
             for sequence in self._of(request):
                 if not sequence.swapped:
@@ -187,7 +253,8 @@ class KVMemory:
 
     def swap_in(self, request: Request) -> bool:
         """See ``Memory.swap_in``."""
-        self._placed = [], []
+        for branch in request.branches:
+            self._moved(branch)
         self._close_all()
         back = []
         try:
