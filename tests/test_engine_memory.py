@@ -38,7 +38,7 @@ def test_later_rounds_take_few_calls(lengths, may, reuse):
         for place, work in enumerate(works):
             prompt = tuple(10_000 * number + token for token in work.prompt)
             request = Request(f"{number}-{place}", prompt, work.output)
-            request.stop_tokens = frozenset()
+            request.trunk.stop_tokens = frozenset()
             scheduler.add(request)
         flying = scheduler.schedule()
         while not flying.empty:

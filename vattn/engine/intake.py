@@ -85,7 +85,9 @@ class Intake:
         seed = self._seed if params.seed is None else params.seed
         seed = secrets.randbits(62) if seed is None else seed
         tracked = Tracked(request, params, text, seed, self._ends, self.tokenizer)
-        request.stop_tokens = None if tracked.watched else frozenset(tracked.stop_tokens)
+        stop_tokens = None if tracked.watched else frozenset(tracked.stop_tokens)
+        for branch in request.branches:
+            branch.stop_tokens = stop_tokens
         for word in tracked.bad_words:
             if len(word) > MOST_BAD_TOKENS or not all(0 <= token < self.vocabulary for token in word):
                 raise ValueError(

@@ -81,7 +81,7 @@ class Launcher:
             lengths = upload(ends, self.device)
             lengths = lengths if batch is None else torch.cat([batch.ends, lengths])
         plan = self._slots.plan(iteration.into)
-        made = [len(branch.output) + branch.pending - 1 for branch in iteration.into] if plan.special else ()
+        made = [branch.sampled - 1 for branch in iteration.into] if plan.special else ()
         sampled = self._sampler.sample(logits, plan, lengths, made)
         return Download(sampled.tokens, sampled.logprob_tokens, sampled.logprobs, sampled.ranks)
 

@@ -40,7 +40,8 @@ class Branch:
     Attributes:
         output: the sampled tokens that were read.
         launched: positions whose K and V were computed, or are computed by an iteration in flight.
-        pending: tokens that iterations in flight will sample.
+        sampled: how many tokens were sampled, those that iterations in flight sample included.
+        stop_tokens: tokens behind which it may end; None where it may end behind any.
         in_flight: iterations in flight that it is part of.
         finish_reason: why it has ended; None while it goes on.
         opened: whether it holds memory.
@@ -51,7 +52,8 @@ class Branch:
     max_tokens: int
     output: list[int] = field(default_factory=list)
     launched: int = 0
-    pending: int = 0
+    sampled: int = 0
+    stop_tokens: frozenset[int] | None = None
     in_flight: int = 0
     finish_reason: FinishReason | None = None
     opened: bool = False
@@ -59,7 +61,12 @@ class Branch:
     @property
     def length(self) -> int:
         """Tokens that it has, those included that are sampled by iterations in flight."""
-        return len(self.request.prompt) + len(self.output) + self.pending
+        return len(self.request.prompt) + self.sampled
+
+    @property
+    def pending(self) -> int:
+        """Tokens that iterations in flight will sample."""
+        return self.sampled - len(self.output)
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Its tokens from position ``start`` up to ``end``, as far as they were read; no others are copied."""
@@ -70,7 +77,7 @@ class Branch:
     @property
     def missing(self) -> int:
         """Positions that are still to be computed before the next token can be sampled."""
-        if self.finish_reason is not None or len(self.output) + self.pending >= self.max_tokens:
+        if self.finish_reason is not None or self.sampled >= self.max_tokens:
             return 0
         return self.length - self.launched
 
@@ -95,7 +102,6 @@ class Request:
         reuse_prefix: whether it may begin behind rows that other requests have computed.
         arrival: time at which it came, in seconds.
         deadline: time at which it is aborted, in seconds; None for never.
-        stop_tokens: tokens behind which an output may end; None where it may end behind any.
 
     Attributes:
         status: where it is.
@@ -119,7 +125,6 @@ class Request:
     reuse_prefix: bool = True
     arrival: float = 0.0
     deadline: float | None = None
-    stop_tokens: frozenset[int] | None = None
 
     status: Status = Status.WAITING
     branches: list[Branch] = field(default_factory=list)
@@ -164,4 +169,4 @@ class Request:
     def held_positions(self) -> int:
         """Positions that it would hold memory for if it ran: the prompt once, and what each output has sampled."""
         live = self.live
-        return len(self.prompt) + sum(len(branch.output) + branch.pending for branch in live) if live else 0
+        return len(self.prompt) + sum(branch.sampled for branch in live) if live else 0

@@ -84,7 +84,7 @@ class OutputEstimate:
 
     def remaining(self, branch: Branch) -> int:
         """Tokens that an output will most likely still sample."""
-        sampled, most = len(branch.output) + branch.pending, branch.request.max_tokens
+        sampled, most = branch.sampled, branch.request.max_tokens
         return max(int(self._part * most) - sampled, min(_SOON, most - sampled))
 
     def growth(self, running: list[Request], joining: Request) -> int:
@@ -186,12 +186,11 @@ class Scheduler:
         for branch in iteration.decodes:
             branch.in_flight -= 1
         for branch, token in zip(iteration.into, tokens, strict=True):
-            branch.pending -= 1
             if branch.finish_reason is None:  # otherwise the token lies behind the end
                 output = branch.output
                 output.append(token)
                 progressed.append(branch)
-                stops = branch.request.stop_tokens
+                stops = branch.stop_tokens
                 if len(output) >= branch.max_tokens or stops is None or token in stops:
                     self._end_where_it_stops(branch)
             if branch.finish_reason is not None:
@@ -217,7 +216,7 @@ class Scheduler:
             for branch in request.branches:
                 if branch.in_flight:  # which of its rows were computed is not known: they are nobody's prefix
                     branch.launched = 0
-                branch.pending = branch.in_flight = 0
+                branch.sampled, branch.in_flight = len(branch.output), 0
                 if branch.finish_reason is None and branch.output:
                     self._end_where_it_stops(branch)  # the error may have come in between
         for request in list(self.requests.running.values()):
@@ -262,7 +261,7 @@ class Scheduler:
 
     def _decodes(self) -> list[Branch]:
         """The outputs of which only the position of the last token is missing, as far as the budget of tokens goes."""
-        found = [branch for branch in self.requests.decoding if len(branch.output) + branch.pending < branch.max_tokens]
+        found = [branch for branch in self.requests.decoding if branch.sampled < branch.max_tokens]
         if leaving := self.requests.leaving:
             found = [branch for branch in found if branch.request.id not in leaving]
         return found[: self.limits.tokens]
@@ -308,7 +307,7 @@ class Scheduler:
         for branch in decodes:
             branch.in_flight += 1  # first, for ``recover`` after an interrupt
             branch.launched += 1
-            branch.pending += 1
+            branch.sampled += 1
         if self._policy_counts:
             for branch in decodes:
                 self._policy.served(branch.request, 0, 1)
@@ -317,7 +316,7 @@ class Scheduler:
                 branch.in_flight += 1
             row.branch.launched += row.count
             for branch in row.into:
-                branch.pending += 1
+                branch.sampled += 1
             self._policy.served(row.branch.request, row.count - bool(row.into), len(row.into))
         for request in dict.fromkeys(row.branch.request for row in rows if row.into):
             self.requests.started(request)
