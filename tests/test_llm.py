@@ -117,7 +117,9 @@ def test_llm_answers_in_the_order_of_the_prompts():
     prompts = prompts_of((20, 3, 31))
     expected = generated(model, prompts)
     with llm_of(model) as llm:
-        assert llm.report() == {
+        report = llm.report()
+        assert list(report.pop("startup s")) == ["probe", "kernels", "verify", "swap cost", "compile"]
+        assert report == {
             "tier": "flat", "reason": None, "kernels": ["sdpa"], "graphs": 0,
             "uncaptured": "there are no CUDA graphs on cpu", "uncompiled": "compile is not set", "max_model_len": 160,
         }  # fmt: skip
@@ -366,3 +368,8 @@ def test_the_first_iteration_begins_before_all_requests_are_there(policy, early,
             llm.generate([*prompts, [-1]], GREEDY, use_tqdm=False)
         assert llm.engine.unfinished == 0
         assert tokens(llm.generate(prompts, GREEDY, use_tqdm=False)) == generated(model, prompts)
+
+
+def test_a_start_row_by_row():
+    with llm_of(model_of("Mamba2")) as llm:
+        assert list(llm.report()["startup s"]) == ["probe"]

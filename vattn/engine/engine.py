@@ -21,6 +21,7 @@ from vattn.engine.request import Branch, FinishReason, Request, Status
 from vattn.engine.sampler import Sampler
 from vattn.engine.sampling_params import SamplingParams
 from vattn.engine.scheduler import Iteration, Scheduler
+from vattn.engine.startup import Startup
 from vattn.engine.tier import tier_of
 from vattn.engine.tracker import Tracker
 from vattn.models.probe import probed
@@ -56,7 +57,9 @@ class Engine:
             )
         options = options or EngineOptions()
         self._options, self._model = options, model
-        probe = probed(model)
+        startup = Startup()
+        with startup.part("probe"):
+            probe = probed(model)
         allowed = most_positions(model.config.get_text_config(decoder=True))
         longest = options.max_model_len or allowed or 2048
         if allowed is not None and longest > allowed:
@@ -66,7 +69,7 @@ class Engine:
         kernels.named(options.attention)
         self.intake = Intake(tokenizer, probe.vocabulary, _end_tokens(model), longest, options.seed)
         with computing_on(probe.device):
-            self.tier = tier_of(model, probe, options, longest)
+            self.tier = tier_of(model, probe, options, longest, startup)
         self._tracked = Tracker()
         self.scheduler = Scheduler(
             self.tier.memory,
@@ -88,7 +91,8 @@ class Engine:
         self._closed = False
         self._target: int | None = None  # the budget that running requests keep from being set
         if probe.device.type == "cuda":
-            self._launcher.rehearse(options.max_num_batched_tokens, options.max_num_seqs)
+            with startup.part("rehearse"):
+                self._launcher.rehearse(options.max_num_batched_tokens, options.max_num_seqs)
             self.tier.fit(options)
 
     @property

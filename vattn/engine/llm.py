@@ -162,7 +162,7 @@ class LLM:
         self.engine.wake_up()
 
     def report(self) -> dict[str, Any]:
-        """By which means and attention kernels the model is computed, and why not in a faster way."""
+        """By which means and kernels the model is computed, why not in a faster way, and how long the start took."""
         tier = self.engine.tier
         return {
             "tier": tier.name,
@@ -172,6 +172,7 @@ class LLM:
             "uncaptured": tier.runner.uncaptured,
             "uncompiled": tier.uncompiled,
             "max_model_len": self.engine.max_model_len,
+            "startup s": {name: round(seconds, 3) for name, seconds in tier.startup.seconds.items()},
         }
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from vattn.engine.memory import Memory
 from vattn.engine.options import KV_DTYPES, EngineOptions
 from vattn.engine.row_memory import RowMemory
 from vattn.engine.runner import FlatRunner, RowRunner, Runner
+from vattn.engine.startup import Startup
 from vattn.errors import Error
 from vattn.graphs import artifacts, compilation
 from vattn.kernels import AttentionSpec
@@ -50,6 +51,7 @@ class Tier:
         runner: computes iterations.
         cache: that holds the rows; None in ``"rows"``.
         max_model_len: positions of the longest sequence.
+        startup: how long the parts of the engine's start took.
         whole_prompts: whether a prompt has to be computed at once.
         uncompiled: why layers of the model are not compiled; None where they are.
     """
@@ -60,6 +62,7 @@ class Tier:
     runner: Runner
     cache: KVCache | None
     max_model_len: int
+    startup: Startup
     whole_prompts: bool = False
     uncompiled: str | None = "rows are computed one by one"
 
@@ -81,7 +84,7 @@ class Tier:
                 torch.cuda.empty_cache()
 
 
-def tier_of(model: Any, probe: Probe, options: EngineOptions, max_model_len: int) -> Tier:
+def tier_of(model: Any, probe: Probe, options: EngineOptions, max_model_len: int, startup: Startup) -> Tier:
     """Chooses the means, and makes the memory.
 
     Args:
@@ -89,24 +92,28 @@ def tier_of(model: Any, probe: Probe, options: EngineOptions, max_model_len: int
         probe: what it is like.
         options: how the engine serves.
         max_model_len: positions of the longest sequence.
+        startup: is told how long the parts of this take.
     """
     config = model.config.get_text_config(decoder=True)
     as_generate = rope.depends_on_call(config, max_model_len)
     reason = _obstacle(probe) or as_generate
     if reason is None:
-        context, reason = _verified(model, probe, options, max_model_len)
+        context, reason = _verified(model, probe, options, max_model_len, startup)
         if reason is None:
+            with startup.part("swap cost"):
+                swap_is_faster = _swap_is_faster(model, context.cache.layout, probe.device, options.preemption)
             memory = KVMemory(
                 context.cache,
                 context.margins,
                 max_model_len,
-                swap_is_faster=_swap_is_faster(model, context.cache.layout, probe.device, options.preemption),
+                swap_is_faster=swap_is_faster,
                 reuse_prefixes=options.enable_prefix_caching,
             )
-            compiled, uncompiled = _compiled(model, memory, context, probe, options)
+            with startup.part("compile"):
+                compiled, uncompiled = _compiled(model, memory, context, probe, options)
             captures = not options.enforce_eager
             runner = FlatRunner(model, memory, context, options.max_num_seqs, captures=captures, compiled=compiled)
-            return Tier("flat", None, memory, runner, context.cache, max_model_len, uncompiled=uncompiled)
+            return Tier("flat", None, memory, runner, context.cache, max_model_len, startup, uncompiled=uncompiled)
     for name in ("kv_cache_dtype", "attention"):
         if getattr(options, name) != "auto":
             raise ValueError(f"{name} must be 'auto': the model cannot be computed with it ({reason})")
@@ -118,10 +125,13 @@ def tier_of(model: Any, probe: Probe, options: EngineOptions, max_model_len: int
         _budget(options, probe.device),
     )
     row_runner = RowRunner(model, rows, recurrent=bool(probe.others), as_generate=as_generate is not None)
-    return Tier("rows", reason, rows, row_runner, None, max_model_len, whole_prompts=as_generate is not None)
+    whole = as_generate is not None
+    return Tier("rows", reason, rows, row_runner, None, max_model_len, startup, whole_prompts=whole)
 
 
-def _verified(model: Any, probe: Probe, options: EngineOptions, max_model_len: int) -> tuple[FlatContext, str | None]:
+def _verified(
+    model: Any, probe: Probe, options: EngineOptions, max_model_len: int, startup: Startup
+) -> tuple[FlatContext, str | None]:
     """What computes the attention of flat calls, and why it cannot; else None. The rows around sequences are mapped."""
     widest = _widest_margins(model, probe, options)
     # Rows behind the longest sequence are rows of its slot, too.
@@ -129,7 +139,10 @@ def _verified(model: Any, probe: Probe, options: EngineOptions, max_model_len: i
         _stored(probe, options), max_len=max_model_len + widest.behind_prompts, granularity=options.granularity
     )
     slots = 2 * options.max_num_seqs  # those of running sequences, and as many for prefixes
-    with contextlib.closing(KVCache(layout, slots=slots, device=probe.device, mapper=False)) as addresses:
+    with (
+        startup.part("kernels"),
+        contextlib.closing(KVCache(layout, slots=slots, device=probe.device, mapper=False)) as addresses,
+    ):
         expected = _expected_margins(model, probe, options, addresses)
     for margins in dict.fromkeys((expected, widest)):  # a model may do something else than is expected
         cache = KVCache(
@@ -143,7 +156,8 @@ def _verified(model: Any, probe: Probe, options: EngineOptions, max_model_len: i
         )
         context = FlatContext(cache, configs_of(model), options.attention, margins, max_model_len)
         try:
-            reason = verified(model, context, probe.vocabulary)
+            with startup.part("verify"):
+                reason = verified(model, context, probe.vocabulary)
         except BaseException:
             cache.close()
             raise
