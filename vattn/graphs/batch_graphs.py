@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vattn.graphs.capture import capturable, streams
+from vattn.graphs.capture import capturable, cause_of, streams
 from vattn.graphs.runner import GraphRunner
 from vattn.kernels.check import relative_errors
 
@@ -154,7 +154,7 @@ class BatchGraphs:
             self._failures[key] += 1
             return None
         except Exception as error:  # a model may do anything that a capture does not allow
-            self.refused = _cause(error)
+            self.refused = cause_of(error)
             _LOG.warning("iterations are not captured into CUDA graphs: %s", self.refused)
             self.clear()
             return None
@@ -165,13 +165,6 @@ class BatchGraphs:
         output = self._compute(runner.inputs)
         assert self._output is not None
         return self._output[: runner.rows].copy_(output)
-
-
-def _cause(error: BaseException) -> str:
-    """What a capture failed of. CUDA tells of another error at its end, and torch raises that one."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> str | None:

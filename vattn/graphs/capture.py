@@ -96,3 +96,10 @@ def _end_capture(graph: Any, pool: Any, stream: torch.cuda.Stream) -> None:
     # The random generators may take the capture to be still running; one more capture, which nothing uses, ends that.
     with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
         torch.zeros((), device=stream.device)
+
+
+def cause_of(error: BaseException) -> str:
+    """Returns the first line of the first error in a chain, since the end of a capture or compilation adds another."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).partition("\n")[0] or type(error).__name__

@@ -143,7 +143,9 @@ def compiled_calls() -> Iterator[None]:
     # By default the number of a layer counts as a constant, and each layer is compiled anew. Other integers stay
     # constants: kernels that divide by heads and their sizes as variables take several times as long.
     config: Any = torch.compiler.config
-    with config.patch(dynamic_sources=_LAYER_NUMBERS), torch._dynamo.config.patch(recompile_limit=32):
+    # Numbers like the scale of attention are constants, too: else torch finds that later, and begins anew.
+    dynamo = torch._dynamo.config.patch(recompile_limit=32, specialize_float=True)
+    with config.patch(dynamic_sources=_LAYER_NUMBERS), dynamo:
         yield
 
 
@@ -307,6 +309,7 @@ class _Joined(CustomGraphPass):
                 graph.call_function(torch.narrow, (product, -1, *span)) for span in zip(starts, sizes, strict=False)
             ]
         for node, part in zip(nodes, parts, strict=True):
+            part.meta["example_value"] = _value(node)  # without which torch does not keep what it compiles
             node.replace_all_uses_with(part)
             graph.erase_node(node)
 

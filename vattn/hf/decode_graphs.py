@@ -10,7 +10,7 @@ import torch
 
 from vattn import kernels
 from vattn.graphs import compilation
-from vattn.graphs.capture import capturable, streams
+from vattn.graphs.capture import capturable, cause_of, streams
 from vattn.graphs.runner import GraphRunner
 from vattn.hf.attach import Forward
 from vattn.hf.decode_context import DecodeContext
@@ -153,7 +153,7 @@ class DecodeGraphs:
             graph.can.capture = graph.can.idle = False
             self._pool = None
             _LOG.debug("a capture failed", exc_info=True)
-            self._log.fall_back(f"the step cannot be captured: {_first_line(error)}")
+            self._log.fall_back(f"the step cannot be captured: {cause_of(error)}")
             return
         self._log.counts["captures"] += 1
 
@@ -171,14 +171,7 @@ class DecodeGraphs:
         except Exception as error:  # a model may do anything that the compiler does not support
             graph.can.compiled = False
             _LOG.debug("a compilation failed", exc_info=True)
-            self._log.fall_back(f"the step cannot be compiled: {_first_line(error)}")
-
-
-def _first_line(error: BaseException) -> str:
-    """Returns the first line of the first error in a chain, since the end of a capture or compilation adds another."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return str(error).partition("\n")[0]
+            self._log.fall_back(f"the step cannot be compiled: {cause_of(error)}")
 
 
 register_range("vattn::capture", DecodeGraphs, "capture")
