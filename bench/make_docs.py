@@ -109,6 +109,7 @@ BARS = {
     "honest_runs_nearest": "the most that honest attention differs, of what it may",
     "verified_step_cost_ratio": "a steady step of generate, 1 x 1024 tokens, over the commit before",
     "engine_over_vllm_8b": "tokens per second of nano-vllm's mix over vLLM 0.26.0's, Llama-3-8B shape",
+    "engine_over_generate": "the same over the best of `model.generate` with either cache, batches of 32 to 128",
     "engine_over_vllm_06b": "the same, Qwen3-0.6B shape",
     "prefix_over_vllm": "the same, groups of 16 requests that share 2048 tokens, Llama-3-8B shape",
     "tight_over_vllm_25": "the same as the first with a quarter of the K and V that all requests need",

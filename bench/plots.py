@@ -47,7 +47,7 @@ def generate(result: dict[str, Any], path: Path) -> None:
 def throughput(result: dict[str, Any], path: Path) -> None:
     """Draws the tokens per second of each mix, by engine, and how long one request waits for its first token."""
     with _figure(result, path, 1, 2) as axes:
-        rounds = [row for row in result["rows"] if row["part"] == "throughput"]
+        rounds = [row for row in result["rows"] if row["part"] == "throughput" and not row.get("warm-up")]
         speeds: dict[str, list[float]] = defaultdict(list)
         for row in rounds:
             speeds[f"{row['shape']}, {row['mix']}: {row['engine']}"].append(row["tokens/s"])

@@ -4,6 +4,8 @@
 ``--vllm`` names the file that the peer's benchmark has written on the same machine; medians of rounds.
 ``tpot_ms_1x1024``, ``ttft_ms_1024`` and so on: one request at a time, and the same with ``_vllm``.
 ``prefix_over_vllm``: as ``engine_over_vllm_8b``, with prefixes that groups of requests share.
+``engine_over_generate``: as ``engine_over_vllm_8b``, over the best of ``model.generate`` with either cache, on batches
+of requests of the mix.
 ``tight_over_vllm_25``, ``tight_over_vllm_50``: the same with so many percent of the K and V that all requests need.
 ``engine_calls_per_1000_tokens``: memory calls of the driver in the last round, per 1000 tokens of prompts and outputs.
 ``ready_s_cold``, ``ready_s_warm``: seconds from the making of the engine until iterations of 256 rows and then of one
@@ -30,6 +32,7 @@ import torch._inductor.compile_fx  # so that importing is no part of what is mea
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from vattn.bench import mixes, serving
+from vattn.bench.static_batch import static_batch
 from vattn.engine import LLM
 from vattn.graphs import artifacts
 
@@ -43,7 +46,7 @@ SHAPES = {
         head_dim=128, vocab_size=151936, max_position_embeddings=40960, tie_word_embeddings=True,
     ),
 }  # fmt: skip
-PARTS = ("ready", "throughput", "latency", "host")
+PARTS = ("ready", "throughput", "latency", "host", "generate")
 
 
 def model_of(shape: str) -> Any:
@@ -65,8 +68,15 @@ def measured(options: Any) -> list[dict[str, Any]]:
     memory: dict[str, Any] = {"gpu_memory_utilization": options.memory}
     if options.tight:
         memory = {"kv_budget": tight_budget(options)}
-    start = time.perf_counter()
     rows = []
+    if "generate" in options.parts:  # before an engine has moved weights
+        works = mixes.mix(options.mix, vocabulary, count=options.requests)
+        for batch in options.batches:
+            for cache in ("dynamic", "vattn"):
+                row = {"engine": "generate", "shape": options.shape, "part": "generate", "mix": options.mix}
+                rows.append({**row, **static_batch(model, works[:batch], cache)})
+                print(rows[-1], flush=True)
+    start = time.perf_counter()
     with LLM(
         model, max_num_seqs=options.max_num_seqs, max_num_batched_tokens=options.max_num_batched_tokens,
         max_model_len=options.max_model_len, enable_prefix_caching=options.prefix_cache, attention=options.attention,
@@ -77,6 +87,8 @@ def measured(options: Any) -> list[dict[str, Any]]:
         print(report_of, flush=True)
         common = {"engine": "vattn", "shape": options.shape, "kernels": "+".join(report_of["kernels"])}
         for part in options.parts:
+            if part == "generate":
+                continue
             if part == "ready":
                 temperature = "cold" if options.cold else "warm"
                 found = [{"start": temperature, **serving.ready(llm, start, options.max_num_seqs, vocabulary)}]
@@ -138,7 +150,9 @@ def bars_of(rows: list[dict[str, Any]]) -> dict[str, float]:
         found = [
             row["tokens/s"]
             for row in rows
-            if row["engine"].startswith(engine) and row["shape"] == shape and row.get("mix") == mix
+            if (row["engine"].startswith(engine), row["shape"], row["part"]) == (True, shape, "throughput")
+            and row.get("mix") == mix
+            and not row.get("warm-up")
         ]
         return statistics.median(found) if found else None
 
@@ -146,6 +160,9 @@ def bars_of(rows: list[dict[str, Any]]) -> dict[str, float]:
         ours, theirs = speed("vattn", shape, "nano"), speed("vllm", shape, "nano")
         if ours and theirs:
             bars[f"engine_over_vllm_{name}"] = ours / theirs
+    batches = [row["tokens/s"] for row in rows if row["part"] == "generate" and row["shape"] == "8b"]
+    if batches and (ours := speed("vattn", "8b", "nano")):
+        bars["engine_over_generate"] = ours / max(batches)
     for mix, name in (
         ("prefixes", "prefix_over_vllm"),
         ("nano, 25% of K and V", "tight_over_vllm_25"),
@@ -184,8 +201,8 @@ def merge(options: Any) -> None:
 
 def _place(row: dict[str, Any]) -> tuple[Any, ...]:
     """What a row is of: measured again, it takes the place of earlier ones."""
-    length = row["prompt tokens"] if row["part"] == "latency" else None
-    return row["engine"], row["shape"], row["part"], row.get("mix"), row.get("start"), length
+    length = row["prompt tokens"] if row["part"] in ("latency", "generate") else None
+    return row["engine"], row["shape"], row["part"], row.get("mix"), row.get("start"), row.get("cache"), length
 
 
 def main() -> None:
@@ -196,6 +213,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, help="of the mix")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts", type=int, nargs="*", default=[1024, 8192, 32768], help="of latency, in tokens")
+    parser.add_argument("--batches", type=int, nargs="*", default=[32, 64, 128], help="of ``model.generate``")
     parser.add_argument("--steps", type=int, default=128, help="tokens that a request of latency samples")
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-num-batched-tokens", type=int, default=16384)

@@ -9,6 +9,7 @@ from serving import model_of
 
 from vattn.bench import mixes, serving
 from vattn.bench.mixes import Work, mix
+from vattn.bench.static_batch import static_batch
 from vattn.engine.llm import LLM
 from vattn.models.versions import VERSION
 
@@ -59,8 +60,9 @@ def test_an_engine_is_measured():
     with LLM(model_of("llama-gqa"), **options) as llm:
         works = [Work([3 + i] * 20, 24) for i in range(6)]
         rows = serving.throughput(llm, [works, works])
-        assert [row["sampled tokens"] for row in rows] == [144, 144]
-        assert rows[1]["known tokens"] > 0  # the second round has the same prompts
+        assert [row["sampled tokens"] for row in rows] == [144] * 3
+        assert [row["warm-up"] for row in rows] == [True, False, False]
+        assert rows[1]["known tokens"] == 0 < rows[2]["known tokens"]  # the last round has the same prompts
         assert all(row["tokens/s"] == pytest.approx(144 / row["seconds"]) for row in rows)
         [one] = serving.latency(llm, [30], 8, 100)
         assert one["first token ms"] > 0
@@ -72,3 +74,12 @@ def test_an_engine_is_measured():
         ready = serving.ready(llm, 0.0, 4, 100)
         assert ready["ready s, 4"] < ready["ready s, 1"]
         llm.engine.tier.cache.check()
+
+
+@engine
+@pytest.mark.parametrize("cache", ["dynamic", "vattn"])
+def test_generate_is_measured_on_a_batch(cache):
+    model = model_of("llama-gqa")
+    row = static_batch(model, [Work([3 + i] * (5 + i), 10 + i) for i in range(4)], cache)
+    assert (row["cache"], row["requests"], row["prompt tokens"], row["sampled tokens"]) == (cache, 4, 26, 46)
+    assert row["tokens/s"] == pytest.approx(46 / row["seconds"])

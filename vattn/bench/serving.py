@@ -17,7 +17,6 @@ from vattn.engine.llm import LLM
 from vattn.engine.sampling_params import SamplingParams
 from vattn.transfer import Download
 
-_WARM_UP = 16  # tokens that each request of the warm-up samples
 _REPEATS = 5  # of one request, whose median time counts
 
 
@@ -46,7 +45,8 @@ def others(works: Iterable[Work], by: int, vocabulary: int) -> list[Work]:
 def throughput(llm: LLM, rounds: list[list[Work]], temperature: float = 0.6) -> list[dict[str, Any]]:
     """Measures tokens per second.
 
-    All requests of a round come at once. Before the first round requests of the same lengths sample a few tokens.
+    All requests of a round come at once. The first round is one of the same lengths as the next one, with other tokens:
+    graphs are captured and memory is mapped in it.
 
     Args:
         llm: the engine.
@@ -54,13 +54,10 @@ def throughput(llm: LLM, rounds: list[list[Work]], temperature: float = 0.6) -> 
         temperature: of all requests.
 
     Returns:
-        A row for each round.
+        A row for each round, also for the first one.
     """
-    warmed = others(rounds[0], len(rounds), llm.engine.intake.vocabulary)
-    warm = [dataclasses.replace(work, output=min(work.output, _WARM_UP)) for work in warmed]
-    _answered(llm, warm, temperature)
     rows = []
-    for number, works in enumerate(rounds):
+    for number, works in enumerate([others(rounds[0], len(rounds), llm.engine.intake.vocabulary), *rounds]):
         before = _counts(llm)
         took, cached = _answered(llm, works, temperature)
         counts = {name: value - before[name] for name, value in _counts(llm).items()}
@@ -68,6 +65,7 @@ def throughput(llm: LLM, rounds: list[list[Work]], temperature: float = 0.6) -> 
         rows.append(
             {
                 "round": number,
+                "warm-up": not number,
                 "requests": len(works),
                 "prompt tokens": prompts,
                 "known tokens": cached,
