@@ -17,6 +17,7 @@ from vattn.engine.llm import LLM
 from vattn.engine.sampling_params import SamplingParams
 from vattn.transfer import Download
 
+_READY = 48  # tokens that requests sample to see when iterations are at their speed
 _REPEATS = 5  # of one request, whose median time counts
 
 
@@ -195,20 +196,20 @@ def ready(llm: LLM, start: float, requests: int, vocabulary: int) -> dict[str, A
         A row with seconds since ``start``: when the engine was made, and from when on iterations of that many requests,
         and then of one, took at most 1.1 times as long as later ones.
     """
-    _require_positions(llm, 32 + 96)
+    _require_positions(llm, 32 + _READY)
     row: dict[str, Any] = {"requests": requests, "made s": time.perf_counter() - start}
     chance = random.Random(3)
     for count in (requests, 1):
         for number in range(count):
             prompt = [chance.randint(0, min(10_000, vocabulary - 1)) for _ in range(32)]
-            llm.engine.add(f"ready-{count}-{number}", prompt, _params(96, 0.6))
+            llm.engine.add(f"ready-{count}-{number}", prompt, _params(_READY, 0.6))
         ends = []
         while llm.engine.unfinished:
             llm.engine.step(final_only=True)
             ends.append(time.perf_counter())
         took = [end - before for before, end in itertools.pairwise(ends)]
-        steady = statistics.median(took[-40:-8])
-        reached = max((place for place, each in enumerate(took[:48]) if each > 1.1 * steady), default=-1) + 1
+        steady = statistics.median(took[-_READY // 2 : -4])
+        reached = max((place for place, each in enumerate(took[: _READY // 2]) if each > 1.1 * steady), default=-1) + 1
         row[f"ready s, {count}"] = ends[reached] - start
         row[f"steady ms, {count}"] = steady * 1e3
     return row
