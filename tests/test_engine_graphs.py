@@ -23,6 +23,7 @@ from serving import (
 from vattn.engine.llm import LLM
 from vattn.engine.sampling_params import SamplingParams
 from vattn.graphs.batch_graphs import BatchGraphs
+from vattn.graphs.capture import unowned
 from vattn.graphs.runner import rows_of_graph
 from vattn.kernels import KERNELS
 from vattn.models.versions import VERSION
@@ -92,12 +93,13 @@ def test_a_capture_that_is_of_no_use_changes_no_token(how, monkeypatch, batch_gr
     decoded, calls = BatchGraphs._run, []
 
     def run(self, graph):
-        calls.append(graph.rows)
+        calls.append(graph.runner.rows)
         if how == "fails":
             raise RuntimeError("operation not permitted when stream is capturing")
-        if how == "finds no memory" and graph.rows == 2:
+        if how == "finds no memory" and graph.runner.rows == 2:
             raise torch.OutOfMemoryError("no")
-        return decoded(self, graph).mul_(1.1 if how == "deviates" else 1.0)
+        decoded(self, graph)
+        graph.output.mul_(1.1 if how == "deviates" else 1.0)
 
     monkeypatch.setattr(BatchGraphs, "_run", run)
     with engine_of(model) as engine:
@@ -151,6 +153,17 @@ def test_enforce_eager_captures_nothing(batch_graphs_on_cpu):
         report = llm.report()
         assert (report["graphs"], report["uncaptured"]) == (0, "enforce_eager is set")
     assert batch_graphs_on_cpu.replays == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_outputs_of_graphs_are_not_owned(dtype, device):
+    tensor = torch.arange(24, device=device).to(dtype).view(4, 6)
+    same = unowned(tensor)
+    assert (same.data_ptr(), same.dtype, same.shape, same.device) == (
+        tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.device,
+    )  # fmt: skip
+    tensor[1, 2] = 77
+    assert torch.equal(same, tensor)
 
 
 def test_rows_of_graphs():

@@ -134,11 +134,11 @@ class FlatRunner:
         self._graphs: dict[str, BatchGraphs] = {}
         if captures and takes_idle(memory.cache.device):
             device, sizes = memory.cache.device, self._decode_sizes
-            self._graphs["decodes"] = BatchGraphs(self._decoded, _DECODES, sizes, ("slots",), self._most, device)
+            self._graphs["decodes"] = BatchGraphs(self._decoded, _DECODES, sizes, ("slots",), device)
             if context.mixes:
                 sizes, rows = self._mixture_sizes, ("slots", "prompt slots")
                 inputs = _DECODES | _PROMPTS
-                self._graphs["mixtures"] = BatchGraphs(self._mixed, inputs, sizes, rows, 2 * self._most, device)
+                self._graphs["mixtures"] = BatchGraphs(self._mixed, inputs, sizes, rows, device)
         self._captures = captures
         self._no_decodes = {
             name: torch.empty(0, dtype=kind, device=memory.cache.device) for name, kind in _DECODES.items()

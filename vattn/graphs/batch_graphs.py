@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vattn.graphs.capture import capturable, cause_of, streams
+from vattn.graphs.capture import capturable, cause_of, streams, unowned
 from vattn.graphs.runner import GraphRunner
 from vattn.kernels.check import relative_errors
 
@@ -31,12 +31,14 @@ class _Graph:
         live: how many elements of each input the last batch had; the others are 0.
         parts: the inputs without the others.
         held: the last batch, in the order of the inputs.
+        output: of the computation; None before it was captured.
     """
 
     runner: GraphRunner
     live: list[int] = field(default_factory=list)
     parts: list[torch.Tensor] = field(default_factory=list)
     held: list[torch.Tensor] = field(default_factory=list)
+    output: torch.Tensor | None = None
 
     def fill(self, given: dict[str, torch.Tensor]) -> None:
         """Copies a batch to the inputs. Tensors of the last batch are there already."""
@@ -67,7 +69,6 @@ class BatchGraphs:
         inputs: the dtype of each input.
         sizes: the elements that the inputs of a graph have, by those that the inputs of a batch have.
         rows: the names of inputs. The output has a row for each element of the first, then for each of the next.
-        most: rows of the largest output.
         device: the device.
 
     Attributes:
@@ -76,14 +77,13 @@ class BatchGraphs:
 
     def __init__(
         self, compute: Callable[[dict[str, torch.Tensor]], torch.Tensor], inputs: dict[str, torch.dtype],
-        sizes: Callable[[dict[str, int]], dict[str, int]], rows: tuple[str, ...], most: int, device: torch.device,
+        sizes: Callable[[dict[str, int]], dict[str, int]], rows: tuple[str, ...], device: torch.device,
     ) -> None:  # fmt: skip
         self._compute, self._inputs, self._sizes, self._rows = compute, inputs, sizes, rows
-        self._most, self._device = most, device
+        self._device = device
         self._failures: Counter[Any] = Counter()  # of captures, by size
         self._graphs: dict[Any, _Graph] = {}
         self._pool: Any = None
-        self._output: torch.Tensor | None = None  # of the last replay: all graphs write to it
         self.refused = None if capturable(device) else f"there are no CUDA graphs on {device}"
 
     def __len__(self) -> int:
@@ -92,7 +92,7 @@ class BatchGraphs:
 
     def clear(self) -> None:
         """Drops the graphs with their memory, since tensors that they read have moved."""
-        self._graphs, self._pool, self._output = {}, None, None
+        self._graphs, self._pool = {}, None
 
     def run(self, given: dict[str, torch.Tensor]) -> torch.Tensor | None:
         """Computes a batch.
@@ -112,8 +112,8 @@ class BatchGraphs:
             return self._capture(key, sizes, given) if self._failures[key] < _MOST_FAILURES else None
         graph.fill(given)
         graph.runner.replay()
-        assert self._output is not None
-        return self._live(self._output, sizes, given)
+        assert graph.output is not None
+        return self._live(graph.output, sizes, given)
 
     def _live(self, output: torch.Tensor, sizes: dict[str, int], given: dict[str, torch.Tensor]) -> torch.Tensor:
         """The rows of an output that the batch has."""
@@ -137,13 +137,13 @@ class BatchGraphs:
             with graph.runner.on_capture_stream():
                 # Also loads kernels and sets libraries up, which a capture does not allow.
                 expected = self._live(self._compute(inputs), sizes, given)
-            if self._output is None:
-                self._output = torch.empty(self._most, *expected.shape[1:], dtype=expected.dtype, device=self._device)
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            graph.runner.capture(lambda: self._run(graph.runner), self._pool, self._device)
+            graph.runner.capture(lambda: self._run(graph), self._pool, self._device)
+            assert graph.output is not None
+            graph.output = unowned(graph.output)  # so that the graphs' outputs share the memory of the pool
             graph.runner.replay()
-            output = self._live(self._output, sizes, given)
+            output = self._live(graph.output, sizes, given)
             if error := _difference(output, expected):
                 self._failures[key] = _MOST_FAILURES
                 _LOG.warning(
@@ -161,10 +161,12 @@ class BatchGraphs:
         self._graphs[key] = graph
         return output
 
-    def _run(self, runner: GraphRunner) -> torch.Tensor:
-        output = self._compute(runner.inputs)
-        assert self._output is not None
-        return self._output[: runner.rows].copy_(output)
+    def _run(self, graph: _Graph) -> None:
+        output = self._compute(graph.runner.inputs).contiguous()
+        if graph.output is None:
+            graph.output = output
+        else:  # where a function that is called again stands in for a graph
+            graph.output.copy_(output)
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> str | None:

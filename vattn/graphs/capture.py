@@ -103,3 +103,28 @@ def cause_of(error: BaseException) -> str:
     while error.__context__ is not None:
         error = error.__context__
     return str(error).partition("\n")[0] or type(error).__name__
+
+
+class _Memory:
+    """Bytes of a device, as a tensor takes them without owning them."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "strides": None,
+            "version": 3,
+        }
+
+
+def unowned(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor on the memory of a contiguous one, which does not keep that memory from others.
+
+    The output of a captured graph is such memory: each replay writes to it, and it may be temporary memory of other
+    graphs of the same pool. On a CPU the tensor itself is returned.
+    """
+    if not tensor.is_cuda:
+        return tensor
+    flat = torch.as_tensor(_Memory(tensor.data_ptr(), tensor.nbytes), device=tensor.device)
+    return flat.view(tensor.dtype).view(tensor.shape)
