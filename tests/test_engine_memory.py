@@ -13,6 +13,7 @@ from vattn.engine.kv_memory import KVMemory
 from vattn.engine.policy import policy_named
 from vattn.engine.request import Request
 from vattn.engine.scheduler import Scheduler
+from vattn.memory.shape import LayerShape
 from vattn.models.flat import Margins
 
 
@@ -54,3 +55,33 @@ def test_later_rounds_take_few_calls(lengths, may, reuse):
     cache.close()
     assert calls[0] > 30
     assert max(calls[2:]) <= may, calls
+
+
+@pytest.mark.parametrize("tail", [0, 7, 175])
+@pytest.mark.parametrize("shapes", [[(1, 64)] * 4, [(1, 64), (3, 40), None, (1, 64)]])
+def test_decodes_are_brought_to_where_their_last_granules_end(shapes, tail):
+    layers = [shape and LayerShape(kv_heads=shape[0], head_dim=shape[1], dtype="bfloat16") for shape in shapes]
+    layout = KVLayout(layers, max_len=1000 + tail, granularity=4096)
+    cache, plain = (KVCache(layout, slots=4, device="cpu", tail_rows=tail, mapper=False) for _ in range(2))
+    sequence = plain.open(expected=1064)
+    memory = KVMemory(cache, Margins(0, tail, tail), 1000, reuse_prefixes=False)
+    request = Request("one", (1,) * 20, 980)
+    assert memory.open(request, 1000) == 0
+    [branch] = request.branches
+    calls = []
+    grow_all = cache.grow_all
+    cache.grow_all = lambda *args, **options: calls.append(args[1]) or grow_all(*args, **options)
+    for positions in range(1, 1001):
+        assert memory.grow([branch], [positions]) is None
+        sequence.grow()
+        [[room]] = calls[-1:]
+        assert positions <= room <= 1000
+        assert cache.stats().mapped == plain.stats().mapped  # as if the sequence grew by one position each time
+    assert len(calls) < 200
+    memory.close(branch, 0)
+    assert memory.open(request, 1000) == 0  # it is nowhere now
+    calls.clear()
+    assert memory.grow([branch], [20]) is None
+    assert len(calls) == 1
+    cache.close()
+    plain.close()

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 from models import build, prompt, virtual_of
+from serving import llm_of, model_of, prompts_of, tokens
 
 import vattn
 from vattn import CACHE_KEYWORD, KVCache, KVLayout
+from vattn.engine.sampling_params import SamplingParams
+from vattn.models.versions import VERSION
 
 PACKAGE = str(Path(vattn.__file__).parent)
 PAGE = 4096
@@ -213,3 +216,22 @@ def test_an_interrupt_between_the_layers_of_a_configurations_cache_is_told(devic
         cache.reset()
         got = model(ids[:, :13], **{CACHE_KEYWORD: cache}, use_cache=True).logits
         torch.testing.assert_close(got, model(ids[:, :13]).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(VERSION < (5, 17), reason="the engine needs transformers 5.17")
+@pytest.mark.parametrize("file", ["table.py", "kv_memory.py", "scheduler.py", "launcher.py"])
+def test_ctrl_c_in_an_engine_loses_no_request(file):
+    """E9, at lines all over a call of ``generate``: it ends its requests, and the next one is answered as ever."""
+    model = model_of("llama-gqa")
+    prompts = prompts_of((20, 3))
+    params = SamplingParams(temperature=0, max_tokens=6)
+    with llm_of(model, max_num_batched_tokens=16) as llm:
+        expected = tokens(llm.generate(prompts, params, use_tqdm=False))
+        at = 0
+        while interrupted(lambda: llm.generate(prompts, params, use_tqdm=False), at, (file,)):
+            assert llm.engine.unfinished == 0, at
+            assert tokens(llm.generate(prompts, params, use_tqdm=False)) == expected, at
+            llm.engine.tier.cache.check()
+            assert llm.reset_prefix_cache(), at
+            at += 3 if file == "table.py" else 7
+        assert at > 20

@@ -13,7 +13,7 @@ Rows = dict[str, list[dict[str, Any]]]
 
 
 def throughput(options: Namespace, model: Any) -> Rows:
-    """Tokens per second of a mix, or of the requests in a file; each round has other tokens."""
+    """Tokens per second of a mix, or of requests in a file; each round has other tokens, and the first one warms up."""
     start = time.perf_counter()
     with _llm_of(options, model) as llm:
         vocabulary = _vocabulary(llm)

@@ -61,7 +61,7 @@ class KVMemory:
         self._slides = any(plane.window is not None for plane in cache.layout.planes)
         self._sequences: dict[Branch, Sequence] = {}
         self._room: dict[Branch, int] = {}  # positions that branches were brought to
-        self._last: _Batch | None = None  # the branches that were asked about last
+        self._asked: _Batch | None = None  # the branches that were asked about last
         self._expected: dict[Branch, int] = {}  # positions of branches whose prompts are not computed yet
         self._unclosed: list[Sequence] = []  # that the driver refused to close
         self._resets = 0  # of prefixes: what was computed before the last one is of no use any more
@@ -79,14 +79,14 @@ class KVMemory:
 
     def _batch(self, branches: list[Branch]) -> _Batch:
         """What is known of branches; the same object as long as it is asked for the same ones and none moves."""
-        if self._last is None or self._last.branches != branches:
+        if self._asked is None or self._asked.branches != branches:
             room = self._room
-            self._last = _Batch(list(branches), np.array([room.get(branch, 0) for branch in branches]))
-        return self._last
+            self._asked = _Batch(list(branches), np.array([room.get(branch, 0) for branch in branches]))
+        return self._asked
 
-    def _moved(self, branch: Branch) -> None:
-        """Forgets where a branch is."""
-        self._last = None
+    def _forget_place(self, branch: Branch) -> None:
+        """Forgets where a branch is, and what it was brought to."""
+        self._asked = None
         self._room.pop(branch, None)
 
     def shortage(self, request: Request) -> str | None:
@@ -128,7 +128,7 @@ class KVMemory:
 
     def open(self, request: Request, expected: int) -> int | None:
         """See ``Memory.open``."""
-        self._moved(request.trunk)
+        self._forget_place(request.trunk)
         self._close_all()
         tokens, expected = None, expected + _AHEAD
         if self._reuse and request.reuse_prefix:
@@ -165,7 +165,7 @@ class KVMemory:
     def _windowed(self, branches: list[Branch], positions: list[int], rows: int) -> bool:
         """Grows branches, and gives back what windows have passed, unless an output may be cut to it."""
         keep = [max(0, branch.confirmed - self._margins.before) for branch in branches]
-        return self._grown(branches, positions, keep)
+        return self._grow(branches, positions, keep)
 
     def _reserved(self, branches: list[Branch], positions: list[int], rows: int) -> bool:
         """Grows branches, decodes to where their last granules end: most of them need nothing in most iterations."""
@@ -176,13 +176,13 @@ class KVMemory:
         decodes = len(branches) - rows
         wanted[:decodes] = self._granules_end(wanted[:decodes])
         grown, room = [branches[at] for at in due], wanted[due].tolist()
-        if not self._grown(grown, room, 0):
+        if not self._grow(grown, room, 0):
             return False
         batch.room[due] = room
         self._room.update(zip(grown, room, strict=True))
         return True
 
-    def _grown(self, branches: list[Branch], positions: list[int], keep: int | list[int]) -> bool:
+    def _grow(self, branches: list[Branch], positions: list[int], keep: int | list[int]) -> bool:
         """Brings branches to so many positions each; False where there is no memory."""
         of = self._sequences
         try:
@@ -207,6 +207,9 @@ class KVMemory:
         try:
             forks = self._sequences[request.trunk].fork(len(request.prompt), len(targets))
         except (Error, ValueError):
+            # The driver may have refused to put back what it took apart: rows that are lost are computed again.
+            self._forget_place(request.trunk)
+            request.trunk.launched = min(request.trunk.launched, self._sequences[request.trunk].length)
             return False
         self._sequences.update(zip(targets, forks, strict=True))
         return True
@@ -220,7 +223,7 @@ class KVMemory:
 
     def close(self, branch: Branch, positions: int) -> None:
         """See ``Memory.close``."""
-        self._moved(branch)
+        self._forget_place(branch)
         self.remember(branch, positions)
         sequence = self._sequences.pop(branch)
         self._expected.pop(branch, None)
@@ -242,7 +245,7 @@ class KVMemory:
     def swap_out(self, request: Request) -> bool:
         """See ``Memory.swap_out``."""
         for branch in request.branches:
-            self._moved(branch)
+            self._forget_place(branch)
         try:
             for sequence in self._of(request):
                 if not sequence.swapped:
@@ -254,7 +257,7 @@ class KVMemory:
     def swap_in(self, request: Request) -> bool:
         """See ``Memory.swap_in``."""
         for branch in request.branches:
-            self._moved(branch)
+            self._forget_place(branch)
         self._close_all()
         back = []
         try:

@@ -64,7 +64,7 @@ class LLM:
             An output for each prompt, in their order.
 
         Raises:
-            TypeError, ValueError: a prompt cannot be served; then none is.
+            TypeError, ValueError: a prompt cannot be served; then none is answered.
         """
         flag("use_tqdm", use_tqdm)
         given = _listed(prompts)
@@ -80,25 +80,25 @@ class LLM:
         # The device begins as soon as there is enough for an iteration, unless a later request may come first.
         left = self._args.max_num_batched_tokens if self._args.policy == "fcfs" else math.inf
         try:
+            for name, prompt, each in zip(names, given, params, strict=True):
+                left -= self.engine.add(name, content_of(prompt), each)
+                if left <= 0:
+                    self._step(names, done)
+                    left = math.inf
             with tqdm(total=len(given), desc="requests", dynamic_ncols=True, disable=not use_tqdm) as bar:
-                for name, prompt, each in zip(names, given, params, strict=True):
-                    left -= self.engine.add(name, content_of(prompt), each)
-                    if left <= 0:
-                        self._step(names, done, bar)
-                        left = math.inf
                 while len(done) < len(given):
-                    self._step(names, done, bar)
+                    self._step(names, done)
+                    bar.update(len(done) - bar.n)
         except BaseException:
             self.engine.cancel(names)
             raise
         return [done[name] for name in names]
 
-    def _step(self, names: Collection[str], done: dict[str, RequestOutput], bar: Any) -> None:
+    def _step(self, names: Collection[str], done: dict[str, RequestOutput]) -> None:
         """Computes an iteration, and adds those of some requests that have ended to ``done``."""
         for output in self.engine.step(final_only=True):
             if output.request_id in names:
                 done[output.request_id] = output
-                bar.update(1)
 
     def chat(
         self,

@@ -31,7 +31,7 @@ class Memory(Protocol):
         """
 
     def grow(self, branches: list[Branch], positions: list[int], rows: int = 0) -> Branch | None:
-        """Brings branches to so many positions each: all of them, or none.
+        """Brings branches to so many positions each, or further: all of them, or none.
 
         Args:
             branches: the branches.

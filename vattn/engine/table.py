@@ -153,6 +153,8 @@ class RequestTable:
         """Gives back all that a request holds, and counts it."""
         for branch in request.branches:
             self._close(branch)
+        if request not in self.ended:  # else an interrupt came in between, as below
+            self.ended.append(request)
         self._move(request, Status.FINISHED, None)
         reasons = {branch.finish_reason for branch in request.branches}
         if FinishReason.ERROR in reasons:
@@ -161,7 +163,6 @@ class RequestTable:
             self.counters.aborted += 1
         else:
             self.counters.finished += 1
-        self.ended.append(request)
 
     def _close(self, branch: Branch) -> None:
         self.decoding.pop(branch, None)
@@ -171,10 +172,12 @@ class RequestTable:
             self._memory.close(branch, branch.confirmed if trusted else 0)
 
     def _move(self, request: Request, status: Status, to: dict[str, Request] | None) -> None:
-        for where in (self.waiting, self.running, self.swapped, self.starting):
-            where.pop(request.id, None)
-        for branch in request.branches:
-            self.decoding.pop(branch, None)
-        request.status = status
+        # It is in its new place before it leaves the others, so that no interrupt loses it.
         if to is not None:
             to[request.id] = request
+        request.status = status
+        for where in (self.waiting, self.running, self.swapped, self.starting):
+            if where is not to:
+                where.pop(request.id, None)
+        for branch in request.branches:
+            self.decoding.pop(branch, None)

@@ -177,23 +177,28 @@ def _compiled(
         return None, "enforce_eager is set" if options.enforce_eager else "compile is not set"
     if context.shares_kv_across_layers:
         return None, "its layers share K and V"
-    for together in (True, False):  # some models give layers that follow each other different arguments
+    tokens = min(_TUNED_TOKENS, options.max_num_batched_tokens) if probe.device.type == "cuda" else 0
+    # Some models give layers that follow each other different arguments, or have small modules that do not compile.
+    for pairs, small in ((True, True), (True, False), (False, False)):
         mine = private_copy(model)
+        if not compilation.drop_output_hooks(mine):
+            return None, "its modules have forward hooks"
         try:
             with contextlib.suppress(torch.OutOfMemoryError):  # some weights stay where they are
                 compilation.lay_side_by_side(mine)
-            if not compilation.compile_layers(mine, together=together):
+            if not compilation.compile_layers(mine, pairs=pairs, small=small):
                 return None, "it has no layers that follow each other"
-            with artifacts.kept(*_identity(model, probe), together), compilation.compiled_calls():
-                if probe.device.type == "cuda":
+            with artifacts.kept(*_identity(model, probe), pairs, small, tokens), compilation.compiled_calls():
+                if tokens:
                     runner = FlatRunner(model, memory, context, options.max_num_seqs, captures=False, compiled=mine)
-                    runner.rehearse(min(_TUNED_TOKENS, options.max_num_batched_tokens), 1)
+                    runner.rehearse(tokens, 1)
                 reason = verified(model, context, probe.vocabulary, compiled=mine)
         except Exception as error:  # whatever the compiler does not support
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            reason = f"{type(error).__name__}: {error}"
         if reason is None:
             return mine, None
-        _LOG.info("layers are not compiled%s: %s", " together" if together else "", reason)
+        reason = reason.partition("\n")[0]
+        _LOG.info("layers are not compiled (pairs: %s, small modules: %s): %s", pairs, small, reason)
     _LOG.warning("layers are not compiled: %s", reason)
     return None, reason
 

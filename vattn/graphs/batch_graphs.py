@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -130,7 +131,7 @@ class BatchGraphs:
         inputs = {
             name: torch.zeros(sizes[name], dtype=each, device=self._device) for name, each in self._inputs.items()
         }
-        rows = sum(sizes[name] for name in self._rows)
+        rows, handled = sum(sizes[name] for name in self._rows), sys.exc_info()[1]
         graph = _Graph(GraphRunner(inputs, set(), rows, stream, None))
         try:
             graph.fill(given)
@@ -154,7 +155,7 @@ class BatchGraphs:
             self._failures[key] += 1
             return None
         except Exception as error:  # a model may do anything that a capture does not allow
-            self.refused = cause_of(error)
+            self.refused = cause_of(error, handled)
             _LOG.warning("iterations are not captured into CUDA graphs: %s", self.refused)
             self.clear()
             return None

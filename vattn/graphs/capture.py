@@ -98,10 +98,18 @@ def _end_capture(graph: Any, pool: Any, stream: torch.cuda.Stream) -> None:
         torch.zeros((), device=stream.device)
 
 
-def cause_of(error: BaseException) -> str:
-    """Returns the first line of the first error in a chain, since the end of a capture or compilation adds another."""
-    while error.__context__ is not None:
-        error = error.__context__
+def cause_of(error: BaseException, handled: BaseException | None) -> str:
+    """Returns the first line of the first error in a chain, since the end of a capture or compilation adds another.
+
+    Args:
+        error: the last error of the chain.
+        handled: what the caller was handling already, ``sys.exc_info()[1]`` before it began; no part of the chain.
+    """
+    while True:
+        before = error.__cause__ if error.__suppress_context__ else error.__context__
+        if before is None or before is handled:
+            break
+        error = before
     return str(error).partition("\n")[0] or type(error).__name__
 
 

@@ -1,4 +1,4 @@
-"""Compiles decode steps, and places weights of linear layers side by side in memory, so that one product reads them.
+"""Compiles models and layers, and places weights of linear layers side by side, so that one product reads them.
 
 The product of one projection's weights with a few rows is too small to keep a GPU's memory busy; the product of three
 projections of the same input is not. ``lay_side_by_side`` therefore places the weights of linear layers of one module
@@ -22,7 +22,6 @@ from torch._inductor import config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.nn import functional
 
-_MOST_TOGETHER = 2  # layers that are compiled as one: more take long to compile, and there is less to gain
 _LAYER_NUMBERS = r".*\.layer_idx"  # where transformers' modules keep the number of their layer, as torch names it
 
 
@@ -48,7 +47,24 @@ def _options() -> dict[str, Any]:
     return options
 
 
-def compile_layers(model: nn.Module, options: dict[str, Any] | None = None, *, together: bool = True) -> int:
+def drop_output_hooks(model: nn.Module) -> bool:
+    """Removes hooks that transformers keeps ready for callers who ask for hidden states; torch cannot compile them.
+
+    The model is changed: use ``models.private.private_copy``.
+
+    Returns:
+        Whether no other forward hooks are left, which compiled layers might leave out.
+    """
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__module__", None) == "transformers.utils.output_capturing":
+                del module._forward_hooks[key]
+    return not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def compile_layers(
+    model: nn.Module, options: dict[str, Any] | None = None, *, pairs: bool = True, small: bool = True
+) -> int:
     """Lets the layers of a model be compiled at their first call, once for all layers that run the same code.
 
     The model is changed: use ``models.private.private_copy``. Call it within ``compiled_calls``.
@@ -56,8 +72,9 @@ def compile_layers(model: nn.Module, options: dict[str, Any] | None = None, *, t
     Args:
         model: a model whose weights ``lay_side_by_side`` has placed.
         options: options of ``torch.compile``, which override those that are set here.
-        together: whether several layers are compiled as one, and also the small modules beside them, e.g. the last
-            normalization. Calls raise an error where such layers are not given the same arguments.
+        pairs: whether two layers are compiled as one, where their number is even. Calls raise an error where these are
+            not given the same arguments.
+        small: whether small modules beside them are compiled, too, e.g. the last normalization.
 
     Returns:
         How many layers are compiled. A layer whose weights are not placed as those of most others is not: it would run
@@ -76,9 +93,11 @@ def compile_layers(model: nn.Module, options: dict[str, Any] | None = None, *, t
     for is_usual, run in itertools.groupby(range(len(layers)), alike.__getitem__):
         if is_usual:
             mine = [layers[index] for index in run]
-            size = next(n for n in range(_MOST_TOGETHER if together else 1, 0, -1) if len(mine) % n == 0)
-            parts += [LayersAsOne(mine[at : at + size]) if size > 1 else mine[at] for at in range(0, len(mine), size)]
-    if together:
+            if pairs and len(mine) % 2 == 0:
+                parts += [LayersAsOne(mine[at : at + 2]) for at in range(0, len(mine), 2)]
+            else:
+                parts += mine
+    if small:
         parts += [child for child in owner.children() if child is not layers and _is_small(child)]
     for part in parts:
         part.compile(fullgraph=True, dynamic=True, options=options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections import OrderedDict
 from typing import Any
 
@@ -144,6 +145,7 @@ class DecodeGraphs:
             del self._graphs[key]
         if self._settings.compiled and graph.can.compiled is None:
             self._compile(graph, call)
+        handled = sys.exc_info()[1]
         try:
             graph.capture(call, self._pool)
         except UnsupportedError:
@@ -153,7 +155,7 @@ class DecodeGraphs:
             graph.can.capture = graph.can.idle = False
             self._pool = None
             _LOG.debug("a capture failed", exc_info=True)
-            self._log.fall_back(f"the step cannot be captured: {cause_of(error)}")
+            self._log.fall_back(f"the step cannot be captured: {cause_of(error, handled)}")
             return
         self._log.counts["captures"] += 1
 
@@ -163,6 +165,7 @@ class DecodeGraphs:
             self._log.fall_back("the step is not compiled: its layers share K and V")
             return
         graph.can.compiled = compilation.compiled(call.forward.original, self._settings.compile_options)
+        handled = sys.exc_info()[1]
         try:
             with graph.runner.on_capture_stream(), kernels.many_shapes():
                 graph.compute(call, compiled=True)
@@ -171,7 +174,7 @@ class DecodeGraphs:
         except Exception as error:  # a model may do anything that the compiler does not support
             graph.can.compiled = False
             _LOG.debug("a compilation failed", exc_info=True)
-            self._log.fall_back(f"the step cannot be compiled: {cause_of(error)}")
+            self._log.fall_back(f"the step cannot be compiled: {cause_of(error, handled)}")
 
 
 register_range("vattn::capture", DecodeGraphs, "capture")

@@ -21,8 +21,8 @@ def private_copy(module: _Module, copies: dict[int, nn.Module] | None = None) ->
     if id(module) in copies:
         return copies[id(module)]  # type: ignore[return-value]
     mine = copies[id(module)] = copy.copy(module)
-    for name in ("_parameters", "_buffers", "_modules"):
-        mine.__dict__[name] = dict(module.__dict__[name])
+    for name in ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"):
+        mine.__dict__[name] = copy.copy(module.__dict__[name])
     for name, child in module.__dict__["_modules"].items():  # also those that have two names
         mine.add_module(name, None if child is None else private_copy(child, copies))
     return mine
