@@ -77,7 +77,7 @@ def test_decodes_are_brought_to_where_their_last_granules_end(shapes, tail):
         [[room]] = calls[-1:]
         assert positions <= room <= 1000
         assert cache.stats().mapped == plain.stats().mapped  # as if the sequence grew by one position each time
-    assert len(calls) < 200
+    assert len(calls) < 300  # a granule of all layers has four rows
     memory.close(branch, 0)
     assert memory.open(request, 1000) == 0  # it is nowhere now
     calls.clear()
