@@ -138,7 +138,7 @@ class BatchGraphs:
             with graph.runner.on_capture_stream():
                 # Also loads kernels and sets libraries up, which a capture does not allow.
                 expected = self._live(self._compute(inputs), sizes, given)
-            if self._pool is None:
+            if not self._graphs:  # a pool cannot be used again once no graph uses it
                 self._pool = torch.cuda.graph_pool_handle()
             graph.runner.capture(lambda: self._run(graph), self._pool, self._device)
             assert graph.output is not None
