@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: builds in place, tests, checks memory accesses and measures, in under 8 minutes.
-# Usage: bench/gpu.sh [OUT_FOLDER [map | serve | share | decode | kernels | generate | endure | all]]. After the folder,
-# another job instead, for as long again: `map` measures the mapper; `serve` serves a trace on one GPU and on all of
-# them; `share` tests and measures sharing; `decode` tests kernels and decode steps; `kernels` and `generate` measure
-# these; `endure` long generations and many calls. `all` runs every test at once, on a machine of two or four GPUs.
+# Usage: bench/gpu.sh [OUT_FOLDER [map | serve | share | decode | kernels | generate | endure | llm | all]]. After the
+# folder, another job instead, for as long again: `map` measures the mapper; `serve` serves a trace on one GPU and on all
+# of them; `share` tests and measures sharing; `decode` tests kernels and decode steps; `kernels` and `generate` measure
+# these; `endure` long generations and many calls; `llm` measures the engine, and between its two processes the command
+# PEER another one, on the requests in nano.jsonl of the folder, which leaves JSON lines in its peer.json. `all` runs
+# every test at once, on a machine of two or four GPUs.
 # Jobs that SKIP names are left out.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
@@ -89,6 +91,16 @@ if [ "${2:-}" = generate ]; then
 fi
 if [ "${2:-}" = endure ]; then
   run endurance timeout 420 python3 bench/endurance.py --out "$out"
+  exit $failed
+fi
+if [ "${2:-}" = llm ]; then
+  run requests python3 bench/throughput.py --write "$out"
+  run throughput python3 bench/throughput.py --cold --max-model-len 4096 --parts ready host throughput --out "$out"
+  if [ -n "${PEER:-}" ]; then
+    run peer env -u PYTHONPATH OUT="$out" bash -c "$PEER"
+  fi
+  run one_request python3 bench/throughput.py --parts ready latency --out "$out"
+  [ ! -s "$out/peer.json" ] || run merged python3 bench/throughput.py --parts --vllm "$out/peer.json" --out "$out"
   exit $failed
 fi
 if [ "${2:-}" = share ]; then
