@@ -76,6 +76,9 @@ def measured(options: Any) -> list[dict[str, Any]]:
                 row = {"engine": "generate", "shape": options.shape, "part": "generate", "mix": options.mix}
                 rows.append({**row, **static_batch(model, works[:batch], cache)})
                 print(rows[-1], flush=True)
+    parts = [part for part in options.parts if part != "generate"]
+    if not parts:
+        return rows
     start = time.perf_counter()
     with LLM(
         model, max_num_seqs=options.max_num_seqs, max_num_batched_tokens=options.max_num_batched_tokens,
@@ -86,9 +89,7 @@ def measured(options: Any) -> list[dict[str, Any]]:
         report_of = llm.report()
         print(report_of, flush=True)
         common = {"engine": "vattn", "shape": options.shape, "kernels": "+".join(report_of["kernels"])}
-        for part in options.parts:
-            if part == "generate":
-                continue
+        for part in parts:
             if part == "ready":
                 temperature = "cold" if options.cold else "warm"
                 found = [{"start": temperature, **serving.ready(llm, start, options.max_num_seqs, vocabulary)}]

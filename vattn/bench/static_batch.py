@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,15 +28,16 @@ def static_batch(model: Any, works: list[Work], cache: str, temperature: float =
 
     Returns:
         A row.
+
+    Raises:
+        ValueError: there is no such cache.
     """
+    if cache not in ("dynamic", "vattn"):
+        raise ValueError(f"cache must be 'dynamic' or 'vattn', not {cache!r}")
     longest, most = max(len(work.prompt) for work in works), max(work.output for work in works)
     device = model.device
     ids = torch.tensor([[0] * (longest - len(work.prompt)) + work.prompt for work in works], device=device)
     mask = torch.tensor([[0] * (longest - len(work.prompt)) + [1] * len(work.prompt) for work in works], device=device)
-    makes: dict[str, Callable[[], Any]] = {
-        "dynamic": lambda: contextlib.nullcontext(DynamicCache(config=model.config)),
-        "vattn": lambda: VirtualCache(model, max_len=longest + most, slots=len(works)),
-    }
 
     def sampled(count: int, of: Any) -> float:
         options: dict[str, Any] = {"max_new_tokens": count, "min_new_tokens": count, CACHE_KEYWORD: of}
@@ -49,11 +48,15 @@ def static_batch(model: Any, works: list[Work], cache: str, temperature: float =
             raise RuntimeError(f"generate sampled {found.shape[1] - longest} tokens for {count}")
         return time.perf_counter() - start
 
-    with makes[cache]() as of:
-        sampled(min(_WARM_UP, most), of)
-        if cache == "vattn":  # whose graphs stay
-            of.reset()
-        took = sampled(most, of if cache == "vattn" else DynamicCache(config=model.config))
+    warm_up = min(_WARM_UP, most)
+    if cache == "dynamic":
+        sampled(warm_up, DynamicCache(config=model.config))
+        took = sampled(most, DynamicCache(config=model.config))
+    else:
+        with VirtualCache(model, max_len=longest + most, slots=len(works)) as ours:
+            sampled(warm_up, ours)
+            ours.reset()  # its graphs stay
+            took = sampled(most, ours)
     tokens = sum(work.output for work in works)
     row = {"cache": cache, "requests": len(works), "prompt tokens": sum(len(work.prompt) for work in works)}
     return {**row, "sampled tokens": tokens, "seconds": took, "tokens/s": tokens / took}

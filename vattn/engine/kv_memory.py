@@ -24,7 +24,7 @@ class _Batch:
 
     Args:
         branches: the branches.
-        room: positions that each was brought to.
+        room: the lengths of their sequences.
         slots: of each; None where nobody has asked for them.
     """
 
@@ -60,7 +60,6 @@ class KVMemory:
         self._reuse = reuse_prefixes and not cache.layout.recurrent
         self._slides = any(plane.window is not None for plane in cache.layout.planes)
         self._sequences: dict[Branch, Sequence] = {}
-        self._room: dict[Branch, int] = {}  # positions that branches were brought to
         self._asked: _Batch | None = None  # the branches that were asked about last
         self._expected: dict[Branch, int] = {}  # positions of branches whose prompts are not computed yet
         self._unclosed: list[Sequence] = []  # that the driver refused to close
@@ -80,14 +79,9 @@ class KVMemory:
     def _batch(self, branches: list[Branch]) -> _Batch:
         """What is known of branches; the same object as long as it is asked for the same ones and none moves."""
         if self._asked is None or self._asked.branches != branches:
-            room = self._room
-            self._asked = _Batch(list(branches), np.array([room.get(branch, 0) for branch in branches]))
+            of = self._sequences
+            self._asked = _Batch(list(branches), np.array([of[branch].length for branch in branches]))
         return self._asked
-
-    def _forget_place(self, branch: Branch) -> None:
-        """Forgets where a branch is, and what it was brought to."""
-        self._asked = None
-        self._room.pop(branch, None)
 
     def shortage(self, request: Request) -> str | None:
         """See ``Memory.shortage``."""
@@ -128,7 +122,7 @@ class KVMemory:
 
     def open(self, request: Request, expected: int) -> int | None:
         """See ``Memory.open``."""
-        self._forget_place(request.trunk)
+        self._asked = None
         self._close_all()
         tokens, expected = None, expected + _AHEAD
         if self._reuse and request.reuse_prefix:
@@ -179,7 +173,6 @@ class KVMemory:
         if not self._grow(grown, room, 0):
             return False
         batch.room[due] = room
-        self._room.update(zip(grown, room, strict=True))
         return True
 
     def _grow(self, branches: list[Branch], positions: list[int], keep: int | list[int]) -> bool:
@@ -208,7 +201,7 @@ class KVMemory:
             forks = self._sequences[request.trunk].fork(len(request.prompt), len(targets))
         except (Error, ValueError):
             # The driver may have refused to put back what it took apart: rows that are lost are computed again.
-            self._forget_place(request.trunk)
+            self._asked = None
             request.trunk.launched = min(request.trunk.launched, self._sequences[request.trunk].length)
             return False
         self._sequences.update(zip(targets, forks, strict=True))
@@ -223,7 +216,7 @@ class KVMemory:
 
     def close(self, branch: Branch, positions: int) -> None:
         """See ``Memory.close``."""
-        self._forget_place(branch)
+        self._asked = None
         self.remember(branch, positions)
         sequence = self._sequences.pop(branch)
         self._expected.pop(branch, None)
@@ -244,8 +237,7 @@ class KVMemory:
 
     def swap_out(self, request: Request) -> bool:
         """See ``Memory.swap_out``."""
-        for branch in request.branches:
-            self._forget_place(branch)
+        self._asked = None
         try:
             for sequence in self._of(request):
                 if not sequence.swapped:
@@ -256,8 +248,7 @@ class KVMemory:
 
     def swap_in(self, request: Request) -> bool:
         """See ``Memory.swap_in``."""
-        for branch in request.branches:
-            self._forget_place(branch)
+        self._asked = None
         self._close_all()
         back = []
         try:
