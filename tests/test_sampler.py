@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from vattn.engine.choose import Outputs, choose
+from vattn.engine.choose import SamplingState, choose
 from vattn.engine.last_tokens import LastTokens
 from vattn.engine.philox import gumbel, philox
 from vattn.engine.sampler import Sampled, Sampler
@@ -261,7 +261,7 @@ def test_the_kernel_chooses_as_torch_does(vocabulary, dtype):
         for each, values in zip(of_slots, (temperatures, seeds, indexes), strict=True):
             each[slots.to(device)] = values.to(device)
         given = None if by_slot else lengths.to(device)
-        tokens = choose(logits.to(device), Outputs(*of_slots, last), slots.to(device), given).cpu()
+        tokens = choose(logits.to(device), SamplingState(*of_slots, last), slots.to(device), given).cpu()
         assert last.tokens.cpu()[slots].tolist() == tokens.clamp_min(0).tolist()
         assert last.ends.cpu()[slots].tolist() == (lengths + 1).tolist()
         assert (int(last.tokens[0]), int(last.ends[0])) == (0, 0)

@@ -16,8 +16,8 @@ _BLOCK = 512  # groups of four tokens that a program looks at together
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """What the device knows of the outputs that are sampled, by their slot in the sampler.
+class SamplingState:
+    """What the device knows of outputs to choose their next tokens, by their slots in the sampler.
 
     Args:
         temperatures: float32 ``[slots]``; 0 chooses the largest of the logits.
@@ -33,7 +33,7 @@ class Outputs:
 
 
 def choose(
-    logits: torch.Tensor, outputs: Outputs, slots: torch.Tensor, lengths: torch.Tensor | None = None
+    logits: torch.Tensor, outputs: SamplingState, slots: torch.Tensor, lengths: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Chooses the token of each row, the largest of logits / temperature + noise, and notes it as its output's last.
 
@@ -64,7 +64,12 @@ def choose(
 
 
 def _by_kernels(
-    score: Any, note: Any, logits: torch.Tensor, outputs: Outputs, slots: torch.Tensor, lengths: torch.Tensor | None
+    score: Any,
+    note: Any,
+    logits: torch.Tensor,
+    outputs: SamplingState,
+    slots: torch.Tensor,
+    lengths: torch.Tensor | None,
 ) -> torch.Tensor:
     rows, vocabulary = logits.shape
     best = torch.empty(rows, _PARTS, dtype=torch.float32, device=logits.device)

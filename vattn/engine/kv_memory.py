@@ -200,7 +200,7 @@ class KVMemory:
         try:
             forks = self._sequences[request.trunk].fork(len(request.prompt), len(targets))
         except (Error, ValueError):
-            # The driver may have refused to put back what it took apart: rows that are lost are computed again.
+            # Sharing may have unmapped rows of the trunk that the driver refused to map again: they are computed again.
             self._asked = None
             request.trunk.launched = min(request.trunk.launched, self._sequences[request.trunk].length)
             return False

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vattn.engine.choose import Outputs, choose
+from vattn.engine.choose import SamplingState, choose
 from vattn.engine.last_tokens import LastTokens
 from vattn.engine.sampling_params import SamplingParams
 from vattn.transfer import Mirror, upload
@@ -119,7 +119,7 @@ class Sampler:
         self._numbers = Mirror((len(_NUMBERS), slots + 1), torch.float32, device)
         self._seeds = Mirror((2, slots + 1), torch.int64, device)
         seeds, indexes = self._seeds.read()
-        self._outputs = Outputs(self._numbers.read()[0], seeds, indexes, self.last)
+        self._outputs = SamplingState(self._numbers.read()[0], seeds, indexes, self.last)
         self._history = torch.full((slots + 1, _HISTORY), -1, dtype=torch.int64, device=device)
         # Of outputs with penalties: how often each token is in the output, and whether it is in the prompt.
         self._counts: dict[int, torch.Tensor] = {}

@@ -9,7 +9,7 @@ import torch
 
 from vattn.kernels.quantize import rounded
 
-_FEW = 512  # rows that are appended while the next kernel begins
+_FEW = 512  # the next kernel may begin early while at most so many rows are appended
 
 
 def append(
