@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from vattn.engine.policy import policy_named
@@ -81,16 +82,19 @@ class CountedMemory:
         self.positions[request.trunk] = cached
         return cached
 
-    def grow(self, branches: list[Branch], positions: list[int], rows: int = 0) -> Branch | None:
+    def grow(
+        self, decodes: list[Branch], branches: Sequence[Branch] = (), positions: Sequence[int] = ()
+    ) -> Branch | None:
+        wanted = {branch: branch.launched + 1 for branch in decodes} | dict(zip(branches, positions, strict=True))
         if self._refused():
-            return self._random.choice(branches)
+            return self._random.choice(list(wanted))
         used = self.used
-        for branch, wanted in zip(branches, positions, strict=True):
-            used += max(wanted - self.positions[branch], 0)
+        for branch, most in wanted.items():
+            used += max(most - self.positions[branch], 0)
             if used > self.capacity:
                 return branch
-        for branch, wanted in zip(branches, positions, strict=True):
-            self.positions[branch] = max(self.positions[branch], wanted)
+        for branch, most in wanted.items():
+            self.positions[branch] = max(self.positions[branch], most)
         return None
 
     def fork(self, request: Request) -> bool:

@@ -18,6 +18,7 @@ from serving import (
 
 from vattn.engine.outputs import RequestOutput
 from vattn.engine.request import Status
+from vattn.engine.runner import Computed
 from vattn.engine.sampling_params import SamplingParams
 from vattn.engine.scheduler import Scheduler
 from vattn.engine.tracked import Tracked
@@ -88,11 +89,12 @@ def test_what_one_request_does_wrong_ends_it_alone(device):
         run = engine.tier.runner.run
 
         def broken(decodes, rows, *given):
-            logits = run(decodes, rows, *given)
+            computed = run(decodes, rows, *given)
+            assert computed.tokens is None  # no graph, which would have chosen tokens already
             for number, branch in enumerate([] if decodes is None else decodes.branches):
                 if branch.request.id == "1" and branch.launched > 26:
-                    logits[number] = float("nan")
-            return logits
+                    computed.logits[number] = float("nan")
+            return computed
 
         engine.tier.runner.run = broken
         outputs = served(engine, prompts, GREEDY)
@@ -272,7 +274,7 @@ def test_rows_of_a_request_that_failed_are_nobodys_prefix():
     with engine_of(model) as engine:
         expected = served(engine, [prompt], GREEDY, namespace="other")
         run = engine.tier.runner.run
-        engine.tier.runner.run = lambda *given: run(*given) * float("nan")
+        engine.tier.runner.run = lambda *given: Computed(run(*given).logits * float("nan"))
         [failed] = served(engine, [prompt], GREEDY)
         assert failed.outputs[0].finish_reason == "error"
         engine.tier.runner.run = run

@@ -35,19 +35,21 @@ def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.int64) 
 
 
 class Download:
-    """Tensors on their way to the host.
+    """Tensors on their way to the host. They may be written to afterwards.
 
     Args:
         tensors: on one device; None for those that there are not.
     """
 
     def __init__(self, *tensors: torch.Tensor | None) -> None:
-        self._copies = list(tensors)
+        self._copies: list[torch.Tensor | None] = []
         self._event: torch.cuda.Event | None = None
-        for place, tensor in enumerate(tensors):
-            if tensor is not None and tensor.is_cuda:
+        for tensor in tensors:
+            if tensor is None or not tensor.is_cuda:
+                self._copies.append(None if tensor is None else tensor.clone())
+            else:
                 copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
-                self._copies[place] = copy.copy_(tensor, non_blocking=True)
+                self._copies.append(copy.copy_(tensor, non_blocking=True))
                 self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 self._event.record(torch.cuda.current_stream(tensor.device))
 

@@ -40,7 +40,7 @@ def choose(
     Args:
         logits: ``[n, vocabulary]``.
         outputs: of all slots.
-        slots: of each row, int64 ``[n]``.
+        slots: of each row, int64 ``[n]``; 0 of idle rows, of which nothing is noted.
         lengths: positions before the token, int64 ``[n]``; None where each row is that of its output's last token.
 
     Returns:
@@ -58,8 +58,9 @@ def choose(
         scores = torch.where(warm[:, None], logits / temperatures[:, None] + noise, logits)
     # The largest is NaN where one is.
     tokens = torch.where(logits.amax(-1).isfinite(), scores.argmax(-1), -1)
-    last.tokens[slots] = tokens.clamp_min(0)
-    last.ends[slots] = (lengths + 1).int()
+    there = slots > 0
+    last.tokens[slots] = tokens.clamp_min(0) * there
+    last.ends[slots] = ((lengths + 1) * there).int()
     return tokens
 
 
@@ -149,7 +150,7 @@ def _kernels() -> tuple[Any, Any] | None:
         token = tl.load(tokens + row * parts + first)
         good = (value < float("inf")) & (value > float("-inf")) & (broken == 0)
         tl.store(chosen + row, tl.where(good, token, -1))
-        tl.store(last_tokens + slot, tl.where(good, token, 0))
-        tl.store(last_ends + slot, length + 1)
+        tl.store(last_tokens + slot, tl.where(good, token, 0), mask=slot > 0)
+        tl.store(last_ends + slot, length + 1, mask=slot > 0)
 
     return score, note

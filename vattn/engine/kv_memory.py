@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import abc
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
@@ -20,17 +21,25 @@ _AHEAD = 64  # positions past those that a sequence will have, which the mapper 
 
 @dataclass
 class _Batch:
-    """Branches that an iteration computes.
+    """Outputs that are computed a position each, in the same iterations.
 
     Args:
-        branches: the branches.
+        branches: the outputs.
+        launched: positions of each that were launched when it became this batch.
         room: the lengths of their sequences.
         slots: of each; None where nobody has asked for them.
     """
 
     branches: list[Branch]
+    launched: npt.NDArray[np.int64]
     room: npt.NDArray[np.int64]
     slots: list[int] | None = None
+
+    @property
+    def wanted(self) -> npt.NDArray[np.int64]:
+        """One position more than were launched by now, of each."""
+        ahead = self.branches[0].launched + 1 - int(self.launched[0])
+        return self.launched + ahead
 
 
 class KVMemory:
@@ -60,7 +69,7 @@ class KVMemory:
         self._reuse = reuse_prefixes and not cache.layout.recurrent
         self._slides = any(plane.window is not None for plane in cache.layout.planes)
         self._sequences: dict[Branch, Sequence] = {}
-        self._asked: _Batch | None = None  # the branches that were asked about last
+        self._asked: _Batch | None = None  # the outputs that were asked about last
         self._expected: dict[Branch, int] = {}  # positions of branches whose prompts are not computed yet
         self._unclosed: list[Sequence] = []  # that the driver refused to close
         self._resets = 0  # of prefixes: what was computed before the last one is of no use any more
@@ -77,10 +86,11 @@ class KVMemory:
         return batch.slots
 
     def _batch(self, branches: list[Branch]) -> _Batch:
-        """What is known of branches; the same object as long as it is asked for the same ones and none moves."""
+        """What is known of outputs; the same object as long as it is asked for the same ones and none moves."""
         if self._asked is None or self._asked.branches != branches:
-            of = self._sequences
-            self._asked = _Batch(list(branches), np.array([of[branch].length for branch in branches]))
+            launched = np.array([branch.launched for branch in branches])
+            room = np.array([self._sequences[branch].length for branch in branches])
+            self._asked = _Batch(list(branches), launched, room)
         return self._asked
 
     def shortage(self, request: Request) -> str | None:
@@ -142,35 +152,38 @@ class KVMemory:
             self._expected[request.trunk] = expected
         return sequence.length
 
-    def grow(self, branches: list[Branch], positions: list[int], rows: int = 0) -> Branch | None:
+    def grow(
+        self, decodes: list[Branch], branches: abc.Sequence[Branch] = (), positions: abc.Sequence[int] = ()
+    ) -> Branch | None:
         """See ``Memory.grow``."""
         if self._unclosed:
             self._close_all()
-        of: dict[Branch, Sequence] = self._sequences
-        if rows and self._margins.more_behind_prompts:  # the tokens that are sampled later come to be there
-            positions = [*positions[:-rows], *(each + self._margins.more_behind_prompts for each in positions[-rows:])]
-        if not (self._windowed if self._slides else self._reserved)(branches, positions, rows):
-            return branches[-1]
-        for branch in branches[-rows:] if rows and self._expected else ():
-            if of[branch].length >= len(branch.request.prompt) and branch in self._expected:
-                of[branch].expect(self._expected.pop(branch))
+        # The tokens that are sampled later come to be where a kernel loads rows behind prompts.
+        positions = [each + self._margins.more_behind_prompts for each in positions]
+        if not (self._windowed if self._slides else self._reserved)(decodes, branches, positions):
+            return [*decodes, *branches][-1]
+        for branch in branches if self._expected else ():
+            if self._sequences[branch].length >= len(branch.request.prompt) and branch in self._expected:
+                self._sequences[branch].expect(self._expected.pop(branch))
         return None
 
-    def _windowed(self, branches: list[Branch], positions: list[int], rows: int) -> bool:
+    def _windowed(self, decodes: list[Branch], branches: abc.Sequence[Branch], positions: list[int]) -> bool:
         """Grows branches, and gives back what windows have passed, unless an output may be cut to it."""
+        branches, positions = [*decodes, *branches], [*(branch.launched + 1 for branch in decodes), *positions]
         keep = [max(0, branch.confirmed - self._margins.before) for branch in branches]
         return self._grow(branches, positions, keep)
 
-    def _reserved(self, branches: list[Branch], positions: list[int], rows: int) -> bool:
+    def _reserved(self, decodes: list[Branch], branches: abc.Sequence[Branch], positions: list[int]) -> bool:
         """Grows branches, decodes to where their last granules end: most of them need nothing in most iterations."""
-        batch, wanted = self._batch(branches), np.array(positions)
+        if not decodes:
+            return self._grow(list(branches), positions, 0)
+        batch = self._batch(decodes)
+        wanted = batch.wanted
         due = np.flatnonzero(wanted > batch.room)
-        if not len(due):
+        if not (len(due) or branches):
             return True
-        decodes = len(branches) - rows
-        wanted[:decodes] = self._granules_end(wanted[:decodes])
-        grown, room = [branches[at] for at in due], wanted[due].tolist()
-        if not self._grow(grown, room, 0):
+        room = self._granules_end(wanted[due])
+        if not self._grow([*(decodes[at] for at in due), *branches], [*room.tolist(), *positions], 0):
             return False
         batch.room[due] = room
         return True

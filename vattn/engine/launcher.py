@@ -64,7 +64,8 @@ class Launcher:
         decodes, rows = iteration.decodes, iteration.rows
         batch = self._batch(decodes) if decodes else None
         keep = [self._tracked[row.branch.request.id].wanted_of_prompt(row.start, row.count) or 1 for row in rows]
-        logits = self._runner.run(batch, rows, [self._tokens(row) for row in rows], keep)
+        computed = self._runner.run(batch, rows, [self._tokens(row) for row in rows], keep)
+        logits = computed.logits
         for row, each in zip(rows, torch.split(logits[len(decodes) :], keep), strict=True):
             self._note_prompt(row, each)
         if not iteration.into:
@@ -80,15 +81,17 @@ class Launcher:
                 logits = logits[upload(last, self.device)]
             lengths = upload(ends, self.device)
             lengths = lengths if batch is None else torch.cat([batch.ends, lengths])
-        plan = self._slots.plan(iteration.into)
+        plan, chosen = self._slots.plan(iteration.into), computed.tokens
+        if batch is not None and chosen is not None and not plan.plain:
+            # What was chosen and noted is what plain logits tell; it is noted anew.
+            lengths, chosen = batch.ends - 1, None
         made = [branch.sampled - 1 for branch in iteration.into] if plan.special else ()
-        sampled = self._sampler.sample(logits, plan, lengths, made)
+        sampled = self._sampler.sample(logits, plan, lengths, made, chosen)
         return Download(sampled.tokens, sampled.logprob_tokens, sampled.logprobs, sampled.ranks)
 
     def _batch(self, decodes: list[Branch]) -> DecodeBatch:
         """The outputs that only miss the position of their last token, which is on the device."""
-        longest = max(branch.launched for branch in decodes)
-        return DecodeBatch(decodes, self._slots.plan(decodes).slots, self._sampler.last, longest)
+        return DecodeBatch(decodes, self._slots.plan(decodes).slots, self._sampler.state())
 
     def _note_prompt(self, row: Row, logits: torch.Tensor) -> None:
         """Notes the log probabilities of the prompt's tokens that a row's logits tell, where they are asked for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from vattn.engine.request import Branch, Request
@@ -30,13 +31,15 @@ class Memory(Protocol):
             The positions of the prefix; None where there is no memory.
         """
 
-    def grow(self, branches: list[Branch], positions: list[int], rows: int = 0) -> Branch | None:
-        """Brings branches to so many positions each, or further: all of them, or none.
+    def grow(
+        self, decodes: list[Branch], branches: Sequence[Branch] = (), positions: Sequence[int] = ()
+    ) -> Branch | None:
+        """Brings branches to the positions that are computed, or further: all of them, or none.
 
         Args:
-            branches: the branches.
-            positions: of each.
-            rows: how many of them, the last ones, are computed as ``Row`` and not as decodes.
+            decodes: outputs that get one position more than were launched.
+            branches: others.
+            positions: of each of the others.
 
         Returns:
             None, or a branch that had no memory.

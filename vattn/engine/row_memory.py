@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vattn.engine.request import Branch, Request
@@ -77,15 +77,18 @@ class RowMemory:
         """Gives a branch an empty cache; its positions stay its own."""
         self.caches[branch] = self._make()
 
-    def grow(self, branches: list[Branch], positions: list[int], rows: int = 0) -> Branch | None:
+    def grow(
+        self, decodes: list[Branch], branches: Sequence[Branch] = (), positions: Sequence[int] = ()
+    ) -> Branch | None:
         """See ``Memory.grow``."""
+        wanted = {branch: branch.launched + 1 for branch in decodes} | dict(zip(branches, positions, strict=True))
         free = self._free
-        for branch, wanted in zip(branches, positions, strict=True):
-            free -= max(wanted - self._positions[branch], 0)
+        for branch, most in wanted.items():
+            free -= max(most - self._positions[branch], 0)
             if free < 0:
                 return branch
-        for branch, wanted in zip(branches, positions, strict=True):
-            self._positions[branch] = max(wanted, self._positions[branch])
+        for branch, most in wanted.items():
+            self._positions[branch] = max(most, self._positions[branch])
         return None
 
     def fork(self, request: Request) -> bool:

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
+from vattn.engine.choose import SamplingState, choose
 from vattn.engine.kv_memory import KVMemory
-from vattn.engine.last_tokens import LastTokens
 from vattn.engine.request import Branch
 from vattn.engine.row_memory import RowMemory
 from vattn.engine.scheduler import Row
@@ -43,25 +43,42 @@ class DecodeBatch:
 
     Args:
         branches: the outputs.
-        outputs: their slots in ``last``, int64 ``[n]`` on the device.
-        last: the last token of each output; the same object in all iterations.
-        longest: positions of the longest output, this one included.
+        outputs: their slots in the sampler, int64 ``[n]`` on the device.
+        state: of all slots; the same object in all iterations.
     """
 
     branches: list[Branch]
     outputs: torch.Tensor
-    last: LastTokens
-    longest: int
+    state: SamplingState
+
+    @property
+    def longest(self) -> int:
+        """Positions of the longest output, this one included."""
+        return max(branch.launched for branch in self.branches)
 
     @property
     def tokens(self) -> torch.Tensor:
         """Their last tokens, int64 ``[n]``."""
-        return self.last.tokens[self.outputs]
+        return self.state.last.tokens[self.outputs]
 
     @property
     def ends(self) -> torch.Tensor:
         """One past the positions of these, int32 ``[n]``."""
-        return self.last.ends[self.outputs]
+        return self.state.last.ends[self.outputs]
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What a runner has computed.
+
+    Args:
+        logits: ``[n, vocabulary]``: of the outputs in ``decodes``, then of each row's last positions.
+        tokens: those that ``choose`` has chosen for these logits, and noted, int64 ``[n]``; None where it was not
+            called.
+    """
+
+    logits: torch.Tensor
+    tokens: torch.Tensor | None = None
 
 
 class Runner(Protocol):
@@ -95,7 +112,7 @@ class Runner(Protocol):
 
     def run(
         self, decodes: DecodeBatch | None, rows: Sequence[Row], tokens: Sequence[torch.Tensor], keep: Sequence[int]
-    ) -> torch.Tensor:
+    ) -> Computed:
         """Computes outputs and rows, whose memory is there.
 
         Args:
@@ -103,9 +120,6 @@ class Runner(Protocol):
             rows: the others.
             tokens: the tokens of each row, int64 ``[count]`` on the device.
             keep: of how many last positions of each row logits are wanted, at least one.
-
-        Returns:
-            Logits ``[n, vocabulary]``: of the outputs in ``decodes``, then of each row's last positions.
         """
 
 
@@ -129,12 +143,14 @@ class FlatRunner:
         self._model, self._memory, self._context, self._compiled = model, memory, context, compiled
         self._keyword = cache_keyword(model)
         self._placed: tuple[list[int], torch.Tensor, bool] = [], torch.empty(0, dtype=torch.int64), True
-        self._last: LastTokens | None = None  # which graphs read
+        self._state: SamplingState | None = None  # which graphs read and change
         self._most = rows_of_graph(max(most, _LEAST_COMPILED))
         self._graphs: dict[str, BatchGraphs] = {}
         if captures and takes_idle(memory.cache.device):
             device, sizes = memory.cache.device, self._decode_sizes
-            self._graphs["decodes"] = BatchGraphs(self._decoded, _DECODES, sizes, ("slots",), device)
+            self._graphs["decodes"] = BatchGraphs(
+                self._decoded, _DECODES, sizes, ("slots",), device, changes=self._changed_by_decodes
+            )
             if context.mixes:
                 sizes, rows = self._mixture_sizes, ("slots", "prompt slots")
                 inputs = _DECODES | _PROMPTS
@@ -168,11 +184,11 @@ class FlatRunner:
 
     def run(
         self, decodes: DecodeBatch | None, rows: Sequence[Row], tokens: Sequence[torch.Tensor], keep: Sequence[int]
-    ) -> torch.Tensor:
+    ) -> Computed:
         """See ``Runner.run``."""
         segments = [Segment(self._memory.slot(row.branch), row.start, row.count) for row in rows]
-        if (logits := self._replayed(decodes, tokens, segments, keep)) is not None:
-            return logits
+        if (replayed := self._replayed(decodes, tokens, segments, keep)) is not None:
+            return Computed(*replayed)
         places, ids, at = None, list(tokens), 0
         if decodes is not None:
             slots, adjacent = self._slots(decodes)
@@ -183,7 +199,7 @@ class FlatRunner:
             at += row.count
             kept += range(at - wanted, at)
         asked = upload(kept, self._memory.cache.device) if len(kept) < at else None
-        return self._computed(torch.cat(ids), segments, places, asked)
+        return Computed(self._computed(torch.cat(ids), segments, places, asked))
 
     def rehearse(self, tokens: int, rows: int) -> torch.Tensor:
         """See ``Runner.rehearse``."""
@@ -217,13 +233,13 @@ class FlatRunner:
         tokens: Sequence[torch.Tensor],
         segments: list[Segment],
         keep: Sequence[int],
-    ) -> torch.Tensor | None:
-        """What a graph computes; None where none is captured."""
+    ) -> tuple[torch.Tensor, ...] | None:
+        """What a graph computes: logits, and the tokens of decodes alone; None where none is captured."""
         if not self._graphs:
             return None
         given = self._no_decodes
         if decodes is not None:
-            self._last = decodes.last
+            self._state = decodes.state
             given = {"slots": self._slots(decodes)[0], "outputs": decodes.outputs}
         if not segments:
             return self._graphs["decodes"].run(given)
@@ -273,12 +289,18 @@ class FlatRunner:
         found = dict.fromkeys(_DECODES, decodes) | dict.fromkeys(_PROMPTS, sequences)
         return found | {"prompts": prompts}
 
-    def _decoded(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The logits of outputs that are computed one position each, which a graph is captured of."""
+    def _decoded(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits and the tokens of outputs that are computed one position each, which a graph is captured of."""
+        assert self._state is not None
         ids, places = self._decodes_of(inputs)
-        return self._computed(ids, [], places, None)
+        logits = self._computed(ids, [], places, None)
+        return logits, choose(logits, self._state, inputs["outputs"])
 
-    def _mixed(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _changed_by_decodes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._state is not None
+        return self._state.last.tokens, self._state.last.ends
+
+    def _mixed(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor]:
         """The logits of the last position of each sequence of an iteration, which a graph is captured of."""
         longest, decodes, total = self._memory.cache.layout.max_len, len(inputs["slots"]), len(inputs["prompts"])
         ids, places = self._decodes_of(inputs) if decodes else (inputs["outputs"], None)
@@ -286,12 +308,12 @@ class FlatRunner:
         mixture = Mixture(slots, ends, counts, total, longest, most=min(total, longest))
         last = decodes + (mixture.offsets[1:].long() - 1).clamp_min(0)
         kept = torch.cat([torch.arange(decodes, device=last.device), last])
-        return self._computed(torch.cat([ids, inputs["prompts"]]), [], places, kept, mixture)
+        return (self._computed(torch.cat([ids, inputs["prompts"]]), [], places, kept, mixture),)
 
     def _decodes_of(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Decodes]:
         """The last tokens of outputs, and where they are."""
-        outputs, last = inputs["outputs"], self._last
-        assert last is not None
+        assert self._state is not None
+        outputs, last = inputs["outputs"], self._state.last
         return last.tokens[outputs], Decodes(inputs["slots"], last.ends[outputs], self._memory.cache.layout.max_len)
 
     def _slots(self, decodes: DecodeBatch) -> tuple[torch.Tensor, bool]:
@@ -337,7 +359,7 @@ class RowRunner:
 
     def run(
         self, decodes: DecodeBatch | None, rows: Sequence[Row], tokens: Sequence[torch.Tensor], keep: Sequence[int]
-    ) -> torch.Tensor:
+    ) -> Computed:
         """See ``Runner.run``."""
         found = []
         if decodes is not None:
@@ -355,7 +377,7 @@ class RowRunner:
                 output = self._model(input_ids=part[None], attention_mask=mask, **given)
                 logits.append(output.logits[0, -min(wanted, count) :])
             found.append(torch.cat(logits)[-wanted:])
-        return torch.cat(found)
+        return Computed(torch.cat(found))
 
     def _parts(self, row: Row, ids: torch.Tensor) -> Sequence[torch.Tensor]:
         """The tokens of a row, as the model takes them."""

@@ -98,6 +98,11 @@ class Plan:
     min_p: bool
     logprobs: int | None
 
+    @property
+    def plain(self) -> bool:
+        """Whether ``choose`` chooses all tokens by the logits as they are."""
+        return not self.special and self.narrowed is None
+
 
 class Sampler:
     """Samples tokens from logits.
@@ -119,7 +124,7 @@ class Sampler:
         self._numbers = Mirror((len(_NUMBERS), slots + 1), torch.float32, device)
         self._seeds = Mirror((2, slots + 1), torch.int64, device)
         seeds, indexes = self._seeds.read()
-        self._outputs = SamplingState(self._numbers.read()[0], seeds, indexes, self.last)
+        self._state = SamplingState(self._numbers.read()[0], seeds, indexes, self.last)
         self._history = torch.full((slots + 1, _HISTORY), -1, dtype=torch.int64, device=device)
         # Of outputs with penalties: how often each token is in the output, and whether it is in the prompt.
         self._counts: dict[int, torch.Tensor] = {}
@@ -180,6 +185,12 @@ class Sampler:
         for of_slot in (self._slots, self._counts, self._in_prompt):
             of_slot.pop(slot, None)
 
+    def state(self) -> SamplingState:
+        """What ``choose`` needs to know of the outputs in all slots; always the same object."""
+        for written in (self._numbers, self._seeds):
+            written.read()  # so that what ``self._state`` views is as the host wrote it
+        return self._state
+
     def rehearse(self, logits: torch.Tensor) -> None:
         """Samples with what takes the most memory, so that torch has taken it. No slot may be in use."""
         slots = list(range(1, 1 + min(len(logits), self.slots)))
@@ -212,7 +223,12 @@ class Sampler:
         )
 
     def sample(
-        self, logits: torch.Tensor, plan: Plan, lengths: torch.Tensor | None = None, made: Sequence[int] = ()
+        self,
+        logits: torch.Tensor,
+        plan: Plan,
+        lengths: torch.Tensor | None = None,
+        made: Sequence[int] = (),
+        chosen: torch.Tensor | None = None,
     ) -> Sampled:
         """Samples a token for each row.
 
@@ -222,15 +238,20 @@ class Sampler:
             lengths: positions before the token that is sampled, prompt included, int64 ``[n]`` on the device; None
                 where each row is that of its output's last token.
             made: tokens of each output before it; not needed where ``plan.special`` is empty.
+            chosen: the tokens, where ``choose`` has chosen them already and ``plan.plain`` holds.
         """
+        if chosen is not None:
+            return self._told(logits, chosen, plan)
         changed = self._changed(logits.to(torch.float32), plan, made) if plan.special else logits
         if (rows := plan.narrowed) is not None:
             changed = changed.to(torch.float32, copy=True)
             changed[rows] = self._considered(changed[rows], plan.slots[rows], plan)
-        for written in (self._numbers, self._seeds):
-            written.read()  # so that what ``self._outputs`` views is as the host wrote it
-        tokens = choose(changed, self._outputs, plan.slots, lengths)
+        tokens = choose(changed, self.state(), plan.slots, lengths)
         self._note(plan, tokens)
+        return self._told(logits, tokens, plan)
+
+    def _told(self, logits: torch.Tensor, tokens: torch.Tensor, plan: Plan) -> Sampled:
+        """Tokens, and the log probabilities that are asked for."""
         if plan.logprobs is None:
             return Sampled(tokens)
         ids, values, ranks = self.logprobs(logits.to(torch.float32), tokens, plan.logprobs)

@@ -181,11 +181,10 @@ class Scheduler:
         progressed: list[Branch] = []
         done = {row.branch.request: None for row in iteration.rows}
         for row in iteration.rows:
-            for branch in {row.branch, *row.into}:
-                branch.in_flight -= 1
-        for branch in iteration.decodes:
-            branch.in_flight -= 1
+            if row.branch not in row.into:
+                row.branch.in_flight -= 1
         for branch, token in zip(iteration.into, tokens, strict=True):
+            branch.in_flight -= 1
             if branch.finish_reason is None:  # otherwise the token lies behind the end
                 output = branch.output
                 output.append(token)
@@ -297,11 +296,7 @@ class Scheduler:
 
     def _grow(self, decodes: list[Branch], rows: list[Row]) -> Branch | None:
         """Brings all branches to the positions that are computed; None, or a branch that had no memory."""
-        branches, positions = decodes, [branch.launched + 1 for branch in decodes]
-        if rows:
-            branches = [*decodes, *(row.branch for row in rows)]
-            positions += [row.start + row.count for row in rows]
-        return self._memory.grow(branches, positions, len(rows))
+        return self._memory.grow(decodes, [row.branch for row in rows], [row.start + row.count for row in rows])
 
     def _launch(self, decodes: list[Branch], rows: list[Row]) -> None:
         for branch in decodes:
@@ -381,7 +376,7 @@ class Scheduler:
             if row is None:  # all of it has to fit
                 self.requests.wait(request)
                 return
-            if self._memory.grow([trunk], [row.start + row.count], 1) is not None:
+            if self._grow([], [row]) is not None:
                 self.requests.wait(request)
                 self._require_possible(request)
                 return

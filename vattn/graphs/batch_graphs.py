@@ -6,7 +6,7 @@ import logging
 import operator
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,14 +32,14 @@ class _Graph:
         live: how many elements of each input the last batch had; the others are 0.
         parts: the inputs without the others.
         held: the last batch, in the order of the inputs.
-        output: of the computation; None before it was captured.
+        outputs: of the computation; None before it was captured.
     """
 
     runner: GraphRunner
     live: list[int] = field(default_factory=list)
     parts: list[torch.Tensor] = field(default_factory=list)
     held: list[torch.Tensor] = field(default_factory=list)
-    output: torch.Tensor | None = None
+    outputs: tuple[torch.Tensor, ...] | None = None
 
     def fill(self, given: dict[str, torch.Tensor]) -> None:
         """Copies a batch to the inputs. Tensors of the last batch are there already."""
@@ -66,22 +66,25 @@ class BatchGraphs:
     A graph may be larger than a batch. What a batch lacks is idle: the inputs are 0 there.
 
     Args:
-        compute: computes a batch of the inputs by name, one-dimensional tensors; returns ``[rows, ...]``.
+        compute: computes a batch of the inputs by name, one-dimensional tensors; returns tensors ``[rows, ...]``, of
+            which the first tells whether a replay gives the same.
         inputs: the dtype of each input.
         sizes: the elements that the inputs of a graph have, by those that the inputs of a batch have.
-        rows: the names of inputs. The output has a row for each element of the first, then for each of the next.
+        rows: the names of inputs. Outputs have a row for each element of the first, then for each of the next.
         device: the device.
+        changes: the tensors that ``compute`` changes besides, such that a second call gives something else.
 
     Attributes:
         refused: why no batch is captured or replayed any more; None while they are.
     """
 
     def __init__(
-        self, compute: Callable[[dict[str, torch.Tensor]], torch.Tensor], inputs: dict[str, torch.dtype],
+        self, compute: Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, ...]], inputs: dict[str, torch.dtype],
         sizes: Callable[[dict[str, int]], dict[str, int]], rows: tuple[str, ...], device: torch.device,
+        changes: Callable[[], Sequence[torch.Tensor]] = tuple,
     ) -> None:  # fmt: skip
         self._compute, self._inputs, self._sizes, self._rows = compute, inputs, sizes, rows
-        self._device = device
+        self._device, self._changes = device, changes
         self._failures: Counter[Any] = Counter()  # of captures, by size
         self._graphs: dict[Any, _Graph] = {}
         self._pool: Any = None
@@ -95,14 +98,15 @@ class BatchGraphs:
         """Drops the graphs with their memory, since tensors that they read have moved."""
         self._graphs, self._pool = {}, None
 
-    def run(self, given: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    def run(self, given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...] | None:
         """Computes a batch.
 
         Args:
             given: the inputs by name. A tensor that was given before has the values that it had then.
 
         Returns:
-            The output ``[rows, ...]``, which the next call overwrites; None where it was not captured.
+            The outputs ``[rows, ...]``, which the next call overwrites; None where it was not captured, and nothing
+            has changed.
         """
         if self.refused is not None:
             return None
@@ -113,26 +117,34 @@ class BatchGraphs:
             return self._capture(key, sizes, given) if self._failures[key] < _MOST_FAILURES else None
         graph.fill(given)
         graph.runner.replay()
-        assert graph.output is not None
-        return self._live(graph.output, sizes, given)
+        assert graph.outputs is not None
+        return self._live(graph.outputs, sizes, given)
 
-    def _live(self, output: torch.Tensor, sizes: dict[str, int], given: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The rows of an output that the batch has."""
-        parts, at = [], 0
+    def _live(
+        self, outputs: tuple[torch.Tensor, ...], sizes: dict[str, int], given: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        """The rows of outputs that the batch has."""
+        spans, at = [], 0
         for name in self._rows:
             if live := len(given[name]):
-                parts.append(output[at : at + live])
+                spans.append(slice(at, at + live))
             at += sizes[name]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(spans) == 1:
+            return tuple(output[spans[0]] for output in outputs)
+        return tuple(torch.cat([output[span] for span in spans]) for output in outputs)
 
-    def _capture(self, key: Any, sizes: dict[str, int], given: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        """Captures a batch, and returns its output if a replay gives the same as the computation; else None."""
+    def _capture(
+        self, key: Any, sizes: dict[str, int], given: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, ...] | None:
+        """Captures a batch, and returns its outputs if a replay gives the same as the computation; else None."""
         stream = streams(self._device)[0] if self._device.type == "cuda" else None
         inputs = {
             name: torch.zeros(sizes[name], dtype=each, device=self._device) for name, each in self._inputs.items()
         }
         rows, handled = sum(sizes[name] for name in self._rows), sys.exc_info()[1]
         graph = _Graph(GraphRunner(inputs, set(), rows, stream, None))
+        before = [(each, each.clone()) for each in self._changes()]
+        done = False
         try:
             graph.fill(given)
             with graph.runner.on_capture_stream():
@@ -141,16 +153,18 @@ class BatchGraphs:
             if not self._graphs:  # a pool cannot be used again once no graph uses it
                 self._pool = torch.cuda.graph_pool_handle()
             graph.runner.capture(lambda: self._run(graph), self._pool, self._device)
-            assert graph.output is not None
-            graph.output = unowned(graph.output)  # so that the graphs' outputs share the memory of the pool
+            assert graph.outputs is not None
+            graph.outputs = tuple(map(unowned, graph.outputs))  # so that graphs' outputs share the memory of the pool
+            _restore(before)
             graph.runner.replay()
-            output = self._live(graph.output, sizes, given)
-            if error := _difference(output, expected):
+            outputs = self._live(graph.outputs, sizes, given)
+            if error := _difference(outputs[0], expected[0]):
                 self._failures[key] = _MOST_FAILURES
                 _LOG.warning(
                     "iterations of %d rows are not captured: a replay gives something else (%s)", key[0], error
                 )
                 return None
+            done = True
         except torch.OutOfMemoryError:
             self._failures[key] += 1
             return None
@@ -159,15 +173,25 @@ class BatchGraphs:
             _LOG.warning("iterations are not captured into CUDA graphs: %s", self.refused)
             self.clear()
             return None
+        finally:
+            if not done:
+                _restore(before)
         self._graphs[key] = graph
-        return output
+        return outputs
 
     def _run(self, graph: _Graph) -> None:
-        output = self._compute(graph.runner.inputs).contiguous()
-        if graph.output is None:
-            graph.output = output
+        outputs = tuple(output.contiguous() for output in self._compute(graph.runner.inputs))
+        if graph.outputs is None:
+            graph.outputs = outputs
         else:  # where a function that is called again stands in for a graph
-            graph.output.copy_(output)
+            for mine, output in zip(graph.outputs, outputs, strict=True):
+                mine.copy_(output)
+
+
+def _restore(before: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Gives tensors the values that they had."""
+    for tensor, values in before:
+        tensor.copy_(values)
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> str | None:

@@ -88,7 +88,7 @@ def compile_layers(
     placements = [_placement(layer) for layer in layers]
     [(usual, _)] = Counter(placements).most_common(1)
     alike = [placement == usual for placement in placements]
-    options = {**_options(), "combo_kernels": False, **(options or {})}  # which are slow for prompts
+    options = {**_options(), **(options or {})}
     parts: list[nn.Module] = []
     for is_usual, run in itertools.groupby(range(len(layers)), alike.__getitem__):
         if is_usual:

@@ -10,6 +10,7 @@ import torch
 from vattn.kernels.quantize import rounded
 
 _FEW = 512  # the next kernel may begin early while at most so many rows are appended
+_TOGETHER = 2048  # elements of a row that one program writes at most, unless a head has more
 
 
 def append(
@@ -51,16 +52,18 @@ def append(
     batch, heads, dim = k_new.shape
     v_dim = v_new.shape[2]
     block = 1 << (max(dim, v_dim) - 1).bit_length()
+    together = min(max(1, _TOGETHER // block), 1 << (heads - 1).bit_length())
     # Without scales the kernel does not read these two arguments, and any tensor serves as their pointer.
     k_scale, v_scale = (ends if scale is None else scale for scale in scales)
-    kernel[batch, heads](
+    kernel[batch, -(-heads // together)](
         # K and V are passed as plain addresses: Triton looks up the memory where a tensor argument begins, and the
         # first row may have none, since a sliding window that has passed it gives its memory back.
         k_new, v_new, k.data_ptr(), v.data_ptr(), ends, slots, k_scale, v_scale,
         *k_new.stride(), *v_new.stride(), *k.stride()[:3], *v.stride()[:3],
-        kind=_triton_types()[k.dtype], dim=dim, v_dim=v_dim, block=block,
+        kind=_triton_types()[k.dtype], heads=heads, dim=dim, v_dim=v_dim, block=block, together=together,
         limit=torch.finfo(k.dtype).max if k.dtype.itemsize == 1 else 0.0, scaled=scales[0] is not None,
         k_heads=k_scale.numel(), v_heads=v_scale.numel(), lets_next_begin=batch <= _FEW and _lets_next_begin(k.device),
+        aligned=k.data_ptr() % 16 == 0 and v.data_ptr() % 16 == 0,
     )  # fmt: skip
 
 
@@ -81,19 +84,24 @@ def _kernel() -> Any:
     def kernel(  # type: ignore[no-untyped-def]
         k_new, v_new, k, v, ends, slots, k_scale, v_scale,
         k_new_b, k_new_h, k_new_d, v_new_b, v_new_h, v_new_d, k_slot, k_row, k_head, v_slot, v_row, v_head,
-        kind: tl.constexpr, dim: tl.constexpr, v_dim: tl.constexpr, block: tl.constexpr, limit: tl.constexpr,
-        scaled: tl.constexpr, k_heads: tl.constexpr, v_heads: tl.constexpr, lets_next_begin: tl.constexpr,
+        kind: tl.constexpr, heads: tl.constexpr, dim: tl.constexpr, v_dim: tl.constexpr, block: tl.constexpr,
+        together: tl.constexpr, limit: tl.constexpr, scaled: tl.constexpr, k_heads: tl.constexpr,
+        v_heads: tl.constexpr, lets_next_begin: tl.constexpr, aligned: tl.constexpr,
     ):  # fmt: skip
         if lets_next_begin:
             tl.extra.cuda.gdc_launch_dependents()
         k = k.to(tl.pointer_type(kind))
         v = v.to(tl.pointer_type(kind))
+        if aligned:  # which Triton does not see of an address, and which lets it store several elements at once
+            k = tl.multiple_of(k, 16)
+            v = tl.multiple_of(v, 16)
         sequence = tl.program_id(0).to(tl.int64)  # products with strides can exceed 32 bits
-        head = tl.program_id(1).to(tl.int64)
+        head = (tl.program_id(1) * together + tl.arange(0, together)).to(tl.int64)[:, None]
         row = (tl.load(ends + sequence) - 1).to(tl.int64)
         slot = tl.load(slots + sequence).to(tl.int64)
-        at = tl.arange(0, block)
-        k_part, v_part = (row >= 0) & (at < dim), (row >= 0) & (at < v_dim)
+        at = tl.arange(0, block)[None, :]
+        there = (row >= 0) & (head < heads)
+        k_part, v_part = there & (at < dim), there & (at < v_dim)
         new = tl.load(k_new + sequence * k_new_b + head * k_new_h + at * k_new_d, mask=k_part)
         if scaled:
             new = new / tl.load(k_scale + head % k_heads)
