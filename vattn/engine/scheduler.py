@@ -178,22 +178,27 @@ class Scheduler:
         Returns:
             The branches that got a token.
         """
-        progressed: list[Branch] = []
+        progressed = into = iteration.into
         done = {row.branch.request: None for row in iteration.rows}
         for row in iteration.rows:
             if row.branch not in row.into:
                 row.branch.in_flight -= 1
-        for branch, token in zip(iteration.into, tokens, strict=True):
+        if ended := [branch for branch in into if branch.finish_reason is not None]:
+            done |= dict.fromkeys(branch.request for branch in ended)
+            for branch in ended:
+                branch.in_flight -= 1
+            # Their tokens lie behind their ends.
+            tokens = [token for branch, token in zip(into, tokens, strict=True) if branch.finish_reason is None]
+            progressed = [branch for branch in into if branch.finish_reason is None]
+        for branch, token in zip(progressed, tokens, strict=True):
             branch.in_flight -= 1
-            if branch.finish_reason is None:  # otherwise the token lies behind the end
-                output = branch.output
-                output.append(token)
-                progressed.append(branch)
-                stops = branch.stop_tokens
-                if len(output) >= branch.max_tokens or stops is None or token in stops:
-                    self._end_where_it_stops(branch)
-            if branch.finish_reason is not None:
-                done[branch.request] = None
+            output = branch.output
+            output.append(token)
+            stops = branch.stop_tokens
+            if len(output) >= branch.max_tokens or stops is None or token in stops:
+                self._end_where_it_stops(branch)
+                if branch.finish_reason is not None:
+                    done[branch.request] = None
         for row in iteration.rows:
             self._remember_prompt(row)
         if self.requests.leaving:
