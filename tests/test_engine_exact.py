@@ -33,7 +33,7 @@ from vattn.engine.engine import Engine
 from vattn.engine.options import KV_DTYPES, EngineOptions
 from vattn.engine.outputs import RequestOutput
 from vattn.engine.sampling_params import SamplingParams
-from vattn.kernels import KERNELS, Reference
+from vattn.kernels import KERNELS, Reference, measure
 from vattn.kernels.sdpa import Sdpa
 from vattn.models import rope
 from vattn.models.flat import Margins
@@ -216,6 +216,8 @@ class Greedy(Reference):
     def missing_rows(self, spans):
         found, planes = self.cache.map(), self.cache.layout.planes
         for slot, start, end in spans:
+            if end <= start:  # an idle row of a graph
+                continue
             for plane, run in zip(planes, found[slot]["runs"], strict=True):
                 if run["head"] > max(0, start - self.head_rows) * plane.row_bytes:
                     yield "before", slot, start, end
@@ -263,6 +265,60 @@ def test_rows_behind_prompts_alone_are_mapped(mode, captured, monkeypatch, reque
         engine.add("long", prompts_of((150,))[0], SamplingParams(temperature=0, max_tokens=9))
         while engine.unfinished:
             engine.step()
+
+
+class GreedyForFew(Greedy):
+    """A kernel that loads such rows behind sequences, and computes no prompts."""
+
+    name = "greedy for few"
+    head_rows = 0
+
+    def refuses(self, task):
+        return None if task.queries == "one" else "it computes no prompts"
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_behind_few_sequences_alone_are_mapped(mode, captured, monkeypatch, request):
+    """E3; with more sequences than a few another kernel decodes, and no memory is taken behind them."""
+    if captured:
+        request.getfixturevalue("batch_graphs_on_cpu")
+    greedy = GreedyForFew()
+    monkeypatch.setattr("vattn.kernels.registry.KERNELS", {"sdpa": KERNELS["sdpa"], "greedy for few": greedy})
+    monkeypatch.setattr(measure, "fastest", lambda task, *, name, few: greedy if few else KERNELS["sdpa"])
+    for module in ("vattn.models.flat", "vattn.engine.kv_memory"):
+        monkeypatch.setattr(f"{module}.FEW", 3)
+    model = model_of("llama-gqa")
+    prompts = prompts_of((*LENGTHS, 20, 21, 22))
+    expected = generated(model, prompts)
+    params = [SamplingParams(temperature=0, max_tokens=1 + number % NEW) for number in range(len(prompts))]
+    with engine_of(model, **MODES[mode]) as engine:
+        assert engine.tier.name == "flat", engine.tier.reason
+        assert engine.tier.runner.kernels == ["greedy for few", "sdpa"]
+        assert engine.tier.memory._margins == Margins(0, 0, 0, 70)
+        greedy.cache = engine.tier.cache
+        assert tokens(served(engine, prompts, GREEDY)) == expected
+        calls = greedy.calls
+        for number, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
+            engine.add(str(number), prompt, each)
+        done = {}
+        while engine.unfinished:
+            done |= {output.request_id: output.outputs[0].token_ids for output in engine.step()}
+        assert all(done[str(number)] == each[: 1 + number % NEW] for number, each in enumerate(expected))
+        assert greedy.calls > calls
+        assert greedy.unmapped == []
+        greedy.cache = None
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral"])
+def test_each_layer_has_a_plane_of_its_own(name, monkeypatch):
+    """As on a GPU, where a granule holds too few positions of all layers."""
+    monkeypatch.setattr("vattn.engine.tier._layers_per_plane", lambda *args: 1)
+    model = model_of(name)
+    prompts = prompts_of(LENGTHS)
+    with engine_of(model) as engine:
+        assert len(engine.tier.cache.layout.planes) == model.config.num_hidden_layers > 1
+        assert tokens(served(engine, prompts, GREEDY)) == generated(model, prompts)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral"])

@@ -39,13 +39,13 @@ def test_the_fastest_is_chosen(times, expected, monkeypatch):
     of = {"refuses": {"reason": "no"}, "eager": {"capturable": False}, "slow to set up": {"measured": False}}
     made = [Fake(name, **of.get(name, {})) for name in times]
     monkeypatch.setattr(measure, "named", lambda name: made)
-    monkeypatch.setattr(measure, "_seconds", lambda kernel, task, device: times[kernel.name])
+    monkeypatch.setattr(measure, "_seconds", lambda kernel, task, device, few: times[kernel.name])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     assert fastest(TASK).name == expected
 
 
 def test_without_a_kernel_there_is_an_error(monkeypatch):
-    monkeypatch.setattr(measure, "_seconds", lambda kernel, task, device: None)
+    monkeypatch.setattr(measure, "_seconds", lambda kernel, task, device, few: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     for kernels in ([], [Fake("a", capturable=False)], [Fake("a"), Fake("b")]):
         monkeypatch.setattr(measure, "named", lambda name, kernels=kernels: kernels)
@@ -59,7 +59,7 @@ def test_a_kernel_that_fails_has_no_time(caplog):
             raise RuntimeError("there is no compiler\nmore")
 
     caplog.set_level("INFO", "vattn")
-    assert measure._seconds(Failing("failing"), TASK, 0) is None
+    assert measure._seconds(Failing("failing"), TASK, 0, False) is None
     assert "failing is not used" in caplog.text
 
 

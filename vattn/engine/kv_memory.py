@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from vattn.engine.request import Branch, Request
 from vattn.errors import Error
+from vattn.kernels.measure import FEW
 from vattn.memory.kv_cache import KVCache
 from vattn.memory.sequence import Sequence
 from vattn.models.flat import Margins
@@ -169,7 +170,8 @@ class KVMemory:
 
     def _windowed(self, decodes: list[Branch], branches: abc.Sequence[Branch], positions: list[int]) -> bool:
         """Grows branches, and gives back what windows have passed, unless an output may be cut to it."""
-        branches, positions = [*decodes, *branches], [*(branch.launched + 1 for branch in decodes), *positions]
+        further = 1 + self._behind(decodes)
+        branches, positions = [*decodes, *branches], [*(branch.launched + further for branch in decodes), *positions]
         keep = [max(0, branch.confirmed - self._margins.before) for branch in branches]
         return self._grow(branches, positions, keep)
 
@@ -178,7 +180,7 @@ class KVMemory:
         if not decodes:
             return self._grow(list(branches), positions, 0)
         batch = self._batch(decodes)
-        wanted = batch.wanted
+        wanted = batch.wanted + self._behind(decodes)
         due = np.flatnonzero(wanted > batch.room)
         if not (len(due) or branches):
             return True
@@ -187,6 +189,10 @@ class KVMemory:
             return False
         batch.room[due] = room
         return True
+
+    def _behind(self, decodes: list[Branch]) -> int:
+        """Rows behind outputs that are computed a position each, which a kernel for few of them loads."""
+        return self._margins.more_behind_few if len(decodes) <= FEW else 0
 
     def _grow(self, branches: list[Branch], positions: list[int], keep: int | list[int]) -> bool:
         """Brings branches to so many positions each; False where there is no memory."""

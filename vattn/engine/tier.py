@@ -21,13 +21,14 @@ from vattn.engine.startup import Startup
 from vattn.errors import Error
 from vattn.graphs import artifacts, compilation
 from vattn.kernels import AttentionSpec
+from vattn.kernels.measure import decode_kernel
 from vattn.memory.device import checked_budget
 from vattn.memory.kv_cache import KVCache
 from vattn.memory.layout import KVLayout
 from vattn.memory.shape import LayerShape
 from vattn.memory.swap_costs import SwapCosts
 from vattn.models import rope
-from vattn.models.flat import FlatContext, Margins, decode_kernel
+from vattn.models.flat import FlatContext, Margins
 from vattn.models.flat_verify import verified
 from vattn.models.private import private_copy
 from vattn.models.probe import Probe
@@ -38,6 +39,7 @@ from vattn.models.versions import VERSION
 _LOG = logging.getLogger("vattn")
 _TUNED_TOKENS = 2048  # of the first call of compiled layers, for which torch chooses the sizes of blocks
 _SWAPPED_BYTES = 64 << 20  # that are swapped to measure how fast it is
+_LEAST_POSITIONS = 64  # of a granule, so that what attention reads of a layer lies on few pages of memory
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,12 @@ def _verified(
     """What computes the attention of flat calls, and why it cannot; else None. The rows around sequences are mapped."""
     widest = _widest_margins(model, probe, options)
     # Rows behind the longest sequence are rows of its slot, too.
+    stored, granularity = _stored(probe, options), options.granularity
     layout = KVLayout(
-        _stored(probe, options), max_len=max_model_len + widest.behind_prompts, granularity=options.granularity
+        stored,
+        max_len=max_model_len + widest.behind_prompts,
+        granularity=granularity,
+        layers_per_plane=_layers_per_plane(stored, granularity, probe.device),
     )
     slots = 2 * options.max_num_seqs  # those of running sequences, and as many for prefixes
     with (
@@ -230,6 +236,14 @@ def _stored(probe: Probe, options: EngineOptions) -> list[LayerShape | None]:
     return [shape if shape is None or dtype is None else replace(shape, dtype=dtype) for shape in probe.layers]
 
 
+def _layers_per_plane(layers: list[LayerShape | None], granularity: int, device: torch.device) -> int | None:
+    """How many layers are mapped together: as many as leave room for ``_LEAST_POSITIONS`` positions in a granule."""
+    if device.type == "cpu":
+        return None  # it makes no difference how far apart the rows of a layer are
+    largest = max(shape.k_bytes + shape.v_bytes for shape in layers if shape is not None)
+    return max(1, granularity // (_LEAST_POSITIONS * largest))
+
+
 def _swap_is_faster(
     model: Any, layout: KVLayout, device: torch.device, preemption: str
 ) -> Callable[[int], bool] | None:
@@ -289,7 +303,7 @@ def _widest_margins(model: Any, probe: Probe, options: EngineOptions) -> Margins
         )
         found += [kernels.margins(spec, options.attention), kernels.margins(replace(spec, kv_dtype=None))]
     head, tail = (max(rows) for rows in zip(*found, strict=True))
-    return Margins(head, tail, tail)
+    return Margins(head, tail, tail, tail)
 
 
 def _expected_margins(model: Any, probe: Probe, options: EngineOptions, cache: KVCache) -> Margins:
@@ -297,7 +311,7 @@ def _expected_margins(model: Any, probe: Probe, options: EngineOptions, cache: K
     config = model.config.get_text_config(decoder=True)
     heads, stored = _query_heads(model), KV_DTYPES[options.kv_cache_dtype]
     sinks = any(name.endswith("sinks") for name, _ in model.named_parameters())
-    before = behind = behind_prompts = 0
+    before = behind = behind_prompts = behind_few = 0
     for layer, shape in enumerate(probe.layers):
         if shape is None:
             continue
@@ -312,9 +326,11 @@ def _expected_margins(model: Any, probe: Probe, options: EngineOptions, cache: K
             "adjacent": False,
         }
         with contextlib.suppress(ValueError):  # which is said when the model is called
-            one = decode_kernel(AttentionSpec.of(q, *rows, **features), options.attention)
-            before = max(before, one.head_rows)
-            behind = max(behind, one.tail(shape.head_dim, rows[0].dtype if stored else None))
+            spec, dtype = AttentionSpec.of(q, *rows, **features), rows[0].dtype if stored else None
+            many, few = (decode_kernel(spec, options.attention, few=few) for few in (False, True))
+            before = max(before, many.head_rows, few.head_rows)
+            behind = max(behind, many.tail(shape.head_dim, dtype))
+            behind_few = max(behind_few, few.tail(shape.head_dim, dtype))
             several = (
                 kernels.choose(AttentionSpec.of(q, *rows, queries="chunk", **features), name=options.attention)
                 if stored is None
@@ -322,4 +338,4 @@ def _expected_margins(model: Any, probe: Probe, options: EngineOptions, cache: K
             )  # else prompts are computed on copies
             if several is not None and several.mixes:
                 behind_prompts = max(behind_prompts, several.tail(shape.head_dim))
-    return Margins(before, behind, max(behind, behind_prompts))
+    return Margins(before, behind, max(behind, behind_prompts), max(behind, behind_few))

@@ -12,16 +12,19 @@ from dataclasses import replace
 import torch
 
 from vattn.kernels.base import AttentionParams, AttentionSpec, Kernel, SequenceRanges
-from vattn.kernels.registry import named, refused
+from vattn.kernels.registry import choose, named, refused
+
+FEW = 16
+"""Batches of at most so many sequences may have another kernel than larger ones."""
 
 _LOG = logging.getLogger("vattn")
-_BYTES = 256 << 20  # of K and V that a kernel reads, which no cache of a device holds
+_BYTES = 256 << 20  # which no cache of a device holds
 _MOST_SEQUENCES = 64
 _REPEATS = 9
 _BETTER = 0.97  # a kernel is chosen before an earlier one where it takes less than this part of its time
 
 
-def fastest(task: AttentionSpec, *, name: str = "auto") -> Kernel:
+def fastest(task: AttentionSpec, *, name: str = "auto", few: bool = False) -> Kernel:
     """Chooses a kernel for decode steps that are captured: the named one, or the one that is measured to be fastest.
 
     Kernels are measured once in a process for each kind of attention, on a device only.
@@ -29,6 +32,7 @@ def fastest(task: AttentionSpec, *, name: str = "auto") -> Kernel:
     Args:
         task: the attention that the kernel has to compute.
         name: a key of ``KERNELS``, or ``"auto"``.
+        few: whether it is for at most ``FEW`` sequences, and not for more.
 
     Raises:
         ValueError: no kernel has this name, or none can be used.
@@ -42,7 +46,7 @@ def fastest(task: AttentionSpec, *, name: str = "auto") -> Kernel:
         took: float | None = math.inf
         if kernel.measured:
             with contextlib.suppress(torch.OutOfMemoryError):  # another time there may be memory
-                took = _seconds(kernel, alike, torch.cuda.current_device())
+                took = _seconds(kernel, alike, torch.cuda.current_device(), few)
         if took is not None and (best is None or took < _BETTER * least):
             best, least = kernel, took
     if best is None:
@@ -50,12 +54,23 @@ def fastest(task: AttentionSpec, *, name: str = "auto") -> Kernel:
     return best
 
 
+def decode_kernel(spec: AttentionSpec, name: str, *, few: bool) -> Kernel:
+    """The kernel for decode steps of few sequences, or of more: of those that can be captured, the fastest.
+
+    Raises:
+        ValueError: there is none.
+    """
+    with contextlib.suppress(ValueError):
+        return fastest(spec, name=name, few=few)
+    return choose(spec, name=name)
+
+
 @functools.cache
-def _seconds(kernel: Kernel, task: AttentionSpec, device: int) -> float | None:
+def _seconds(kernel: Kernel, task: AttentionSpec, device: int, few: bool) -> float | None:
     """How long a decode step takes on sequences of mixed lengths; None where the kernel fails."""
     try:
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(device):
-            return _measured(kernel, task)
+            return _measured(kernel, task, FEW // 2 if few else _MOST_SEQUENCES)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # e.g. it is compiled at its first use, and there is no compiler
@@ -63,11 +78,11 @@ def _seconds(kernel: Kernel, task: AttentionSpec, device: int) -> float | None:
         return None
 
 
-def _measured(kernel: Kernel, task: AttentionSpec) -> float:
+def _measured(kernel: Kernel, task: AttentionSpec, most: int) -> float:
     dtype, tail = task.kv_dtype or task.dtype, kernel.tail(task.head_dim, task.kv_dtype)
     row_bytes = task.kv_heads * (task.head_dim + task.v_head_dim) * dtype.itemsize
     longest = min(1536, max(128, _BYTES // row_bytes // 8))
-    sequences = max(1, min(_MOST_SEQUENCES, _BYTES // (row_bytes * longest)))
+    sequences = max(1, min(most, _BYTES // (row_bytes * longest)))
     rows = 64 * -(-(kernel.head_rows + longest + tail) // 64)
     shape = sequences, rows, task.kv_heads
     k = torch.zeros(*shape, task.head_dim, dtype=dtype, device="cuda")
@@ -78,6 +93,8 @@ def _measured(kernel: Kernel, task: AttentionSpec) -> float:
     first = kernel.head_rows
     lengths = [max(1, longest - longest * (7 * number % sequences) // (2 * sequences)) for number in range(sequences)]
     spans = SequenceRanges.of([(slot, first, first + n) for slot, n in enumerate(lengths)], q.device)
+    # Between the products of a model a kernel finds nothing of its own in the caches, not even its instructions.
+    others = torch.empty(_BYTES, dtype=torch.uint8, device="cuda")
     for _ in range(3):
         kernel.decode(q, k, v, spans, how)
     took = []
@@ -85,6 +102,7 @@ def _measured(kernel: Kernel, task: AttentionSpec) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         # Work before the first event, so that the launch of the kernel is no part of what is measured.
         torch.cuda._sleep(2_000_000)  # type: ignore[no-untyped-call]
+        others.zero_()
         start.record()
         kernel.decode(q, k, v, spans, how)
         end.record()

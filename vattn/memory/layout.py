@@ -1,11 +1,12 @@
 """Computes where each row of K and V lies: arithmetic only, without a device and without torch.
 
-The rows of a model are split into groups of layers that have the same shape and window, and each group into planes.
+The layers of a model are split into groups that have the same shape and window, and the rows of each group into planes.
 A plane holds ``row_bytes`` for every position of a slot and is mapped separately from the other planes.
 
 ``interleaved`` (the default)
-    One plane per group, ``[position, layer, (K, V), kv_head, head_dim]``: one mapping serves all layers, so a granule
-    holds few tokens and a sequence wastes at most one granule per group.
+    One plane per group, ``[position, layer, (K, V), kv_head, head_dim]``: one mapping serves all its layers, so a
+    granule holds few tokens and a sequence wastes at most one granule per group. With ``layers_per_plane`` groups have
+    at most so many layers: more tokens in a granule, and kernels that read one layer find its rows closer together.
 ``compact``
     One plane for each layer's K and one for its V, ``[position, kv_head, head_dim]``: the rows of a layer are
     contiguous, and each growth step maps memory in every plane.
@@ -13,6 +14,7 @@ A plane holds ``row_bytes`` for every position of a slot and is mapped separatel
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +49,7 @@ class Plane:
 
 @dataclass(frozen=True)
 class Group:
-    """Layers of one shape, and where their rows lie.
+    """Layers of one shape that share planes, and where their rows lie.
 
     Attributes:
         shape: the shape of each of the layers.
@@ -87,6 +89,7 @@ class KVLayout:
         granularity: bytes of the smallest physical unit.
         recurrent: whether some layers keep a state that is not in the rows, so that a sequence cannot be continued
             from its rows alone.
+        layers_per_plane: how many layers a plane holds at most where the layout is interleaved; None for all.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class KVLayout:
         kind: Kind = "interleaved",
         granularity: int = GRANULARITY,
         recurrent: bool = False,
+        layers_per_plane: int | None = None,
     ) -> None:
         choice("kind", kind, KINDS)
         if not isinstance(layers, (list, tuple)) or not all(s is None or isinstance(s, LayerShape) for s in layers):
@@ -105,6 +109,11 @@ class KVLayout:
             raise ValueError("layers must name at least one layer that caches something")
         self.layers = tuple(layers)
         self.kind: Kind = kind
+        self.layers_per_plane = layers_per_plane
+        if layers_per_plane is not None:
+            self.layers_per_plane = integer("layers_per_plane", layers_per_plane, 1)
+            if kind != "interleaved":
+                raise ValueError(f"layers_per_plane must be None, not {layers_per_plane}: the layout is {kind}")
         if self.bytes_per_token > _LARGEST_ROW:
             raise ValueError(f"layers take {self.bytes_per_token} bytes a position, and may take {_LARGEST_ROW}")
         self.max_len = integer("max_len", max_len, 1)
@@ -123,10 +132,12 @@ class KVLayout:
         dtype: str = "bfloat16",
         kind: Kind = "interleaved",
         granularity: int = GRANULARITY,
+        layers_per_plane: int | None = None,
     ) -> KVLayout:
         """Makes the layout of ``layers`` layers of the same shape; see ``LayerShape`` for the other arguments."""
         shape = LayerShape(kv_heads=kv_heads, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype)
-        return cls([shape] * integer("layers", layers, 1), max_len=max_len, kind=kind, granularity=granularity)
+        shapes = [shape] * integer("layers", layers, 1)
+        return cls(shapes, max_len=max_len, kind=kind, granularity=granularity, layers_per_plane=layers_per_plane)
 
     @classmethod
     def from_config(
@@ -170,9 +181,15 @@ class KVLayout:
         for index, shape in enumerate(self.layers):
             if shape is not None:
                 members.setdefault(shape, []).append(index)
+        most, parts = self.layers_per_plane, []
+        for shape, layers in members.items():
+            count = 1 if most is None else -(-len(layers) // most)
+            bounds = [len(layers) * part // count for part in range(count + 1)]
+            parts += [(shape, layers[start:end]) for start, end in itertools.pairwise(bounds)]
+        parts.sort(key=lambda part: part[1][0])
         groups: list[Group] = []
         planes: list[Plane] = []
-        for shape, indices in members.items():
+        for shape, indices in parts:
             n, k, v, first = len(indices), shape.k_bytes, shape.v_bytes, len(planes)
             if self.kind == "interleaved":
                 planes.append(Plane(n * (k + v), shape.window))

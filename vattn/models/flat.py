@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional
@@ -14,7 +13,7 @@ from torch.nn import functional
 from vattn import kernels
 from vattn.kernels import AttentionParams, AttentionSpec, Kernel, SequenceRanges
 from vattn.kernels.append import append
-from vattn.kernels.measure import fastest
+from vattn.kernels.measure import FEW, decode_kernel
 from vattn.memory.kv_cache import KVCache
 from vattn.models.attention import PassthroughCache, UnsupportedError, attending
 from vattn.models.flat_watch import FlatWatch
@@ -44,16 +43,23 @@ class Margins:
         before: before a sliding window.
         behind: behind a sequence.
         behind_prompts: the same of sequences of which several positions are computed, or that are computed beside such.
+        behind_few: the same of at most ``FEW`` sequences that are computed a position each.
     """
 
     before: int = 0
     behind: int = 0
     behind_prompts: int = 0
+    behind_few: int = 0
 
     @property
     def more_behind_prompts(self) -> int:
-        """Rows behind prompts that are not mapped behind every sequence."""
-        return max(0, self.behind_prompts - self.behind)
+        """Rows behind prompts, also those of one position, that are not mapped behind every sequence."""
+        return max(self.more_behind_few, self.behind_prompts - self.behind)
+
+    @property
+    def more_behind_few(self) -> int:
+        """Rows behind few sequences that are not mapped behind every sequence."""
+        return max(0, self.behind_few - self.behind)
 
 
 @dataclass(frozen=True)
@@ -338,6 +344,9 @@ class FlatContext:
             )
             if self.watch is not None and new is not None:
                 self.watch.attended(layer, kernel, got, part, queries, rows, new, how)
+                if part.decodes and len(got) <= FEW:  # the other kernel is watched, too
+                    kernel, other = self._decoded(layer, queries[part.tokens], rows, part, how, few=False)
+                    self.watch.attended(layer, kernel, other, part, queries, rows, new, how)
             if out is None:
                 return got[None]
             if got is not room:
@@ -359,11 +368,12 @@ class FlatContext:
         return call.parts
 
     def _decoded(
-        self, layer: int, q: torch.Tensor, rows: _Rows, part: Part, how: AttentionParams
+        self, layer: int, q: torch.Tensor, rows: _Rows, part: Part, how: AttentionParams, *, few: bool | None = None
     ) -> tuple[Kernel, torch.Tensor]:
-        """The kernel that computes one query for each segment, and what it computes."""
-        kernel = self._kernel_for(layer, q, rows, how, "one")
-        return kernel, kernel.decode(q, *rows, self._ranges_of(part, how.window), how)
+        """The kernel that computes one query for each segment, of few or of more, and what it computes."""
+        ranges, few = self._ranges_of(part, how.window), len(q) <= FEW if few is None else few
+        kernel = self._kernel_for(layer, q, rows, how, "few" if few else "one")
+        return kernel, kernel.decode(q, *rows, ranges, how)
 
     def _prefilled(
         self, layer: int, q: torch.Tensor, rows: _Rows, part: Part, how: AttentionParams, room: torch.Tensor | None
@@ -393,7 +403,15 @@ class FlatContext:
         moved = [(0, last - (end - start), last) for last, (_, start, end) in zip(ends, spans, strict=True)]
         return (made[0], made[1]), SequenceRanges.of(moved, made[0].device)
 
-    def _kernel_for(self, layer: int, q: torch.Tensor, rows: _Rows, how: AttentionParams, queries: str) -> Kernel:
+    def _kernel_for(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        rows: _Rows,
+        how: AttentionParams,
+        queries: Literal["one", "few", "chunk"],
+    ) -> Kernel:
+        """The kernel for one query of each sequence, of few or of more sequences, or for several queries of each."""
         options: dict[str, Any] = {
             "window": how.window is not None,
             "softcap": how.softcap is not None,
@@ -401,16 +419,18 @@ class FlatContext:
         }
         key = layer, q.dtype, q.shape[1], *options.values(), queries
         if key not in self._kernels:
-            spec = AttentionSpec.of(q, *rows, queries=queries, adjacent=False, **options)
+            spec = AttentionSpec.of(
+                q, *rows, queries="chunk" if queries == "chunk" else "one", adjacent=False, **options
+            )
             try:
                 kernel = (
-                    decode_kernel(spec, self._attention)
-                    if queries == "one"
-                    else kernels.choose(spec, name=self._attention)
+                    kernels.choose(spec, name=self._attention)
+                    if queries == "chunk"
+                    else decode_kernel(spec, self._attention, few=queries == "few")
                 )
             except ValueError as error:
                 raise UnsupportedError(str(error), of_model=True) from None
-            self._require_mapped(layer, kernel, spec)
+            self._require_mapped(layer, kernel, spec, queries)
             self._kernels[key] = kernel
         return self._kernels[key]
 
@@ -419,13 +439,14 @@ class FlatContext:
         shape = self.cache.layout.layers[layer]
         return shape is not None and shape.itemsize == 1
 
-    def _require_mapped(self, layer: int, kernel: Kernel, spec: AttentionSpec) -> None:
+    def _require_mapped(self, layer: int, kernel: Kernel, spec: AttentionSpec, queries: str) -> None:
         """Raises an error where a kernel loads rows that are not mapped."""
         one = spec.queries == "one"
         if not one and self._copied(layer):
             return
-        tail = kernel.tail(spec.head_dim, spec.kv_dtype) if one or kernel.mixes else 0
-        mapped = self.margins.behind if one else max(self.margins.behind, self.margins.behind_prompts)
+        tail, margins = kernel.tail(spec.head_dim, spec.kv_dtype) if one or kernel.mixes else 0, self.margins
+        more = {"one": 0, "few": margins.behind_few, "chunk": margins.behind_prompts}[queries]
+        mapped = max(margins.behind, more)
         if tail > mapped or (one and kernel.head_rows > self.margins.before):
             self.needs_margins = True
             raise UnsupportedError(f"{kernel.name} loads {tail} rows behind a sequence, of {mapped} mapped")
@@ -453,17 +474,6 @@ class FlatContext:
             first = 0 if window is None else max(0, segment.start - window + 1)
             ranges.append((segment.slot, first, segment.start + segment.count))
         return SequenceRanges.of(ranges, self.cache.device)
-
-
-def decode_kernel(spec: AttentionSpec, name: str) -> Kernel:
-    """The kernel for decode steps: where there are some that can be captured, the fastest of these.
-
-    Raises:
-        ValueError: there is none.
-    """
-    with contextlib.suppress(ValueError):
-        return fastest(spec, name=name)
-    return kernels.choose(spec, name=name)
 
 
 class _FlatCache(PassthroughCache):
