@@ -23,6 +23,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -90,20 +91,21 @@ def measured(options: Any) -> list[dict[str, Any]]:
         print(report_of, flush=True)
         common = {"engine": "vattn", "shape": options.shape, "kernels": "+".join(report_of["kernels"])}
         for part in parts:
+            found: Iterable[dict[str, Any]]
             if part == "ready":
                 temperature = "cold" if options.cold else "warm"
                 found = [{"start": temperature, **serving.ready(llm, start, options.max_num_seqs, vocabulary)}]
             elif part == "throughput":
                 seeds = range(options.rounds) if options.prefix_cache else [0] * options.rounds
                 rounds = [mixes.mix(options.mix, vocabulary, count=options.requests, seed=seed) for seed in seeds]
-                found = [{"mix": name_of(options), **row} for row in serving.throughput(llm, rounds)]
+                found = ({"mix": name_of(options), **row} for row in serving.throughput(llm, rounds))
             elif part == "latency":
                 found = serving.latency(llm, options.prompts, options.steps, vocabulary)
             else:
                 found = [serving.host_work(llm, options.max_num_seqs, vocabulary)]
-            rows += [{**common, "part": part, **row} for row in found]
-            for row in rows[-len(found) :]:
-                print(row, flush=True)
+            for row in found:
+                rows.append({**common, "part": part, **row})
+                print(rows[-1], flush=True)
         print(llm.report(), flush=True)
     return rows
 

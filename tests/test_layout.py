@@ -38,6 +38,40 @@ def test_llama_8b_compact():
     assert layout.mapped_bytes(8192) == 1024 * MIB
 
 
+def test_planes_of_some_layers():
+    layout = KVLayout.from_config(LLAMA_8B, max_len=131072, layers_per_plane=8)
+    assert layout.bytes_per_token == 128 * 1024
+    assert layout.tokens_per_granule == 64
+    assert layout.growth_step_bytes == 8 * MIB
+    assert [group.layers for group in layout.groups] == [tuple(range(at, at + 8)) for at in (0, 8, 16, 24)]
+    assert (layout.mapped_bytes(64), layout.mapped_bytes(65)) == (8 * MIB, 16 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"), [(None, [7]), (9, [7]), (7, [7]), (6, [3, 4]), (3, [2, 2, 3]), (1, [1] * 7)]
+)
+def test_planes_have_about_as_many_layers(most, sizes):
+    layout = KVLayout.uniform(layers=7, kv_heads=1, head_dim=64, max_len=10, layers_per_plane=most)
+    assert [len(group.layers) for group in layout.groups] == sizes
+    assert [plane.row_bytes for plane in layout.planes] == [256 * size for size in sizes]
+    assert [layer for group in layout.groups for layer in group.layers] == list(range(7))
+
+
+@pytest.mark.parametrize("windows", [(None, 100, None, 100, None), (100, None, None, None, 100)])
+def test_groups_are_in_the_order_of_their_first_layers(windows):
+    shapes = [LayerShape(kv_heads=1, head_dim=64, dtype="float16", window=window) for window in windows]
+    firsts = [group.layers[0] for group in KVLayout(shapes, max_len=1000, layers_per_plane=1).groups]
+    assert firsts == list(range(5))
+
+
+@pytest.mark.parametrize(("value", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_layers_per_plane_is_checked(value, error):
+    with pytest.raises(error, match="layers_per_plane"):
+        KVLayout.uniform(layers=2, kv_heads=1, head_dim=64, max_len=10, layers_per_plane=value)
+    with pytest.raises(ValueError, match="layers_per_plane must be None"):
+        KVLayout.uniform(layers=2, kv_heads=1, head_dim=64, max_len=10, kind="compact", layers_per_plane=1)
+
+
 def test_a_row_interleaves_layers_then_k_and_v():
     layout = KVLayout.uniform(layers=3, kv_heads=2, head_dim=64, max_len=10, dtype="float32")
     (group,) = layout.groups

@@ -43,7 +43,7 @@ def others(works: Iterable[Work], by: int, vocabulary: int) -> list[Work]:
     return [dataclasses.replace(work, prompt=[(token + by) % vocabulary for token in work.prompt]) for work in works]
 
 
-def throughput(llm: LLM, rounds: list[list[Work]], temperature: float = 0.6) -> list[dict[str, Any]]:
+def throughput(llm: LLM, rounds: list[list[Work]], temperature: float = 0.6) -> Iterator[dict[str, Any]]:
     """Measures tokens per second.
 
     All requests of a round come at once. The first round is one of the same lengths as the next one, with other tokens:
@@ -54,32 +54,28 @@ def throughput(llm: LLM, rounds: list[list[Work]], temperature: float = 0.6) -> 
         rounds: the requests of each round.
         temperature: of all requests.
 
-    Returns:
+    Yields:
         A row for each round, also for the first one.
     """
-    rows = []
     for number, works in enumerate([others(rounds[0], len(rounds), llm.engine.intake.vocabulary), *rounds]):
         before = _counts(llm)
         took, cached = _answered(llm, works, temperature)
         counts = {name: value - before[name] for name, value in _counts(llm).items()}
         sampled, prompts = sum(work.output for work in works), sum(len(work.prompt) for work in works)
-        rows.append(
-            {
-                "round": number,
-                "warm-up": not number,
-                "requests": len(works),
-                "prompt tokens": prompts,
-                "known tokens": cached,
-                "sampled tokens": sampled,
-                "seconds": took,
-                "tokens/s": sampled / took,
-                "memory calls/1000 tokens": 1000 * counts["calls"] / (prompts + sampled),
-                "waited": counts["waited"] / took,
-                "preemptions": counts["preemptions"],
-                "graphs": llm.engine.tier.runner.graphs,
-            }
-        )
-    return rows
+        yield {
+            "round": number,
+            "warm-up": not number,
+            "requests": len(works),
+            "prompt tokens": prompts,
+            "known tokens": cached,
+            "sampled tokens": sampled,
+            "seconds": took,
+            "tokens/s": sampled / took,
+            "memory calls/1000 tokens": 1000 * counts["calls"] / (prompts + sampled),
+            "waited": counts["waited"] / took,
+            "preemptions": counts["preemptions"],
+            "graphs": llm.engine.tier.runner.graphs,
+        }
 
 
 def _counts(llm: LLM) -> dict[str, float]:

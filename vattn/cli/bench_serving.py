@@ -25,7 +25,7 @@ def throughput(options: Namespace, model: Any) -> Rows:
             given = {"count": options.requests}
             rounds = [mixes.mix(options.mix, vocabulary, seed=seed, **given) for seed in range(options.rounds)]
         return {
-            "throughput": serving.throughput(llm, rounds),
+            "throughput": list(serving.throughput(llm, rounds)),
             "ready": [ready],
             "host": [serving.host_work(llm, options.max_num_seqs, vocabulary)],
         }

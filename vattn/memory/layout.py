@@ -148,6 +148,7 @@ class KVLayout:
         dtype: str | None = None,
         kind: Kind = "interleaved",
         granularity: int = GRANULARITY,
+        layers_per_plane: int | None = None,
     ) -> KVLayout:
         """Makes the layout of a model from its configuration.
 
@@ -157,13 +158,21 @@ class KVLayout:
             dtype: name of the cache's dtype; by default the configuration's.
             kind: ``"interleaved"`` or ``"compact"``.
             granularity: bytes of the smallest physical unit.
+            layers_per_plane: how many layers a plane holds at most; None for all.
 
         Raises:
             TypeError, ValueError: a value that a layout needs is missing, wrong or not understood; the message names
                 it.
         """
         layers, recurrent = described(config, dtype)
-        return cls(layers, max_len=max_len, kind=kind, granularity=granularity, recurrent=recurrent)
+        return cls(
+            layers,
+            max_len=max_len,
+            kind=kind,
+            granularity=granularity,
+            recurrent=recurrent,
+            layers_per_plane=layers_per_plane,
+        )
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
