@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 
 import pytest
+import torch
 
 from vattn import KVCache, KVLayout
 from vattn.bench import mixes
 from vattn.bench.replay import MEMORY_CALLS
+from vattn.engine import tier
 from vattn.engine.kv_memory import KVMemory
+from vattn.engine.options import EngineOptions
 from vattn.engine.policy import policy_named
 from vattn.engine.request import Request
 from vattn.engine.scheduler import Scheduler
@@ -87,3 +90,21 @@ def test_decodes_are_brought_to_where_their_last_granules_end(shapes, tail):
     assert len(calls) == 1
     cache.close()
     plain.close()
+
+
+@pytest.mark.parametrize(
+    ("layers", "kv_budget", "expected"),
+    [
+        (32, 54 << 30, 8),  # Llama-3-8B on a GPU of 80 GiB: 64 positions a granule
+        (28, 70 << 30, 7),  # Qwen3-0.6B
+        (32, 27 << 30, 16),
+        (32, 8 << 30, 32),  # memory is short
+        (4, 54 << 30, 4),
+    ],
+)
+def test_layers_that_are_mapped_together(layers, kv_budget, expected, monkeypatch):
+    monkeypatch.setattr(tier, "_budget", lambda options, device: options.kv_budget)
+    shapes = [LayerShape(kv_heads=8, head_dim=128, dtype="bfloat16")] * layers
+    options = EngineOptions(kv_budget=kv_budget, max_num_seqs=256)
+    assert tier._layers_per_plane([*shapes, None], options, torch.device("cuda")) == expected
+    assert tier._layers_per_plane(shapes, options, torch.device("cpu")) is None

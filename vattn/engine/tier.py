@@ -39,7 +39,8 @@ from vattn.models.versions import VERSION
 _LOG = logging.getLogger("vattn")
 _TUNED_TOKENS = 2048  # of the first call of compiled layers, for which torch chooses the sizes of blocks
 _SWAPPED_BYTES = 64 << 20  # that are swapped to measure how fast it is
-_LEAST_POSITIONS = 64  # of a granule, so that what attention reads of a layer lies on few pages of memory
+_LEAST_POSITIONS = 64  # of a granule, where there is memory enough
+_MOST_UNUSED = 0.025  # of the memory that there is for each sequence
 
 
 @dataclass(frozen=True)
@@ -137,12 +138,12 @@ def _verified(
     """What computes the attention of flat calls, and why it cannot; else None. The rows around sequences are mapped."""
     widest = _widest_margins(model, probe, options)
     # Rows behind the longest sequence are rows of its slot, too.
-    stored, granularity = _stored(probe, options), options.granularity
+    stored = _stored(probe, options)
     layout = KVLayout(
         stored,
         max_len=max_model_len + widest.behind_prompts,
-        granularity=granularity,
-        layers_per_plane=_layers_per_plane(stored, granularity, probe.device),
+        granularity=options.granularity,
+        layers_per_plane=_layers_per_plane(stored, options, probe.device),
     )
     slots = 2 * options.max_num_seqs  # those of running sequences, and as many for prefixes
     with (
@@ -236,12 +237,19 @@ def _stored(probe: Probe, options: EngineOptions) -> list[LayerShape | None]:
     return [shape if shape is None or dtype is None else replace(shape, dtype=dtype) for shape in probe.layers]
 
 
-def _layers_per_plane(layers: list[LayerShape | None], granularity: int, device: torch.device) -> int | None:
-    """How many layers are mapped together: as many as leave room for ``_LEAST_POSITIONS`` positions in a granule."""
+def _layers_per_plane(layers: list[LayerShape | None], options: EngineOptions, device: torch.device) -> int | None:
+    """How many layers are mapped together; None for all.
+
+    What attention reads of a layer lies on fewer pages of memory the fewer layers share these. But each plane of a
+    sequence has a granule of which half is unused on average.
+    """
     if device.type == "cpu":
         return None  # it makes no difference how far apart the rows of a layer are
-    largest = max(shape.k_bytes + shape.v_bytes for shape in layers if shape is not None)
-    return max(1, granularity // (_LEAST_POSITIONS * largest))
+    sizes = [shape.k_bytes + shape.v_bytes for shape in layers if shape is not None]
+    wanted = -(-_LEAST_POSITIONS * sum(sizes) // options.granularity)
+    unused = _MOST_UNUSED * _budget(options, device) / options.max_num_seqs
+    planes = max(1, min(wanted, int(2 * unused / options.granularity)))
+    return -(-len(sizes) // planes)
 
 
 def _swap_is_faster(
