@@ -44,6 +44,15 @@ def test_the_fastest_is_chosen(times, expected, monkeypatch):
     assert fastest(TASK).name == expected
 
 
+def test_few_sequences_may_have_another_kernel(monkeypatch):
+    monkeypatch.setattr(measure, "named", lambda name: [Fake("a"), Fake("b")])
+    monkeypatch.setattr(
+        measure, "_seconds", lambda kernel, task, device, few: 1.0 if (kernel.name == "a") == few else 2.0
+    )
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert [fastest(TASK, few=few).name for few in (True, False)] == ["a", "b"]
+
+
 def test_without_a_kernel_there_is_an_error(monkeypatch):
     monkeypatch.setattr(measure, "_seconds", lambda kernel, task, device, few: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -64,15 +73,16 @@ def test_a_kernel_that_fails_has_no_time(caplog):
 
 
 @pytest.mark.gpu
-def test_kernels_are_measured_on_a_gpu():
+@pytest.mark.parametrize("few", [False, True])
+def test_kernels_are_measured_on_a_gpu(few):
     measure._seconds.cache_clear()
     task = AttentionSpec(
         device="cuda", dtype=torch.bfloat16, query_heads=32, kv_heads=8, head_dim=128, v_head_dim=128, adjacent=False
     )
-    chosen = fastest(task)
+    chosen = fastest(task, few=few)
     assert chosen.capturable
     times = {
-        kernel.name: measure._seconds(kernel, task, 0)
+        kernel.name: measure._seconds(kernel, task, 0, few)
         for kernel in KERNELS.values()
         if kernel.capturable and kernel.measured and not (kernel.missing() or kernel.refuses(task))
     }
