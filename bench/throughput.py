@@ -110,9 +110,9 @@ def measured(options: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def kept() -> set[Path]:
-    """What processes have compiled so far, and left for later ones."""
-    return set(artifacts.FOLDER.expanduser().glob("*"))
+def kept() -> dict[Path, float]:
+    """When processes have written what they have compiled so far, and left for later ones."""
+    return {path: path.stat().st_mtime for path in artifacts.FOLDER.expanduser().glob("*")}
 
 
 def tight_budget(options: Any) -> int:

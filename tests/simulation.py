@@ -82,9 +82,7 @@ class CountedMemory:
         self.positions[request.trunk] = cached
         return cached
 
-    def grow(
-        self, decodes: list[Branch], branches: Sequence[Branch] = (), positions: Sequence[int] = ()
-    ) -> Branch | None:
+    def grow(self, decodes: list[Branch], branches: Sequence[Branch], positions: Sequence[int]) -> Branch | None:
         wanted = {branch: branch.launched + 1 for branch in decodes} | dict(zip(branches, positions, strict=True))
         if self._refused():
             return self._random.choice(list(wanted))

@@ -280,14 +280,15 @@ class GreedyForFew(Greedy):
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_rows_behind_few_sequences_alone_are_mapped(mode, captured, monkeypatch, request):
-    """E3; with more sequences than a few another kernel decodes, and no memory is taken behind them."""
+    """E3; with more sequences than a few another kernel decodes, and needs no memory behind them."""
     if captured:
         request.getfixturevalue("batch_graphs_on_cpu")
     greedy = GreedyForFew()
     monkeypatch.setattr("vattn.kernels.registry.KERNELS", {"sdpa": KERNELS["sdpa"], "greedy for few": greedy})
     monkeypatch.setattr(measure, "fastest", lambda task, *, name, few: greedy if few else KERNELS["sdpa"])
     for module in ("vattn.models.flat", "vattn.engine.kv_memory"):
-        monkeypatch.setattr(f"{module}.FEW", 3)
+        monkeypatch.setattr(f"{module}.FEW", 4)
+    monkeypatch.setattr("vattn.engine.tier._MOST_UNUSED", 1.0)
     model = model_of("llama-gqa")
     prompts = prompts_of((*LENGTHS, 20, 21, 22))
     expected = generated(model, prompts)
@@ -308,6 +309,15 @@ def test_rows_behind_few_sequences_alone_are_mapped(mode, captured, monkeypatch,
         assert greedy.calls > calls
         assert greedy.unmapped == []
         greedy.cache = None
+
+
+def test_few_sequences_have_no_kernel_of_their_own_where_memory_is_short(monkeypatch):
+    greedy = GreedyForFew()
+    monkeypatch.setattr("vattn.kernels.registry.KERNELS", {"sdpa": KERNELS["sdpa"], "greedy for few": greedy})
+    monkeypatch.setattr(measure, "fastest", lambda task, *, name, few: greedy if few else KERNELS["sdpa"])
+    with engine_of(model_of("llama-gqa"), kv_budget=1 << 20) as engine:
+        assert engine.tier.runner.kernels == ["sdpa"]
+        assert engine.tier.memory._margins == Margins(0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral"])

@@ -147,6 +147,29 @@ def test_weights_that_move_are_captured_anew(batch_graphs_on_cpu):
         assert engine.tier.runner.graphs > 0
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"top_p": 0.9},
+        {"top_k": 5},
+        {"logit_bias": {5: 1e-9}},
+        {"frequency_penalty": 0.5},
+        {"logprobs": 2},
+        {"min_p": 0.1},
+    ],
+)
+def test_graphs_draw_what_is_drawn_without_them(more, batch_graphs_on_cpu):
+    """Where an output asks for more than plain sampling, its token is chosen anew from the logits of the graph."""
+    model, prompts = model_of("llama-gqa"), prompts_of((12, 20))
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=18, **more)
+    found = []
+    for eager in (False, True):
+        with engine_of(model, enforce_eager=eager) as engine:
+            found.append(tokens(served(engine, prompts, params)))
+            assert (engine.tier.runner.graphs > 0) != eager
+    assert found[0] == found[1]
+
+
 def test_enforce_eager_captures_nothing(batch_graphs_on_cpu):
     with LLM(model_of("llama-gqa"), max_model_len=160, kv_budget=64 << 20, granularity=4096, enforce_eager=True) as llm:
         llm.generate(prompts_of((12, 20)), GREEDY, use_tqdm=False)

@@ -76,7 +76,7 @@ def test_decodes_are_brought_to_where_their_last_granules_end(shapes, tail):
     cache.grow_all = lambda *args, **options: calls.append(args[1]) or grow_all(*args, **options)
     for positions in range(1, 1001):
         branch.launched = positions - 1
-        assert memory.grow([branch]) is None
+        assert memory.grow([branch], [], []) is None
         sequence.grow()
         [[room]] = calls[-1:]
         assert positions <= room <= 1000
@@ -86,7 +86,7 @@ def test_decodes_are_brought_to_where_their_last_granules_end(shapes, tail):
     assert memory.open(request, 1000) == 0  # it is nowhere now
     calls.clear()
     branch.launched = 19
-    assert memory.grow([branch]) is None
+    assert memory.grow([branch], [], []) is None
     assert len(calls) == 1
     cache.close()
     plain.close()

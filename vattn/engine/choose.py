@@ -125,6 +125,7 @@ def _kernels() -> tuple[Any, Any] | None:
                 r0, r1, r2, r3 = tl.philox(seed, zero + length, groups.to(tl.uint32), zero + index, zero)
                 bits = tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), (block, 4))
                 uniform = ((bits >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608.0)
+                # The inner logarithm tells the largest numbers apart, which are close to 1; the outer one may be rough.
                 scores = scores / temperature - libdevice.fast_logf(-tl.log(uniform))
             higher = there & (scores > highest)
             chosen = tl.where(higher, at, chosen)

@@ -154,7 +154,7 @@ class KVMemory:
         return sequence.length
 
     def grow(
-        self, decodes: list[Branch], branches: abc.Sequence[Branch] = (), positions: abc.Sequence[int] = ()
+        self, decodes: list[Branch], branches: abc.Sequence[Branch], positions: abc.Sequence[int]
     ) -> Branch | None:
         """See ``Memory.grow``."""
         if self._unclosed:

@@ -84,7 +84,7 @@ class Launcher:
         plan, chosen = self._slots.plan(iteration.into), computed.tokens
         if batch is not None and chosen is not None and not plan.plain:
             # What was chosen and noted is what plain logits tell; it is noted anew.
-            lengths, chosen = batch.ends - 1, None
+            lengths, chosen = batch.ends.long() - 1, None
         made = [branch.sampled - 1 for branch in iteration.into] if plan.special else ()
         sampled = self._sampler.sample(logits, plan, lengths, made, chosen)
         return Download(sampled.tokens, sampled.logprob_tokens, sampled.logprobs, sampled.ranks)

@@ -31,9 +31,7 @@ class Memory(Protocol):
             The positions of the prefix; None where there is no memory.
         """
 
-    def grow(
-        self, decodes: list[Branch], branches: Sequence[Branch] = (), positions: Sequence[int] = ()
-    ) -> Branch | None:
+    def grow(self, decodes: list[Branch], branches: Sequence[Branch], positions: Sequence[int]) -> Branch | None:
         """Brings branches to the positions that are computed, or further: all of them, or none.
 
         Args:

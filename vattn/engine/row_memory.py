@@ -77,9 +77,7 @@ class RowMemory:
         """Gives a branch an empty cache; its positions stay its own."""
         self.caches[branch] = self._make()
 
-    def grow(
-        self, decodes: list[Branch], branches: Sequence[Branch] = (), positions: Sequence[int] = ()
-    ) -> Branch | None:
+    def grow(self, decodes: list[Branch], branches: Sequence[Branch], positions: Sequence[int]) -> Branch | None:
         """See ``Memory.grow``."""
         wanted = {branch: branch.launched + 1 for branch in decodes} | dict(zip(branches, positions, strict=True))
         free = self._free

@@ -21,7 +21,7 @@ from vattn.engine.startup import Startup
 from vattn.errors import Error
 from vattn.graphs import artifacts, compilation
 from vattn.kernels import AttentionSpec
-from vattn.kernels.measure import decode_kernel
+from vattn.kernels.measure import FEW, decode_kernel
 from vattn.memory.device import checked_budget
 from vattn.memory.kv_cache import KVCache
 from vattn.memory.layout import KVLayout
@@ -39,8 +39,8 @@ from vattn.models.versions import VERSION
 _LOG = logging.getLogger("vattn")
 _TUNED_TOKENS = 2048  # of the first call of compiled layers, for which torch chooses the sizes of blocks
 _SWAPPED_BYTES = 64 << 20  # that are swapped to measure how fast it is
-_LEAST_POSITIONS = 64  # of a granule, where there is memory enough
-_MOST_UNUSED = 0.025  # of the memory that there is for each sequence
+_POSITIONS = 64  # that a granule has room for, about, where there is memory enough
+_MOST_UNUSED = 0.025  # of the memory for K and V, about, so that kernels are faster
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,8 @@ def _verified(
         contextlib.closing(KVCache(layout, slots=slots, device=probe.device, mapper=False)) as addresses,
     ):
         expected = _expected_margins(model, probe, options, addresses)
+        if probe.device.type == "cuda":
+            torch.cuda.empty_cache()  # of what was measured with
     for margins in dict.fromkeys((expected, widest)):  # a model may do something else than is expected
         cache = KVCache(
             layout,
@@ -246,7 +248,7 @@ def _layers_per_plane(layers: list[LayerShape | None], options: EngineOptions, d
     if device.type == "cpu":
         return None  # it makes no difference how far apart the rows of a layer are
     sizes = [shape.k_bytes + shape.v_bytes for shape in layers if shape is not None]
-    wanted = -(-_LEAST_POSITIONS * sum(sizes) // options.granularity)
+    wanted = -(-_POSITIONS * sum(sizes) // options.granularity)
     unused = _MOST_UNUSED * _budget(options, device) / options.max_num_seqs
     planes = max(1, min(wanted, int(2 * unused / options.granularity)))
     return -(-len(sizes) // planes)
@@ -346,4 +348,6 @@ def _expected_margins(model: Any, probe: Probe, options: EngineOptions, cache: K
             )  # else prompts are computed on copies
             if several is not None and several.mixes:
                 behind_prompts = max(behind_prompts, several.tail(shape.head_dim))
+    if FEW * behind_few * cache.layout.bytes_per_token > _MOST_UNUSED * _budget(options, probe.device):
+        behind_few = 0  # few sequences have no kernel of their own
     return Margins(before, behind, max(behind, behind_prompts), max(behind, behind_few))

@@ -105,8 +105,8 @@ class BatchGraphs:
             given: the inputs by name. A tensor that was given before has the values that it had then.
 
         Returns:
-            The outputs ``[rows, ...]``, which the next call overwrites; None where it was not captured, and nothing
-            has changed.
+            The outputs ``[rows, ...]``, which the next call overwrites; None where it was not captured, and what
+            ``changes`` names is as it was.
         """
         if self.refused is not None:
             return None

@@ -18,7 +18,7 @@ FEW = 16
 """Batches of at most so many sequences may have another kernel than larger ones."""
 
 _LOG = logging.getLogger("vattn")
-_BYTES = 256 << 20  # which no cache of a device holds
+_BYTES = 256 << 20  # of K and V that many sequences have; no cache of a device holds as much
 _MOST_SEQUENCES = 64
 _REPEATS = 9
 _BETTER = 0.97  # a kernel is chosen before an earlier one where it takes less than this part of its time

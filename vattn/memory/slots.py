@@ -91,6 +91,6 @@ class Slots:
             "device": device,
             "granularity": self.layout.granularity,
             "kind": self.layout.kind,
-            "layers_per_plane": self.layout.layers_per_plane,
             "layers": [None if shape is None else list(vars(shape).values()) for shape in self.layout.layers],
+            "planes": [plane.row_bytes for plane in self.layout.planes],
         }

@@ -423,11 +423,12 @@ class FlatContext:
                 q, *rows, queries="chunk" if queries == "chunk" else "one", adjacent=False, **options
             )
             try:
-                kernel = (
-                    kernels.choose(spec, name=self._attention)
-                    if queries == "chunk"
-                    else decode_kernel(spec, self._attention, few=queries == "few")
-                )
+                if queries == "chunk":
+                    kernel = kernels.choose(spec, name=self._attention)
+                else:
+                    kernel, mapped = decode_kernel(spec, self._attention, few=queries == "few"), self.margins
+                    if kernel.tail(spec.head_dim, spec.kv_dtype) > max(mapped.behind, mapped.behind_few):
+                        kernel = decode_kernel(spec, self._attention, few=False)
             except ValueError as error:
                 raise UnsupportedError(str(error), of_model=True) from None
             self._require_mapped(layer, kernel, spec, queries)
