@@ -426,9 +426,9 @@ class FlatContext:
                 if queries == "chunk":
                     kernel = kernels.choose(spec, name=self._attention)
                 else:
-                    kernel, mapped = decode_kernel(spec, self._attention, few=queries == "few"), self.margins
-                    if kernel.tail(spec.head_dim, spec.kv_dtype) > max(mapped.behind, mapped.behind_few):
-                        kernel = decode_kernel(spec, self._attention, few=False)
+                    kernel, margins = decode_kernel(spec, self._attention, few=queries == "few"), self.margins
+                    if kernel.tail(spec.head_dim, spec.kv_dtype) > max(margins.behind, margins.behind_few):
+                        kernel = decode_kernel(spec, self._attention, few=False)  # there is not the memory for it
             except ValueError as error:
                 raise UnsupportedError(str(error), of_model=True) from None
             self._require_mapped(layer, kernel, spec, queries)
