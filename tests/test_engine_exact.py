@@ -216,8 +216,6 @@ class Greedy(Reference):
     def missing_rows(self, spans):
         found, planes = self.cache.map(), self.cache.layout.planes
         for slot, start, end in spans:
-            if end <= start:  # an idle row of a graph
-                continue
             for plane, run in zip(planes, found[slot]["runs"], strict=True):
                 if run["head"] > max(0, start - self.head_rows) * plane.row_bytes:
                     yield "before", slot, start, end
@@ -276,16 +274,26 @@ class GreedyForFew(Greedy):
     def refuses(self, task):
         return None if task.queries == "one" else "it computes no prompts"
 
+    def missing_rows(self, spans):
+        return super().missing_rows([span for span in spans if span[1] < span[2]])  # without idle rows of graphs
 
-@pytest.mark.parametrize("captured", [False, True])
-@pytest.mark.parametrize("mode", MODES)
-def test_rows_behind_few_sequences_alone_are_mapped(mode, captured, monkeypatch, request):
-    """E3; with more sequences than a few another kernel decodes, and needs no memory behind them."""
-    if captured:
-        request.getfixturevalue("batch_graphs_on_cpu")
+
+@pytest.fixture
+def greedy_for_few(monkeypatch):
+    """The kernel, which decodes few sequences, while SDPA computes prompts and decodes more."""
     greedy = GreedyForFew()
     monkeypatch.setattr("vattn.kernels.registry.KERNELS", {"sdpa": KERNELS["sdpa"], "greedy for few": greedy})
     monkeypatch.setattr(measure, "fastest", lambda task, *, name, few: greedy if few else KERNELS["sdpa"])
+    return greedy
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_behind_few_sequences_alone_are_mapped(mode, captured, greedy_for_few, monkeypatch, request):
+    """E3; with more sequences than a few another kernel decodes, and needs no memory behind them."""
+    if captured:
+        request.getfixturevalue("batch_graphs_on_cpu")
+    greedy = greedy_for_few
     for module in ("vattn.models.flat", "vattn.engine.kv_memory"):
         monkeypatch.setattr(f"{module}.FEW", 4)
     monkeypatch.setattr("vattn.engine.tier._MOST_UNUSED", 1.0)
@@ -311,10 +319,8 @@ def test_rows_behind_few_sequences_alone_are_mapped(mode, captured, monkeypatch,
         greedy.cache = None
 
 
-def test_few_sequences_have_no_kernel_of_their_own_where_memory_is_short(monkeypatch):
-    greedy = GreedyForFew()
-    monkeypatch.setattr("vattn.kernels.registry.KERNELS", {"sdpa": KERNELS["sdpa"], "greedy for few": greedy})
-    monkeypatch.setattr(measure, "fastest", lambda task, *, name, few: greedy if few else KERNELS["sdpa"])
+@pytest.mark.usefixtures("greedy_for_few")
+def test_few_sequences_have_no_kernel_of_their_own_where_memory_is_short():
     with engine_of(model_of("llama-gqa"), kv_budget=1 << 20) as engine:
         assert engine.tier.runner.kernels == ["sdpa"]
         assert engine.tier.memory._margins == Margins(0, 0, 0, 0)

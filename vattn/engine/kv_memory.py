@@ -159,7 +159,7 @@ class KVMemory:
         """See ``Memory.grow``."""
         if self._unclosed:
             self._close_all()
-        # The tokens that are sampled later come to be where a kernel loads rows behind prompts.
+        # Kernels may load rows behind a prompt. Tokens that are sampled later are written to them.
         positions = [each + self._margins.more_behind_prompts for each in positions]
         if not (self._windowed if self._slides else self._reserved)(decodes, branches, positions):
             return [*decodes, *branches][-1]

@@ -83,7 +83,8 @@ class Launcher:
             lengths = lengths if batch is None else torch.cat([batch.ends, lengths])
         plan, chosen = self._slots.plan(iteration.into), computed.tokens
         if batch is not None and chosen is not None and not plan.plain:
-            # What was chosen and noted is what plain logits tell; it is noted anew.
+            # The graph has chosen by the logits as they are, and counted the token. Some outputs want other logits, so
+            # tokens are chosen again for the same positions.
             lengths, chosen = batch.ends.long() - 1, None
         made = [branch.sampled - 1 for branch in iteration.into] if plan.special else ()
         sampled = self._sampler.sample(logits, plan, lengths, made, chosen)

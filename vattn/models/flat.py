@@ -344,9 +344,11 @@ class FlatContext:
             )
             if self.watch is not None and new is not None:
                 self.watch.attended(layer, kernel, got, part, queries, rows, new, how)
-                if part.decodes and len(got) <= FEW:  # the other kernel is watched, too
-                    kernel, other = self._decoded(layer, queries[part.tokens], rows, part, how, few=False)
-                    self.watch.attended(layer, kernel, other, part, queries, rows, new, how)
+                if part.decodes:  # the kernel for more sequences is watched, too
+                    other = self._kernel_for(layer, queries, rows, how, "one")
+                    if other is not kernel:
+                        also = other.decode(queries[part.tokens], *rows, self._ranges_of(part, how.window), how)
+                        self.watch.attended(layer, other, also, part, queries, rows, new, how)
             if out is None:
                 return got[None]
             if got is not room:
@@ -368,12 +370,11 @@ class FlatContext:
         return call.parts
 
     def _decoded(
-        self, layer: int, q: torch.Tensor, rows: _Rows, part: Part, how: AttentionParams, *, few: bool | None = None
+        self, layer: int, q: torch.Tensor, rows: _Rows, part: Part, how: AttentionParams
     ) -> tuple[Kernel, torch.Tensor]:
         """The kernel that computes one query for each segment, of few or of more, and what it computes."""
-        ranges, few = self._ranges_of(part, how.window), len(q) <= FEW if few is None else few
-        kernel = self._kernel_for(layer, q, rows, how, "few" if few else "one")
-        return kernel, kernel.decode(q, *rows, ranges, how)
+        kernel = self._kernel_for(layer, q, rows, how, "few" if len(q) <= FEW else "one")
+        return kernel, kernel.decode(q, *rows, self._ranges_of(part, how.window), how)
 
     def _prefilled(
         self, layer: int, q: torch.Tensor, rows: _Rows, part: Part, how: AttentionParams, room: torch.Tensor | None
@@ -426,9 +427,10 @@ class FlatContext:
                 if queries == "chunk":
                     kernel = kernels.choose(spec, name=self._attention)
                 else:
-                    kernel, margins = decode_kernel(spec, self._attention, few=queries == "few"), self.margins
-                    if kernel.tail(spec.head_dim, spec.kv_dtype) > max(margins.behind, margins.behind_few):
-                        kernel = decode_kernel(spec, self._attention, few=False)  # there is not the memory for it
+                    few, margins = queries == "few", self.margins
+                    kernel = decode_kernel(spec, self._attention, few=few)
+                    if few and kernel.tail(spec.head_dim, spec.kv_dtype) > max(margins.behind, margins.behind_few):
+                        kernel = decode_kernel(spec, self._attention, few=False)  # there is no memory for its rows
             except ValueError as error:
                 raise UnsupportedError(str(error), of_model=True) from None
             self._require_mapped(layer, kernel, spec, queries)
