@@ -13,8 +13,11 @@ from torch.nn import functional
 from vattn.graphs import compilation
 
 
-def products(model, ids):
-    """Returns the logits of a compiled model, and how many linear layers its graph has after products were joined."""
+def products(model, ids, operators=None):
+    """Returns the logits of a compiled model, and how many linear layers its graph has after products were joined.
+
+    Those that ``vattn::linear`` computes are counted in ``operators``.
+    """
     count = []
 
     def backend(graph, inputs):
@@ -22,6 +25,8 @@ def products(model, ids):
         graph.graph.lint()
         graph.recompile()
         count.append(sum(node.target is functional.linear for node in graph.graph.nodes))
+        if operators is not None:
+            operators.append(sum(node.target is torch.ops.vattn.linear.default for node in graph.graph.nodes))
         return graph
 
     torch._dynamo.reset()
@@ -54,6 +59,21 @@ def test_products_of_one_input_are_joined(name):
     compilation.lay_side_by_side(model)
     assert [parameter.data_ptr() for parameter in model.parameters()] == places
     torch.testing.assert_close(copy.deepcopy(model)(ids, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize(("name", "biased"), [("llama-gqa", 0), ("qwen2", 1)])
+def test_products_without_a_bias_are_computed_by_the_operator(name, biased, monkeypatch):
+    monkeypatch.setattr(compilation.linear, "takes", lambda weight: True)
+    monkeypatch.setattr(compilation.linear, "_fastest", lambda *_: compilation.linear._CUBLAS)
+    model = build(name, "eager", "cpu")
+    ids = torch.tensor([[5, 17, 9]])
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    compilation.lay_side_by_side(model)
+    operators = []
+    logits, left = products(model, ids, operators)
+    assert (left, sum(operators)) == (4 * biased, 4 * (4 - biased) + 1)  # of four layers
+    torch.testing.assert_close(logits, expected)
 
 
 def test_neighbours_are_saved_and_trained_as_ever(tmp_path):

@@ -22,6 +22,8 @@ from torch._inductor import config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.nn import functional
 
+from vattn.kernels import linear
+
 _LAYER_NUMBERS = r".*\.layer_idx"  # where transformers' modules keep the number of their layer, as torch names it
 
 
@@ -99,11 +101,19 @@ def compile_layers(
                 parts += mine
     if small:
         parts += [child for child in owner.children() if child is not layers and _is_small(child)]
+    inside = {module for part in parts for module in part.modules()}
+    for module in model.modules():  # e.g. the one that computes logits
+        if type(module) is nn.Linear and module.bias is None and module not in inside:
+            module._compiled_call_impl = functools.partial(_product_of, module)
     for part in parts:
         part.compile(fullgraph=True, dynamic=True, options=options)
         if isinstance(part, LayersAsOne):
             part.take_calls()
     return sum(alike)
+
+
+def _product_of(module: nn.Linear, rows: torch.Tensor) -> torch.Tensor:
+    return linear.linear(rows, module.weight)
 
 
 def _is_small(module: nn.Module) -> bool:
@@ -284,10 +294,13 @@ _WRITERS = {operator.setitem} | {
 
 
 class _Joined(CustomGraphPass):
-    """A pass over a graph of torch functions that joins products of one input with weights that lie side by side."""
+    """A pass over a graph of torch functions that joins products of one input with weights that lie side by side.
+
+    Products without a bias are then computed by ``vattn::linear``, where it takes their weight.
+    """
 
     def uuid(self) -> Any:
-        return "vattn.compiled 2"
+        return "vattn.compiled 3"
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         of_input: dict[Any, list[Any]] = {}
@@ -297,6 +310,9 @@ class _Joined(CustomGraphPass):
             elif node.op == "call_function" and node.target is functional.linear and not node.kwargs:
                 of_input.setdefault(node.args[0], []).append(node)
         self._join_each(graph, of_input)
+        for node in graph.nodes:
+            if node.target is functional.linear and not node.kwargs and _parts(node)[1] is None and _measured(node):
+                node.target, node.args = torch.ops.vattn.linear.default, node.args[:2]
 
     def _join_each(self, graph: torch.fx.Graph, of_input: dict[Any, list[Any]]) -> None:
         for nodes in of_input.values():
@@ -342,6 +358,12 @@ def _joined() -> _Joined:
 def _parts(node: Any) -> tuple[Any, Any]:
     """The weight and the bias of a linear layer's product."""
     return node.args[1], node.args[2] if len(node.args) > 2 else None
+
+
+def _measured(product: Any) -> bool:
+    """Whether a linear layer's product, or one that was joined, is computed by ``vattn::linear``."""
+    weight = product.args[1]
+    return linear.takes(_value(weight.args[0] if weight.target is torch.as_strided else weight))
 
 
 def _joins(parts: list[Any]) -> bool:

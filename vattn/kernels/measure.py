@@ -6,13 +6,13 @@ import contextlib
 import functools
 import logging
 import math
-import statistics
 from dataclasses import replace
 
 import torch
 
 from vattn.kernels.base import AttentionParams, AttentionSpec, Kernel, SequenceRanges
 from vattn.kernels.registry import choose, named, refused
+from vattn.kernels.timing import median_seconds
 
 FEW = 16
 """Batches of at most so many sequences may have another kernel than larger ones."""
@@ -20,7 +20,6 @@ FEW = 16
 _LOG = logging.getLogger("vattn")
 _BYTES = 256 << 20  # of K and V that many sequences have; no cache of a device holds as much
 _MOST_SEQUENCES = 64
-_REPEATS = 9
 _BETTER = 0.97  # a kernel is chosen before an earlier one where it takes less than this part of its time
 
 
@@ -93,20 +92,4 @@ def _measured(kernel: Kernel, task: AttentionSpec, most: int) -> float:
     first = kernel.head_rows
     lengths = [max(1, longest - longest * (7 * number % sequences) // (2 * sequences)) for number in range(sequences)]
     spans = SequenceRanges.of([(slot, first, first + n) for slot, n in enumerate(lengths)], q.device)
-    # Between the products of a model a kernel finds nothing of its own in the caches, not even its instructions.
-    others = torch.empty(_BYTES, dtype=torch.uint8, device="cuda")
-    for _ in range(3):
-        kernel.decode(q, k, v, spans, how)
-    took = []
-    for _ in range(_REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        # Work before the first event, so that the launch of the kernel is no part of what is measured.
-        torch.cuda._sleep(2_000_000)  # type: ignore[no-untyped-call]
-        others.zero_()
-        start.record()
-        kernel.decode(q, k, v, spans, how)
-        end.record()
-        end.synchronize()
-        took.append(start.elapsed_time(end) / 1e3)
-    median: float = statistics.median(took)
-    return median
+    return median_seconds(lambda: kernel.decode(q, k, v, spans, how), written=_BYTES)
