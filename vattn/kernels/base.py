@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch.nn import functional
 
 from vattn.transfer import upload
 
@@ -320,7 +319,9 @@ def offsets_of(k: torch.Tensor, spans: SequenceRanges) -> tuple[torch.Tensor, to
 
     def make() -> tuple[torch.Tensor, torch.Tensor]:
         # Kernels take one offset more than there are sequences, whose value they do not use.
-        return functional.pad(spans.slots * stride + spans.starts, (0, 1)), spans.ends - spans.starts
+        offsets = spans.slots.new_empty(len(spans) + 1)
+        torch.add(spans.starts, spans.slots, alpha=stride, out=offsets[:-1])
+        return offsets, spans.ends - spans.starts
 
     made: tuple[torch.Tensor, torch.Tensor] = spans.once(("offsets", stride), make)
     return made
@@ -328,9 +329,20 @@ def offsets_of(k: torch.Tensor, spans: SequenceRanges) -> tuple[torch.Tensor, to
 
 def one_each(spans: SequenceRanges) -> torch.Tensor:
     """Offsets of the queries of a decode step, one query for each sequence: int32 ``[batch + 1]`` from 0 to batch."""
-    device = spans.slots.device
-    made: torch.Tensor = spans.once("one", lambda: torch.arange(len(spans) + 1, dtype=torch.int32, device=device))
-    return made
+    return multiples_of(1, len(spans) + 1, spans.slots.device)
+
+
+_multiples: dict[tuple[int, int, torch.device], torch.Tensor] = {}
+
+
+def multiples_of(step: int, count: int, device: torch.device) -> torch.Tensor:
+    """0, step, 2 * step and so on, int32 ``[count]``, which nobody may change: the memory is kept for later calls."""
+    key = step, 1 << max(0, count - 1).bit_length(), device
+    if (kept := _multiples.get(key)) is None:
+        kept = torch.arange(key[1], dtype=torch.int32, device=device) * step
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():  # else it belongs to a graph
+            _multiples[key] = kept
+    return kept[:count]
 
 
 def several_each(spans: SequenceRanges, counts: list[int]) -> torch.Tensor:

@@ -15,6 +15,7 @@ from vattn.kernels.base import (
     AttentionSpec,
     Kernel,
     SequenceRanges,
+    multiples_of,
     offsets_of,
     refused_by_flash,
 )
@@ -72,8 +73,7 @@ class FlashInfer(Kernel):
 
     def _table(self, firsts: torch.Tensor, longest: int) -> torch.Tensor:
         """The pages of each range, int32 ``[batch, pages]``, by its first row ``[batch]``."""
-        steps = torch.arange(0, longest, self._PAGE, dtype=torch.int32, device=firsts.device)
-        return firsts[:, None] + steps
+        return firsts[:, None] + multiples_of(self._PAGE, -(-longest // self._PAGE), firsts.device)
 
     def _paged(
         self,

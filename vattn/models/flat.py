@@ -13,6 +13,7 @@ from torch.nn import functional
 from vattn import kernels
 from vattn.kernels import AttentionParams, AttentionSpec, Kernel, SequenceRanges
 from vattn.kernels.append import append
+from vattn.kernels.base import multiples_of
 from vattn.kernels.measure import FEW, decode_kernel
 from vattn.memory.kv_cache import KVCache
 from vattn.models.attention import PassthroughCache, UnsupportedError, attending
@@ -277,7 +278,7 @@ class FlatContext:
                 mixtures = [*before, Part(segments, slice(first, None), decodes=False, mixture=mixture)]
         slots, ends = places[0] if len(places) == 1 else map(torch.cat, zip(*places, strict=True))
         self._call = _Call(slots, ends, parts, mixtures)
-        positions = (self._call.ends.long() - 1).clamp_min(0)
+        positions = torch.sub(ends.clamp_min(1), 1, out=torch.empty_like(ends, dtype=torch.int64))
         try:
             with attending(self, self._configs):
                 cache = _FlatCache(self, self._windows)
@@ -464,11 +465,11 @@ class FlatContext:
     def _made_ranges(self, part: Part, window: int | None) -> SequenceRanges:
         if part.mixture is not None:
             slots, ends, counts = part.mixture.slots, part.mixture.ends, part.mixture.counts
-            starts = torch.zeros_like(ends) if window is None else (ends - counts - window + 1).clamp_min(0).int()
+            starts = _zeros(ends) if window is None else (ends - counts - window + 1).clamp_min(0).int()
             return SequenceRanges(slots.int(), starts, ends, longest=part.mixture.longest)
         if isinstance(part.segments, Decodes):
             ends, longest = part.segments.ends, part.segments.longest
-            starts = torch.zeros_like(ends) if window is None else (ends - window).clamp_min(0)
+            starts = _zeros(ends) if window is None else (ends - window).clamp_min(0)
             longest = longest if window is None else min(longest, window)
             slots, adjacent = part.segments.slots.int(), part.segments.adjacent
             return SequenceRanges(slots, starts, ends, longest=longest, adjacent=adjacent)
@@ -477,6 +478,10 @@ class FlatContext:
             first = 0 if window is None else max(0, segment.start - window + 1)
             ranges.append((segment.slot, first, segment.start + segment.count))
         return SequenceRanges.of(ranges, self.cache.device)
+
+
+def _zeros(alike: torch.Tensor) -> torch.Tensor:
+    return multiples_of(0, len(alike), alike.device)
 
 
 class _FlatCache(PassthroughCache):
