@@ -24,6 +24,7 @@ _LOG = logging.getLogger("vattn")
 _MOST = 512  # rows of a product that is measured; that of more rows is bound by arithmetic
 _WRITTEN = 64 << 20  # bytes, more than caches hold
 _ROUNDS, _REPEATS = 3, 3
+_LAUNCHED_IN = 300_000  # cycles of a device
 _BETTER = 0.98  # a kernel is chosen before an earlier one where it takes less than this part of its time
 _DEPTH = 128  # elements of a weight's row that a program of ``_tiled`` reads at once
 _MAY_DEVIATE = {torch.bfloat16: 2e-2, torch.float16: 3e-3}  # by rounding, relative to the norm of a row
@@ -112,7 +113,8 @@ def _measured(weight: torch.Tensor, rows: int) -> _Product:
     for _ in range(_ROUNDS):  # by turns, since a device is not always as fast
         for product in took:
             call = functools.partial(product.compute, given, weight)
-            took[product] = min(took[product], median_seconds(call, written=_WRITTEN, repeats=_REPEATS))
+            seconds = median_seconds(call, written=_WRITTEN, repeats=_REPEATS, launched_in=_LAUNCHED_IN)
+            took[product] = min(took[product], seconds)
     best = _CUBLAS
     for product, seconds in took.items():
         if seconds < _BETTER * took[best]:

@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import torch
 
-_SLEEP = 1_000_000  # cycles in which the host launches what is measured
 _WARM_UPS = 3
 
 
-def median_seconds(call: Callable[[], object], *, written: int, repeats: int = 9) -> float:
+def median_seconds(
+    call: Callable[[], object], *, written: int, repeats: int = 9, launched_in: int = 1_000_000
+) -> float:
     """Measures how long the kernels of a call take where they find nothing of their own in the caches of the device.
 
     That is how they find it between other kernels of a model: not even their instructions are there.
@@ -20,6 +21,7 @@ def median_seconds(call: Callable[[], object], *, written: int, repeats: int = 9
         call: launches kernels on the current stream.
         written: bytes of other memory that are written before each call, more than caches hold.
         repeats: how often it is measured, after a few calls that are not.
+        launched_in: cycles of the device in which the host launches them.
 
     Returns:
         The median, in seconds.
@@ -34,7 +36,7 @@ def median_seconds(call: Callable[[], object], *, written: int, repeats: int = 9
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         # Work before the first event, so that launches are no part of what is measured.
-        torch.cuda._sleep(_SLEEP)  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(launched_in)  # type: ignore[no-untyped-call]
         others.zero_()
         start.record()
         call()
