@@ -39,6 +39,8 @@ class CountedMemory:
         positions: for each open branch, how many positions it has memory for.
     """
 
+    reuses_prefixes = True
+
     def __init__(self, capacity: int, *, swaps: bool = True, refuses: float = 0.0, seed: int = 0) -> None:
         self.capacity = capacity
         self.swaps = swaps

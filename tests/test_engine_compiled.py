@@ -9,7 +9,9 @@ from serving import GREEDY, LENGTHS, engine_of, generated, model_of, prompts_of,
 from torch import nn
 from torch._dynamo.utils import counters
 
+from vattn.graphs import compilation
 from vattn.graphs.compilation import LayersAsOne, compile_layers, lay_side_by_side
+from vattn.kernels import linear
 from vattn.models.private import private_copy
 from vattn.models.versions import VERSION
 
@@ -139,6 +141,29 @@ def test_a_layer_that_is_not_laid_out_alike_is_not_compiled():
     with engine_of(model, compile=True) as engine:
         assert engine.tier.uncompiled is None
         assert tokens(served(engine, prompts, GREEDY)) == expected
+
+
+@pytest.mark.parametrize("changed", ["nothing", "bias", "forward", "kind"])
+def test_the_operator_computes_logits_unless_their_layer_is_another_one(changed, monkeypatch):
+    model = model_of("llama-gqa")
+    plain = model.lm_head.forward
+    if changed == "bias":
+        model.lm_head.bias = nn.Parameter(torch.linspace(-1, 1, model.config.vocab_size))
+    elif changed == "forward":
+        model.lm_head.forward = lambda states: plain(states) * 0.5
+    elif changed == "kind":
+        model.lm_head.__class__ = type("Half", (nn.Linear,), {"forward": lambda self, states: plain(states) * 0.5})
+    prompts = prompts_of((12, 20))
+    expected = generated(model, prompts)
+    called = []
+    monkeypatch.setattr(
+        compilation, "product_of", lambda rows, weight: called.append(weight) or linear.linear(rows, weight)
+    )
+    with engine_of(model, compile=True) as engine:
+        assert engine.tier.uncompiled is None
+        assert tokens(served(engine, prompts, GREEDY)) == expected
+    assert bool(called) == (changed == "nothing")
+    assert all(weight is model.lm_head.weight for weight in called)
 
 
 def test_what_does_not_compile_stays_as_it_is(caplog):

@@ -183,15 +183,17 @@ def test_k_and_v_in_8_bits(name, kv_cache_dtype, device):
             assert preempting(engine, prompts, GREEDY) == expected, mode
 
 
-def test_a_model_with_quantized_weights(device):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_with_quantized_weights(compiled, device):
     quantization = pytest.importorskip("torchao.quantization")
     model = model_of("llama-gqa", device)
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     assert type(model.model.layers[0].self_attn.q_proj.weight) is not torch.nn.Parameter
     prompts = prompts_of(LENGTHS)
     expected = generated(model, prompts)
-    with llm_of(model) as llm:
+    with llm_of(model, compile=compiled) as llm:
         assert llm.report()["tier"] == "flat"
+        assert bool(llm.report()["uncompiled"]) != compiled
         assert tokens(llm.generate(prompts, GREEDY, use_tqdm=False)) == expected
         llm.sleep()
         llm.wake_up()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vattn import KVCache, KVLayout, kernels
-from vattn.kernels import KERNELS, AttentionParams, AttentionSpec, Kernel, SequenceRanges, reach_of
+from vattn.kernels import KERNELS, AttentionParams, AttentionSpec, Kernel, SequenceRanges, base, reach_of
 from vattn.memory.layout import GRANULARITY
 
 LENGTHS = [1, 64, 127, 128, 129, 300, 512]
@@ -277,3 +277,30 @@ def test_names_of_before_warn():
             assert getattr(kernels, before) is getattr(kernels, now)
     with pytest.raises(AttributeError, match=r"'vattn\.kernels' has no attribute 'Nothing'"):
         _ = kernels.Nothing
+
+
+def test_multiples_are_kept_for_all_callers(device, monkeypatch):
+    monkeypatch.setattr(base, "_multiples", {})
+    place = torch.device(device)
+    with torch.inference_mode():
+        first = base.multiples_of(64, 5, place)
+    assert first.tolist() == [0, 64, 128, 192, 256]
+    again = base.multiples_of(64, 8, place)
+    assert again.tolist() == list(range(0, 512, 64))
+    assert again.data_ptr() == first.data_ptr()
+    assert not again.is_inference()  # else nobody could compute gradients with them
+    assert base.multiples_of(0, 3, place).tolist() == [0, 0, 0]
+    assert [len(base.multiples_of(1, count, place)) for count in (0, 1, 9)] == [0, 1, 9]
+
+
+@pytest.mark.gpu
+def test_multiples_of_a_captured_graph_are_its_own(monkeypatch):
+    monkeypatch.setattr(base, "_multiples", {})
+    graph, place = torch.cuda.CUDAGraph(), torch.device("cuda", torch.cuda.current_device())
+    with torch.cuda.graph(graph):
+        inside = base.multiples_of(1, 4, place)
+    assert not base._multiples
+    outside = base.multiples_of(1, 4, place)
+    graph.replay()
+    assert inside.tolist() == outside.tolist() == [0, 1, 2, 3]
+    assert inside.data_ptr() != outside.data_ptr()

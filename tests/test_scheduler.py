@@ -81,6 +81,65 @@ def test_a_request_begins_behind_a_prefix_and_namespaces_are_apart():
     outputs(simulation)
 
 
+def of_one_group(simulation, count, *, system=200, own=20, **options):
+    """Requests that begin with the same tokens, and one that does not."""
+    group = [
+        simulation.add(f"{number}", (*range(system), *(1000 + number,) * own), 40, **options) for number in range(count)
+    ]
+    return group, simulation.add("other", tuple(range(5000, 5000 + 70)), 40)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_prefix_that_is_being_computed_is_waited_for(depth):
+    """Its tokens are computed once, and requests with other prompts begin at once."""
+    simulation = Simulation(10_000, depth=depth, endless=True, max_num_batched_tokens=300)
+    (first, *behind), other = of_one_group(simulation, 6)
+    simulation.step()
+    assert first.status is other.status is Status.RUNNING
+    assert {request.status for request in behind} == {Status.WAITING}
+    simulation.run()
+    assert [request.cached for request in behind] == [200] * 5
+    assert simulation.computed == 200 + 6 * 20 + 70 + 7 * 39
+
+
+@pytest.mark.parametrize("ends", ["abort", "fail"])
+def test_nobody_waits_for_a_prefix_that_is_computed_no_more(ends):
+    simulation = Simulation(10_000, max_num_batched_tokens=150)
+    (_, second), _ = of_one_group(simulation, 2)
+    simulation.step()
+    simulation.scheduler.abort("0") if ends == "abort" else simulation.scheduler.fail("0", "broken")
+    simulation.step()
+    simulation.step()
+    assert second.status is Status.RUNNING
+    simulation.run()
+    assert second.branches[0].output == expected(second, 0)
+
+
+@pytest.mark.parametrize(
+    ("system", "own", "options"),
+    [
+        (50, 50, {}),  # too little to wait for
+        (200, 1000, {}),  # the other prompt takes much longer than what they share
+        (200, 20, {"reuse_prefix": False}),
+    ],
+)
+def test_requests_begin_beside_each_other_where_it_is_not_worth_waiting(system, own, options):
+    simulation = Simulation(100_000, max_num_batched_tokens=5000)
+    group, other = of_one_group(simulation, 3, system=system, own=own, **options)
+    simulation.step()
+    assert {request.status for request in (*group, other)} == {Status.RUNNING}
+    simulation.run()
+    outputs(simulation)
+
+
+def test_nobody_waits_for_a_prefix_where_none_is_reused(monkeypatch):
+    simulation = Simulation(10_000, max_num_batched_tokens=5000)
+    monkeypatch.setattr(simulation.memory, "reuses_prefixes", False, raising=False)
+    group, _ = of_one_group(simulation, 3)
+    simulation.step()
+    assert {request.status for request in group} == {Status.RUNNING}
+
+
 def test_samples_share_their_prompt():
     simulation = Simulation(100 + 4 * 10)
     simulation.add("four", 100, 10, n=4)

@@ -11,6 +11,10 @@ from vattn.engine.request import Branch, Request
 class Memory(Protocol):
     """What the engine asks of the memory for K and V. After a refusal nothing has changed."""
 
+    @property
+    def reuses_prefixes(self) -> bool:
+        """Whether requests may begin behind rows that others have computed."""
+
     def shortage(self, request: Request) -> str | None:
         """Why a request could not be served even if it were alone: what it needs and what there is; or None."""
 

@@ -22,6 +22,8 @@ class RowMemory:
         budget: bytes that all caches may take.
     """
 
+    reuses_prefixes = False
+
     def __init__(
         self,
         make: Callable[[], Any],

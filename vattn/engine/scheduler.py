@@ -10,6 +10,7 @@ not moved or ended: it is left out of the next iteration, and what shall happen 
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from vattn.engine.limits import Limits
 from vattn.engine.memory import Memory
 from vattn.engine.policy import Policy
+from vattn.engine.prompts_underway import PromptsUnderway
 from vattn.engine.request import Branch, FinishReason, Request, Status
 from vattn.engine.table import RequestTable
 
@@ -365,8 +367,15 @@ class Scheduler:
 
     def _begin(self, rows: list[Row], budget: int) -> None:
         """Lets waiting requests begin with what is left of a budget of tokens, and adds what is computed of them."""
-        while self.requests.waiting and budget > 0 and (room := self.limits.seqs - self.requests.sequences) > 0:
-            request = min(self.requests.waiting.values(), key=self._key)
+        if budget <= 0 or self.requests.sequences >= self.limits.seqs:
+            return
+        underway = PromptsUnderway(self.requests.running.values(), self._memory)
+        order = [(self._key(each), place, each) for place, each in enumerate(self.requests.waiting.values())]
+        heapq.heapify(order)
+        while order and budget > 0 and (room := self.limits.seqs - self.requests.sequences) > 0:
+            *_, request = heapq.heappop(order)
+            if underway.know_soon(request):
+                continue
             if (len(request.live) > room and self.requests.running) or not self._admits(request):
                 return
             trunk = request.trunk
@@ -386,6 +395,7 @@ class Scheduler:
                 self._require_possible(request)
                 return
             self.requests.run(request)
+            underway.add(request)
             rows.append(row)
             budget -= row.count
 

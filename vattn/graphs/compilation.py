@@ -22,7 +22,8 @@ from torch._inductor import config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.nn import functional
 
-from vattn.kernels import linear
+from vattn.kernels.linear import linear as product_of
+from vattn.kernels.linear import takes
 
 _LAYER_NUMBERS = r".*\.layer_idx"  # where transformers' modules keep the number of their layer, as torch names it
 
@@ -69,6 +70,8 @@ def compile_layers(
 ) -> int:
     """Lets the layers of a model be compiled at their first call, once for all layers that run the same code.
 
+    Linear layers beside them compute by ``vattn::linear``.
+
     The model is changed: use ``models.private.private_copy``. Call it within ``compiled_calls``.
 
     Args:
@@ -103,8 +106,9 @@ def compile_layers(
         parts += [child for child in owner.children() if child is not layers and _is_small(child)]
     inside = {module for part in parts for module in part.modules()}
     for module in model.modules():  # e.g. the one that computes logits
-        if type(module) is nn.Linear and module.bias is None and module not in inside:
-            module._compiled_call_impl = functools.partial(_product_of, module)
+        plain = type(module) is nn.Linear and module.bias is None and "forward" not in vars(module)
+        if plain and module not in inside:
+            module._compiled_call_impl = functools.partial(_forward, module)
     for part in parts:
         part.compile(fullgraph=True, dynamic=True, options=options)
         if isinstance(part, LayersAsOne):
@@ -112,8 +116,8 @@ def compile_layers(
     return sum(alike)
 
 
-def _product_of(module: nn.Linear, rows: torch.Tensor) -> torch.Tensor:
-    return linear.linear(rows, module.weight)
+def _forward(module: Any, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 as the module names it
+    return product_of(input, module.weight)
 
 
 def _is_small(module: nn.Module) -> bool:
@@ -311,7 +315,7 @@ class _Joined(CustomGraphPass):
                 of_input.setdefault(node.args[0], []).append(node)
         self._join_each(graph, of_input)
         for node in graph.nodes:
-            if node.target is functional.linear and not node.kwargs and _parts(node)[1] is None and _measured(node):
+            if node.target is functional.linear and not node.kwargs and _is_taken(node):
                 node.target, node.args = torch.ops.vattn.linear.default, node.args[:2]
 
     def _join_each(self, graph: torch.fx.Graph, of_input: dict[Any, list[Any]]) -> None:
@@ -360,10 +364,15 @@ def _parts(node: Any) -> tuple[Any, Any]:
     return node.args[1], node.args[2] if len(node.args) > 2 else None
 
 
-def _measured(product: Any) -> bool:
+def _is_taken(product: Any) -> bool:
     """Whether a linear layer's product, or one that was joined, is computed by ``vattn::linear``."""
-    weight = product.args[1]
-    return linear.takes(_value(weight.args[0] if weight.target is torch.as_strided else weight))
+    weight, bias = _parts(product)
+    weight = weight.args[0] if weight.target is torch.as_strided else weight
+    if bias is not None or weight.op != "placeholder" or inductor.max_autotune or inductor.max_autotune_gemm:
+        return False  # torch measures products itself if it is asked to
+    rows = product.args[0].meta.get("example_value")
+    alike = rows is not None and rows.dtype == _value(weight).dtype  # else torch.autocast rounds the rows
+    return alike and takes(_value(weight))
 
 
 def _joins(parts: list[Any]) -> bool:

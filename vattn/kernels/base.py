@@ -339,9 +339,13 @@ def multiples_of(step: int, count: int, device: torch.device) -> torch.Tensor:
     """0, step, 2 * step and so on, int32 ``[count]``, which nobody may change: the memory is kept for later calls."""
     key = step, 1 << max(0, count - 1).bit_length(), device
     if (kept := _multiples.get(key)) is None:
-        kept = torch.arange(key[1], dtype=torch.int32, device=device) * step
-        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():  # else it belongs to a graph
-            _multiples[key] = kept
+        with torch.inference_mode(False):
+            kept = torch.arange(key[1], dtype=torch.int32, device=device) * step
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                return kept[:count]  # it belongs to the graph
+            torch.cuda.current_stream(device).synchronize()  # other streams will read it
+        _multiples[key] = kept
     return kept[:count]
 
 

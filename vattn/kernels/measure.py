@@ -12,7 +12,7 @@ import torch
 
 from vattn.kernels.base import AttentionParams, AttentionSpec, Kernel, SequenceRanges
 from vattn.kernels.registry import choose, named, refused
-from vattn.kernels.timing import median_seconds
+from vattn.kernels.timing import BETTER, median_seconds
 
 FEW = 16
 """Batches of at most so many sequences may have another kernel than larger ones."""
@@ -20,7 +20,6 @@ FEW = 16
 _LOG = logging.getLogger("vattn")
 _BYTES = 256 << 20  # of K and V that many sequences have; no cache of a device holds as much
 _MOST_SEQUENCES = 64
-_BETTER = 0.97  # a kernel is chosen before an earlier one where it takes less than this part of its time
 
 
 def fastest(task: AttentionSpec, *, name: str = "auto", few: bool = False) -> Kernel:
@@ -46,7 +45,7 @@ def fastest(task: AttentionSpec, *, name: str = "auto", few: bool = False) -> Ke
         if kernel.measured:
             with contextlib.suppress(torch.OutOfMemoryError):  # another time there may be memory
                 took = _seconds(kernel, alike, torch.cuda.current_device(), few)
-        if took is not None and (best is None or took < _BETTER * least):
+        if took is not None and (best is None or took < BETTER * least):
             best, least = kernel, took
     if best is None:
         raise ValueError(f"no attention kernel can be captured for {task}")

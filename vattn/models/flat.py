@@ -278,7 +278,7 @@ class FlatContext:
                 mixtures = [*before, Part(segments, slice(first, None), decodes=False, mixture=mixture)]
         slots, ends = places[0] if len(places) == 1 else map(torch.cat, zip(*places, strict=True))
         self._call = _Call(slots, ends, parts, mixtures)
-        positions = torch.sub(ends.clamp_min(1), 1, out=torch.empty_like(ends, dtype=torch.int64))
+        positions = torch.sub(ends.clamp_min(1), 1, out=ends.new_empty(len(ends), dtype=torch.int64))  # idle: 0
         try:
             with attending(self, self._configs):
                 cache = _FlatCache(self, self._windows)
@@ -481,6 +481,7 @@ class FlatContext:
 
 
 def _zeros(alike: torch.Tensor) -> torch.Tensor:
+    """Zeros, int32 ``[len(alike)]``, which nobody may change."""
     return multiples_of(0, len(alike), alike.device)
 
 
