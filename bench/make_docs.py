@@ -115,6 +115,7 @@ BARS = {
     "tight_over_vllm_25": "the same as the first with a quarter of the K and V that all requests need",
     "tight_over_vllm_50": "the same with half of it",
     "engine_calls_per_1000_tokens": "memory calls per 1000 tokens of prompts and outputs, last round",
+    "mapped_over_needed": "mapped under 100 running requests, over their rows and a granule each",
     "iteration_host_ms_256": "the host's work of an iteration of 256 outputs (ms)",
     "iteration_scheduler_ms_256": "of which the scheduler's (ms)",
     "ready_s_cold": "ready to serve at full speed, nothing compiled before (s)",

@@ -10,6 +10,8 @@ of requests of the mix.
 ``engine_calls_per_1000_tokens``: memory calls of the driver in the last round, per 1000 tokens of prompts and outputs.
 ``ready_s_cold``, ``ready_s_warm``: seconds from the making of the engine until iterations of 256 rows and then of one
 are at their speed, without what earlier processes have compiled (``--cold``) and with it.
+``mapped_over_needed``: what 100 running requests have mapped, over their rows and a granule each, before the memory is
+cut to half of that; the row tells what became free.
 ``iteration_host_ms_256``: the host's work of an iteration of 256 rows, ``iteration_scheduler_ms_256`` the scheduler's.
 
 Earlier rows of a result file stay unless they are measured again. ``--write FOLDER`` only writes the requests of the
@@ -47,7 +49,7 @@ SHAPES = {
         head_dim=128, vocab_size=151936, max_position_embeddings=40960, tie_word_embeddings=True,
     ),
 }  # fmt: skip
-PARTS = ("ready", "throughput", "latency", "host", "generate")
+PARTS = ("ready", "throughput", "latency", "host", "resize", "generate")
 
 
 def model_of(shape: str) -> Any:
@@ -101,6 +103,8 @@ def measured(options: Any) -> list[dict[str, Any]]:
                 found = ({"mix": name_of(options), **row} for row in serving.throughput(llm, rounds))
             elif part == "latency":
                 found = serving.latency(llm, options.prompts, options.steps, vocabulary)
+            elif part == "resize":
+                found = [serving.resized(llm, 100, vocabulary)]
             else:
                 found = [serving.host_work(llm, options.max_num_seqs, vocabulary)]
             for row in found:
@@ -189,6 +193,8 @@ def bars_of(rows: list[dict[str, Any]]) -> dict[str, float]:
             continue
         elif row["part"] == "ready":
             bars[f"ready_s_{row['start']}"] = max(value for name, value in row.items() if name.startswith("ready s"))
+        elif row["part"] == "resize":
+            bars["mapped_over_needed"] = row["mapped, over needed"]
         elif row["part"] == "host":
             bars["iteration_host_ms_256"], bars["iteration_scheduler_ms_256"] = row["host ms"], row["scheduler ms"]
         elif row.get("mix") == "nano" and "memory calls/1000 tokens" in row:  # earlier files have all calls

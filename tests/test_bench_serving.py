@@ -71,6 +71,14 @@ def test_an_engine_is_measured():
         host = serving.host_work(llm, 4, 100, iterations=5)
         assert 0 < host["scheduler ms"] < host["host ms"] <= host["whole ms"]
         assert llm.engine.unfinished == 0
+        resized = serving.resized(llm, 4, 100, prompt=60, output=40)
+        assert resized["failed"] == 0 < resized["preemptions"]
+        assert resized["physical MiB, after"] <= resized["budget MiB, after"] < resized["physical MiB, before"]
+        assert 0.5 < resized["mapped, over needed"] < 1.5
+        assert llm.engine.tier.cache.stats().budget == 64 << 20
+        with pytest.raises(ValueError, match="no room for 9 requests"):
+            serving.resized(llm, 9, 100, prompt=60, output=40)
+        assert not llm.engine.unfinished
         ready = serving.ready(llm, 0.0, 4, 100)
         assert ready["ready s, 4"] < ready["ready s, 1"]
         llm.engine.tier.cache.check()

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from vattn.bench.mixes import Work
 from vattn.bench.replay import MEMORY_CALLS
 from vattn.engine.llm import LLM
@@ -149,6 +151,65 @@ def host_work(llm: LLM, requests: int, vocabulary: int, iterations: int = 100) -
     engine.cancel([f"host-{number}" for number in range(requests)])
     times = {"whole": whole, **spent, "host": whole - spent["waiting"], "scheduler": spent["schedule"] + spent["read"]}
     return {"requests": requests, **{f"{name} ms": 1e3 * took / iterations for name, took in times.items()}}
+
+
+def resized(llm: LLM, requests: int, vocabulary: int, prompt: int = 512, output: int = 256) -> dict[str, Any]:
+    """Measures what running requests have mapped, and what a resize to half of it gives back while they run.
+
+    Args:
+        llm: the engine, on the slots of a ``KVCache``, which lets that many requests run.
+        requests: how many run.
+        vocabulary: of the model.
+        prompt: tokens of each prompt.
+        output: tokens that each samples.
+
+    Returns:
+        A row with the bytes mapped under running requests, over those of their rows and of one granule each; the memory
+        that the cache has before and after the resize, and what became free on the device; and how many requests were
+        preempted, and failed.
+
+    Raises:
+        ValueError: the engine has no ``KVCache``, or no room for so many requests at once.
+    """
+    _require_positions(llm, prompt + output)
+    engine, chance = llm.engine, random.Random(4)
+    if (cache := engine.tier.cache) is None:
+        raise ValueError("the engine has no KVCache: its rows are computed one by one")
+    for number in range(requests):
+        tokens = [chance.randint(0, min(10_000, vocabulary - 1)) for _ in range(prompt)]
+        engine.add(f"resize-{number}", tokens, _params(output, 0.0))
+    ended: list[Any] = []
+    while sum(branch.sampled for branch in engine.scheduler.requests.decoding) < requests * output // 2:
+        ended += engine.step(final_only=True)
+        if ended:
+            engine.cancel([f"resize-{number}" for number in range(requests)])
+            raise ValueError(f"there is no room for {requests} requests of {prompt + output} tokens at once")
+    before, layout = cache.stats(), cache.layout
+    positions = sum(branch.launched for branch in engine.scheduler.requests.decoding)
+    needed = positions * layout.bytes_per_token + requests * layout.granularity
+    held, free = before.mapped - before.parked - before.spare, _free(cache.device)
+    preemptions = engine.scheduler.requests.counters.preemptions
+    engine.resize(held // 2)
+    while engine.resizing:
+        ended += engine.step(final_only=True)
+    after, gained = cache.stats(), _free(cache.device) - free
+    while engine.unfinished:
+        ended += engine.step(final_only=True)
+    engine.resize(before.budget or before.physical)
+    return {
+        "requests": requests,
+        "mapped, over needed": held / needed,
+        "physical MiB, before": before.physical / 2**20,
+        "budget MiB, after": held / 2 / 2**20,
+        "physical MiB, after": after.physical / 2**20,
+        "free on the device MiB, more": gained / 2**20,
+        "preemptions": engine.scheduler.requests.counters.preemptions - preemptions,
+        "failed": requests - sum(answer.outputs[0].finish_reason == "length" for answer in ended),
+    }
+
+
+def _free(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def _require_positions(llm: LLM, positions: int) -> None:
