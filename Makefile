@@ -9,13 +9,20 @@ PYTEST ?=
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test lint types native docs clean
+.PHONY: demo test test-all lint types native docs clean
 
 demo: $(VENV)/demo
 	$(BIN)/vattn demo
 
+# As many processes as there are processors, with one thread each.
+TESTED := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -q $(PYTEST)
+	$(TESTED) --usual $(PYTEST)
+
+# Also what takes long: all architectures, kernels and shapes, the examples, and failures at every call.
+test-all: $(VENV)/dev
+	$(TESTED) $(PYTEST)
 
 # Checks formatting and style, and that the benchmark page is up to date.
 lint: $(VENV)/dev

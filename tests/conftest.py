@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from usual import unusual
 
 from vattn import KVCache, _core
 from vattn.cli import command, demo
@@ -27,12 +28,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="caches map what sequences share read-only, so that a write to it is a fault",
     )
     parser.addoption("--tables", help="folder for tables that tests make")
+    parser.addoption("--usual", action="store_true", help="of tests marked thorough only as many as the mark says")
 
 
 HAS_GPU = torch.cuda.is_available()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("usual"):
+        left_out = unusual(items)
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

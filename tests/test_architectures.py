@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from models import CACHE_KEYWORD, MODELS, MORE, WINDOW, attentions, build, prompt, virtual_of
@@ -62,6 +63,7 @@ def steps_of(name: str, device: str) -> tuple[dict[str, Any], float]:
     return row, float(short.max())
 
 
+@pytest.mark.thorough
 def test_architectures(device, request):
     found = {}
     for name, (prefix, config_class, _) in KNOWN.items():

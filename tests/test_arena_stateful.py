@@ -376,6 +376,7 @@ def run_at_random(machine: ArenaMachine, steps: int, seed: int) -> Counter[str]:
     return changed
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("on_gpu", [False, pytest.param(True, marks=pytest.mark.gpu)], ids=["cpu", "cuda"])
 @pytest.mark.parametrize("lookahead", [None, 0, 5])
 @pytest.mark.parametrize("protect_shared", [False, True])

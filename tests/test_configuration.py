@@ -16,6 +16,7 @@ from vattn.memory.layout import layer_shapes
 WHOLE = hasattr(transformers.PretrainedConfig, "per_layer_config")  # versions whose DynamicCache knows all layers
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not WHOLE, reason="DynamicCache of this transformers does not know all kinds of layers")
 def test_every_configuration_of_transformers():
     found = list(configurations.answers("object", "file"))
@@ -25,6 +26,7 @@ def test_every_configuration_of_transformers():
     assert counts["refused"] < 0.1 * len(found)
 
 
+@pytest.mark.thorough
 def test_every_configuration_without_transformers(monkeypatch):
     """A file whose keys are ambiguous is refused, so that no layer is read wrong."""
     monkeypatch.setattr(configuration, "_read_by_transformers", lambda config: config)

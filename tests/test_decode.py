@@ -26,6 +26,7 @@ OTHERS = ("t5", "deepseek_v3")  # their attention does not get what the cache re
 pytestmark = pytest.mark.usefixtures("small")
 
 
+@pytest.mark.thorough(14)
 @pytest.mark.parametrize(("name", "attention", "mode"), [case for case in CASES if case[0] not in OTHERS])
 def test_exact(name, attention, mode, device):
     if attention != attentions(name)[0]:
@@ -64,6 +65,7 @@ def test_exact(name, attention, mode, device):
 UNSUITABLE = {"falcon": "decodes as transformers does: ", "bloom": None}
 
 
+@pytest.mark.thorough(4)
 @pytest.mark.parametrize("name", MORE)
 def test_more_architectures(name, device):
     if not hasattr(transformers, f"{MORE[name][0]}Config"):

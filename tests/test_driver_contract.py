@@ -278,6 +278,7 @@ def run_script(body: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("when", ["unmapped", "no access", "after unmap"])
 def test_touching_what_is_not_there_is_a_fault_on_the_host(when):
     done = run_script(f"""

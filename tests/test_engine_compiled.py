@@ -26,6 +26,7 @@ def fresh():
     torch._dynamo.reset()
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize(
     ("name", "graphs"), [("llama-gqa", 3), ("gemma2", 3), ("gpt_oss", 3), ("qwen3_moe", 3), ("gpt2", 1)]
 )
@@ -143,6 +144,7 @@ def test_a_layer_that_is_not_laid_out_alike_is_not_compiled():
         assert tokens(served(engine, prompts, GREEDY)) == expected
 
 
+@pytest.mark.thorough(2)
 @pytest.mark.parametrize("changed", ["nothing", "bias", "forward", "kind"])
 def test_the_operator_computes_logits_unless_their_layer_is_another_one(changed, monkeypatch):
     model = model_of("llama-gqa")

@@ -43,6 +43,7 @@ from vattn.models.versions import VERSION
 pytestmark = pytest.mark.skipif(VERSION < (5, 17), reason="the engine needs transformers 5.17")
 
 
+@pytest.mark.thorough(4)
 @pytest.mark.parametrize("name", [*FLAT, *ROWS, *HYBRIDS])
 def test_the_tokens_are_those_of_generate(name, device):
     model = model_of(name, device)
@@ -133,6 +134,7 @@ def model_of_rope(kind: str) -> Any:
     return model
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("kind", ROPES)
 def test_rotary_embeddings_that_depend_on_the_call(kind):
     """Sequences that are longer or shorter than others, and that grow beyond the length at which frequencies change."""
@@ -166,6 +168,7 @@ def test_rotary_embeddings_that_depend_on_the_call(kind):
         assert tokens(served(engine, prompts[1:2], SamplingParams(temperature=0, max_tokens=9))) == [expected[1][:9]]
 
 
+@pytest.mark.thorough(2)
 @pytest.mark.parametrize("kv_cache_dtype", ["fp8", "fp8_e5m2"])
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral", "gemma2", "gpt2", "qwen3_moe"])
 def test_k_and_v_in_8_bits(name, kv_cache_dtype, device):
@@ -183,6 +186,7 @@ def test_k_and_v_in_8_bits(name, kv_cache_dtype, device):
             assert preempting(engine, prompts, GREEDY) == expected, mode
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_model_with_quantized_weights(compiled, device):
     quantization = pytest.importorskip("torchao.quantization")
@@ -241,6 +245,7 @@ class GreedyForPrompts(Greedy):
         return super().prefill(q, k, v, spans, counts, scores)
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_rows_behind_prompts_alone_are_mapped(mode, captured, monkeypatch, request):
@@ -289,6 +294,7 @@ def greedy_for_few(monkeypatch):
     return greedy
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_rows_behind_few_sequences_alone_are_mapped(mode, captured, greedy_for_few, monkeypatch, request):
@@ -380,6 +386,7 @@ def test_a_kernel_that_is_wrong_serves_nobody(monkeypatch):
             Engine(model, None, EngineOptions(**OPTIONS, attention=name))
 
 
+@pytest.mark.thorough
 @pytest.mark.model
 def test_the_real_model_in_every_mode(folder):
     model, tokenizer = demo.load(folder)
@@ -404,6 +411,7 @@ def test_the_real_model_in_every_mode(folder):
             assert preempting(engine, prompts, params) == expected
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral", "deepseek_v3", "Lfm2"])
 def test_seeds_give_the_same_tokens_alone_and_among_others(name, device):
     """E2 of sampled tokens: they follow from the seed, the index and the position."""

@@ -31,6 +31,7 @@ from vattn.models.versions import VERSION
 pytestmark = pytest.mark.skipif(VERSION < (5, 17), reason="the engine needs transformers 5.17")
 
 
+@pytest.mark.thorough(3)
 @pytest.mark.parametrize(("name", "attention"), [*((name, "auto") for name in FLAT), ("llama-gqa", "reference")])
 def test_replays_give_the_same_tokens(name, attention, batch_graphs_on_cpu):
     model = model_of(name)

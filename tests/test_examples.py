@@ -35,6 +35,7 @@ def test_growing_kv_prints_the_same_on_both_backends():
     assert run(script, "cpu") == run(script, "cuda")
 
 
+@pytest.mark.thorough
 @pytest.mark.model
 def test_hf_generate(folder):
     out = run(str(ROOT / "examples" / "hf_generate.py"), str(folder))
@@ -42,6 +43,7 @@ def test_hf_generate(folder):
     assert "slot 1 running" in out
 
 
+@pytest.mark.thorough
 @pytest.mark.model
 def test_chat_reuses_its_cache(folder):
     out = run(str(ROOT / "examples" / "chat.py"), str(folder), "What is 2+2?", "And one more?")
@@ -51,6 +53,7 @@ def test_chat_reuses_its_cache(folder):
     assert 0 < int(known) < int(total)
 
 
+@pytest.mark.thorough
 @pytest.mark.model
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_the_real_model_is_exact(folder, attention):
@@ -76,6 +79,7 @@ def test_the_real_model_is_exact(folder, attention):
         assert torch.equal(*tokens), options
 
 
+@pytest.mark.thorough
 @pytest.mark.model
 def test_demo(folder, capsys):
     assert command.main(["demo", "Name a colour.", "--max-new-tokens", "12", "--max-len", "1024"]) == 0
@@ -87,6 +91,7 @@ def test_demo(folder, capsys):
     assert out.count("\nA: ") == 1 + 8 * serves
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("name", ["chat.py", "hf_generate.py"])
 def test_examples_say_what_they_want(name):
     done = subprocess.run([sys.executable, ROOT / "examples" / name], capture_output=True, text=True, check=False)

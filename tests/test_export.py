@@ -186,6 +186,7 @@ def test_the_exporters_death_leaves_the_importer_whole(device):
     c.close()
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("die_at", ["start", "header", "descriptors", "done", "end"])
 def test_the_importers_death_at_any_step_leaves_the_exporter_whole(device, die_at):
     c = cache(device)

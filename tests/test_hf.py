@@ -313,6 +313,7 @@ def test_out_of_pages_leaves_the_cache_as_it_was(llama):
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mapper", [False, True])
 def test_every_driver_call_failing_once_in_a_generation(llama, monkeypatch, mapper):
     """For every k the exception is the right one, ``check()`` passes, and the next call works.

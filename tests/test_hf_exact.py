@@ -46,6 +46,7 @@ def outcome(run, model, make):
         return type(error)
 
 
+@pytest.mark.thorough(24)
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(("name", "attention", "mode"), CASES)
 def test_exact(models, name, attention, device, mode):
@@ -76,6 +77,7 @@ def test_exact(models, name, attention, device, mode):
             part.check()
 
 
+@pytest.mark.thorough(3)
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("mode", ["greedy", "beams returned", "reset", "repeat and select", "copied prefix"])
 @pytest.mark.parametrize("name", ["llama-gqa", "gemma3", "deepseek_v3"])

@@ -120,6 +120,7 @@ def test_a_budget_is_a_part_of_what_is_available():
         assert cache.stats().budget == pytest.approx(free / 2, rel=0.1)
 
 
+@pytest.mark.thorough
 def test_churn_does_not_make_the_file_longer():
     """Allocates more than 4 GiB in all, in sizes that leave holes, while the file may have 256 MiB."""
     limited(

@@ -6,8 +6,10 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from usual import unusual
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "vattn"
@@ -24,9 +26,8 @@ TORCHLESS = (
     "memory/prefix_tree.py",
 )
 TORCHLESS += ("memory/ipc.py", "bench/trace.py")
-TORCHLESS += tuple(
-    f"engine/{name}.py" for name in ("sampling_params", "outputs", "request", "memory", "policy", "table", "scheduler")
-)
+_OF_THE_ENGINE = ("sampling_params", "outputs", "request", "memory", "policy", "table", "prompts_underway", "scheduler")
+TORCHLESS += tuple(f"engine/{name}.py" for name in _OF_THE_ENGINE)
 
 # Files and classes that are larger than they should be, and why they are.
 LARGE = {
@@ -213,3 +214,21 @@ def test_no_private_name_of_another_module_is_used(path):
             mine |= {target.id for target in targets if isinstance(target, ast.Name)}
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert {name for name in used - mine - FOREIGN if name.startswith("_") and not name.startswith("__")} == set()
+
+
+def test_usual_runs_leave_out_most_parameters_of_what_takes_long():
+    class Item:
+        def __init__(self, nodeid, **marks):
+            self.nodeid = nodeid
+            self.marks = {name: SimpleNamespace(args=args) for name, args in marks.items()}
+
+        def get_closest_marker(self, name):
+            return self.marks.get(name)
+
+    plain = [Item(f"a.py::plain[{number}]") for number in range(5)]
+    alone = Item("a.py::alone", thorough=())
+    on_cpu = [Item(f"a.py::some[cpu-{number}]", thorough=(2,)) for number in range(6)]
+    on_gpu = [Item(f"a.py::some[cuda-{number}]", thorough=(2,), gpu=()) for number in range(3)]
+    few = [Item(f"a.py::few[{number}]", thorough=(4,)) for number in range(3)]
+    left_out = unusual([*plain, alone, *on_cpu, *on_gpu, *few])
+    assert left_out == {alone, *on_cpu[1:3], *on_cpu[4:], on_gpu[2]}

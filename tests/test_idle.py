@@ -26,6 +26,7 @@ from vattn.models.state import configs_of
 pytestmark = pytest.mark.usefixtures("graphs")
 
 
+@pytest.mark.thorough(2)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral", "qwen3", "gpt2"])
 def test_batches_of_other_sizes_share_a_graph(name, padded, device):
@@ -95,6 +96,7 @@ def dependent(model, part=1.0):
     mlp.forward = lambda x: alone(x - part * x.mean(0))
 
 
+@pytest.mark.thorough(2)
 @pytest.mark.parametrize(("dtype", "part"), [(torch.float32, 1.0), (torch.bfloat16, 0.1)])
 @pytest.mark.parametrize("batches", [(3, 5, 3), (4, 3), (8, 5, 7)])
 def test_rows_that_depend_on_each_other_have_graphs_of_their_own(batches, dtype, part, device):

@@ -218,6 +218,7 @@ def test_an_interrupt_between_the_layers_of_a_configurations_cache_is_told(devic
         torch.testing.assert_close(got, model(ids[:, :13]).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.skipif(VERSION < (5, 17), reason="the engine needs transformers 5.17")
 @pytest.mark.parametrize("file", ["table.py", "kv_memory.py", "scheduler.py", "launcher.py"])
 def test_ctrl_c_in_an_engine_loses_no_request(file):

@@ -120,6 +120,7 @@ def how_of(feature: str, task: AttentionSpec, **more) -> AttentionParams:
     return AttentionParams(scale=0.1, softcap=3.0 if feature == "softcap" else None, sinks=sinks, **more)
 
 
+@pytest.mark.thorough(60)
 @pytest.mark.parametrize(("feature", "kernel", "task"), features(FEATURES))
 def test_decode(feature, kernel, task):
     require(kernel)
@@ -152,6 +153,7 @@ def test_a_span_without_rows(feature, kernel, task):
     close(got[[0, 2]], expected(q[[0, 2]], filled.k, filled.v, now, [1, 1], how))
 
 
+@pytest.mark.thorough(36)
 @pytest.mark.parametrize(
     ("feature", "kernel", "task"),
     [
@@ -175,6 +177,7 @@ def test_prefill(feature, kernel, task):
     close(got, expected(q, filled.k, filled.v, spans, counts, how))
 
 
+@pytest.mark.thorough(12)
 @pytest.mark.parametrize(
     ("feature", "kernel", "task"),
     [case for case in features(["plain", "softcap", "sinks"], queries="chunk") if case.values[1].mixes],

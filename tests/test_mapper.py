@@ -324,6 +324,7 @@ def test_a_forked_child_has_a_mapper_of_its_own():
         sequence.grow(100)
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("ending", ["", "raise SystemExit(0)", "c.driver.charge('map', 10**8); s.prefetch(400)"])
 def test_the_interpreter_ends_with_caches_open(ending):
     code = (

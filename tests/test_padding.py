@@ -79,6 +79,7 @@ def test_memory_is_what_the_tokens_need(device):
     assert sizes[0] < 0.5 * sizes[1]
 
 
+@pytest.mark.thorough(5)
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral"])
 @pytest.mark.parametrize(
     "act",

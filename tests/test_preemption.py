@@ -29,6 +29,7 @@ from vattn.models.versions import VERSION
 pytestmark = pytest.mark.skipif(VERSION < (5, 17), reason="the engine needs transformers 5.17")
 
 
+@pytest.mark.thorough(2)
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("name", ["llama-gqa", "gemma3", "gpt_oss", "deepseek_v3", "Qwen3Next", "Mamba2"])
 def test_preempted_and_computed_again(name, depth, device):
@@ -39,6 +40,7 @@ def test_preempted_and_computed_again(name, depth, device):
         assert preempting(engine, prompts, SamplingParams(temperature=0, max_tokens=30)) == expected
 
 
+@pytest.mark.thorough(2)
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("name", ["llama-gqa", "gemma3", "gpt_oss"])
 def test_preempted_and_swapped(name, depth, device):
@@ -119,6 +121,7 @@ def test_under_a_budget_that_is_short():
         assert engine.scheduler.requests.counters.preemptions > 0
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("name", ["llama-gqa", "deepseek_v3"])
 def test_the_memory_is_resized_while_requests_run(name, depth, device):
@@ -181,6 +184,7 @@ def test_what_caches_take_is_counted(name):
         memory.close(request.trunk, 0)
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("preemption", ["swap", "recompute"])
 @pytest.mark.parametrize("depth", [0, 1])
 def test_under_pressure_with_aborts_and_refusals(depth, preemption, device):

@@ -21,6 +21,7 @@ OTHERS = ("t5", "deepseek_v3")
 pytestmark = pytest.mark.usefixtures("small")
 
 
+@pytest.mark.thorough(5)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("kernel", ["reference", "sdpa"])
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in OTHERS])

@@ -24,6 +24,7 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.thorough
 @pytest.mark.frees
 def test_ten_thousand_inputs():
     protocol.run(10, seed=99)  # opens the descriptors that stay open

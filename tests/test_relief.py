@@ -41,6 +41,7 @@ def all_at_rest(engine) -> None:
     assert engine.tier.cache.stats().running_slots == 0
 
 
+@pytest.mark.thorough(2)
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize(("positions", "outputs"), [(40, 1000), (16, 1000), (1000, 3), (20, 2)])
 def test_fewer_positions_are_computed_at_once(positions, outputs, depth, monkeypatch):

@@ -44,6 +44,7 @@ def scales_of(model, shape):
     return tuple(0.02 + torch.rand(size) / 20 for _ in range(2))
 
 
+@pytest.mark.thorough(5)
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral", "gemma2"])
 @pytest.mark.parametrize("shape", ["", "l", "lh"], ids=["unscaled", "of layers", "of heads"])
 @pytest.mark.parametrize("attention", [None, "reference"], ids=["copies", "steps"])
@@ -79,6 +80,7 @@ class Each(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
+@pytest.mark.thorough(4)
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral"])
 @pytest.mark.parametrize(
     "act",

@@ -36,6 +36,7 @@ def outputs(simulation: Simulation) -> None:
                 assert branch.output == expected(request, branch.index)[: len(branch.output)]
 
 
+@pytest.mark.thorough(4)
 @pytest.mark.parametrize("whole_prompts", [False, True])
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("policy", list(POLICIES))
@@ -365,11 +366,14 @@ class Machine(RuleBasedStateMachine):
             outputs(self.simulation)
 
 
-def test_any_order_of_events():
+def test_any_order_of_events(request):
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=1500, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=150 if request.config.getoption("usual") else 1500,
+            stateful_step_count=30,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
         ),
     )
 

@@ -10,6 +10,7 @@ from vattn.bench import decode
 from vattn.kernels import KERNELS
 
 
+@pytest.mark.thorough
 def test_every_kernel_is_measured_on_every_memory():
     rows = list(decode.kernel_speed("cpu", 1024))
     assert {(row["kernel"], row["memory"]) for row in rows} == {
@@ -28,6 +29,7 @@ def test_a_causal_prefill_counts_the_pairs_that_it_computes():
     assert decode._Work("", [8, 5], [1, 1]).rate(1e-12) == ("TB/s", 13 * 2 * decode.KV_HEADS * decode.DIM * 2)
 
 
+@pytest.mark.thorough
 def test_decode_steps_of_each_cache():
     model = build("llama-gqa", "sdpa", "cpu")
     model.generation_config.eos_token_id = None

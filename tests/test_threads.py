@@ -109,6 +109,7 @@ def test_copies_of_one_prefix_by_six_threads(device):
         cache.check()
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("made_with", ["model", "config"])
 def test_two_threads_in_one_generate(made_with, device):
@@ -175,6 +176,7 @@ def test_a_prompt_on_kernels_beside_a_plain_call(device):
         assert count >= 25
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("mapper", [True, False])
 def test_mixed_work(mapper):
     """Threads open, grow, fork, swap, remember, compact and close under a budget, while another reads and trims."""

@@ -98,6 +98,7 @@ def caught(model: Any, device: str, kernel: str, monkeypatch: pytest.MonkeyPatch
     return rows
 
 
+@pytest.mark.thorough(3)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", TINY)
 def test_planted_faults_are_refused(name, dtype, device, monkeypatch):
@@ -107,6 +108,7 @@ def test_planted_faults_are_refused(name, dtype, device, monkeypatch):
     assert sum(row["counts"] for row in rows) >= 4
 
 
+@pytest.mark.thorough
 @pytest.mark.model
 def test_planted_faults_in_the_real_model_are_refused(folder, monkeypatch):
     model, _ = demo.load(folder)
@@ -115,6 +117,7 @@ def test_planted_faults_in_the_real_model_are_refused(folder, monkeypatch):
     assert {row["fault"] for row in rows if row["counts"]} >= {"scale x 1.25", "scale x 2", "one short", "one long"}
 
 
+@pytest.mark.thorough(2)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral", "gemma2", "gpt_oss"])
 def test_planted_faults_in_prompts_are_refused(name, dtype, device):
@@ -209,6 +212,7 @@ def honest_runs(model: Any, name: str, device: str, dtype: torch.dtype) -> list[
     ]
 
 
+@pytest.mark.thorough(2)
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
 @pytest.mark.parametrize("name", TINY)
 def test_no_honest_kernel_is_refused(name, dtype, device):
