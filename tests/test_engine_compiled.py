@@ -168,6 +168,33 @@ def test_the_operator_computes_logits_unless_their_layer_is_another_one(changed,
     assert all(weight is model.lm_head.weight for weight in called)
 
 
+@pytest.mark.parametrize("autotune", [False, True])
+def test_compiled_layers_compute_their_products_by_the_operator(autotune, monkeypatch):
+    """But not where torch is to measure products itself."""
+    model = model_of("llama-gqa")
+    prompts = prompts_of((12, 20))
+    expected = generated(model, prompts)
+    monkeypatch.setattr(compilation, "takes", lambda weight: True)  # on a CPU, too
+    called = []
+    monkeypatch.setattr(linear, "takes", lambda weight: called.append(tuple(weight.shape)))
+    with compilation.inductor.patch(max_autotune_gemm=autotune), engine_of(model, compile=True) as engine:
+        assert engine.tier.uncompiled is None
+        called.clear()
+        assert tokens(served(engine, prompts, GREEDY)) == expected
+    layers = [
+        (sum(len(each.weight) for each in joined), joined[0].in_features)
+        for layer in model.model.layers
+        for joined in (
+            (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+            (layer.self_attn.o_proj,),
+            (layer.mlp.gate_proj, layer.mlp.up_proj),
+            (layer.mlp.down_proj,),
+        )
+    ]
+    head = tuple(model.lm_head.weight.shape)
+    assert [shape for shape in called if shape != head][: len(layers)] == ([] if autotune else layers)
+
+
 def test_what_does_not_compile_stays_as_it_is(caplog):
     model = model_of("llama-gqa")
     forward = model.model.layers[0].mlp.forward
