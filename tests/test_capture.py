@@ -49,12 +49,12 @@ def test_one_capture_serves_growth_and_every_later_call(name, device):
             assert torch.equal(got, expected)
             stats = watch.seen[-1]
             assert stats.captures == 1
-            if call == 1:
+            if call == 1 and device == "cuda":
                 reserved = torch.cuda.memory_reserved()
             cache.reset()
         assert stats.replayed + stats.eager == 20 * 119
         assert stats.eager <= 2
-        assert torch.cuda.memory_reserved() == reserved
+        assert device == "cpu" or torch.cuda.memory_reserved() == reserved
 
 
 def test_graphs_are_bounded(device):

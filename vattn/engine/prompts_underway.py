@@ -22,8 +22,9 @@ class PromptsUnderway:
     def __init__(self, running: Iterable[Request], memory: Memory) -> None:
         self._memory = memory
         self._by_head: dict[Any, Request] = {}
-        for request in running:
-            self.add(request)
+        for request in running if memory.reuses_prefixes else ():
+            if not request.branches[0].output:  # most requests that run have one
+                self.add(request)
 
     def add(self, request: Request) -> None:
         """Is told of a request that runs. Its prompt is known to others once its first token was read."""
