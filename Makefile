@@ -4,12 +4,14 @@ VENV ?= .venv
 # The requirement for torch, and further requirements to pin, for the environment.
 TORCH ?= torch==2.13.0
 EXTRA ?=
+# The Pythons that wheels are built for.
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 # More arguments for pytest, e.g. --mapper=off.
 PYTEST ?=
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-all lint types native docs clean
+.PHONY: demo test test-all lint types native docs wheels clean
 
 demo: $(VENV)/demo
 	$(BIN)/vattn demo
@@ -47,8 +49,12 @@ native: $(VENV)/dev
 docs: $(VENV)/dev
 	$(BIN)/python bench/make_docs.py
 
+# Wheels for each Python that is named, and the sources, into dist/.
+wheels:
+	.ci/wheels $(PYTHONS)
+
 clean:
-	rm -rf build $(VENV) vattn/*.so *.egg-info
+	rm -rf build dist $(VENV) vattn/*.so *.egg-info
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)

@@ -673,6 +673,28 @@ def test_the_package_loads_transformers_only_when_asked():
     subprocess.run([sys.executable, "-c", script], check=True)
     with pytest.raises(AttributeError, match="no attribute 'Virtual'"):
         _ = vattn.Virtual
+    assert {"LLM", "VirtualCache", "KVCache", "__version__"} <= set(dir(vattn))
+
+
+def test_the_package_without_transformers():
+    import subprocess
+    import sys
+
+    script = """
+import sys
+sys.modules["transformers"] = None  # as if it were not installed
+from vattn import *
+KVCache, KVLayout
+assert "VirtualCache" not in globals()
+for name in ("VirtualCache", "LLM"):
+    try:
+        exec(f"from vattn import {name}")
+    except ImportError as error:
+        assert str(error) == f"vattn.{name} needs transformers, which is not installed: pip install 'vattn[hf]'", error
+    else:
+        raise AssertionError(name)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("t5", "gpt2")])

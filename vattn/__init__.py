@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from vattn.aliases import renamed
@@ -35,6 +36,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+_OF_HF = ("CACHE_KEYWORD", "DecodeStats", "VirtualCache", "install")
+_OF_ENGINE = (
+    "LLM",
+    "AsyncLLM",
+    "CompletionOutput",
+    "EngineArgs",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+)
+
 __all__ = [
     "CACHE_KEYWORD",
     "LLM",
@@ -61,28 +73,32 @@ __all__ = [
     "install",
     "set_profiler_ranges",
 ]
+if find_spec("transformers") is None:  # so that ``from vattn import *`` works
+    __all__ = [name for name in __all__ if name not in (*_OF_HF, *_OF_ENGINE)]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_OF_HF, *_OF_ENGINE})
 
 
 def __getattr__(name: str) -> Any:
     # transformers takes seconds to import and is optional: it is imported only when one of these names is used.
-    if name in ("CACHE_KEYWORD", "DecodeStats", "VirtualCache", "install"):
-        from vattn import hf
+    try:
+        if name in _OF_HF:
+            from vattn import hf
 
-        return getattr(hf, name)
-    if name in _OF_ENGINE:
-        from vattn import engine
+            return getattr(hf, name)
+        if name in _OF_ENGINE:
+            from vattn import engine
 
-        return getattr(engine, name)
+            return getattr(engine, name)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "vattn").partition(".")[0]
+        if missing == "vattn":
+            raise
+        needs = f"vattn.{name} needs {missing}, which is not installed: pip install 'vattn[hf]'"
+        raise ImportError(needs, name=missing) from error
     return _renamed(name)
 
 
-_OF_ENGINE = (
-    "LLM",
-    "AsyncLLM",
-    "CompletionOutput",
-    "EngineArgs",
-    "RequestOutput",
-    "RequestOutputKind",
-    "SamplingParams",
-)
 _renamed = renamed(__name__, {"OutOfPages": "BudgetExceeded"})
