@@ -39,7 +39,7 @@ class CountedMemory:
         positions: for each open branch, how many positions it has memory for.
     """
 
-    reuses_prefixes = True
+    keeps_prompts = True
 
     def __init__(self, capacity: int, *, swaps: bool = True, refuses: float = 0.0, seed: int = 0) -> None:
         self.capacity = capacity

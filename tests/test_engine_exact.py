@@ -112,6 +112,24 @@ def test_behind_a_prompt_whose_request_still_runs(name, depth, device):
         assert [done[str(number)].num_cached_tokens for number in range(3)] == [0, 40, 40]
 
 
+@pytest.mark.parametrize(("name", "waits"), [("llama-gqa", True), ("mistral", False), ("gemma3", False)])
+def test_requests_that_come_at_once_compute_their_prefix_once(name, waits, device):
+    """Unless a sliding window gives back its rows, so that nobody can begin behind them."""
+    model = model_of(name, device)
+    [system] = prompts_of((90,))
+    prompts = [[*system, *more] for more in prompts_of((9, 1, 20))]
+    expected = generated(model, prompts)
+    with engine_of(model) as engine:
+        for number, prompt in enumerate(prompts):
+            engine.add(str(number), prompt, GREEDY)
+        done = {output.request_id: output for output in engine.step()}
+        assert len(engine.scheduler.requests.running) == (1 if waits else 3)
+        while engine.unfinished:
+            done |= {output.request_id: output for output in engine.step()}
+    assert tokens([done[str(number)] for number in range(3)]) == expected
+    assert [done[str(number)].num_cached_tokens for number in range(3)] == ([0, 90, 90] if waits else [0, 0, 0])
+
+
 ROPES = {
     "dynamic": ("llama-gqa", {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 10000.0}),
     "longrope": (

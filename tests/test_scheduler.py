@@ -17,7 +17,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from simulation import Simulation, expected
+from simulation import Simulation, expected, token
 
 import vattn.engine.scheduler as scheduler_module
 from vattn.engine.policy import POLICIES
@@ -105,9 +105,10 @@ def test_a_prefix_that_is_being_computed_is_waited_for(depth):
 
 @pytest.mark.parametrize("ends", ["abort", "fail"])
 def test_nobody_waits_for_a_prefix_that_is_computed_no_more(ends):
-    simulation = Simulation(10_000, max_num_batched_tokens=150)
+    simulation = Simulation(10_000, max_num_batched_tokens=300)
     (_, second), _ = of_one_group(simulation, 2)
     simulation.step()
+    assert second.status is Status.WAITING
     simulation.scheduler.abort("0") if ends == "abort" else simulation.scheduler.fail("0", "broken")
     simulation.step()
     simulation.step()
@@ -122,6 +123,7 @@ def test_nobody_waits_for_a_prefix_that_is_computed_no_more(ends):
         (50, 50, {}),  # too little to wait for
         (200, 1000, {}),  # the other prompt takes much longer than what they share
         (200, 20, {"reuse_prefix": False}),
+        (200, 20, {"overdue": True}),
     ],
 )
 def test_requests_begin_beside_each_other_where_it_is_not_worth_waiting(system, own, options):
@@ -133,9 +135,94 @@ def test_requests_begin_beside_each_other_where_it_is_not_worth_waiting(system, 
     outputs(simulation)
 
 
-def test_nobody_waits_for_a_prefix_where_none_is_reused(monkeypatch):
+def test_prompts_of_another_namespace_are_not_waited_for():
     simulation = Simulation(10_000, max_num_batched_tokens=5000)
-    monkeypatch.setattr(simulation.memory, "reuses_prefixes", False, raising=False)
+    requests = [simulation.add(name, 200, 5, namespace=name) for name in "ab"]
+    simulation.step()
+    assert {request.status for request in requests} == {Status.RUNNING}
+
+
+def test_what_is_known_already_is_not_waited_for():
+    simulation = Simulation(10_000, max_num_batched_tokens=5000)
+    simulation.add("before", tuple(range(180)), 1)
+    simulation.run()
+    group, _ = of_one_group(simulation, 2)  # of which 20 tokens in common are not known
+    simulation.step()
+    assert {request.status for request in group} == {Status.RUNNING}
+
+
+def test_each_group_is_computed_once_behind_what_all_have_in_common():
+    simulation = Simulation(100_000, endless=True, max_num_batched_tokens=5000)
+    simulation.add("system", tuple(range(100)), 1)
+    simulation.run()
+    before = simulation.computed
+    for group in "abcd":
+        own = tuple(1000 * ord(group) + number for number in range(300))
+        for number in range(3):
+            simulation.add(f"{group}{number}", (*range(100), *own, number), 1)
+    simulation.run()
+    assert simulation.computed - before == 4 * 300 + 12
+
+
+def test_samples_wait_for_a_prefix_with_their_whole_request():
+    simulation = Simulation(10_000, endless=True, max_num_batched_tokens=5000)
+    requests = [simulation.add(str(number), (*range(200), 1000 + number), 4, n=3) for number in range(2)]
+    simulation.run()
+    assert [request.cached for request in requests] == [0, 200]
+    outputs_of_all = [len(branch.output) for request in requests for branch in request.branches]
+    assert outputs_of_all == [4] * 6
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_who_waits_for_a_prefix_keeps_its_place(policy):
+    """Requests behind it may begin, but neither in its seat nor with the memory that it needs."""
+    for limits, capacity, own in (({"max_num_seqs": 2}, 10_000, 600), ({}, 1000, 300)):
+        simulation = Simulation(capacity, policy=policy, endless=True, max_num_batched_tokens=600, **limits)
+        simulation.add("computes", 500, 20)
+        simulation.step()
+        waits = simulation.add("waits", (*range(400), 7), 5)
+        behind = simulation.add("behind", tuple(range(5000, 5000 + own)), 300, priority=10)
+        simulation.step()
+        assert {waits.status, behind.status} == {Status.WAITING}
+        for _ in range(12):
+            simulation.step()
+        assert waits.status is Status.FINISHED
+        simulation.run()
+
+
+def test_what_another_prompt_still_misses_counts():
+    """A prompt that is nearly computed is waited for."""
+    simulation = Simulation(10_000, endless=True, max_num_batched_tokens=300)
+    simulation.add("long", 600, 5)
+    simulation.step()
+    simulation.step()
+    waits = simulation.add("waits", (*range(200), 7), 5)
+    simulation.step()
+    assert waits.status is Status.WAITING
+    simulation.run()
+    assert waits.cached == 200
+
+
+def test_requests_that_are_computed_again_wait_for_each_other():
+    simulation = Simulation(10_000, endless=True, max_num_batched_tokens=5000)
+    group, _ = of_one_group(simulation, 4)
+    for _ in range(10):
+        simulation.step()
+    assert all(request.branches[0].output for request in group)
+    simulation.flight.clear()
+    simulation.scheduler.recover()
+    simulation.memory.prefixes.clear()
+    before = simulation.computed
+    simulation.run()
+    assert simulation.computed - before < 200 + 4 * (20 + 40) + 2 * (70 + 40)
+    assert [request.branches[0].output for request in group] == [
+        [token(request.id, 0, 220 + number) for number in range(40)] for request in group
+    ]
+
+
+def test_nobody_waits_for_a_prefix_where_prompts_are_not_kept(monkeypatch):
+    simulation = Simulation(10_000, max_num_batched_tokens=5000)
+    monkeypatch.setattr(simulation.memory, "keeps_prompts", False, raising=False)
     group, _ = of_one_group(simulation, 3)
     simulation.step()
     assert {request.status for request in group} == {Status.RUNNING}

@@ -78,7 +78,7 @@ if find_spec("transformers") is None:  # so that ``from vattn import *`` works
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_OF_HF, *_OF_ENGINE})
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:
@@ -94,7 +94,7 @@ def __getattr__(name: str) -> Any:
             return getattr(engine, name)
     except ModuleNotFoundError as error:
         missing = (error.name or "vattn").partition(".")[0]
-        if missing == "vattn":
+        if missing == "vattn" or find_spec(missing) is not None:  # e.g. an old one without a part of it
             raise
         needs = f"vattn.{name} needs {missing}, which is not installed: pip install 'vattn[hf]'"
         raise ImportError(needs, name=missing) from error

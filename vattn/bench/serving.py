@@ -182,8 +182,10 @@ def resized(llm: LLM, requests: int, vocabulary: int, prompt: int = 512, output:
     while sum(branch.sampled for branch in engine.scheduler.requests.decoding) < requests * output // 2:
         ended += engine.step(final_only=True)
         if ended:
-            engine.cancel([f"resize-{number}" for number in range(requests)])
-            raise ValueError(f"there is no room for {requests} requests of {prompt + output} tokens at once")
+            break
+    if len(engine.scheduler.requests.decoding) < requests:
+        engine.cancel([f"resize-{number}" for number in range(requests)])
+        raise ValueError(f"there is no room for {requests} requests of {prompt + output} tokens at once")
     before, layout = cache.stats(), cache.layout
     positions = sum(branch.launched for branch in engine.scheduler.requests.decoding)
     needed = positions * layout.bytes_per_token + requests * layout.granularity

@@ -67,8 +67,9 @@ class KVMemory:
         self.cache = cache
         self._margins, self._max_model_len = margins, max_model_len
         self._swap_is_faster = swap_is_faster
-        self.reuses_prefixes = reuse_prefixes and not cache.layout.recurrent
+        self._reuse = reuse_prefixes and not cache.layout.recurrent
         self._slides = any(plane.window is not None for plane in cache.layout.planes)
+        self.keeps_prompts = self._reuse and not self._slides  # windows that have passed rows give these back
         self._sequences: dict[Branch, Sequence] = {}
         self._asked: _Batch | None = None  # the outputs that were asked about last
         self._expected: dict[Branch, int] = {}  # positions of branches whose prompts are not computed yet
@@ -118,7 +119,7 @@ class KVMemory:
 
     def cached_positions(self, request: Request) -> int:
         """See ``Memory.cached_positions``."""
-        if not (self.reuses_prefixes and request.reuse_prefix):
+        if not (self._reuse and request.reuse_prefix):
             return 0
         return self.cache.cached_positions(request.prompt, namespace=self._namespace(request))
 
@@ -136,7 +137,7 @@ class KVMemory:
         self._asked = None
         self._close_all()
         tokens, expected = None, expected + _AHEAD
-        if self.reuses_prefixes and request.reuse_prefix:
+        if self._reuse and request.reuse_prefix:
             # Several outputs are forked behind the prompt; a single one may go on behind rows of its own.
             tokens = request.prompt if len(request.live) > 1 else (*request.prompt, *request.trunk.output)
         try:
@@ -147,7 +148,7 @@ class KVMemory:
         if (left := self._sequences.pop(request.trunk, None)) is not None:  # by a call that was interrupted
             self._unclosed.append(left)
         self._sequences[request.trunk] = sequence
-        if self.reuses_prefixes or len(request.live) > 1:
+        if self._reuse or len(request.live) > 1:
             # The prompt is mapped as if nothing came behind it, in few large extents, which are cheap to share.
             sequence.expect(len(request.prompt))
             self._expected[request.trunk] = expected
@@ -230,7 +231,7 @@ class KVMemory:
         """See ``Memory.remember``."""
         sequence = self._sequences[branch]
         with contextlib.suppress(Error):
-            if self.reuses_prefixes and positions and not sequence.swapped:
+            if self._reuse and positions and not sequence.swapped:
                 sequence.remember(branch.tokens(0, positions))
 
     def close(self, branch: Branch, positions: int) -> None:

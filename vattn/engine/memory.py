@@ -12,8 +12,8 @@ class Memory(Protocol):
     """What the engine asks of the memory for K and V. After a refusal nothing has changed."""
 
     @property
-    def reuses_prefixes(self) -> bool:
-        """Whether requests may begin behind rows that others have computed."""
+    def keeps_prompts(self) -> bool:
+        """Whether requests may begin behind any part of a prompt that another one has computed."""
 
     def shortage(self, request: Request) -> str | None:
         """Why a request could not be served even if it were alone: what it needs and what there is; or None."""

@@ -21,28 +21,30 @@ class PromptsUnderway:
 
     def __init__(self, running: Iterable[Request], memory: Memory) -> None:
         self._memory = memory
-        self._by_head: dict[Any, Request] = {}
-        for request in running if memory.reuses_prefixes else ():
-            if not request.branches[0].output:  # most requests that run have one
-                self.add(request)
+        self._by_head: dict[Any, list[Request]] = {}
+        for request in running if memory.keeps_prompts else ():
+            self.add(request)
 
     def add(self, request: Request) -> None:
-        """Is told of a request that runs. Its prompt is known to others once its first token was read."""
-        if self._memory.reuses_prefixes and not request.branches[0].output:
-            self._by_head.setdefault(_head(request), request)
+        """Is told of a request that runs."""
+        if self._memory.keeps_prompts and not request.prompt_known:
+            self._by_head.setdefault(_head(request), []).append(request)
 
-    def know_soon(self, request: Request) -> bool:
-        """Whether a waiting request had better not begin, since more of its prompt is known once another is computed.
+    def worth_waiting(self, request: Request) -> bool:
+        """Whether a request had better begin later, behind what another one is computing.
 
-        That is so where it is at least half of what is missing of the other prompt, which the request waits for.
+        It had where that saves at least 64 tokens, and at least half as many as the other prompt still misses.
         """
-        other = self._by_head.get(_head(request))
-        if other is None or request.overdue or not request.reuse_prefix:
+        if not self._by_head or request.overdue or not request.reuse_prefix:
             return False
-        worth = max(_LEAST, (len(other.prompt) - other.trunk.launched) // 2)
-        if not _alike(request, other, worth):  # which is much cheaper to find out than what is known
-            return False
-        return _alike(request, other, worth + self._memory.cached_positions(request))
+        known = None
+        for other in self._by_head.get(_head(request), ()):
+            least = max(_LEAST, (len(other.prompt) - other.trunk.launched) // 2)
+            if _alike(request, other, least):  # which is much cheaper to find out than what is known
+                known = self._memory.cached_positions(request) if known is None else known
+                if _alike(request, other, known + least):
+                    return True
+        return False
 
 
 def _head(request: Request) -> Any:
@@ -51,4 +53,6 @@ def _head(request: Request) -> Any:
 
 def _alike(request: Request, other: Request, count: int) -> bool:
     """Whether the prompts of two requests have so many first tokens in common, and the first has more."""
-    return len(request.prompt) > count and request.prompt[:count] == other.prompt[:count]
+    mine, theirs = request.prompt, other.prompt
+    there = len(theirs) >= count < len(mine)
+    return there and mine[count - 1] == theirs[count - 1] and mine[:count] == theirs[:count]

@@ -107,6 +107,7 @@ class Request:
         status: where it is.
         branches: its outputs.
         cached: positions of the prompt that it found computed when it began.
+        prompt_known: whether others may begin behind its prompt, which was computed.
         enqueued: the iteration at which it came.
         overdue: whether it has waited for so long that it is served first from now on.
         refusals: iterations one after the other in which it found no memory.
@@ -129,6 +130,7 @@ class Request:
     status: Status = Status.WAITING
     branches: list[Branch] = field(default_factory=list)
     cached: int = 0
+    prompt_known: bool = False
     enqueued: int = 0
     overdue: bool = False
     refusals: int = 0

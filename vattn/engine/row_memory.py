@@ -22,7 +22,7 @@ class RowMemory:
         budget: bytes that all caches may take.
     """
 
-    reuses_prefixes = False
+    keeps_prompts = False
 
     def __init__(
         self,

@@ -237,6 +237,7 @@ class Scheduler:
     def _remember_prompt(self, row: Row) -> None:
         """Lets other requests begin behind a prompt as soon as it is computed."""
         branch, length = row.branch, len(row.branch.request.prompt)
+        branch.request.prompt_known = branch.request.prompt_known or row.start + row.count >= length
         ends_here = row.start < length <= row.start + row.count and row.into  # whose logits were numbers
         if ends_here and branch.opened and branch.finish_reason is not FinishReason.ERROR:
             self._memory.remember(branch, length)
@@ -372,11 +373,13 @@ class Scheduler:
         underway = PromptsUnderway(self.requests.running.values(), self._memory)
         order = [(self._key(each), place, each) for place, each in enumerate(self.requests.waiting.values())]
         heapq.heapify(order)
-        while order and budget > 0 and (room := self.limits.seqs - self.requests.sequences) > 0:
+        kept, positions = 0, 0  # outputs and positions of requests that wait for a prompt, which keep their places
+        while order and budget > 0 and (room := self.limits.seqs - self.requests.sequences - kept) > 0:
             *_, request = heapq.heappop(order)
-            if underway.know_soon(request):
+            if underway.worth_waiting(request):
+                kept, positions = kept + len(request.live), positions + request.held_positions
                 continue
-            if (len(request.live) > room and self.requests.running) or not self._admits(request):
+            if (len(request.live) > room and self.requests.running) or not self._admits(request, positions):
                 return
             trunk = request.trunk
             expected = trunk.length + self._estimate.remaining(trunk)
@@ -399,8 +402,13 @@ class Scheduler:
             rows.append(row)
             budget -= row.count
 
-    def _admits(self, request: Request) -> bool:
-        """Whether a request may begin: not before enough wait, nor when memory would soon be short."""
+    def _admits(self, request: Request, kept: int) -> bool:
+        """Whether a request may begin: not before enough wait, nor when memory would soon be short.
+
+        Args:
+            request: the request.
+            kept: positions that others will need which come before it.
+        """
         running = list(self.requests.running.values())
         if not running:
             return True
@@ -408,7 +416,7 @@ class Scheduler:
         if not enough and self._number - request.enqueued < _MOST_WAITED:
             return False
         begins = request.held_positions - self._memory.cached_positions(request)
-        return self._memory.room_for(begins + self._estimate.growth(running, request))
+        return self._memory.room_for(begins + kept + self._estimate.growth(running, request))
 
     def _require_possible(self, request: Request) -> None:
         """Ends a request for which there will never be memory, so that it does not wait for ever."""

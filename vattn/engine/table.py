@@ -103,6 +103,7 @@ class RequestTable:
         for branch in request.branches:
             self._close(branch)
             branch.launched = 0
+        request.prompt_known = False
         self._move(request, Status.WAITING, self.waiting)
 
     def preempt(self, request: Request) -> None:
