@@ -22,7 +22,7 @@ class PromptsUnderway:
     def __init__(self, running: Iterable[Request], memory: Memory) -> None:
         self._memory = memory
         self._by_head: dict[Any, list[Request]] = {}
-        for request in running if memory.keeps_prompts else ():
+        for request in running:
             self.add(request)
 
     def add(self, request: Request) -> None:
