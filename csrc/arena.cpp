@@ -82,16 +82,15 @@ Arena::~Arena() {
 }
 
 std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expected, Stream stream, bool empty,
-                           std::optional<std::size_t> like) {
+                           std::optional<std::size_t> like, std::size_t positions) {
   if (wanted && *wanted >= options_.slots)
     throw std::invalid_argument("slot " + std::to_string(*wanted) + " does not exist: there are " +
                                 std::to_string(options_.slots));
   Lock lock = locked();
   require_open();
   std::size_t chosen = kNever;
-  const auto is_like = [&](const Slot& slot) {
-    return like && *like < options_.slots && is_ready(slot, slots_[*like]);
-  };
+  const Slot* const source = like && *like < options_.slots ? &slots_[*like] : nullptr;
+  const auto is_like = [&](const Slot& slot) { return source && is_ready(slot, *source); };
   // A slot that another thread has locked may become free in a moment. So when all candidates are locked, the
   // choice is repeated once slots are unlocked.
   const auto choose = [&] {
@@ -102,7 +101,10 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
       const Slot& slot = slots_[index];
       others = others || slot.locked;
       if (slot.locked) return false;
-      auto [lacking, beyond] = misfit(slot, expected);
+      // Of the slots with a cached prefix, no two were parked at the same time.
+      std::pair<std::size_t, std::size_t> least{};
+      if (slot.cached == 0) least = misfit(slot, expected, source, positions);
+      auto [lacking, beyond] = least;
       if (empty)
         for (const Run& run : slot.runs) beyond += run.mappings.size();
       // Memory beyond what is expected is withheld from later sequences, and may be taken back. Memory that is lacking
@@ -126,8 +128,8 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
       // All bare slots are alike, so the first one that is not locked will do.
       for (std::size_t index = bare_.next(0); index < options_.slots && !consider(index);)
         index = bare_.next(index + 1);
-      if (chosen != kNever && expected != 0 && slots_[chosen].cached == 0 && !is_like(slots_[chosen]))
-        chosen = rather_remembered(chosen, expected, like);
+      if (chosen != kNever && expected != 0 && !is_like(slots_[chosen]))
+        chosen = rather_remembered(chosen, expected, source, positions);
     }
     return chosen != kNever || !others;
   };
@@ -145,54 +147,63 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
   const SlotLock slot_lock(*this, Slots(&chosen, 1), lock);
   wait_for_others(slot.fences, stream, lock);
   adopted_ += slot.state == State::parked ? 1 : 0;
-  const bool ready = is_like(slot);
   begin(slot, 0, stream);
   slot.expected = expected;
   slot.generation = ++clock_;
   slot.cached = 0;
-  if (!ready) drop_unwritable(slot, chosen);
+  if (!source) drop_unwritable(slot, chosen);
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
     if (slot.runs[plane].head != 0) defer_unmap_of_run(slot, chosen, plane);
   refresh(slot);
   return chosen;
 }
 
-// Returns the bytes that a slot lacks for `expected` positions, and those that it has beyond them.
-std::pair<std::size_t, std::size_t> Arena::misfit(const Slot& slot, std::size_t expected) const noexcept {
+// Returns the bytes that a slot lacks for `expected` positions, and those that it has beyond them. What it must not
+// write is of no use, except where the slot will be a fork of `like` at `positions`: then it lacks no memory for what
+// it will share, but what it has in the place of that counts twice as beyond.
+std::pair<std::size_t, std::size_t> Arena::misfit(const Slot& slot, std::size_t expected, const Slot* like,
+                                                  std::size_t positions) const noexcept {
   std::size_t lacking = 0;
   std::size_t beyond = 0;
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
-    const std::size_t end = end_of(geometry_[plane], std::min(expected, options_.max_len));
-    const std::size_t tail = slot.runs[plane].tail;
+    const Run& run = slot.runs[plane];
+    std::size_t start = run.head;
+    Kept stays{0, 0, writable_until(run, 0)};
+    if (like) {
+      stays = kept(*like, slot, plane, positions);
+      const Run& shared = like->runs[plane];
+      const std::size_t count = sharable(*like, plane, positions);
+      start = shared.head + bytes_of(shared, 0, count);
+      beyond += 2 * bytes_of(shared, stays.shared, count);
+    }
+    const std::size_t tail = start + bytes_of(run, stays.begin, stays.end);
+    const std::size_t end = std::max(start, end_of(geometry_[plane], std::min(expected, options_.max_len)));
     (tail < end ? lacking : beyond) += tail < end ? end - tail : tail - end;
   }
   return {lacking, beyond};
 }
 
-// Returns the slot that a sequence takes instead of `chosen`, a slot without a cached prefix; mostly `chosen` itself.
-// Where what that slot lacks would be taken from slots with a cached prefix, extent by extent, one of these is taken as
-// a whole: of the half of them that was used longest ago the one whose memory is nearest to what is expected.
-std::size_t Arena::rather_remembered(std::size_t chosen, std::size_t expected, std::optional<std::size_t> like) const {
-  const auto [lacking, beyond] = misfit(slots_[chosen], expected);
+// Returns the slot that a sequence takes instead of `chosen`; mostly `chosen` itself. Where that has a cached prefix,
+// or what it lacks would be taken from slots with one, extent by extent, one of these is taken as a whole: of the half
+// of them that was used longest ago the one whose memory is nearest to what is expected.
+std::size_t Arena::rather_remembered(std::size_t chosen, std::size_t expected, const Slot* like,
+                                     std::size_t positions) const {
+  const auto [lacking, beyond] = misfit(slots_[chosen], expected, like, positions);
   std::size_t spare = pool_.usage().available();
   std::vector<std::pair<std::uint64_t, std::size_t>> remembered;
   for (std::size_t index = parked_.next(0); index < options_.slots; index = parked_.next(index + 1)) {
     const Slot& slot = slots_[index];
-    if (slot.locked || index == chosen || index == like) continue;
-    bool shared = false;
-    for (const Run& run : slot.runs)
-      for (const Mapping& mapping : run.mappings) {
-        shared = shared || mapping.shared();
-        spare += slot.cached == 0 ? mapping.bytes() : 0;
-      }
-    if (slot.cached != 0 && !shared && slot.deferred.empty()) remembered.emplace_back(slot.parked_at, index);
+    if (slot.locked || index == chosen || &slot == like) continue;
+    if (slot.cached != 0 && slot.deferred.empty()) remembered.emplace_back(slot.parked_at, index);
+    if (slot.cached == 0)
+      for (const Run& run : slot.runs) spare += bytes_of(run, 0, run.mappings.size());
   }
-  if (lacking <= spare) return chosen;
+  if (slots_[chosen].cached == 0 && lacking <= spare) return chosen;
   std::sort(remembered.begin(), remembered.end());
   remembered.resize((remembered.size() + 1) / 2);
   std::size_t least = 2 * lacking + beyond;
   for (const auto& [parked_at, index] : remembered) {
-    const auto [missing, more] = misfit(slots_[index], expected);
+    const auto [missing, more] = misfit(slots_[index], expected, like, positions);
     if (2 * missing + more >= least) continue;
     least = 2 * missing + more;
     chosen = index;
@@ -215,7 +226,7 @@ void Arena::begin(Slot& slot, std::size_t positions, Stream stream) {
   set_state(slot, State::running);
   slot.started_at = ++clock_;
   slot.length = positions;
-  slot.expected = 0;
+  slot.expected = slot.prompt = 0;
   slot.wanted = 0;
   slot.lookahead = first_lookahead();
   slot.asked_since = {};
@@ -239,13 +250,11 @@ void Arena::wait_for_others(Fences fences, Stream stream, Lock& lock) {
 // or the whole run where it lacks the slot's first rows.
 void Arena::drop_unwritable(Slot& slot, std::size_t index) noexcept {
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
-    Run& run = slot.runs[plane];
-    const auto unusable = std::find_if(run.mappings.begin(), run.mappings.end(),
-                                       [](const Mapping& mapping) { return !mapping.writable(); });
-    if (run.head != 0 || unusable == run.mappings.begin()) {
+    const std::size_t usable = slot.runs[plane].head == 0 ? writable_until(slot.runs[plane], 0) : 0;
+    if (usable == 0) {
       defer_unmap_of_run(slot, index, plane);
     } else {
-      defer_unmap_from(slot, index, plane, static_cast<std::size_t>(unusable - run.mappings.begin()));
+      defer_unmap_from(slot, index, plane, usable);
     }
   }
   if (!slot.deferred.empty()) post_maintenance({});

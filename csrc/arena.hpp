@@ -166,18 +166,18 @@ class Arena {
 
   // Starts an empty sequence and returns the number of its slot. With `slot` it is that one; otherwise the arena
   // chooses among the parked and bare slots, by the first of these criteria in which they differ:
-  //   1. Where `like`, a slot that is to be forked, is given: a slot whose cached prefix lies wholly in extents that it
-  //      shares with `like`. It keeps these mappings.
+  //   1. Where `like`, a slot that is to be forked at `positions`, is given: a slot whose cached prefix lies wholly in
+  //      extents that it shares with `like`.
   //   2. A slot without a cached prefix; among slots with one, the slot that was parked or forked from longest ago.
   //   3. When nothing is expected and `empty` is false: a parked slot before a bare one.
   //   4. The slot whose memory is nearest to what `expected` positions need, where missing bytes count twice. So with
   //      `empty` and nothing expected it is the slot with the least memory.
   // Where memory for `expected` positions would be taken from slots with a cached prefix, it may be one of these, see
-  // rather_remembered().
+  // rather_remembered(). With `like` the slot keeps all of its mappings until fork() decides which are of use.
   // Waits for what was queued on streams other than `stream` with the slot's memory. Throws std::invalid_argument when
   // `slot` does not exist or is in use, or when all slots are in use.
   std::size_t acquire(std::optional<std::size_t> slot, std::size_t expected, Stream stream, bool empty = false,
-                      std::optional<std::size_t> like = std::nullopt);
+                      std::optional<std::size_t> like = std::nullopt, std::size_t positions = 0);
 
   // Makes `positions` rows, and the tail rows behind them, usable in every named slot: in all of them or, when this
   // throws, in none. Lengths never shrink here. `stream` is where the rows will be used, see use().
@@ -236,8 +236,9 @@ class Arena {
   // slot's memory to grow into; nothing is mapped or copied. Waits for what was queued on other streams with the slot's
   // memory. Returns false when the slot is not parked or the rows are not there any more.
   bool resume(std::size_t slot, std::uint64_t generation, std::size_t positions, Stream stream);
-  // Notes how many positions a running sequence will probably need, as the argument `expected` of acquire() does.
-  void expect(std::size_t name, std::size_t positions);
+  // Notes how many positions a running sequence will probably need, as the argument `expected` of acquire() does. Up to
+  // `prompt` positions are mapped in few large extents all the same, which are cheap to share.
+  void expect(std::size_t name, std::size_t positions, std::size_t prompt);
   // Gives the targets, which must be running and of length 0, the first `positions` rows of a slot: all of them or,
   // when this throws, none. Without a generation the source must be a running sequence. With one, the source is a
   // running or parked slot whose cached prefix of that generation contains the rows. The source's extents that lie
@@ -340,6 +341,9 @@ class Arena {
   // Returns whether a write to what these running slots have mapped past their first `positions` rows could be seen by
   // another sequence, running, parked or swapped out, or by another process. An extent that is mapped read-only counts.
   bool shares(Slots names, std::size_t positions) const;
+  // Returns the numbers 0 to n - 1 of n slots, so that those that map the same extents first stand side by side. Slots
+  // that share nothing keep their order. The first plane counts.
+  std::vector<std::size_t> side_by_side(Slots names) const;
   // Returns how many rows fit in the extents of a running slot that it must not write: in the plane without a window
   // where that is fewest, or the largest std::size_t when all planes have a window.
   std::size_t rows_in_shared(std::size_t name) const;
@@ -381,6 +385,7 @@ class Arena {
     std::size_t hit_at = 0;     // past this length the memory was mapped ahead
     std::size_t lookahead = 0;  // positions past its length that it is kept mapped
     std::size_t expected = 0;   // positions that the sequence will probably need, by acquire() or expect()
+    std::size_t prompt = 0;     // positions that are mapped in few large extents, by expect()
     std::size_t wanted = 0;     // positions that prefetch() asked for
     bool asked = false;         // whether it waits in asked_ for the mapper
     bool starved = false;       // whether the mapper found no memory for it; it is asked again when there may be some
@@ -402,6 +407,13 @@ class Arena {
     Address at;
     std::size_t bytes;
   };
+  // Which mappings of a run stay when a fork takes its slot: the first `shared`, which are also the source's, and those
+  // from `begin` up to `end`, which begin where what the fork shares ends, and may be written.
+  struct Kept {
+    std::size_t shared;
+    std::size_t begin;
+    std::size_t end;
+  };
   // What a running slot keeps when memory is taken from it: its rows and what prefetch() asked for; that and its
   // lookahead; or also what it is expected to need.
   enum class Keep { rows, ahead, expected };
@@ -419,8 +431,10 @@ class Arena {
   void begin(Slot& slot, std::size_t positions, Stream stream);
   void wait_for_others(Fences fences, Stream stream, Lock& lock);
   void drop_unwritable(Slot& slot, std::size_t index) noexcept;
-  std::pair<std::size_t, std::size_t> misfit(const Slot& slot, std::size_t expected) const noexcept;
-  std::size_t rather_remembered(std::size_t chosen, std::size_t expected, std::optional<std::size_t> like) const;
+  std::pair<std::size_t, std::size_t> misfit(const Slot& slot, std::size_t expected, const Slot* like,
+                                             std::size_t positions) const noexcept;
+  std::size_t rather_remembered(std::size_t chosen, std::size_t expected, const Slot* like,
+                                std::size_t positions) const;
   static bool has_nothing(const Slot& slot) noexcept;
   Lock locked() const;
   void require_open() const;
@@ -457,10 +471,15 @@ class Arena {
   std::size_t sharable(const Slot& slot, std::size_t plane, std::size_t positions) const noexcept;
   static std::size_t common(const Run& one, const Run& other) noexcept;
   bool is_ready(const Slot& slot, const Slot& source) const noexcept;
-  std::size_t kept(const Slot& source, const Slot& target, std::size_t plane, std::size_t positions) const noexcept;
+  static std::size_t writable_until(const Run& run, std::size_t first) noexcept;
+  static std::size_t bytes_of(const Run& run, std::size_t first, std::size_t end) noexcept;
+  Kept kept(const Slot& source, const Slot& target, std::size_t plane, std::size_t positions) const noexcept;
   bool better_aliased(const Slot& source, const Slot& target, std::size_t positions) const;
   void split_for_forks(std::size_t source, std::size_t positions, std::size_t forks, Slots mine, Lock& lock);
   void share_runs(std::size_t source, std::size_t positions, Slots targets, Slots aliased, Lock& lock);
+  void make_way(std::size_t source, std::size_t positions, Slots targets, Slots aliased,
+                std::vector<DeferredUnmap>& behind);
+  void alias(std::size_t source, std::size_t plane, std::size_t positions, Slots targets, std::size_t more, Lock& lock);
   void copy_rows(std::size_t source, std::size_t positions, Slots targets, Stream stream, Lock& lock);
   void post_compacting(std::size_t slot, std::uint64_t generation, std::size_t positions, Clock::duration delay);
   bool compact_with_driver(std::size_t slot, std::optional<std::uint64_t> generation, std::size_t positions,

@@ -281,9 +281,11 @@ void bind_arena(py::module_& module) {
       .def(
           "acquire",
           [](Arena& self, std::optional<std::size_t> slot, std::size_t expected, std::uintptr_t stream, bool empty,
-             std::optional<std::size_t> like) { return self.acquire(slot, expected, Stream{stream}, empty, like); },
+             std::optional<std::size_t> like, std::size_t positions) {
+            return self.acquire(slot, expected, Stream{stream}, empty, like, positions);
+          },
           py::arg("slot") = std::nullopt, py::kw_only(), py::arg("expected") = 0, py::arg("stream") = 0,
-          py::arg("empty") = false, py::arg("like") = std::nullopt, Unlocked())
+          py::arg("empty") = false, py::arg("like") = std::nullopt, py::arg("positions") = 0, Unlocked())
       .def(
           "grow",
           [](Arena& self, const Slots& slots, const Slots& positions, const Slots& min_truncate_length, std::uintptr_t stream) {
@@ -313,11 +315,11 @@ void bind_arena(py::module_& module) {
       .def(
           "open",
           [](const std::shared_ptr<Arena>& self, std::optional<std::size_t> slot, std::size_t expected,
-             std::uintptr_t stream, bool empty, std::optional<std::size_t> like) {
-            return owned(new Sequence(self, slot, expected, Stream{stream}, empty, like));
+             std::uintptr_t stream, bool empty, std::optional<std::size_t> like, std::size_t positions) {
+            return owned(new Sequence(self, slot, expected, Stream{stream}, empty, like, positions));
           },
           py::arg("slot") = std::nullopt, py::kw_only(), py::arg("expected") = 0, py::arg("stream") = 0,
-          py::arg("empty") = false, py::arg("like") = std::nullopt, Unlocked())
+          py::arg("empty") = false, py::arg("like") = std::nullopt, py::arg("positions") = 0, Unlocked())
       .def("prefetch", &Arena::prefetch, py::arg("slot"), py::arg("positions"), Unlocked())
       .def(
           "use", [](Arena& self, std::size_t slot, std::uintptr_t stream) { self.use(slot, Stream{stream}); },
@@ -399,7 +401,7 @@ void bind_arena(py::module_& module) {
             self.import_rows(slot, positions, runs);
           },
           py::arg("slot"), py::arg("positions"), py::arg("runs"))
-      .def("expect", &Arena::expect, py::arg("slot"), py::arg("positions"))
+      .def("expect", &Arena::expect, py::arg("slot"), py::arg("positions"), py::arg("prompt") = 0)
       .def_property_readonly("running_slots", [](const Arena& self) { return self.running_slots(); })
       .def("free_slots", &Arena::free_slots, py::arg("count"))
       .def("free_slots_from", &Arena::free_slots_from, py::arg("slot"))
@@ -408,6 +410,8 @@ void bind_arena(py::module_& module) {
           [](const Arena& self, const Slots& slots, std::size_t positions) { return self.shares(slots, positions); },
           py::arg("slots"), py::arg("positions"))
       .def("rows_in_shared", &Arena::rows_in_shared, py::arg("slot"))
+      .def(
+          "side_by_side", [](const Arena& self, const Slots& slots) { return self.side_by_side(slots); }, py::arg("slots"))
       .def("compact_later", &Arena::compact_later, py::arg("slot"), py::arg("generation"), py::arg("positions"))
       .def("trim", &Arena::trim, Unlocked())
       .def("set_budget", &Arena::set_budget, py::arg("budget"), Unlocked())

@@ -247,7 +247,7 @@ std::vector<Arena::Step> Arena::plan(Slots slots, PerSlot positions, bool exact)
         for (const Mapping& mapping : run.mappings) have += mapping.shared() ? 0 : mapping.bytes();
         std::size_t ahead = pool_.bytes_of(pool_.class_of(have / options_.growth_divisor));
         const std::size_t expected = end_of(geometry_[plane], std::min(slots_[index].expected, options_.max_len));
-        if (expected > end) {
+        if (expected > end && positions[i] > slots_[index].prompt) {
           // The sequence is expected to grow further. Its extents are sized so that sequences that adopt the slot later
           // can use them too, and it takes more at a time, so that it asks for memory less often.
           largest = std::min(largest, pool_.class_of(end / kServed));

@@ -6,9 +6,9 @@
 namespace vattn {
 
 Sequence::Sequence(std::shared_ptr<Arena> arena, std::optional<std::size_t> slot, std::size_t expected, Stream stream,
-                   bool empty, std::optional<std::size_t> like)
+                   bool empty, std::optional<std::size_t> like, std::size_t positions)
     : arena_(std::move(arena)),
-      name_(arena_->name(arena_->acquire(slot, expected, stream, empty, like))),
+      name_(arena_->name(arena_->acquire(slot, expected, stream, empty, like, positions))),
       slot_(Arena::slot_of(*name_)) {}
 
 Sequence::Sequence(std::shared_ptr<Arena> arena, std::size_t slot)

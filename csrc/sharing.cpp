@@ -1,5 +1,7 @@
 // How the slots of an arena share extents: cached prefixes, forks, copy on write and compacting.
 #include <iterator>
+#include <numeric>
+#include <unordered_map>
 #include <utility>
 
 #include "slot_lock.hpp"
@@ -27,6 +29,29 @@ Arena::CachedPrefix Arena::commit(std::size_t name, std::size_t positions) {
                                 std::to_string(slot.length));
   slot.cached = positions;
   return {slot.generation, slot.cached, false};
+}
+
+std::vector<std::size_t> Arena::side_by_side(Slots names) const {
+  const Lock lock = locked();
+  std::vector<std::size_t> order(names.size());
+  std::iota(order.begin(), order.end(), 0);
+  const auto begins_shared = [&](std::size_t name) {
+    const std::vector<Mapping>& mappings = running(name, "look at").runs.front().mappings;
+    return !mappings.empty() && mappings.front().shared();
+  };
+  if (std::none_of(names.begin(), names.end(), begins_shared)) return order;
+  std::unordered_map<const Extent*, std::size_t> numbers;  // of extents, in the order in which they are met
+  std::vector<std::vector<std::size_t>> keys;
+  for (const std::size_t name : names) {
+    std::vector<std::size_t>& key = keys.emplace_back();
+    for (const Mapping& mapping : running(name, "look at").runs.front().mappings) {
+      key.push_back(numbers.try_emplace(mapping.extent().get(), numbers.size()).first->second);
+      if (!mapping.shared()) break;
+    }
+  }
+  std::stable_sort(order.begin(), order.end(),
+                   [&](std::size_t one, std::size_t other) { return keys[one] < keys[other]; });
+  return order;
 }
 
 Arena::CachedPrefix Arena::cached_prefix(std::size_t index) const {
@@ -63,10 +88,12 @@ bool Arena::resume(std::size_t index, std::uint64_t generation, std::size_t posi
   return true;
 }
 
-void Arena::expect(std::size_t name, std::size_t positions) {
+void Arena::expect(std::size_t name, std::size_t positions, std::size_t prompt) {
   const Lock lock = locked();
   require_open();
-  running(name, "expect of").expected = positions;
+  Slot& slot = running(name, "expect of");
+  slot.expected = positions;
+  slot.prompt = prompt;
 }
 
 bool Arena::fork(std::size_t source, std::optional<std::uint64_t> generation, std::size_t positions, Slots targets,
@@ -117,7 +144,7 @@ bool Arena::fork_with_driver(std::size_t name, std::optional<std::uint64_t> gene
   for (const std::size_t target : targets) {
     std::size_t count = 0;
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
-      count += sharable(from, plane, positions) - kept(from, slots_[target], plane, positions);
+      count += sharable(from, plane, positions) - kept(from, slots_[target], plane, positions).shared;
     const bool cheaper = share == Share::alias || better_aliased(from, slots_[target], positions);
     if (share == Share::copy || !cheaper || mappings + count > limit) continue;
     mappings += count;
@@ -149,6 +176,7 @@ bool Arena::fork_with_driver(std::size_t name, std::optional<std::uint64_t> gene
       slot.length = 0;
       for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
         if (slot.runs[plane].head != 0 || contains(aliased, target)) defer_unmap_of_run(slot, target, plane);
+      drop_unwritable(slot, target);
       refresh(slot);
     }
     post_maintenance({});
@@ -214,10 +242,32 @@ bool Arena::is_ready(const Slot& slot, const Slot& source) const noexcept {
   return any;
 }
 
-// Returns how many of the mappings that a fork would share are in the target already.
-std::size_t Arena::kept(const Slot& source, const Slot& target, std::size_t plane,
+// Returns the number of the first mapping of a run, from number `first` on, that must not be written, or how many there
+// are.
+std::size_t Arena::writable_until(const Run& run, std::size_t first) noexcept {
+  while (first < run.mappings.size() && run.mappings[first].writable()) ++first;
+  return first;
+}
+
+// Returns the bytes of the mappings of a run from number `first` up to number `end`.
+std::size_t Arena::bytes_of(const Run& run, std::size_t first, std::size_t end) noexcept {
+  std::size_t bytes = 0;
+  for (; first < end; ++first) bytes += run.mappings[first].bytes();
+  return bytes;
+}
+
+// Returns which mappings of the target would stay if the source were forked at `positions`.
+Arena::Kept Arena::kept(const Slot& source, const Slot& target, std::size_t plane,
                         std::size_t positions) const noexcept {
-  return std::min(common(source.runs[plane], target.runs[plane]), sharable(source, plane, positions));
+  const Run& run = target.runs[plane];
+  const std::size_t count = sharable(source, plane, positions);
+  const std::size_t end = source.runs[plane].head + bytes_of(source.runs[plane], 0, count);
+  const std::size_t shared = std::min(common(source.runs[plane], run), count);
+  std::size_t behind = shared;
+  std::size_t at = run.head + bytes_of(run, 0, shared);
+  while (behind < run.mappings.size() && at < end) at += run.mappings[behind++].bytes();
+  if (at != end) behind = run.mappings.size();
+  return {shared, behind, writable_until(run, behind)};
 }
 
 // Whether sharing extents with a target costs no more than copying their rows to it, or the copies would need more
@@ -227,16 +277,16 @@ bool Arena::better_aliased(const Slot& source, const Slot& target, std::size_t p
   double copying = 0;
   std::size_t more = 0;
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
-    const Run& run = source.runs[plane];
+    const Run& run = target.runs[plane];
     const std::size_t count = sharable(source, plane, positions);
-    std::size_t bytes = 0;
-    for (std::size_t index = 0; index < count; ++index) bytes += run.mappings[index].bytes();
-    const std::size_t has = target.runs[plane].tail;
-    const std::size_t lacks = bytes - std::min(bytes, has);
-    const std::size_t had = kept(source, target, plane, positions);
-    aliasing += kAliasCost * static_cast<double>(count - had) +
-                kUnmapCost * static_cast<double>(target.runs[plane].mappings.size() - had);
+    const std::size_t bytes = bytes_of(source.runs[plane], 0, count);
+    const std::size_t writable = writable_until(run, 0);
+    const std::size_t lacks = bytes - std::min(bytes, bytes_of(run, 0, writable));
+    const auto [shared, begin, end] = kept(source, target, plane, positions);
+    aliasing += kAliasCost * static_cast<double>(count - shared) +
+                kUnmapCost * static_cast<double>(run.mappings.size() - shared - (end - begin));
     copying += kCopyCost * static_cast<double>(bytes) +
+               kUnmapCost * static_cast<double>(run.mappings.size() - writable) +
                kMemoryCost * static_cast<double>(lacks / driver_->granularity()) + (lacks != 0 ? kExtentCost : 0);
     more += lacks;
   }
@@ -268,61 +318,104 @@ void Arena::split_for_forks(std::size_t source, std::size_t positions, std::size
 }
 
 // Makes the runs of the targets begin where those of the source do, and maps the source's sharable extents at the
-// targets in `aliased`; mappings of a target that are in the way are unmapped. Requires: the caller has locked all
-// these slots.
+// targets in `aliased`, before what may stay of the memory behind them. Mappings of a target that are in the way are
+// unmapped. Requires: the caller has locked all these slots.
 void Arena::share_runs(std::size_t source, std::size_t positions, Slots targets, Slots aliased, Lock& lock) {
+  std::vector<DeferredUnmap> behind;  // what stays behind extents that are not mapped yet
+  try {
+    make_way(source, positions, targets, aliased, behind);
+    clear_the_way(targets, Urgency::demand, lock);
+    for (const std::size_t target : targets)
+      for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
+        if (Run& run = slots_[target].runs[plane]; run.mappings.empty())
+          run.head = run.tail = slots_[source].runs[plane].head;
+    for (std::size_t plane = 0; plane < geometry_.size() && !aliased.empty(); ++plane)
+      alias(source, plane, positions, aliased, behind.size(), lock);
+  } catch (...) {
+    if (!lock.owns_lock()) lock.lock();
+    defer_again(behind);
+    throw;
+  }
+  for (DeferredUnmap& loose : behind) {
+    Run& run = slots_[loose.slot].runs[loose.plane];
+    run.tail += loose.mapping.bytes();
+    run.mappings.push_back(std::move(loose.mapping));
+  }
+}
+
+// Takes out of the runs of the targets what is not of use to forks of the source, as deferred unmaps. What stays behind
+// extents that are to be mapped is moved to `behind`, since a run has no gaps.
+void Arena::make_way(std::size_t source, std::size_t positions, Slots targets, Slots aliased,
+                     std::vector<DeferredUnmap>& behind) {
   const Slot& from = slots_[source];
-  for (const std::size_t target : targets)
-    for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
-      if (Run& run = slots_[target].runs[plane]; run.head != from.runs[plane].head) {
-        defer_unmap_of_run(slots_[target], target, plane);
-      } else if (contains(aliased, target)) {
-        const std::size_t had = kept(from, slots_[target], plane, positions);
-        if (had < sharable(from, plane, positions)) defer_unmap_from(slots_[target], target, plane, had);
+  for (const std::size_t target : targets) {
+    Slot& slot = slots_[target];
+    for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+      Run& run = slot.runs[plane];
+      if (run.head != from.runs[plane].head) {
+        defer_unmap_of_run(slot, target, plane);
+        continue;
       }
-  clear_the_way(targets, Urgency::demand, lock);
-  for (const std::size_t target : targets)
-    for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
-      if (Run& run = slots_[target].runs[plane]; run.mappings.empty()) run.head = run.tail = from.runs[plane].head;
-  if (aliased.empty()) return;
-  for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
-    const std::size_t count = sharable(from, plane, positions);
-    std::vector<std::shared_ptr<Extent>> extents;
-    for (std::size_t index = 0; index < count; ++index) extents.push_back(from.runs[plane].mappings[index].extent());
-    for (const std::size_t target : aliased) {
-      Run& run = slots_[target].runs[plane];
-      const std::size_t had = std::min(run.mappings.size(), count);
-      std::vector<Mapping> mappings;
-      mappings.reserve(count - had);
-      make_room(run.mappings, count - had);
-      make_room(slots_[target].deferred, count - had);
-      std::size_t tail = run.tail;
-      lock.unlock();
-      try {
-        for (std::size_t index = had; index < count; ++index) {
-          const auto& extent = extents[index];
-          mappings.emplace_back(driver_, extent, address_of(target, plane) + tail);
-          mappings.back().allow(options_.protect_shared || extent->exported.load() ? Access::read : Access::write);
-          tail += extent->bytes();
-        }
-      } catch (...) {
-        lock.lock();
-        for (Mapping& mapping : mappings) slots_[target].deferred.push_back({target, plane, std::move(mapping), {}});
-        throw;
+      if (!contains(aliased, target)) {
+        defer_unmap_from(slot, target, plane, writable_until(run, 0));
+        continue;
       }
-      lock.lock();
-      std::move(mappings.begin(), mappings.end(), std::back_inserter(run.mappings));
-      run.tail = tail;
-      slots_[target].length = positions;  // so that copy_shared() keeps the shared extents
-      aliases_ += count - had;
+      const auto [shared, begin, end] = kept(from, slot, plane, positions);
+      // Room for everything that is moved is made before anything is taken out of the run.
+      std::vector<Mapping> stays;
+      stays.reserve(end - begin);
+      std::vector<Fences> fences(end - begin, slot.fences);
+      make_room(behind, end - begin);
+      defer_unmap_from(slot, target, plane, end);
+      if (begin == shared) continue;
+      take_from(run, begin, stays);
+      defer_unmap_from(slot, target, plane, shared);
+      for (std::size_t i = 0; i < stays.size(); ++i)
+        behind.push_back({target, plane, std::move(stays[i]), std::move(fences[i])});
     }
-    if (options_.protect_shared) {
-      lock.unlock();
-      // Only the thread that has locked the slot changes its run; the access, which others may read, is atomic.
-      for (std::size_t index = 0; index < count; ++index)
-        slots_[source].runs[plane].mappings[index].allow(Access::read);
+  }
+}
+
+// Maps the source's sharable extents in one plane at the targets that lack them, and leaves room for `more` mappings in
+// each of their runs.
+void Arena::alias(std::size_t source, std::size_t plane, std::size_t positions, Slots targets, std::size_t more,
+                  Lock& lock) {
+  const Slot& from = slots_[source];
+  const std::size_t count = sharable(from, plane, positions);
+  std::vector<std::shared_ptr<Extent>> extents;
+  for (std::size_t index = 0; index < count; ++index) extents.push_back(from.runs[plane].mappings[index].extent());
+  for (const std::size_t target : targets) {
+    Run& run = slots_[target].runs[plane];
+    const std::size_t had = std::min(run.mappings.size(), count);
+    std::vector<Mapping> mappings;
+    mappings.reserve(count - had);
+    make_room(run.mappings, count - had + more);
+    make_room(slots_[target].deferred, count - had);
+    std::size_t tail = run.tail;
+    lock.unlock();
+    try {
+      for (std::size_t index = had; index < count; ++index) {
+        const auto& extent = extents[index];
+        mappings.emplace_back(driver_, extent, address_of(target, plane) + tail);
+        mappings.back().allow(options_.protect_shared || extent->exported.load() ? Access::read : Access::write);
+        tail += extent->bytes();
+      }
+    } catch (...) {
       lock.lock();
+      for (Mapping& mapping : mappings) slots_[target].deferred.push_back({target, plane, std::move(mapping), {}});
+      throw;
     }
+    lock.lock();
+    std::move(mappings.begin(), mappings.end(), std::back_inserter(run.mappings));
+    run.tail = tail;
+    slots_[target].length = positions;  // so that copy_shared() keeps the shared extents
+    aliases_ += count - had;
+  }
+  if (options_.protect_shared) {
+    lock.unlock();
+    // Only the thread that has locked the slot changes its run; the access, which others may read, is atomic.
+    for (std::size_t index = 0; index < count; ++index) slots_[source].runs[plane].mappings[index].allow(Access::read);
+    lock.lock();
   }
 }
 

@@ -84,6 +84,9 @@ class CountedMemory:
         self.positions[request.trunk] = cached
         return cached
 
+    def side_by_side(self, branches: list[Branch]) -> list[Branch]:
+        return branches
+
     def grow(self, decodes: list[Branch], branches: Sequence[Branch], positions: Sequence[int]) -> Branch | None:
         wanted = {branch: branch.launched + 1 for branch in decodes} | dict(zip(branches, positions, strict=True))
         if self._refused():

@@ -149,8 +149,14 @@ class ArenaMachine(RuleBasedStateMachine):
             if length == 0:
                 self.kept[slot] = 0
 
-    @rule(index=INDEX, fraction=st.floats(0, 1), share=st.sampled_from(["auto", "alias", "copy"]), parked=st.booleans())
-    def fork(self, index: int, fraction: float, share: str, parked: bool) -> None:
+    @rule(
+        index=INDEX,
+        fraction=st.floats(0, 1),
+        share=st.sampled_from(["auto", "alias", "copy"]),
+        parked=st.booleans(),
+        more=st.sampled_from([None, 0, 5, 30]),
+    )
+    def fork(self, index: int, fraction: float, share: str, parked: bool, more: int | None) -> None:
         if parked and self.known:
             source = pick(self.known, index)
             generation, rows, kept = self.known[source]
@@ -161,15 +167,17 @@ class ArenaMachine(RuleBasedStateMachine):
             return
         length = int(len(rows) * fraction)
         if length == len(rows) or length - WINDOW + 1 >= kept:  # else a window may have moved past this length
-            self.fork_into_new(source, generation, length, rows, kept, share)
+            self.fork_into_new(source, generation, length, rows, kept, share, more)
 
     def fork_into_new(
-        self, source: int, generation: int | None, length: int, rows: list[int], kept: int, share: str
+        self, source: int, generation: int | None, length: int, rows: list[int], kept: int, share: str, more: int | None
     ) -> None:
         if len(self.written.keys() | {source}) == SLOTS:
             return
         chosen: list[int] = []
-        if not self.attempt(lambda: chosen.append(self.arena.acquire(empty=True, like=source))):
+        expected = 0 if more is None else length + more
+        like = {"expected": expected, "empty": not expected, "like": source, "positions": length}
+        if not self.attempt(lambda: chosen.append(self.arena.acquire(**like))):
             return
         [target] = chosen
         self.begin(target)
@@ -327,7 +335,16 @@ OPERATIONS = {
     "acquire_any": (3, {"expected": (0, MAX_LEN), "by": (0, 30)}),
     "grow": (12, {"indices": [(0, 63)], "by": (0, 20)}),
     "truncate": (6, {"index": (0, 63), "fraction": 1.0}),
-    "fork": (12, {"index": (0, 63), "fraction": 1.0, "share": ("auto", "alias", "copy"), "parked": (False, True)}),
+    "fork": (
+        12,
+        {
+            "index": (0, 63),
+            "fraction": 1.0,
+            "share": ("auto", "alias", "copy"),
+            "parked": (False, True),
+            "more": (None, 0, 5, 30),
+        },
+    ),
     "come_back": (8, {"index": (0, 63), "fraction": 1.0, "swapped": (False, True)}),
     "compact": (4, {"index": (0, 63), "fraction": 1.0, "parked": (False, True)}),
     "forget": (1, {"index": (0, 63)}),

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vattn import BudgetExceeded, KVCache, KVLayout
+from vattn import BudgetExceeded, DriverError, KVCache, KVLayout
 from vattn.memory.prefix_tree import PrefixTree
 from vattn.memory.shape import LayerShape
 
@@ -396,3 +396,113 @@ def test_a_slot_with_cached_rows_is_taken_as_a_whole_when_memory_is_short(pages)
         assert (known(40), known(160)) == (40, 160)
     cache.check()
     cache.close()
+
+
+def requests(c, prefixes, own=24):
+    """Three sequences with each prefix of 64 rows, and with some rows of their own; each takes its place in turn."""
+    opened = []
+    for prefix in prefixes:
+        for number in range(3):
+            tokens = [*range(prefix, prefix + 64), *range(prefix + 500 + 50 * number, prefix + 500 + 50 * number + own)]
+            sequence = c.open(tokens=tokens, expected=64 + own)
+            sequence.expect(64 + own, prompt=64)
+            start = sequence.length
+            assert start == (64 if number else 0)
+            sequence.grow(64 - start)
+            sequence.grow(own)
+            sequence.k(0)[start:] = torch.tensor(tokens[start:], dtype=torch.float32).reshape(-1, 1, 1)
+            assert sequence.k(0)[:, 0, 0].tolist() == tokens
+            sequence.remember(tokens)
+            opened.append((sequence, tokens))
+    return opened
+
+
+def closed(opened):
+    for sequence, tokens in opened:
+        sequence.close(tokens=tokens)
+
+
+@pytest.mark.parametrize("share", ["another", "the same"])
+def test_a_fork_keeps_the_memory_behind_what_it_shares(share):
+    """It takes the place of a fork of another prefix, or of the same one; only what they share is mapped anew."""
+    with cache(slots=9, mapper=False, lookahead=0) as c:
+        closed(requests(c, [1000, 2000]))
+        running = requests(c, [3000])  # in bare slots
+        assert c.stats().parked_slots == 6
+        before = c.stats()
+        of = 1000 if share == "the same" else 3000  # the one that was used longest ago, or one that no parked slot has
+        with c.open(tokens=[*range(of, of + 64), 7], expected=88) as sequence:
+            assert sequence.length == 64
+            sequence.grow(24)
+            now = c.stats()
+            calls = {name: now.driver_calls[name] - before.driver_calls[name] for name in now.driver_calls}
+            assert calls["create"] == calls["release"] == 0
+            assert calls["map"] == calls["unmap"] == now.aliases - before.aliases == (0 if share == "the same" else 1)
+            assert now.physical == before.physical
+            assert sequence.k(0)[:64, 0, 0].tolist() == list(range(of, of + 64))
+            sequence.k(0)[64:] = -1  # nobody else sees this
+            assert [one.k(0)[:, 0, 0].tolist() for one, _ in running] == [tokens for _, tokens in running]
+            c.check()
+        closed(running)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_refused_call_of_such_a_fork_loses_nothing(times):
+    """Whichever call the driver refuses, what others hold stays as it is, and the fork succeeds afterwards."""
+    refused = 0
+    for call in range(1, 12):
+        with cache(slots=9, mapper=False, lookahead=0) as c:
+            closed(requests(c, [1000, 2000]))
+            running = requests(c, [3000])
+            c.driver.fail_at(call, times=times)
+            try:
+                sequence = c.open(tokens=[*range(3000, 3064), 7], expected=88)
+                sequence.grow(24)
+            except DriverError:
+                refused += 1
+                c.driver.fail_at(0)
+                c.check()
+                sequence = c.open(tokens=[*range(3000, 3064), 7], expected=88)
+                sequence.grow(24)
+            c.driver.fail_at(0)
+            assert sequence.length == 88
+            sequence.k(0)[64:] = -1
+            assert [one.k(0)[:, 0, 0].tolist() for one, _ in running] == [tokens for _, tokens in running]
+            c.check()
+            sequence.close()
+            closed(running)
+    assert refused > 1
+
+
+def test_sequences_that_share_rows_stand_side_by_side():
+    with cache(slots=8) as c:
+        assert c.side_by_side([]) == []
+        one, other, alone = c.open(), c.open(), c.open()
+        for sequence in (one, other, alone):
+            for _ in range(3):
+                sequence.grow(32)
+        [late] = one.fork(64, share="alias")
+        [first, second] = other.fork(64, 2, share="alias")
+        assert c.side_by_side([one, other, alone]) == [0, 1, 2]
+        assert c.side_by_side([alone, first, late, second, one, other]) == [0, 1, 3, 5, 2, 4]
+        [nested] = first.fork(32, share="alias")
+        order = c.side_by_side([late, nested, alone, other, one])
+        assert order == [0, 4, 1, 3, 2]
+        alone.close()
+        with pytest.raises(ValueError, match="closed"):
+            c.side_by_side([alone])
+
+
+def test_a_prompt_lies_in_few_extents_whatever_is_expected_behind_it():
+    with cache(slots=4, mapper=False, lookahead=0) as c:
+        lengths = []
+        for told in ({"prompt": 300}, {}):
+            sequence = c.open(expected=900)
+            sequence.expect(900, **told)
+            for _ in range(3):  # in chunks
+                sequence.grow(100)
+            lengths.append(len(c.map()[sequence.slot]["runs"][0]["extents"]))
+            sequence.grow(1)
+        assert lengths[0] <= 12 < lengths[1]
+        with pytest.raises(ValueError, match="prompt"):
+            sequence.expect(5, prompt=-1)

@@ -61,6 +61,15 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
+def hashable(name: str, value: Any) -> Any:
+    """Returns a value that equal ones can be looked up by."""
+    try:
+        hash(value)
+    except TypeError:
+        raise TypeError(f"{name} must be hashable, e.g. a string or a tuple, not {shown(value)}") from None
+    return value
+
+
 def choice(name: str, value: Any, choices: Iterable[str]) -> str:
     """Returns one of the given names."""
     if not isinstance(value, str):

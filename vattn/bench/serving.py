@@ -164,9 +164,9 @@ def resized(llm: LLM, requests: int, vocabulary: int, prompt: int = 512, output:
         output: tokens that each samples.
 
     Returns:
-        A row with the bytes mapped under running requests, over those of their rows and of one granule each; the memory
-        that the cache has before and after the resize, and what became free on the device; and how many requests were
-        preempted, and failed.
+        A row with the bytes mapped under running requests, over those of their rows, of the rows that kernels load
+        behind these, and of one granule each; the memory that the cache has before and after the resize, and what
+        became free on the device; and how many requests were preempted, and failed.
 
     Raises:
         ValueError: the engine has no ``KVCache``, or no room for so many requests at once.
@@ -188,7 +188,7 @@ def resized(llm: LLM, requests: int, vocabulary: int, prompt: int = 512, output:
         raise ValueError(f"there is no room for {requests} requests of {prompt + output} tokens at once")
     before, layout = cache.stats(), cache.layout
     positions = sum(branch.launched for branch in engine.scheduler.requests.decoding)
-    needed = positions * layout.bytes_per_token + requests * layout.granularity
+    needed = (positions + requests * cache.tail_rows) * layout.bytes_per_token + requests * layout.granularity
     held, free = before.mapped - before.parked - before.spare, _free(cache.device)
     preemptions = engine.scheduler.requests.counters.preemptions
     engine.resize(held // 2)

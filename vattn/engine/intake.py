@@ -7,7 +7,7 @@ import time
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-from vattn.arguments import integer, shown, token_ids
+from vattn.arguments import hashable, integer, shown, token_ids
 from vattn.engine.request import Request
 from vattn.engine.sampler import MOST_BAD_TOKENS
 from vattn.engine.sampling_params import SamplingParams, checked_params
@@ -53,10 +53,7 @@ class Intake:
         text = prompt if isinstance(prompt, str) else None
         if not isinstance(request_id, str):
             raise TypeError(f"request_id must be a text, not {shown(request_id)}")
-        try:
-            hash(namespace)
-        except TypeError:
-            raise TypeError(f"namespace must be hashable, not {shown(namespace)}") from None
+        hashable("namespace", namespace)
         if self.tokenizer is None and (text is not None or params.stop or params.bad_words):
             raise ValueError("a text as prompt, stop and bad_words need a tokenizer, and the engine has none")
         ids = token_ids("prompt", prompt if text is None else self._encoded(text))

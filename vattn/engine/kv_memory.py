@@ -14,10 +14,20 @@ from vattn.engine.request import Branch, Request
 from vattn.errors import Error
 from vattn.kernels.measure import FEW
 from vattn.memory.kv_cache import KVCache
+from vattn.memory.layout import KVLayout
 from vattn.memory.sequence import Sequence
 from vattn.models.flat import Margins
 
-_AHEAD = 64  # positions past those that a sequence will have, which the mapper may keep mapped ahead
+_MOST_AHEAD = 16  # positions behind a sequence up to which the mapper is to map ahead
+
+
+def lookahead(layout: KVLayout) -> int:
+    """Positions behind an output up to which the mapper is to map ahead: enough for several iterations.
+
+    An output takes what is left of a granule in two steps, of which the second makes the mapper map the next one.
+    """
+    widest = max(plane.row_bytes for plane in layout.planes)
+    return min(max(layout.granularity // widest // 4, 1), _MOST_AHEAD)
 
 
 @dataclass
@@ -25,16 +35,24 @@ class _Batch:
     """Outputs that are computed a position each, in the same iterations.
 
     Args:
-        branches: the outputs.
+        branches: the outputs, those that share rows side by side.
+        given: the same ones in the order in which they were asked about.
         launched: positions of each that were launched when it became this batch.
         room: the lengths of their sequences.
         slots: of each; None where nobody has asked for them.
     """
 
     branches: list[Branch]
+    given: list[Branch]
     launched: npt.NDArray[np.int64]
     room: npt.NDArray[np.int64]
     slots: list[int] | None = None
+
+    @classmethod
+    def of(cls, branches: list[Branch], given: list[Branch], sequences: dict[Branch, Sequence]) -> _Batch:
+        """A batch of some outputs as they are now."""
+        launched = np.array([branch.launched for branch in branches])
+        return cls(branches, given, launched, np.array([sequences[branch].length for branch in branches]))
 
     @property
     def wanted(self) -> npt.NDArray[np.int64]:
@@ -68,11 +86,11 @@ class KVMemory:
         self._margins, self._max_model_len = margins, max_model_len
         self._swap_is_faster = swap_is_faster
         self._reuse = reuse_prefixes and not cache.layout.recurrent
+        self._ahead = lookahead(cache.layout)
         self._slides = any(plane.window is not None for plane in cache.layout.planes)
         self.keeps_prompts = self._reuse and not self._slides  # windows that have passed rows give these back
         self._sequences: dict[Branch, Sequence] = {}
         self._asked: _Batch | None = None  # the outputs that were asked about last
-        self._expected: dict[Branch, int] = {}  # positions of branches whose prompts are not computed yet
         self._unclosed: list[Sequence] = []  # that the driver refused to close
         self._resets = 0  # of prefixes: what was computed before the last one is of no use any more
 
@@ -90,9 +108,7 @@ class KVMemory:
     def _batch(self, branches: list[Branch]) -> _Batch:
         """What is known of outputs; the same object as long as it is asked for the same ones and none moves."""
         if self._asked is None or self._asked.branches != branches:
-            launched = np.array([branch.launched for branch in branches])
-            room = np.array([self._sequences[branch].length for branch in branches])
-            self._asked = _Batch(list(branches), launched, room)
+            self._asked = _Batch.of(list(branches), branches, self._sequences)
         return self._asked
 
     def shortage(self, request: Request) -> str | None:
@@ -136,7 +152,7 @@ class KVMemory:
         """See ``Memory.open``."""
         self._asked = None
         self._close_all()
-        tokens, expected = None, expected + _AHEAD
+        tokens, expected = None, expected + self._ahead
         if self._reuse and request.reuse_prefix:
             # Several outputs are forked behind the prompt; a single one may go on behind rows of its own.
             tokens = request.prompt if len(request.live) > 1 else (*request.prompt, *request.trunk.output)
@@ -149,10 +165,15 @@ class KVMemory:
             self._unclosed.append(left)
         self._sequences[request.trunk] = sequence
         if self._reuse or len(request.live) > 1:
-            # The prompt is mapped as if nothing came behind it, in few large extents, which are cheap to share.
-            sequence.expect(len(request.prompt))
-            self._expected[request.trunk] = expected
+            sequence.expect(expected, prompt=len(request.prompt) + self._margins.more_behind_prompts)
         return sequence.length
+
+    def side_by_side(self, branches: list[Branch]) -> list[Branch]:
+        """See ``Memory.side_by_side``."""
+        if self._asked is None or self._asked.given != branches:
+            order = self.cache.side_by_side([self._sequences[branch] for branch in branches])
+            self._asked = _Batch.of([branches[at] for at in order], branches, self._sequences)
+        return self._asked.branches
 
     def grow(
         self, decodes: list[Branch], branches: abc.Sequence[Branch], positions: abc.Sequence[int]
@@ -164,9 +185,6 @@ class KVMemory:
         positions = [each + self._margins.more_behind_prompts for each in positions]
         if not (self._windowed if self._slides else self._reserved)(decodes, branches, positions):
             return [*decodes, *branches][-1]
-        for branch in branches if self._expected else ():
-            if self._sequences[branch].length >= len(branch.request.prompt) and branch in self._expected:
-                self._sequences[branch].expect(self._expected.pop(branch))
         return None
 
     def _windowed(self, decodes: list[Branch], branches: abc.Sequence[Branch], positions: list[int]) -> bool:
@@ -177,7 +195,10 @@ class KVMemory:
         return self._grow(branches, positions, keep)
 
     def _reserved(self, decodes: list[Branch], branches: abc.Sequence[Branch], positions: list[int]) -> bool:
-        """Grows branches, decodes to where their last granules end: most of them need nothing in most iterations."""
+        """Grows branches, decodes to where their last granules end: most of them need nothing in most iterations.
+
+        The last positions of a granule are a step of their own, see ``lookahead``.
+        """
         if not decodes:
             return self._grow(list(branches), positions, 0)
         batch = self._batch(decodes)
@@ -185,7 +206,8 @@ class KVMemory:
         due = np.flatnonzero(wanted > batch.room)
         if not (len(due) or branches):
             return True
-        room = self._granules_end(wanted[due])
+        room = _granules_end(self.cache, wanted[due])
+        room = np.where(room - self._ahead < wanted[due], room, room - self._ahead)
         if not self._grow([*(decodes[at] for at in due), *branches], [*room.tolist(), *positions], 0):
             return False
         batch.room[due] = room
@@ -203,15 +225,6 @@ class KVMemory:
         except Error:
             return False
         return True
-
-    def _granules_end(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The most positions for which the granules of so many are enough."""
-        layout, tail = self.cache.layout, self._margins.behind
-        most = np.full_like(positions, layout.max_len - tail)
-        for plane in layout.planes:
-            granules = -(-(positions + tail) * plane.row_bytes // layout.granularity)
-            most = np.minimum(most, granules * layout.granularity // plane.row_bytes - tail)
-        return np.maximum(most, positions)
 
     def fork(self, request: Request) -> bool:
         """See ``Memory.fork``."""
@@ -239,7 +252,6 @@ class KVMemory:
         self._asked = None
         self.remember(branch, positions)
         sequence = self._sequences.pop(branch)
-        self._expected.pop(branch, None)
         self._unclosed.append(sequence)
         self._close_all()
 
@@ -304,3 +316,13 @@ class KVMemory:
 
     def _of(self, request: Request) -> list[Sequence]:
         return [self._sequences[branch] for branch in request.branches if branch in self._sequences]
+
+
+def _granules_end(cache: KVCache, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The most positions for which the granules of so many are enough."""
+    layout, tail = cache.layout, cache.tail_rows
+    most = np.full_like(positions, layout.max_len - tail)
+    for plane in layout.planes:
+        granules = -(-(positions + tail) * plane.row_bytes // layout.granularity)
+        most = np.minimum(most, granules * layout.granularity // plane.row_bytes - tail)
+    return np.maximum(most, positions)

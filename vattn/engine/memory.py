@@ -35,6 +35,9 @@ class Memory(Protocol):
             The positions of the prefix; None where there is no memory.
         """
 
+    def side_by_side(self, branches: list[Branch]) -> list[Branch]:
+        """The same outputs, those that share rows side by side: what attention reads once is faster to read again."""
+
     def grow(self, decodes: list[Branch], branches: Sequence[Branch], positions: Sequence[int]) -> Branch | None:
         """Brings branches to the positions that are computed, or further: all of them, or none.
 

@@ -75,6 +75,10 @@ class RowMemory:
         self.caches[request.trunk], self._positions[request.trunk] = self._make(), 0
         return 0
 
+    def side_by_side(self, branches: list[Branch]) -> list[Branch]:
+        """See ``Memory.side_by_side``."""
+        return branches
+
     def empty(self, branch: Branch) -> None:
         """Gives a branch an empty cache; its positions stay its own."""
         self.caches[branch] = self._make()

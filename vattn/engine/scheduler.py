@@ -271,7 +271,7 @@ class Scheduler:
         found = [branch for branch in self.requests.decoding if branch.sampled < branch.max_tokens]
         if leaving := self.requests.leaving:
             found = [branch for branch in found if branch.request.id not in leaving]
-        return found[: self.limits.tokens]
+        return self._memory.side_by_side(found[: self.limits.tokens])
 
     def _next_of_starting(self, budget: int) -> list[Row]:
         """What is missing of the other running requests, as far as a budget of tokens goes."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vattn import _core, kernels
-from vattn.engine.kv_memory import KVMemory
+from vattn.engine.kv_memory import KVMemory, lookahead
 from vattn.engine.memory import Memory
 from vattn.engine.options import KV_DTYPES, EngineOptions
 from vattn.engine.row_memory import RowMemory
@@ -160,6 +160,7 @@ def _verified(
             device=probe.device,
             budget=_budget(options, probe.device),
             tail_rows=margins.behind,
+            lookahead=lookahead(layout),
             empties_torch=False,  # growth must not make iterations wait for the device
             host_budget=int(options.swap_space * 2**30),
         )

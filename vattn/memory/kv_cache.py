@@ -13,7 +13,7 @@ import torch
 
 from vattn import _core
 from vattn.aliases import Renamed
-from vattn.arguments import choice, flag, integer, integers, optional_integer, seconds, shown, token_ids
+from vattn.arguments import choice, flag, hashable, integer, integers, optional_integer, seconds, shown, token_ids
 from vattn.errors import BudgetExceeded
 from vattn.memory import ipc
 from vattn.memory.device import (
@@ -93,6 +93,7 @@ class KVCache:
         self.layout = layout
         self.slots = slots
         self.device = resolve_device(device)
+        self.tail_rows = integer("tail_rows", tail_rows)
         driver = driver_of(self.device, layout.granularity, capacity, flag("exportable", exportable))
         self._mapper = mapper_of(self.device) if flag("mapper", mapper) else None
         self._arena = _core.Arena(
@@ -102,7 +103,7 @@ class KVCache:
             max_len=layout.max_len,
             budget=budget_bytes(budget, driver),
             growth_divisor=integer("growth_divisor", growth_divisor, 1),
-            tail_rows=integer("tail_rows", tail_rows),
+            tail_rows=self.tail_rows,
             lookahead=lookahead,
             mapper=self._mapper,
             alias_limit=optional_integer("alias_limit", alias_limit),
@@ -198,7 +199,7 @@ class KVCache:
         """
         slot = optional_integer("slot", slot)
         expected = integer("expected", expected)
-        _require_hashable(namespace)
+        hashable("namespace", namespace)
         if tokens is not None:
             ids = token_ids("tokens", tokens)
             if slot is not None:
@@ -230,7 +231,7 @@ class KVCache:
             OutOfDeviceMemory: as in ``Sequence.fork``.
         """
         ids = token_ids("tokens", tokens)
-        _require_hashable(namespace)
+        hashable("namespace", namespace)
         self._slots.require_rows_only()
         pinned = self._open_cached(ids, namespace, whole=True)
         if pinned is None:
@@ -276,7 +277,7 @@ class KVCache:
         self, slot: int, generation: int, length: int, namespace: Hashable, expected: int
     ) -> Sequence | None:
         # With an expected length, the memory of a parked slot can serve the growth behind the forked rows.
-        sequence = Sequence(self, self._slots, self._slots.open_empty(slot, expected), namespace)
+        sequence = Sequence(self, self._slots, self._slots.open_empty(slot, expected, length), namespace)
         try:
             into = sequence.handle.name
             if sequence.slot != slot and self._slots.fork(slot, length, [into], generation=generation, share="auto"):
@@ -306,9 +307,8 @@ class KVCache:
             BudgetExceeded: the budget does not suffice. After any of these errors nothing has changed here.
         """
         ipc.require_socket("of", of)
-        _require_hashable(namespace)
-        timeout = seconds("timeout", timeout)
-        with ipc.received(of, self._slots.exported_layout(), timeout=timeout) as (length, runs):
+        hashable("namespace", namespace)
+        with ipc.received(of, self._slots.exported_layout(), timeout=seconds("timeout", timeout)) as (length, runs):
             sequence = Sequence(self, self._slots, self._slots.open_empty(None), namespace)
             try:
                 self._arena.import_rows(sequence.handle.name, length, runs)
@@ -342,6 +342,13 @@ class KVCache:
         lengths = integers("length", length, len(names))
         shortest = integers("min_truncate_length", min_truncate_length, len(names))
         self._slots.taking(self._arena.grow, names, lengths, shortest, self._slots.stream())
+
+    def side_by_side(self, sequences: list[Sequence]) -> list[int]:
+        """Returns an order of sequences, as indexes, in which those that share their first rows stand side by side.
+
+        Attention then finds these rows in the caches of the GPU. The other sequences keep their order.
+        """
+        return self._arena.side_by_side(self._names_of("sequences", sequences))
 
     def truncate_all(self, sequences: list[Sequence], length: int) -> None:
         """Truncates several sequences to their first ``length`` positions: all of them, or none if it raises."""
@@ -487,13 +494,6 @@ class KVCache:
 
 
 _CACHE, _NAME = attrgetter("cache"), attrgetter("handle.name")
-
-
-def _require_hashable(namespace: Hashable) -> None:
-    try:
-        hash(namespace)
-    except TypeError:
-        raise TypeError(f"namespace must be hashable, e.g. a string or a tuple, not {shown(namespace)}") from None
 
 
 register_range("vattn::grow", KVCache, "grow_all")

@@ -93,13 +93,17 @@ class Sequence:
         """
         return self._slots.arena.prefetch(self.handle.name, integer("length", length))
 
-    def expect(self, positions: int) -> None:
+    def expect(self, positions: int, *, prompt: int = 0) -> None:
         """Notes how many positions the sequence will probably need, as ``KVCache.open(expected=)`` does.
 
+        Args:
+            positions: how many these are.
+            prompt: so many first positions are mapped in few large extents all the same, which are cheap to share.
+
         Raises:
-            ValueError: the sequence is closed or swapped out, or ``positions`` is negative.
+            ValueError: the sequence is closed or swapped out, or a number is negative.
         """
-        self._slots.arena.expect(self.handle.name, integer("positions", positions))
+        self._slots.arena.expect(self.handle.name, integer("positions", positions), integer("prompt", prompt))
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Declares that work on the sequence is queued on ``stream``, beside the streams that were current at ``grow``.

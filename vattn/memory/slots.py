@@ -50,13 +50,15 @@ class Slots:
         torch.cuda.empty_cache()
         return call(*args)
 
-    def open_empty(self, like: int | None, expected: int = 0) -> _core.Sequence:
+    def open_empty(self, like: int | None, expected: int = 0, positions: int = 0) -> _core.Sequence:
         """Opens an empty sequence in a suitable slot.
 
-        A slot that was prepared for forks of the slot ``like`` comes first; then the slot whose memory best fits
-        ``expected`` positions or, where that is 0, the one with the least memory.
+        A slot that was prepared for forks of the slot ``like``, of which ``positions`` rows will be forked, comes
+        first; then the slot whose memory best fits ``expected`` positions or, where that is 0, the one with the least
+        memory.
         """
-        return self.arena.open(expected=expected, stream=self.stream(), empty=not expected, like=like)
+        stream = self.stream()
+        return self.arena.open(expected=expected, stream=stream, empty=not expected, like=like, positions=positions)
 
     def fork(self, slot: int, length: int, targets: list[int], *, generation: int | None = None, share: Share) -> bool:
         """Gives empty sequences the first rows of a slot, see ``Arena::fork`` in the core.
