@@ -153,7 +153,7 @@ def host_work(llm: LLM, requests: int, vocabulary: int, iterations: int = 100) -
     return {"requests": requests, **{f"{name} ms": 1e3 * took / iterations for name, took in times.items()}}
 
 
-def resized(llm: LLM, requests: int, vocabulary: int, prompt: int = 512, output: int = 256) -> dict[str, Any]:
+def resized(llm: LLM, requests: int, vocabulary: int, prompt: int = 512, output: int = 1024) -> dict[str, Any]:
     """Measures what running requests have mapped, and what a resize to half of it gives back while they run.
 
     Args:

@@ -18,7 +18,7 @@ from vattn.memory.layout import KVLayout
 from vattn.memory.sequence import Sequence
 from vattn.models.flat import Margins
 
-_MOST_AHEAD = 16  # positions behind a sequence up to which the mapper is to map ahead
+_MOST = 64  # positions that a granule is taken for at most, where K and V of a position are small
 
 
 def lookahead(layout: KVLayout) -> int:
@@ -26,8 +26,12 @@ def lookahead(layout: KVLayout) -> int:
 
     An output takes what is left of a granule in two steps, of which the second makes the mapper map the next one.
     """
-    widest = max(plane.row_bytes for plane in layout.planes)
-    return min(max(layout.granularity // widest // 4, 1), _MOST_AHEAD)
+    return max(_granule(layout) // 4, 1)
+
+
+def _granule(layout: KVLayout) -> int:
+    """Positions that a granule has room for."""
+    return min(max(int(layout.tokens_per_granule), 1), _MOST)
 
 
 @dataclass
@@ -152,7 +156,7 @@ class KVMemory:
         """See ``Memory.open``."""
         self._asked = None
         self._close_all()
-        tokens, expected = None, expected + self._ahead
+        tokens, expected = None, expected + _granule(self.cache.layout)  # the last granule is never full
         if self._reuse and request.reuse_prefix:
             # Several outputs are forked behind the prompt; a single one may go on behind rows of its own.
             tokens = request.prompt if len(request.live) > 1 else (*request.prompt, *request.trunk.output)
