@@ -1,6 +1,6 @@
-"""Makes docs/benchmarks.md and its figures from the JSON files in bench/results.
+"""Makes docs/benchmarks.md, docs/measurements.md and their figures from the JSON files in bench/results.
 
-With --check it only reports whether the page is up to date and its figures exist.
+With --check it only reports whether the pages are up to date and the figures exist.
 """
 
 from __future__ import annotations
@@ -11,17 +11,26 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "benchmarks.md"
+HEADLINES = ROOT / "docs" / "benchmarks.md"
+MEASUREMENTS = ROOT / "docs" / "measurements.md"
 INTRODUCTION = """# Benchmarks
 
-This page is made by `make docs` from the files in `bench/results`, which name the commit they were measured at.
-Measure again with `bench/gpu.sh` on a machine with a GPU, or with a single script, e.g.
-`python bench/latency.py --device cpu --out bench/results`.
+What vattn does, in figures, beside what others do on the same machine. Each names the machine and the commit that
+it was measured at. [All measurements](measurements.md) are on a page of their own, with every row that was measured.
 
-Decode steps are measured after a warm-up of all caches, in three rounds in turns. A step that is not captured takes as
-long as the host needs to launch it, and varies with the host by a factor of two. Earlier versions of this page gave
-82.7 ms for DynamicCache at 1 x 1024, which was measured first in a fresh process and was two to three times too high.
+How it was measured: all that is compared is warmed up first and then measured in rounds, in turns where both fit in one
+process. A step that is not captured takes as long as the host needs to launch it, and varies with the host by a factor
+of two. Earlier versions of this page gave 82.7 ms for DynamicCache at 1 x 1024, which was measured first in a fresh
+process and was two to three times too high. Measure again with `bench/gpu.sh` on a machine with a GPU.
 """
+APPENDIX = """# All measurements
+
+This page is made by `bench/make_docs.py` from the files in `bench/results`, which name the commit that they were
+measured at. Measure again with `bench/gpu.sh` on a machine with a GPU, or with a single script, e.g.
+`python bench/latency.py --device cpu --out bench/results`. [Benchmarks](benchmarks.md) has the headline figures.
+"""
+# The benchmarks whose figures are headlines, in the order of that page.
+FIRST = ("throughput", "generate", "memory", "sharing", "map", "kernels")
 # The benchmarks that have a figure, and the function of ``plots`` that draws it. ``plots`` is imported only to draw.
 DRAWN = {"map": "mapping", "generate": "generate", "kernels": "kernels", "throughput": "throughput"}
 # The benchmarks in the order of the page, and the title of each. The keys of its rows are the columns of its tables.
@@ -109,17 +118,17 @@ BARS = {
     "honest_runs_nearest": "the most that honest attention differs, of what it may",
     "verified_step_cost_ratio": "a steady step of generate, 1 x 1024 tokens, over the commit before",
     "engine_over_vllm_8b": "tokens per second of nano-vllm's mix over vLLM 0.26.0's, Llama-3-8B shape",
-    "engine_over_generate": "the same over the best of `model.generate` with either cache, batches of 32 to 128",
-    "engine_over_vllm_06b": "the same, Qwen3-0.6B shape",
-    "prefix_over_vllm": "the same, groups of 16 requests that share 2048 tokens, Llama-3-8B shape",
-    "tight_over_vllm_25": "the same as the first with a quarter of the K and V that all requests need",
-    "tight_over_vllm_50": "the same with half of it",
+    "engine_over_generate": "nano-vllm's mix over the best of `model.generate` with either cache, batches of 32 to 128",
+    "engine_over_vllm_06b": "tokens per second of nano-vllm's mix over vLLM 0.26.0's, Qwen3-0.6B shape",
+    "prefix_over_vllm": "tokens per second over vLLM 0.26.0's, groups of 16 requests that share 2048 tokens",
+    "tight_over_vllm_25": "nano-vllm's mix over vLLM 0.26.0, a quarter of the K and V that all requests need",
+    "tight_over_vllm_50": "nano-vllm's mix over vLLM 0.26.0, half of it",
     "engine_calls_per_1000_tokens": "memory calls per 1000 tokens of prompts and outputs, last round",
-    "mapped_over_needed": "mapped under 100 running requests, over their rows and a granule each",
+    "mapped_over_needed": "mapped under 100 running requests, over their rows, tail rows and a granule each",
     "iteration_host_ms_256": "the host's work of an iteration of 256 outputs (ms)",
-    "iteration_scheduler_ms_256": "of which the scheduler's (ms)",
+    "iteration_scheduler_ms_256": "the scheduler's part of an iteration of 256 outputs (ms)",
     "ready_s_cold": "ready to serve at full speed, nothing compiled before (s)",
-    "ready_s_warm": "the same in a second process (s)",
+    "ready_s_warm": "ready to serve at full speed, in a second process (s)",
     "tpot_ms_1x1024": "a token of one request behind 1024 (ms)",
     "tpot_ms_1x1024_vllm": "a token of one request behind 1024, vLLM 0.26.0's (ms)",
     **{
@@ -159,12 +168,20 @@ BARS = {
 }
 
 
-def page() -> str:
-    parts = [INTRODUCTION]
+def pages() -> dict[Path, str]:
+    """The text of each page."""
+    headlines, rows = [INTRODUCTION], [APPENDIX]
+    for name in FIRST:
+        headlines += [headline(SECTIONS[name], *found) for found in results(name) if found[0]["hardware"] != "cpu"]
     for name, title in SECTIONS.items():
-        for path in sorted((ROOT / "bench" / "results").glob(f"{name}-*.json")):
-            parts.append(section(title, json.loads(path.read_text()), figures().get(path)))
-    return "\n".join(parts)
+        rows += [measured(title, result) for result, _ in results(name)]
+    return {HEADLINES: "\n".join(headlines), MEASUREMENTS: "\n".join(rows)}
+
+
+def results(name: str) -> list[tuple[dict[str, Any], Path | None]]:
+    """The results of a benchmark, and the figure of each that has one."""
+    paths = sorted((ROOT / "bench" / "results").glob(f"{name}-*.json"))
+    return [(json.loads(path.read_text()), figures().get(path)) for path in paths]
 
 
 def figures() -> dict[Path, Path]:
@@ -173,24 +190,39 @@ def figures() -> dict[Path, Path]:
     return {path: ROOT / "docs" / "plots" / f"{path.stem}.svg" for path in results if path.stem.split("-")[0] in DRAWN}
 
 
-def section(title: str, result: dict[str, Any], drawn: Path | None) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
-    driver = f", driver {result['driver']}" if result["driver"] else ""
-    where = f"{result['hardware']}{driver}; {versions}; commit {result['commit'][:12]}; {result['date'][:10]}"
-    lines = [f"## {title}: {result['hardware']}", "", where, "", "| measure | value |", "|---|---|"]
-    benchmark = result["benchmark"]
-    lines += [
-        f"| {BARS.get(f'{benchmark}.{name}') or BARS[name]} | {shown(value)} |"
-        for name, value in result["bars"].items()
-    ]
+def headline(title: str, result: dict[str, Any], drawn: Path | None) -> str:
+    """What a benchmark says in few numbers, and its figure."""
+    lines = [f"## {title}", "", origin(result), "", *table_of_bars(result)]
     if drawn:
-        lines += ["", f"![the tables below as figures](plots/{drawn.name})"]
+        lines += ["", f"![{title}](plots/{drawn.name})"]
+    return "\n".join([*lines, ""])
+
+
+def measured(title: str, result: dict[str, Any]) -> str:
+    """All rows of a benchmark."""
+    lines = [f"## {title}: {result['hardware']}", "", origin(result), "", *table_of_bars(result)]
     for keys in dict.fromkeys(tuple(row) for row in result["rows"]):
         lines += ["", f"| {' | '.join(keys)} |", "|" + "---|" * len(keys)]
         lines += [
             f"| {' | '.join(shown(value) for value in row.values())} |" for row in result["rows"] if tuple(row) == keys
         ]
     return "\n".join([*lines, ""])
+
+
+def origin(result: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+    driver = f", driver {result['driver']}" if result["driver"] else ""
+    return f"{result['hardware']}{driver}; {versions}; commit {result['commit'][:12]}; {result['date'][:10]}"
+
+
+def table_of_bars(result: dict[str, Any]) -> list[str]:
+    benchmark = result["benchmark"]
+    bars = result["bars"].items()
+    return [
+        "| measure | value |",
+        "|---|---|",
+        *(f"| {BARS.get(f'{benchmark}.{name}') or BARS[name]} | {shown(value)} |" for name, value in bars),
+    ]
 
 
 def shown(value: Any) -> str:
@@ -204,13 +236,14 @@ def shown(value: Any) -> str:
 
 
 def main() -> int:
-    current = PAGE.read_text() if PAGE.exists() else ""
     if "--check" in sys.argv:
-        if current != page() or not all(figure.exists() for figure in figures().values()):
-            print(f"{PAGE} is not what bench/results says: run make docs", file=sys.stderr)
+        old = [path.name for path, text in pages().items() if not path.exists() or path.read_text() != text]
+        if old or not all(figure.exists() for figure in figures().values()):
+            print(f"{', '.join(old) or 'a figure'} is not what bench/results says: run make docs", file=sys.stderr)
             return 1
         return 0
-    PAGE.write_text(page())
+    for path, text in pages().items():
+        path.write_text(text)
     import plots
 
     for path, figure in figures().items():

@@ -103,7 +103,7 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
       if (slot.locked) return false;
       // Of the slots with a cached prefix, no two were parked at the same time.
       std::pair<std::size_t, std::size_t> least{};
-      if (slot.cached == 0) least = misfit(slot, expected, source, positions);
+      if (slot.cached == 0) least = misfit(slot, expected, expected != 0 ? source : nullptr, positions);
       auto [lacking, beyond] = least;
       if (empty)
         for (const Run& run : slot.runs) beyond += run.mappings.size();
@@ -124,12 +124,14 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
       if (slots_[*wanted].state != State::running) consider(*wanted);
     } else {
       for (std::size_t index = parked_.next(0); index < options_.slots; index = parked_.next(index + 1))
-        consider(index);
+        if (&slots_[index] != source) consider(index);
       // All bare slots are alike, so the first one that is not locked will do.
       for (std::size_t index = bare_.next(0); index < options_.slots && !consider(index);)
         index = bare_.next(index + 1);
       if (chosen != kNever && expected != 0 && !is_like(slots_[chosen]))
         chosen = rather_remembered(chosen, expected, source, positions);
+      // The slot that is to be forked is taken only where it is the last one.
+      if (chosen == kNever && !others && source && source->state == State::parked) consider(*like);
     }
     return chosen != kNever || !others;
   };
@@ -158,18 +160,19 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
   return chosen;
 }
 
-// Returns the bytes that a slot lacks for `expected` positions, and those that it has beyond them. What it must not
-// write is of no use, except where the slot will be a fork of `like` at `positions`: then it lacks no memory for what
-// it will share, but what it has in the place of that counts twice as beyond.
+// Returns the bytes that a slot lacks for `expected` positions, and those that it has beyond them or cannot use. Where
+// the slot will be a fork of `like` at `positions`, it lacks no memory for what it will share, but what has to be
+// mapped of that counts twice as beyond.
 std::pair<std::size_t, std::size_t> Arena::misfit(const Slot& slot, std::size_t expected, const Slot* like,
                                                   std::size_t positions) const noexcept {
   std::size_t lacking = 0;
   std::size_t beyond = 0;
+  const bool aliased = like && better_aliased(*like, slot, positions);  // else the rows are copied
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
     const Run& run = slot.runs[plane];
     std::size_t start = run.head;
     Kept stays{0, 0, writable_until(run, 0)};
-    if (like) {
+    if (aliased) {
       stays = kept(*like, slot, plane, positions);
       const Run& shared = like->runs[plane];
       const std::size_t count = sharable(*like, plane, positions);
@@ -177,6 +180,7 @@ std::pair<std::size_t, std::size_t> Arena::misfit(const Slot& slot, std::size_t 
       beyond += 2 * bytes_of(shared, stays.shared, count);
     }
     const std::size_t tail = start + bytes_of(run, stays.begin, stays.end);
+    beyond += run.tail - run.head - bytes_of(run, 0, stays.shared) - (tail - start);
     const std::size_t end = std::max(start, end_of(geometry_[plane], std::min(expected, options_.max_len)));
     (tail < end ? lacking : beyond) += tail < end ? end - tail : tail - end;
   }
@@ -196,7 +200,7 @@ std::size_t Arena::rather_remembered(std::size_t chosen, std::size_t expected, c
     if (slot.locked || index == chosen || &slot == like) continue;
     if (slot.cached != 0 && slot.deferred.empty()) remembered.emplace_back(slot.parked_at, index);
     if (slot.cached == 0)
-      for (const Run& run : slot.runs) spare += bytes_of(run, 0, run.mappings.size());
+      for (const Run& run : slot.runs) spare += run.tail - run.head;
   }
   if (slots_[chosen].cached == 0 && lacking <= spare) return chosen;
   std::sort(remembered.begin(), remembered.end());

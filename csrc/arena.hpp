@@ -479,7 +479,9 @@ class Arena {
   void share_runs(std::size_t source, std::size_t positions, Slots targets, Slots aliased, Lock& lock);
   void make_way(std::size_t source, std::size_t positions, Slots targets, Slots aliased,
                 std::vector<DeferredUnmap>& behind);
-  void alias(std::size_t source, std::size_t plane, std::size_t positions, Slots targets, std::size_t more, Lock& lock);
+  void alias(std::size_t source, std::size_t plane, std::size_t positions, Slots targets,
+             const std::vector<DeferredUnmap>& behind, Lock& lock);
+  void give_up_past(Slots slots, std::size_t positions) noexcept;
   void copy_rows(std::size_t source, std::size_t positions, Slots targets, Stream stream, Lock& lock);
   void post_compacting(std::size_t slot, std::uint64_t generation, std::size_t positions, Clock::duration delay);
   bool compact_with_driver(std::size_t slot, std::optional<std::uint64_t> generation, std::size_t positions,

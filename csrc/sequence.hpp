@@ -17,7 +17,7 @@ class Sequence {
  public:
   // Begins a new sequence. The arguments are those of Arena::acquire.
   Sequence(std::shared_ptr<Arena> arena, std::optional<std::size_t> slot, std::size_t expected, Stream stream,
-           bool empty, std::optional<std::size_t> like, std::size_t positions);
+           bool empty, std::optional<std::size_t> like, std::size_t positions = 0);
   // Takes ownership of the sequence that is running in a slot.
   Sequence(std::shared_ptr<Arena> arena, std::size_t slot);
   // Ends the sequence. In a forked child, does nothing to the arena.

@@ -146,7 +146,7 @@ bool Arena::fork_with_driver(std::size_t name, std::optional<std::uint64_t> gene
     for (std::size_t plane = 0; plane < geometry_.size(); ++plane)
       count += sharable(from, plane, positions) - kept(from, slots_[target], plane, positions).shared;
     const bool cheaper = share == Share::alias || better_aliased(from, slots_[target], positions);
-    if (share == Share::copy || !cheaper || mappings + count > limit) continue;
+    if (share == Share::copy || !cheaper || (count != 0 && mappings + count > limit)) continue;
     mappings += count;
     aliased.push_back(target);
   }
@@ -164,7 +164,14 @@ bool Arena::fork_with_driver(std::size_t name, std::optional<std::uint64_t> gene
   try {
     split_for_forks(source, positions, aliased.size(), all, lock);
     share_runs(source, positions, targets, aliased, lock);
-    map_up_to(targets, PerSlot(positions), Urgency::demand, lock);
+    try {
+      map_up_to(targets, PerSlot(positions), Urgency::demand, lock);
+    } catch (const BudgetExceeded&) {
+      // What the targets have kept for later growth may be what others of them, or of their planes, lack.
+      if (!lock.owns_lock()) lock.lock();
+      give_up_past(targets, positions);
+      map_up_to(targets, PerSlot(positions), Urgency::demand, lock);
+    }
     copy_rows(source, positions, targets, stream, lock);
   } catch (...) {
     if (!lock.owns_lock()) lock.lock();
@@ -234,9 +241,7 @@ bool Arena::is_ready(const Slot& slot, const Slot& source) const noexcept {
   for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
     if (geometry_[plane].window != 0) continue;
     const std::size_t count = common(slot.runs[plane], source.runs[plane]);
-    std::size_t bytes = 0;
-    for (std::size_t index = 0; index < count; ++index) bytes += slot.runs[plane].mappings[index].bytes();
-    if (slot.cached * geometry_[plane].row_bytes > bytes) return false;
+    if (slot.cached * geometry_[plane].row_bytes > bytes_of(slot.runs[plane], 0, count)) return false;
     any = true;
   }
   return any;
@@ -260,6 +265,7 @@ std::size_t Arena::bytes_of(const Run& run, std::size_t first, std::size_t end) 
 Arena::Kept Arena::kept(const Slot& source, const Slot& target, std::size_t plane,
                         std::size_t positions) const noexcept {
   const Run& run = target.runs[plane];
+  if (run.head != source.runs[plane].head) return {0, run.mappings.size(), run.mappings.size()};
   const std::size_t count = sharable(source, plane, positions);
   const std::size_t end = source.runs[plane].head + bytes_of(source.runs[plane], 0, count);
   const std::size_t shared = std::min(common(source.runs[plane], run), count);
@@ -280,7 +286,7 @@ bool Arena::better_aliased(const Slot& source, const Slot& target, std::size_t p
     const Run& run = target.runs[plane];
     const std::size_t count = sharable(source, plane, positions);
     const std::size_t bytes = bytes_of(source.runs[plane], 0, count);
-    const std::size_t writable = writable_until(run, 0);
+    const std::size_t writable = run.head == source.runs[plane].head ? writable_until(run, 0) : 0;
     const std::size_t lacks = bytes - std::min(bytes, bytes_of(run, 0, writable));
     const auto [shared, begin, end] = kept(source, target, plane, positions);
     aliasing += kAliasCost * static_cast<double>(count - shared) +
@@ -302,8 +308,7 @@ void Arena::split_for_forks(std::size_t source, std::size_t positions, std::size
     const Run& run = slots_[source].runs[plane];
     const std::size_t count = sharable(slots_[source], plane, positions);
     const std::size_t cut = positions * geometry_[plane].row_bytes / granule * granule;
-    std::size_t start = run.head;
-    for (std::size_t i = 0; i < count; ++i) start += run.mappings[i].bytes();
+    const std::size_t start = run.head + bytes_of(run, 0, count);
     if (geometry_[plane].window != 0 || cut <= start || (cut - start) * forks < kSplitGranules * granule) continue;
     const std::size_t bytes = run.mappings[count].bytes();
     std::vector<std::size_t> sizes{cut - start};
@@ -330,7 +335,7 @@ void Arena::share_runs(std::size_t source, std::size_t positions, Slots targets,
         if (Run& run = slots_[target].runs[plane]; run.mappings.empty())
           run.head = run.tail = slots_[source].runs[plane].head;
     for (std::size_t plane = 0; plane < geometry_.size() && !aliased.empty(); ++plane)
-      alias(source, plane, positions, aliased, behind.size(), lock);
+      alias(source, plane, positions, aliased, behind, lock);
   } catch (...) {
     if (!lock.owns_lock()) lock.lock();
     defer_again(behind);
@@ -376,10 +381,10 @@ void Arena::make_way(std::size_t source, std::size_t positions, Slots targets, S
   }
 }
 
-// Maps the source's sharable extents in one plane at the targets that lack them, and leaves room for `more` mappings in
-// each of their runs.
-void Arena::alias(std::size_t source, std::size_t plane, std::size_t positions, Slots targets, std::size_t more,
-                  Lock& lock) {
+// Maps the source's sharable extents in one plane at the targets that lack them, and leaves room in their runs for what
+// comes behind these.
+void Arena::alias(std::size_t source, std::size_t plane, std::size_t positions, Slots targets,
+                  const std::vector<DeferredUnmap>& behind, Lock& lock) {
   const Slot& from = slots_[source];
   const std::size_t count = sharable(from, plane, positions);
   std::vector<std::shared_ptr<Extent>> extents;
@@ -389,6 +394,8 @@ void Arena::alias(std::size_t source, std::size_t plane, std::size_t positions, 
     const std::size_t had = std::min(run.mappings.size(), count);
     std::vector<Mapping> mappings;
     mappings.reserve(count - had);
+    const auto of_run = [&](const DeferredUnmap& one) { return one.slot == target && one.plane == plane; };
+    const auto more = static_cast<std::size_t>(std::count_if(behind.begin(), behind.end(), of_run));
     make_room(run.mappings, count - had + more);
     make_room(slots_[target].deferred, count - had);
     std::size_t tail = run.tail;
@@ -419,6 +426,18 @@ void Arena::alias(std::size_t source, std::size_t plane, std::size_t positions, 
   }
 }
 
+// Defers the unmapping of what slots have behind their first `positions` rows and the tail rows behind these.
+void Arena::give_up_past(Slots slots, std::size_t positions) noexcept {
+  for (const std::size_t index : slots)
+    for (std::size_t plane = 0; plane < geometry_.size(); ++plane) {
+      const Run& run = slots_[index].runs[plane];
+      const std::size_t end = end_of(geometry_[plane], positions);
+      std::size_t kept = 0;
+      for (std::size_t at = run.head; kept < run.mappings.size() && at < end;) at += run.mappings[kept++].bytes();
+      defer_unmap_from(slots_[index], index, plane, kept);
+    }
+}
+
 // Copies to each target those of the source's first rows that the target does not share with it, in `stream`. Requires:
 // the caller has locked all these slots.
 void Arena::copy_rows(std::size_t source, std::size_t positions, Slots targets, Stream stream, Lock& lock) {
@@ -432,9 +451,7 @@ void Arena::copy_rows(std::size_t source, std::size_t positions, Slots targets, 
     const Run& run = slots_[source].runs[plane];
     const std::size_t end = positions * geometry_[plane].row_bytes;
     for (const std::size_t target : targets) {
-      const std::size_t shared = common(run, slots_[target].runs[plane]);
-      std::size_t at = run.head;
-      for (std::size_t index = 0; index < shared; ++index) at += run.mappings[index].bytes();
+      const std::size_t at = run.head + bytes_of(run, 0, common(run, slots_[target].runs[plane]));
       if (at < end) parts.push_back({address_of(target, plane) + at, address_of(source, plane) + at, end - at});
     }
   }

@@ -276,12 +276,13 @@ def test_a_command_that_ends_the_thread_answers_its_caller():
     llm.shutdown()
 
 
-def test_parameters_are_those_of_the_call(llm):
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_parameters_are_those_of_the_call(llm, wrapped):
     params = SamplingParams(temperature=0, max_tokens=3)
     prompt = [5, 6, 7]
 
     async def main():
-        stream = llm.generate(prompt, params)
+        stream = llm.generate({"prompt_token_ids": prompt} if wrapped else prompt, params)
         begun = asyncio.ensure_future(last(stream))
         await asyncio.sleep(0)
         params.max_tokens = 9

@@ -506,3 +506,35 @@ def test_a_prompt_lies_in_few_extents_whatever_is_expected_behind_it():
         assert lengths[0] <= 12 < lengths[1]
         with pytest.raises(ValueError, match="prompt"):
             sequence.expect(5, prompt=-1)
+
+
+@pytest.mark.parametrize("count", [6, 7])
+def test_a_slot_is_not_taken_for_a_fork_of_its_own_prefix(count):
+    """Also where it was used longest ago and all other slots have a prefix, too."""
+    with cache(slots=8, mapper=False) as c:
+        hits = 0
+        for turn in range(6):
+            for number in range(count):
+                prefix = [1000 * number + token for token in range(200)]
+                known = c.cached_positions([*prefix, 7])
+                with c.open(tokens=[*prefix, 7], expected=260) as sequence:
+                    assert sequence.length == known
+                    hits += known == 200
+                    sequence.grow(260 - known)
+                    sequence.remember([*prefix, *(10_000 * (turn + 1) + token for token in range(60))])
+                c.check()
+        assert hits >= 10
+
+
+def test_a_bare_slot_is_taken_where_nothing_of_a_parked_one_can_be_kept():
+    with cache(slots=4, mapper=False) as c:
+        source, tokens = c.open(), list(range(1001))
+        source.grow(1001)
+        source.remember(tokens)
+        with c.open(slot=3) as parked:
+            for _ in range(20):
+                parked.grow(8)
+        before = c.stats().driver_calls["unmap"]
+        with c.open(tokens=[*tokens, 7, 8], expected=1010) as fork:
+            assert (fork.slot != 3, fork.length) == (True, 1001)
+        assert c.stats().driver_calls["unmap"] == before

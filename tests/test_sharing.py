@@ -534,3 +534,36 @@ def test_driver_takes_read_only_mappings(driver):
     driver.release(handle)
     driver.free_address(base, size)
     assert isinstance(driver, _core.Driver)
+
+
+def test_a_prepared_slot_is_forked_into_whatever_the_limit_of_mappings():
+    c = cache(alias_limit=60, mapper=False)
+    a = c.open()
+    write(a, 200)
+    a.compact(200, forks=1)
+    other = c.open()
+    for _ in range(80):
+        write(other, 8)
+    before, copied = memory_calls(c), c.stats().copied
+    [fork] = a.fork(200)
+    assert (memory_calls(c), c.stats().copied) == (before, copied)
+    assert rows(fork) == list(range(200))
+    c.check()
+
+
+def test_a_fork_gives_up_what_it_kept_where_its_memory_is_short():
+    """One of the targets has more behind the shared rows than it needs yet, and the other one needs that."""
+    c = cache(slots=4, mapper=False, tail_rows=80)
+    b, a = c.open(), c.open()
+    write(b, 160)
+    write(a, 160)
+    [parked] = b.fork(160, share="alias")
+    for _ in range(50):
+        write(parked, 8)
+    parked.remember(range(160))
+    parked.close()
+    c.set_budget(c.stats().physical)
+    forks = a.fork(160, 2, share="alias")
+    assert [rows(fork) for fork in forks] == [list(range(160))] * 2
+    assert rows(b) == list(range(160))
+    c.check()

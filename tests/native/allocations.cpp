@@ -35,7 +35,7 @@ namespace {
 constexpr std::size_t kPage = 4096;
 constexpr std::size_t kRow = 512;
 constexpr std::size_t kWindow = 20;
-constexpr std::size_t kBudget = 80 * kPage;
+constexpr std::size_t kBudget = 100 * kPage;
 constexpr Stream kStream{0};
 
 void require(bool condition, const char* what) {
@@ -70,9 +70,49 @@ struct Kept {
   std::uint64_t mark;
 };
 
+// Forks of one sequence take the slots of forks of another, and keep what these have behind the shared rows.
+void take_over(const std::shared_ptr<Arena>& shared) {
+  Arena& arena = *shared;
+  std::vector<std::shared_ptr<Sequence>> sources;
+  for (const std::uint64_t mark : {1000, 5000}) {
+    sources.push_back(std::make_shared<Sequence>(shared, std::nullopt, 0, kStream, false, std::nullopt));
+    sources.back()->extend(64, kStream);
+    write(arena, *sources.back()->slot(), 0, 64, mark);
+  }
+  const std::size_t source = *sources.back()->slot();
+  std::vector<std::size_t> slots;
+  {
+    std::vector<std::shared_ptr<Sequence>> old;
+    for (int i = 0; i < 2; ++i) {
+      old.push_back(std::make_shared<Sequence>(shared, std::nullopt, 0, kStream, true, source, 64));
+      const std::size_t name = old.back()->name();
+      require(arena.fork(source, std::nullopt, 64, Arena::Slots(&name, 1), Share::alias, kStream), "no fork");
+      for (std::size_t length = 66; length <= 80; length += 2) grow(arena, name, length);
+      arena.commit(name, 80);
+      slots.push_back(*old.back()->slot());
+    }
+  }
+  std::vector<std::shared_ptr<Sequence>> forks;
+  std::vector<std::size_t> names;
+  const std::size_t first = *sources.front()->slot();
+  for (const std::size_t slot : slots) {
+    forks.push_back(std::make_shared<Sequence>(shared, slot, 80, kStream, false, first, 64));
+    names.push_back(forks.back()->name());
+  }
+  require(arena.fork(first, std::nullopt, 64, names, Share::alias, kStream), "no fork");
+  arena.side_by_side(names);
+  for (const auto& fork : forks) {
+    grow(arena, fork->name(), 80);
+    write(arena, *fork->slot(), 64, 80, 1000);
+    require_rows(arena, *fork->slot(), 80, 1000);
+  }
+  require_rows(arena, source, 64, 5000);
+}
+
 // Makes the calls whose allocations are to fail, one after the other.
 void scenario(const std::shared_ptr<Arena>& shared, const Kept& kept) {
   Arena& arena = *shared;
+  take_over(shared);
   Sequence a(shared, std::nullopt, 0, kStream, false, std::nullopt);
   const std::size_t first = *a.slot();
   a.extend(70, kStream);

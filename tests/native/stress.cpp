@@ -62,7 +62,10 @@ void fork_from(Arena& arena, Totals& totals, std::mt19937& random, std::size_t s
     for (std::size_t position = 0; position < count; ++position)
       require(*row_of(arena, 0, of, position) == mark + position, "a shared row was overwritten");
   };
-  const std::size_t target = arena.acquire(std::nullopt, 0, Stream{0}, true);
+  // Some of the targets keep what their slots have mapped.
+  const bool keeps = length % 2 == 0;
+  const std::optional<std::size_t> like = keeps ? std::optional(Arena::slot_of(slot)) : std::nullopt;
+  const std::size_t target = arena.acquire(std::nullopt, keeps ? length + 8 : 0, Stream{0}, !keeps, like, length);
   try {
     const std::array shares{Share::cheapest, Share::alias, Share::copy};
     require(arena.fork(slot, std::nullopt, length, std::span(&target, 1), shares[below(3)], Stream{0}), "no fork");

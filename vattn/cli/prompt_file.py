@@ -14,7 +14,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from vattn.cli.served import llm_of, params_of
-from vattn.engine.llm import LLM, chat_token_ids, content_of
+from vattn.engine.intake import content_of
+from vattn.engine.llm import LLM, chat_token_ids
 from vattn.engine.outputs import RequestOutput
 from vattn.engine.sampling_params import SamplingParams
 

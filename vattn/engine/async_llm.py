@@ -15,6 +15,7 @@ import torch
 from vattn.arguments import shown
 from vattn.engine.commands import Commands
 from vattn.engine.engine_args import EngineArgs
+from vattn.engine.intake import content_of
 from vattn.engine.outputs import RequestOutput, since
 from vattn.engine.sampling_params import RequestOutputKind, SamplingParams, checked_params
 
@@ -86,7 +87,7 @@ class AsyncLLM:
 
     async def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | dict[str, Any],
         sampling_params: SamplingParams,
         request_id: str | None = None,
         *,
@@ -96,7 +97,7 @@ class AsyncLLM:
         """Answers a prompt. A caller that stops to iterate ends the request.
 
         Args:
-            prompt: a text, or token ids.
+            prompt: a text, token ids, or a dict with ``prompt`` or ``prompt_token_ids``.
             sampling_params: how tokens are chosen; ``output_kind`` says what outputs hold.
             request_id: names the request; None takes a new name.
             namespace: prefixes are shared with requests of the same namespace only.
@@ -111,6 +112,7 @@ class AsyncLLM:
         """
         self.check_health()
         params = checked_params("sampling_params", sampling_params)
+        prompt = content_of(prompt)
         prompt = list(prompt) if isinstance(prompt, list) else prompt  # the caller may change it
         name = f"request-{next(self._names)}" if request_id is None else request_id
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue(), params.output_kind)

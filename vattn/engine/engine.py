@@ -120,7 +120,7 @@ class Engine:
     def add(
         self,
         request_id: str,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | dict[str, Any],
         params: SamplingParams,
         *,
         namespace: Hashable = None,
@@ -130,7 +130,7 @@ class Engine:
 
         Args:
             request_id: names it.
-            prompt: a text, or token ids.
+            prompt: a text, token ids, or a dict with ``prompt`` or ``prompt_token_ids``.
             params: how its tokens are chosen.
             namespace: prefixes are shared with requests of the same namespace only.
             tenant: on whose behalf, for the policy ``"fair"``.

@@ -38,7 +38,7 @@ class Intake:
     def request(
         self,
         request_id: str,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | dict[str, Any],
         params: SamplingParams,
         *,
         namespace: Hashable = None,
@@ -50,13 +50,14 @@ class Intake:
             TypeError, ValueError: it cannot be served; the message says why.
         """
         params = checked_params("params", params)
-        text = prompt if isinstance(prompt, str) else None
+        content = content_of(prompt)
+        text = content if isinstance(content, str) else None
         if not isinstance(request_id, str):
             raise TypeError(f"request_id must be a text, not {shown(request_id)}")
         hashable("namespace", namespace)
         if self.tokenizer is None and (text is not None or params.stop or params.bad_words):
             raise ValueError("a text as prompt, stop and bad_words need a tokenizer, and the engine has none")
-        ids = token_ids("prompt", prompt if text is None else self._encoded(text))
+        ids = token_ids("prompt", content if text is None else self._encoded(text))
         ids = self._truncated(ids, params)
         given = {"prompt": ids, "logit_bias": params.logit_bias or (), "stop_token_ids": params.stop_token_ids or ()}
         for name, tokens in {**given, "allowed_token_ids": params.allowed_token_ids or ()}.items():
@@ -111,3 +112,17 @@ class Intake:
                     f"max_model_len is {self._max_model_len}"
                 )
         return ids if count is None else ids[-count:]
+
+
+def content_of(prompt: str | Sequence[int] | dict[str, Any]) -> str | Sequence[int]:
+    """The text or the token ids of a prompt.
+
+    Raises:
+        ValueError: it is a dict that has neither.
+    """
+    if not isinstance(prompt, dict):
+        return prompt
+    for name in ("prompt_token_ids", "prompt"):
+        if prompt.get(name) is not None:
+            return prompt[name]  # type: ignore[no-any-return]
+    raise ValueError(f"a prompt must have prompt or prompt_token_ids, not {shown(prompt)}")

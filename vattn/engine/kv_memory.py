@@ -19,14 +19,19 @@ from vattn.memory.sequence import Sequence
 from vattn.models.flat import Margins
 
 _MOST = 64  # positions that a granule is taken for at most, where K and V of a position are small
+_FEWEST = 4  # positions that the mapper maps ahead at least, where a granule has as many
 
 
-def lookahead(layout: KVLayout) -> int:
+def lookahead(layout: KVLayout) -> int | None:
     """Positions behind an output up to which the mapper is to map ahead: enough for several iterations.
 
-    An output takes what is left of a granule in two steps, of which the second makes the mapper map the next one.
+    An output takes what is left of a granule in two steps, of which the second makes the mapper map the next one. With
+    sliding windows outputs take position after position, and the cache chooses by itself (None).
     """
-    return max(_granule(layout) // 4, 1)
+    if any(plane.window is not None for plane in layout.planes):
+        return None
+    granule = _granule(layout)
+    return max(granule // 4, min(granule, _FEWEST))
 
 
 def _granule(layout: KVLayout) -> int:
@@ -39,24 +44,18 @@ class _Batch:
     """Outputs that are computed a position each, in the same iterations.
 
     Args:
-        branches: the outputs, those that share rows side by side.
-        given: the same ones in the order in which they were asked about.
+        branches: the outputs, in the order in which they get memory.
         launched: positions of each that were launched when it became this batch.
         room: the lengths of their sequences.
-        slots: of each; None where nobody has asked for them.
+        side_by_side: the same outputs, those that share rows side by side; None where nobody has asked for it.
+        slots: of each of these; None where nobody has asked for them.
     """
 
     branches: list[Branch]
-    given: list[Branch]
     launched: npt.NDArray[np.int64]
     room: npt.NDArray[np.int64]
+    side_by_side: list[Branch] | None = None
     slots: list[int] | None = None
-
-    @classmethod
-    def of(cls, branches: list[Branch], given: list[Branch], sequences: dict[Branch, Sequence]) -> _Batch:
-        """A batch of some outputs as they are now."""
-        launched = np.array([branch.launched for branch in branches])
-        return cls(branches, given, launched, np.array([sequences[branch].length for branch in branches]))
 
     @property
     def wanted(self) -> npt.NDArray[np.int64]:
@@ -90,7 +89,7 @@ class KVMemory:
         self._margins, self._max_model_len = margins, max_model_len
         self._swap_is_faster = swap_is_faster
         self._reuse = reuse_prefixes and not cache.layout.recurrent
-        self._ahead = lookahead(cache.layout)
+        self._ahead = lookahead(cache.layout) or 0
         self._slides = any(plane.window is not None for plane in cache.layout.planes)
         self.keeps_prompts = self._reuse and not self._slides  # windows that have passed rows give these back
         self._sequences: dict[Branch, Sequence] = {}
@@ -103,8 +102,10 @@ class KVMemory:
         return self._sequences[branch].slot
 
     def slots(self, branches: list[Branch]) -> list[int]:
-        """The slots of branches; the same list as long as it is asked for the same branches and none moves."""
-        batch, of = self._batch(branches), self._sequences
+        """The slots of branches; the same list as long as it is asked for the outputs of ``side_by_side``."""
+        batch, of = self._asked, self._sequences
+        if batch is None or batch.side_by_side != branches:
+            return [of[branch].slot for branch in branches]
         if batch.slots is None:
             batch.slots = [of[branch].slot for branch in branches]
         return batch.slots
@@ -112,7 +113,9 @@ class KVMemory:
     def _batch(self, branches: list[Branch]) -> _Batch:
         """What is known of outputs; the same object as long as it is asked for the same ones and none moves."""
         if self._asked is None or self._asked.branches != branches:
-            self._asked = _Batch.of(list(branches), branches, self._sequences)
+            launched = np.array([branch.launched for branch in branches])
+            room = np.array([self._sequences[branch].length for branch in branches])
+            self._asked = _Batch(list(branches), launched, room)
         return self._asked
 
     def shortage(self, request: Request) -> str | None:
@@ -174,10 +177,11 @@ class KVMemory:
 
     def side_by_side(self, branches: list[Branch]) -> list[Branch]:
         """See ``Memory.side_by_side``."""
-        if self._asked is None or self._asked.given != branches:
+        batch = self._batch(branches)
+        if batch.side_by_side is None:
             order = self.cache.side_by_side([self._sequences[branch] for branch in branches])
-            self._asked = _Batch.of([branches[at] for at in order], branches, self._sequences)
-        return self._asked.branches
+            batch.side_by_side = [branches[at] for at in order]
+        return batch.side_by_side
 
     def grow(
         self, decodes: list[Branch], branches: abc.Sequence[Branch], positions: abc.Sequence[int]

@@ -81,7 +81,7 @@ class LLM:
         left = self._args.max_num_batched_tokens if self._args.policy == "fcfs" else math.inf
         try:
             for name, prompt, each in zip(names, given, params, strict=True):
-                left -= self.engine.add(name, content_of(prompt), each)
+                left -= self.engine.add(name, prompt, each)
                 if left <= 0:
                     self._step(names, done)
                     left = math.inf
@@ -216,13 +216,3 @@ def _listed(prompts: Any) -> list[Any]:
         raise TypeError(f"prompts must be a text, token ids or a list of them, not {shown(prompts)}")
     is_token = bool(prompts) and hasattr(prompts[0], "__index__") and getattr(prompts[0], "ndim", 0) == 0
     return [prompts] if is_token else list(prompts)
-
-
-def content_of(prompt: Any) -> str | Sequence[int]:
-    """The text or the token ids of a prompt."""
-    if not isinstance(prompt, dict):
-        return prompt  # type: ignore[no-any-return]
-    for name in ("prompt_token_ids", "prompt"):
-        if prompt.get(name) is not None:
-            return prompt[name]  # type: ignore[no-any-return]
-    raise ValueError(f"a prompt must have prompt or prompt_token_ids, not {shown(prompt)}")

@@ -167,6 +167,8 @@ class Scheduler:
             rows = [row for row in rows if row.branch.request not in left_out]
         if self.requests.waiting and not self.requests.leaving and not self.requests.swapped:
             self._begin(rows, self.limits.tokens - len(decodes) - sum(row.count for row in rows))
+        if decodes:
+            decodes = self._memory.side_by_side(decodes)
         self._launch(decodes, rows)
         return Iteration(self._number, decodes, rows)
 
@@ -271,7 +273,7 @@ class Scheduler:
         found = [branch for branch in self.requests.decoding if branch.sampled < branch.max_tokens]
         if leaving := self.requests.leaving:
             found = [branch for branch in found if branch.request.id not in leaving]
-        return self._memory.side_by_side(found[: self.limits.tokens])
+        return found[: self.limits.tokens]
 
     def _next_of_starting(self, budget: int) -> list[Row]:
         """What is missing of the other running requests, as far as a budget of tokens goes."""

@@ -152,12 +152,13 @@ class Sequence:
         self.handle.name  # noqa: B018, which raises where it is closed
         n, length = integer("n", n, 1), optional_integer("length", length)
         choice("share", share, SHARES)
+        length = self.length if length is None else length
         made: list[Sequence] = []
         try:
             for _ in range(n):
-                handle = self._slots.open_empty(self.slot)
+                handle = self._slots.open_empty(self.slot, positions=length)
                 made.append(Sequence(self.cache, self._slots, handle, self.namespace))
-            self.cache.fork_all(self, made, self.length if length is None else length, share=share)
+            self.cache.fork_all(self, made, length, share=share)
         except BaseException:
             self.cache.close_all(made)
             raise
