@@ -46,8 +46,10 @@ native: $(VENV)/dev
 	  build/$$sanitizer/stress 2000 2>build/$$sanitizer/reports || \
 	  { tail -n 60 build/$$sanitizer/reports; exit 1; }; done
 
+# Makes the pages of measurements, and the site, into build/site; warnings are errors.
 docs: $(VENV)/dev
 	$(BIN)/python bench/make_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Wheels for each Python that is named, and the sources, into dist/.
 wheels:

@@ -192,10 +192,8 @@ def figures() -> dict[Path, Path]:
 
 def headline(title: str, result: dict[str, Any], drawn: Path | None) -> str:
     """What a benchmark says in few numbers, and its figure."""
-    lines = [f"## {title}", "", origin(result), "", *table_of_bars(result)]
-    if drawn:
-        lines += ["", f"![{title}](plots/{drawn.name})"]
-    return "\n".join([*lines, ""])
+    figure = [f"![{title}](plots/{drawn.name})", ""] if drawn else []
+    return "\n".join([f"## {title}", "", *figure, *table_of_bars(result), "", f"Measured on {origin(result)}.", ""])
 
 
 def measured(title: str, result: dict[str, Any]) -> str:
@@ -217,11 +215,12 @@ def origin(result: dict[str, Any]) -> str:
 
 def table_of_bars(result: dict[str, Any]) -> list[str]:
     benchmark = result["benchmark"]
-    bars = result["bars"].items()
+    named = {name: f"{benchmark}.{name}" if f"{benchmark}.{name}" in BARS else name for name in result["bars"]}
+    names = sorted(result["bars"], key=lambda name: list(BARS).index(named[name]))
     return [
         "| measure | value |",
         "|---|---|",
-        *(f"| {BARS.get(f'{benchmark}.{name}') or BARS[name]} | {shown(value)} |" for name, value in bars),
+        *(f"| {BARS[named[name]]} | {shown(result['bars'][name])} |" for name in names),
     ]
 
 

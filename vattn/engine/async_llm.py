@@ -49,7 +49,9 @@ class AsyncLLM:
     """Answers requests as they come, in a thread of its own, and streams their outputs.
 
     Args:
-        model, tokenizer, options: see ``EngineArgs``.
+        model: a folder, the name of a model that is on the disk, or a model of transformers, which is not changed.
+        tokenizer: a tokenizer, a folder or a name; None takes the model's. A model object needs one for texts.
+        options: how it is served: the fields of ``EngineOptions``.
     """
 
     def __init__(self, model: Any, tokenizer: Any = None, **options: Any) -> None:

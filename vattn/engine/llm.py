@@ -23,7 +23,9 @@ class LLM:
     """Answers many prompts at once on one model.
 
     Args:
-        model, tokenizer, options: see ``EngineArgs``.
+        model: a folder, the name of a model that is on the disk, or a model of transformers, which is not changed.
+        tokenizer: a tokenizer, a folder or a name; None takes the model's. A model object needs one for texts.
+        options: how it is served: the fields of ``EngineOptions``.
 
     Raises:
         TypeError, ValueError: an argument is of a wrong type or out of range, or the model is none that can be served.
