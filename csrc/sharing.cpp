@@ -1,6 +1,7 @@
 // How the slots of an arena share extents: cached prefixes, forks, copy on write and compacting.
 #include <iterator>
 #include <numeric>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 
@@ -49,8 +50,9 @@ std::vector<std::size_t> Arena::side_by_side(Slots names) const {
       if (!mapping.shared()) break;
     }
   }
-  std::stable_sort(order.begin(), order.end(),
-                   [&](std::size_t one, std::size_t other) { return keys[one] < keys[other]; });
+  std::sort(order.begin(), order.end(), [&](std::size_t one, std::size_t other) {
+    return std::tie(keys[one], one) < std::tie(keys[other], other);
+  });
   return order;
 }
 
