@@ -4,8 +4,9 @@
 
     python bench/mutants.py --seed 0 --count 40 --out bench/results
 
-A change turns a comparison, a connective, a sign or a number into another one, or drops a statement. Each is made in a copy of
-the repository and tried on the tests of its part first; one that none of these catches is tried on all tests that are usual.
+A change turns a comparison, a connective, a sign or a number into another one, or drops a statement. Each is made in a
+copy of the repository and tried on the tests of its part first; one that none of these catches is tried on all tests
+that are usual.
 """
 
 from __future__ import annotations
