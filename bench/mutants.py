@@ -173,6 +173,8 @@ def main() -> None:
         shutil.copytree(report.ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv*", "build", "dist", ".*"))
         if not build(copy):
             raise SystemExit("the core cannot be built")
+        if (failed := failure(copy, ["--usual"])) is not None:
+            raise SystemExit(f"{failed} fails without a change, too")
         for mutant in drawn(options.count, options.seed):
             rows.append(tried(mutant, copy))
             print(json.dumps(rows[-1]), flush=True)

@@ -58,7 +58,7 @@ def test_requests_are_written_and_read(tmp_path):
 def test_an_engine_is_measured():
     options = {"max_model_len": 256, "max_num_seqs": 4, "kv_budget": 64 << 20, "granularity": 4096}
     with LLM(model_of("llama-gqa"), **options) as llm:
-        works = [Work([3 + i] * 20, 24) for i in range(6)]
+        works = [Work([3 + 7 * i] * 20, 24) for i in range(6)]
         rows = list(serving.throughput(llm, [works, works]))
         assert [row["sampled tokens"] for row in rows] == [144] * 3
         assert [row["warm-up"] for row in rows] == [True, False, False]
