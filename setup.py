@@ -1,5 +1,7 @@
 """Builds the extension ``vattn._core`` with CMake; everything else is in pyproject.toml."""
 
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +25,7 @@ class CMakeBuild(build_ext):
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
                 f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+                *shlex.split(os.environ.get("CMAKE_ARGS", "")),  # e.g. to build for another processor
             ],
             check=True,
         )
