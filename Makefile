@@ -51,7 +51,7 @@ docs: $(VENV)/dev
 	$(BIN)/python bench/make_docs.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# Wheels for each Python that is named, and the sources, into dist/.
+# Wheels for each Python that is named, and the sources, into dist/; with ARCH=aarch64 for that processor, untested.
 wheels:
 	.ci/wheels $(PYTHONS)
 

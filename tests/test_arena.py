@@ -637,3 +637,15 @@ def test_check_is_part_of_the_errors():
     assert issubclass(BudgetExceeded, MemoryError)
     assert issubclass(SequenceTooLong, ValueError)
     assert issubclass(OutOfDeviceMemory, DriverError)
+
+
+def test_a_truncation_that_changes_nothing_records_no_fence():
+    a = arena()
+    a.acquire()
+    a.grow([0], 40, 0)
+    before = a.driver.counts()["record"]
+    a.truncate([0], 40)
+    assert a.driver.counts()["record"] == before
+    a.truncate([0], 30)
+    assert a.driver.counts()["record"] > before
+    a.check()
