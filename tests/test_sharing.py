@@ -567,3 +567,17 @@ def test_a_fork_gives_up_what_it_kept_where_its_memory_is_short():
     assert [rows(fork) for fork in forks] == [list(range(160))] * 2
     assert rows(b) == list(range(160))
     c.check()
+
+
+def test_copy_on_write_leaves_what_ends_where_rows_may_be_written():
+    c = cache(mapper=False)
+    s = c.open()
+    write(s, 64)  # an extent of eight granules
+    [fork] = s.fork(share="alias")
+    before, copied = memory_calls(c), c.stats().copied
+    c.copy_on_write([fork], 64)
+    assert (memory_calls(c), c.stats().copied) == (before, copied)
+    c.copy_on_write([fork], 63)
+    assert c.stats().copied == copied + 8 * PAGE
+    assert rows(fork) == rows(s) == list(range(64))
+    c.check()
