@@ -581,3 +581,19 @@ def test_copy_on_write_leaves_what_ends_where_rows_may_be_written():
     assert c.stats().copied == copied + 8 * PAGE
     assert rows(fork) == rows(s) == list(range(64))
     c.check()
+
+
+def test_shared_memory_behind_the_rows_is_unmapped_behind_a_fence():
+    """Kernels that were queued before the truncation may still read it."""
+    c = cache(mapper=False)
+    s = c.open()
+    write(s, 64)
+    write(s, 32)  # an extent of its own
+    [fork] = s.fork(share="alias")
+    fork.truncate(64)
+    before = c.stats().driver_calls["record"]
+    write(fork, 8, 5)
+    assert c.stats().driver_calls["record"] == before + 1
+    assert rows(s) == list(range(96))
+    assert rows(fork) == [*range(64), *[5] * 8]
+    c.check()

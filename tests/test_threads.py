@@ -256,3 +256,27 @@ def test_others_go_on_while_a_sequence_is_swapped():
         assert lengths == [2000]
         cache.driver.charge("copy", 0)
         sequence.close()
+
+
+def test_a_thread_that_finds_nothing_waits_for_what_another_is_taking():
+    """One parked extent has memory for both: the second waits until the first has unmapped it."""
+    layout = KVLayout.uniform(layers=1, kv_heads=1, head_dim=64, max_len=1000, dtype="float32", granularity=PAGE)
+    with KVCache(layout, slots=3, budget=20 * PAGE, mapper=False, lookahead=0) as cache:
+        small = cache.open(slot=1)
+        for _ in range(4):
+            small.grow(8)
+        with cache.open(slot=0) as sequence:
+            sequence.grow(128)
+        one = cache.open(slot=2)
+        cache.driver.charge("unmap", 200_000_000)
+        before = cache.driver.counts()["unmap"]
+        with ThreadPoolExecutor() as pool:
+            grown = pool.submit(one.grow, 32)
+            while cache.driver.counts()["unmap"] == before:  # it is taking the extent
+                pass
+            small.compact()
+            grown.result()
+        cache.driver.charge("unmap", 0)
+        assert cache.map()[1]["runs"][0]["extents"] == [4 * PAGE]
+        assert one.length == 32
+        cache.check()
