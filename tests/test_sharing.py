@@ -544,9 +544,12 @@ def test_a_prepared_slot_is_forked_into_whatever_the_limit_of_mappings():
     other = c.open()
     for _ in range(80):
         write(other, 8)
-    before, copied = memory_calls(c), c.stats().copied
+    before = c.stats()
     [fork] = a.fork(200)
-    assert (memory_calls(c), c.stats().copied) == (before, copied)
+    after = c.stats()
+    assert after.copied == before.copied
+    for name in ("create", "map", "unmap", "release"):  # what is shared may be made read-only
+        assert after.driver_calls[name] == before.driver_calls[name]
     assert rows(fork) == list(range(200))
     c.check()
 
