@@ -101,10 +101,9 @@ std::size_t Arena::acquire(std::optional<std::size_t> wanted, std::size_t expect
       const Slot& slot = slots_[index];
       others = others || slot.locked;
       if (slot.locked) return false;
-      // Of the slots with a cached prefix, no two were parked at the same time.
-      std::pair<std::size_t, std::size_t> least{};
-      if (slot.cached == 0) least = misfit(slot, expected, expected != 0 ? source : nullptr, positions);
-      auto [lacking, beyond] = least;
+      // Slots with a cached prefix were parked at different times, which decides between them before their memory does.
+      auto [lacking, beyond] = slot.cached == 0 ? misfit(slot, expected, expected != 0 ? source : nullptr, positions)
+                                                : std::pair<std::size_t, std::size_t>{};
       if (empty)
         for (const Run& run : slot.runs) beyond += run.mappings.size();
       // Memory beyond what is expected is withheld from later sequences, and may be taken back. Memory that is lacking

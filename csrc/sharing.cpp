@@ -624,8 +624,7 @@ bool Arena::compact_with_driver(std::size_t name, std::optional<std::uint64_t> g
     while (end < cut) end += mappings[count++].bytes();
     if (end == cut && count <= most) continue;
     const std::size_t first = count <= most ? count - 1 : 0;
-    std::size_t start = end;
-    for (std::size_t i = first; i < count; ++i) start -= mappings[i].bytes();
+    const std::size_t start = end - bytes_of(slot.runs[plane], first, count);
     if (generation && end - start > pool_.usage().available()) continue;
     std::vector<std::size_t> sizes{cut - start};
     for (std::size_t left = end - cut; left != 0; left -= sizes.back())
@@ -643,8 +642,7 @@ bool Arena::compact_with_driver(std::size_t name, std::optional<std::uint64_t> g
 void Arena::replace(std::size_t index, std::size_t plane, std::size_t first, std::size_t count,
                     const std::vector<std::size_t>& sizes, std::size_t bytes, Slots mine, Lock& lock) {
   Run& run = slots_[index].runs[plane];
-  std::size_t start = run.head;
-  for (std::size_t i = 0; i < first; ++i) start += run.mappings[i].bytes();
+  const std::size_t start = run.head + bytes_of(run, 0, first);
   const std::size_t scratch = options_.slots;
   const Fences fences = slots_[index].fences;
   std::vector<Step> steps;
